@@ -1,0 +1,29 @@
+# Each target is one command on a fresh machine: it makes its own virtual environment, installs, and runs.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+OUT ?= demo_out
+WORKERS ?= 2
+
+.PHONY: demo test lint clean
+
+$(BIN)/.installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+demo: $(BIN)/.installed
+	$(BIN)/vision-attn demo --out $(OUT)
+
+test: $(BIN)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(BIN)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pylint vision_attn
+
+clean:
+	rm -rf $(VENV) $(OUT)

@@ -1,0 +1,23 @@
+"""One seed, deterministic kernels, no network, and torchvision's stand-in, for all tests."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share two cores
+
+import pytest
+import torch
+
+from vision_attn.torchvision_stub import ensure_torchvision
+
+ensure_torchvision()
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _repeatable():
+    """Seed every test alike; unwritten memory is NaN."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,176 @@
+"""A saved conversion: a folder with `config.json` and one safetensors file, or a file released by a paper's authors.
+
+`config.json` holds the spec of the layers as class name and fields, the base model, the layers and the versions. The
+safetensors file holds only tensors that the conversion added or changed, under their names in the base model. Nothing
+is ever unpickled.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vision_attn.intercept import CHILD, is_rerouted, state_of
+from vision_attn.layer_state import ModelState
+from vision_attn.processors import make_spec
+from vision_attn.processors.base import AttnSpec
+from vision_attn.published import published_adapter
+
+CONFIG, WEIGHTS = "config.json", "vision_attn.safetensors"
+FORMAT = "vision_attn.adapter.v1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """What a file or folder says about one component.
+
+    Attributes:
+        source: Where it was read, for messages.
+        component: Name of the component in its pipeline, '' for a model by itself.
+        layers: The spec of each layer by name; one spec for all layers of the host if None is a key.
+        tensors: By name in the converted model.
+        min_tokens: As given to `convert`.
+    """
+
+    source: str
+    component: str
+    layers: Mapping[str | None, AttnSpec]
+    tensors: Mapping[str, Tensor]
+    min_tokens: int = 0
+
+    def specs(self, names: Sequence[str]) -> dict[str, AttnSpec]:
+        """Return the spec of each layer of a model whose attention layers are `names`.
+
+        Raises:
+            ValueError: If the model lacks a layer.
+        """
+        if None in self.layers:
+            return dict.fromkeys(names, self.layers[None])
+        missing = sorted(name for name in self.layers if name not in names and name is not None)
+        if missing:
+            raise ValueError(f"{self.source} is for another model: this one has no layer {', '.join(missing[:6])}")
+        return {name: spec for name, spec in self.layers.items() if name is not None}
+
+
+def write_adapter(folder: Path, model: nn.Module, component: str, state: ModelState) -> None:
+    """Write the conversion of one model. The files appear complete or not at all."""
+    layers = [state_of(module) for module in model.modules() if is_rerouted(module)]
+    groups: dict[AttnSpec, list[str]] = {}
+    for layer in layers:
+        groups.setdefault(layer.spec, []).append(layer.name)
+    tensors = model.state_dict()
+    changed = set(state.changed(model))
+    kept = {n: t.detach().cpu().contiguous() for n, t in tensors.items() if f".{CHILD}." in n or n in changed}
+    config: Any = getattr(model, "config", None)
+    base = getattr(config, "_name_or_path", "") or getattr(model, "pretrained_cfg", {}).get("architecture", "")
+    content = {
+        "format": FORMAT,
+        "component": component,
+        "base_model": {"class": type(model).__name__, "name": base},
+        "processors": [
+            {"spec": {"class": type(spec).__name__, **dataclasses.asdict(spec)}, "layers": names}  # type: ignore[call-overload]
+            for spec, names in groups.items()
+        ],
+        "min_tokens": state.shared.min_tokens,
+        "versions": {name: _version(name) for name in ("vision_attn", "torch", "diffusers", "timm")},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(kept, folder / f"{WEIGHTS}.part", metadata={"format": "pt"})
+    (folder / f"{CONFIG}.part").write_text(json.dumps(content, indent=2) + "\n")
+    for name in (WEIGHTS, CONFIG):
+        os.replace(folder / f"{name}.part", folder / name)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def read_adapter(source: str | Path, weight_name: str | None = None, **hub: Any) -> list[Adapter]:
+    """Read a folder, a file, or a repository of the hub: one adapter per component.
+
+    Raises:
+        FileNotFoundError: If there is nothing there.
+        ValueError: If it is no adapter, or a file is damaged or of a kind that is not read.
+    """
+    place = _fetch(source, weight_name, **hub)
+    if place.is_file():
+        _refuse_other_files(place)
+        return [Adapter(str(place), "transformer", *published_adapter(place.name, read_tensors(place)))]
+    if (place / CONFIG).exists():
+        return [_read_folder(place)]
+    inner = sorted(path.parent for path in place.glob(f"*/{CONFIG}"))
+    if not inner:
+        files = ", ".join(sorted(path.name for path in place.iterdir())[:8]) or "nothing"
+        raise ValueError(
+            f"{place} is no adapter: it has no {CONFIG}, only {files}; name a weights file by weight_name="
+        )
+    return [_read_folder(path) for path in inner]
+
+
+def _read_folder(folder: Path) -> Adapter:
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG} is damaged: {error}") from None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise ValueError(f"{folder / CONFIG} is no vision_attn adapter: its format is not {FORMAT!r}")
+    layers: dict[str | None, AttnSpec] = {}
+    for group in config["processors"]:
+        fields = {name: tuple(v) if isinstance(v, list) else v for name, v in group["spec"].items() if name != "class"}
+        layers.update(dict.fromkeys(group["layers"], make_spec(group["spec"]["class"], **fields)))
+    tensors = read_tensors(folder / WEIGHTS)
+    return Adapter(str(folder), config["component"], layers, tensors, config["min_tokens"])
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        FileNotFoundError: If it does not exist.
+        ValueError: If it is damaged.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+
+
+def _refuse_other_files(path: Path) -> None:
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path.name} is not read: only .safetensors files are, for a pickle can run any code")
+
+
+def _fetch(source: str | Path, weight_name: str | None, **hub: Any) -> Path:
+    """Return the local path of `source`, downloading it from the hub if it is the name of a repository."""
+    place = Path(source)
+    if place.exists():
+        place = place / weight_name if weight_name else place
+        if not place.exists():
+            raise FileNotFoundError(f"{place} does not exist")
+        return place
+    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        raise FileNotFoundError(
+            f"{source} does not exist, and is not the name of a repository such as 'Huage001/CLEAR'"
+        )
+    from huggingface_hub import hf_hub_download, snapshot_download  # noqa: PLC0415, only where one is downloaded
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled  # noqa: PLC0415
+
+    try:
+        if weight_name:
+            return Path(hf_hub_download(str(source), weight_name, **hub))
+        return Path(snapshot_download(str(source), allow_patterns=[f"**{CONFIG}", f"**{WEIGHTS}"], **hub))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise FileNotFoundError(f"{source} is neither here nor could it be downloaded: {error}") from None

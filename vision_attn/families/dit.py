@@ -1,0 +1,108 @@
+"""Diffusion transformers: where each keeps its image tokens, and how its forward tells their grid."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from vision_attn.families.host import Host
+from vision_attn.families.image_ids import grid_of_ids
+from vision_attn.grid import Grid
+
+
+def _patches(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
+    """Latents `[B, C, height, width]` cut into patches."""
+    x, patch = inputs["hidden_states"], module.config.patch_size
+    if x.dim() != 4:
+        return f"the input is no image, but {tuple(x.shape)}"
+    return Grid(x.shape[-2] // patch, x.shape[-1] // patch)
+
+
+def _square_patches(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
+    found = _patches(module, inputs)
+    if isinstance(found, Grid) and found.height != found.width:
+        return f"DiT puts its patches back as a square, and {found} is none"
+    return found
+
+
+def _flux(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
+    """Position ids: the first segment is the image, further ones are reference images after it."""
+    if inputs.get("kv_cache_mode") is not None:
+        return "with a key-value cache the reference images come first"
+    ids = inputs.get("img_ids")
+    return "img_ids is missing" if ids is None else grid_of_ids(ids)
+
+
+def _qwen(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
+    """`img_shapes`: (frames, height, width) in tokens of the image and of reference images after it."""
+    shapes = inputs["img_shapes"]
+    if not shapes:
+        return "img_shapes is missing"
+    shapes = shapes[0] if isinstance(shapes[0], list) else shapes[:1]
+    frames, height, width = shapes[0]
+    if frames != 1:
+        return f"img_shapes holds {frames} layers, not one image"
+    return Grid(height, width, suffix=sum(t * h * w for t, h, w in shapes[1:]))
+
+
+def _z_image(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
+    """A list of images `[C, frames, height, width]`; image tokens, then padding and text."""
+    images, patch, frames = inputs["x"], inputs.get("patch_size", 2), inputs.get("f_patch_size", 1)
+    if isinstance(images[0], (list, tuple)):
+        return "several images in one sample"
+    shapes = {tuple(image.shape[-3:]) for image in images}
+    if len(shapes) != 1:
+        return f"images of different sizes in one batch: {sorted(shapes)}"
+    t, height, width = shapes.pop()
+    return Grid(height // patch, width // patch) if t == frames else f"{t} frames, not one image"
+
+
+_BLOCKS = ("transformer_blocks.*.attn",)
+_FLUX_BLOCKS = (*_BLOCKS, "single_transformer_blocks.*.attn")
+
+DITS = (
+    Host(models=("DiTTransformer2DModel",), layers=("transformer_blocks.*.attn1",), probe=_square_patches),
+    Host(models=("PixArtTransformer2DModel",), layers=("transformer_blocks.*.attn1",), probe=_patches),
+    Host(models=("HunyuanDiT2DModel",), layers=("blocks.*.attn1",), probe=_patches),
+    Host(
+        models=("SD3Transformer2DModel",),
+        layers=(*_BLOCKS, "transformer_blocks.*.attn2"),
+        probe=_patches,
+        others="suffix",
+    ),
+    Host(
+        models=("AuraFlowTransformer2DModel",),
+        layers=("joint_transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+        probe=_patches,
+        others="prefix",
+    ),
+    Host(
+        models=("CogView4Transformer2DModel",),
+        layers=("transformer_blocks.*.attn1",),
+        probe=_patches,
+        others="prefix",
+        mask_means_dense=True,  # its mask reaches the logits as an additive 0 / 1
+    ),
+    Host(
+        models=("Lumina2Transformer2DModel",),
+        layers=("layers.*.attn", "noise_refiner.*.attn"),
+        probe=_patches,
+        others="prefix",
+        mask_means_dense=True,  # texts of different lengths: the image starts elsewhere in each sample
+    ),
+    Host(
+        models=("FluxTransformer2DModel", "FluxControlNetModel"),
+        layers=_FLUX_BLOCKS,
+        probe=_flux,
+        others="prefix",
+        reads="img_ids",
+    ),
+    Host(models=("Flux2Transformer2DModel",), layers=_FLUX_BLOCKS, probe=_flux, others="prefix", reads="img_ids"),
+    Host(models=("QwenImageTransformer2DModel",), layers=_BLOCKS, probe=_qwen, others="prefix"),
+    Host(
+        models=("ZImageTransformer2DModel",),
+        layers=("layers.*.attention", "noise_refiner.*.attention"),
+        probe=_z_image,
+        others="suffix",
+    ),
+)

@@ -1,0 +1,84 @@
+"""What `convert` must know of a kind of host: which modules are its self-attention over the grid, and where the grid is."""
+
+import fnmatch
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from vision_attn.layer_state import Probe
+
+
+def _whole(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [("", model)]
+
+
+def _itself(part: nn.Module) -> nn.Module:
+    return part
+
+
+def _no_problem(model: nn.Module) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Host:
+    """One kind of model. Give your own to `convert(model, spec, host=Host(...))` for a model that is not known.
+
+        def probe(module, inputs):
+            return Grid(*inputs["pixels"].shape[-2:])
+
+        convert(model, Clear(radius=8), host=Host(layers=("blocks.*.attn",), probe=probe, others="prefix"))
+
+    Args:
+        layers: Patterns (as in a shell) of the names of the attention modules in their part of the model.
+        probe: `(module, arguments by name) -> Grid`, called before each forward of the watched module; or a string that
+            says why there is no grid, and the forward then runs the host's own attention. Count in the returned
+            `Grid` only the tokens whose number you know; the rest of a sequence goes where `others` says.
+        others: Where tokens of the sequence lie that the probe does not count, such as text: 'prefix', 'suffix', or
+            'none' if there are none.
+        models: Names of the classes it is for.
+        parts: `model -> [(name, part)]`, the parts with a grid of their own: the whole model unless given.
+        watched: `part -> module`, whose arguments the probe is given: the part itself unless given.
+        reads: Name of the argument whose values the probe reads, if it needs more than shapes. It is read once, and
+            not under `torch.compile`, where the user must give the grid.
+        mask_means_dense: Whether an attention mask means that the grid lies elsewhere in each sample.
+        problem: Returns why a model of these classes cannot be converted, or None.
+    """
+
+    layers: tuple[str, ...]
+    probe: Probe
+    others: Literal["prefix", "suffix", "none"] = "none"
+    models: tuple[str, ...] = ()
+    parts: Callable[[nn.Module], list[tuple[str, nn.Module]]] = _whole
+    watched: Callable[[nn.Module], nn.Module] = _itself
+    reads: str = ""
+    mask_means_dense: bool = False
+    problem: Callable[[nn.Module], str | None] = _no_problem
+
+    def find(self, model: nn.Module) -> Iterator[tuple[nn.Module, list[tuple[str, nn.Module]]]]:
+        """Yield each watched module with the attention layers of its part, by their full names."""
+        for part_name, part in self.parts(model):
+            prefix = f"{part_name}." if part_name else ""
+            found = [
+                (prefix + name, module)
+                for name, module in part.named_modules()
+                if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.layers)
+            ]
+            if found:
+                yield self.watched(part), found
+
+
+def heads_of(name: str, module: nn.Module) -> tuple[int, int]:
+    """Return (num_heads, head_dim) of an attention module of diffusers or timm.
+
+    Raises:
+        ValueError: If the module does not say.
+    """
+    num_heads = getattr(module, "heads", None) or getattr(module, "num_heads", None)
+    head_dim = getattr(module, "head_dim", None)
+    inner: Any = getattr(module, "inner_dim", None)
+    if num_heads is None or (head_dim is None and inner is None):
+        raise ValueError(f"{name}: a {type(module).__name__} does not tell its heads: it needs `heads` and `head_dim`")
+    return num_heads, inner // num_heads if head_dim is None else head_dim

@@ -1,0 +1,36 @@
+"""UNets and their ControlNets: each `Transformer2DModel` sees the grid of its level in the shape of its input."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from vision_attn.families.host import Host
+from vision_attn.grid import Grid
+
+
+def _grid(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
+    x = inputs["hidden_states"]
+    return Grid(*x.shape[-2:]) if x.dim() == 4 else f"the input is no image, but {tuple(x.shape)}"
+
+
+def _spatial_transformers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """All `Transformer2DModel`s whose `attn1` attends over the image; `only_cross_attention` makes it cross."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if type(module).__name__ == "Transformer2DModel"
+        and not any(
+            getattr(block, "only_cross_attention", False) for block in getattr(module, "transformer_blocks", ())
+        )
+    ]
+
+
+UNETS = (
+    Host(
+        models=("UNet2DConditionModel", "ControlNetModel"),
+        layers=("transformer_blocks.*.attn1",),
+        parts=_spatial_transformers,
+        probe=_grid,
+    ),
+)

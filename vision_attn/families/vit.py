@@ -1,0 +1,37 @@
+"""timm's vision transformers: class and register tokens first, then the patches in row-major order."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from vision_attn.families.host import Host
+from vision_attn.grid import Grid
+
+
+def _patch_embed(model: nn.Module) -> nn.Module:
+    """The patch embedding sees the image in every way of calling the model (`forward_features`, `features_only`)."""
+    return model.patch_embed  # type: ignore[return-value]
+
+
+def _grid(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
+    return Grid(*module.dynamic_feat_size(inputs["x"].shape[-2:]))  # type: ignore[operator]
+
+
+def _problem(model: nn.Module) -> str | None:
+    for name, module in model.named_modules():
+        if type(module).__name__ == "DiffAttention":
+            return f"{name} is a DiffAttention, whose two attention maps no processor can replace"
+    return None
+
+
+VITS = (
+    Host(
+        models=("VisionTransformer", "Eva"),
+        layers=("blocks.*.attn", "blocks.*.attns.*.attn"),
+        watched=_patch_embed,
+        probe=_grid,
+        others="prefix",
+        problem=_problem,
+    ),
+)

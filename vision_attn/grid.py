@@ -1,0 +1,61 @@
+"""A grid of image tokens, and the legend of every axis letter used in the package.
+
+| letter | axis                                            |
+|--------|-------------------------------------------------|
+| B      | batch                                           |
+| N      | tokens of one sequence: prefix, grid, suffix    |
+| H      | heads (never the height of an image)            |
+| D      | channels of one head                            |
+| C      | channels of all heads, C = H * D                |
+
+Heights and widths are spelled out, always in that order, and count tokens, not pixels. Tensors of queries, keys and
+values are `[B, N, H, D]`.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Grid:
+    """`height` x `width` image tokens in row-major order, after `prefix` and before `suffix` other tokens.
+
+    Prefix and suffix tokens (text, class, registers, reference images) have no place in the grid.
+
+    Args:
+        height: Rows of image tokens.
+        width: Columns of image tokens.
+        prefix: Tokens before the grid.
+        suffix: Tokens after the grid.
+
+    Raises:
+        TypeError: If a size is not an integer.
+        ValueError: If a side is below 1, or `prefix` or `suffix` is negative.
+    """
+
+    height: int
+    width: int
+    prefix: int = 0
+    suffix: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("height", 1), ("width", 1), ("prefix", 0), ("suffix", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int (in tokens), got {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens inside the grid."""
+        return self.height * self.width
+
+    @property
+    def tokens(self) -> int:
+        """All tokens of the sequence, N."""
+        return self.prefix + self.image_tokens + self.suffix
+
+    @property
+    def image(self) -> slice:
+        """Where the grid lies in the sequence."""
+        return slice(self.prefix, self.prefix + self.image_tokens)

@@ -1,0 +1,72 @@
+"""`pipe.set_attn_processor`, with the meaning it has on diffusers' models, and our processors besides."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from vision_attn.conversion import Conversion, reconvert
+from vision_attn.plan import is_converted
+from vision_attn.processors import AttnSpec, make_spec
+from vision_attn.targets import COMPONENTS
+
+
+def register() -> None:
+    """Give `diffusers.DiffusionPipeline` its `set_attn_processor`, if it has none."""
+    from diffusers import DiffusionPipeline  # noqa: PLC0415, diffusers is optional
+
+    if not hasattr(DiffusionPipeline, "set_attn_processor"):
+        DiffusionPipeline.set_attn_processor = set_attn_processor
+
+
+def set_attn_processor(pipe: Any, processor: Any, **options: Any) -> Conversion | None:
+    """Set the attention of a pipeline's denoisers. One of our processors takes the place of the one set before.
+
+    Args:
+        pipe: A diffusers pipeline.
+        processor: One of our specs (`Clear(radius=16)`); the name of one, with its fields in `options`; a processor of
+            diffusers or a dictionary of them, which goes to the denoiser's own `set_attn_processor`; or None, which
+            gives the host back as it was.
+        options: Fields of a processor given by name, and options of `convert`: `where`, `min_tokens`, `grid`,
+            `backend`, `components`.
+
+    Returns:
+        The conversion, or None for a processor of diffusers and for None.
+
+    Raises:
+        ValueError: If the name is unknown, or the conversion is refused; the pipeline is then as it was.
+        TypeError: If an option is unknown.
+    """
+    if processor is None:
+        if options:
+            raise TypeError(f"None takes no options, got {', '.join(options)}")
+        for model in _denoisers(pipe).values():
+            if is_converted(model):
+                Conversion({"": model}).revert()
+        return None
+    if not isinstance(processor, (str, AttnSpec)):
+        return _forward(pipe, processor, options)
+    arguments = {name: options.pop(name) for name in _CONVERT if name in options}
+    if isinstance(processor, str):
+        processor = make_spec(processor, **options)
+    elif options:
+        raise TypeError(f"unknown options {', '.join(options)}: known are {', '.join(_CONVERT)}")
+    return reconvert(pipe, processor, **arguments)
+
+
+_CONVERT = ("where", "min_tokens", "grid", "backend", "components")
+
+
+def _denoisers(pipe: Any) -> dict[str, nn.Module]:
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module) and name in COMPONENTS}
+
+
+def _forward(pipe: Any, processor: Any, options: Mapping[str, Any]) -> None:
+    """Hand a processor of diffusers to the denoisers. They empty a dictionary, so they get a copy."""
+    if options:
+        raise TypeError(f"a {type(processor).__name__} takes no options, got {', '.join(options)}")
+    for name, model in _denoisers(pipe).items():
+        if not hasattr(model, "set_attn_processor"):
+            raise ValueError(f"the {name} of this pipeline, a {type(model).__name__}, has no set_attn_processor")
+    for model in _denoisers(pipe).values():
+        model.set_attn_processor(dict(processor) if isinstance(processor, dict) else processor)  # type: ignore[operator]

@@ -1,0 +1,199 @@
+"""The one place that reroutes `scaled_dot_product_attention` inside an attention module of a host.
+
+The host's own code keeps running: its processors, projections, norms, rotary embeddings, adapters and hooks. A rerouted
+module gets a subclass of its own class whose `forward` runs the original one inside a `TorchFunctionMode`. The mode
+answers a call to `scaled_dot_product_attention` whose queries and keys both are the layer's whole token sequence with
+the layer's processor, and lets every other call through.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from vision_attn.grid import Grid
+from vision_attn.key_padding import key_padding
+from vision_attn.layer_state import GridContext, LayerState
+
+CHILD = "vision_attn"  # name of the processor in its attention module, so state-dict keys are `*.vision_attn.*`
+STATE = "_vision_attn"
+
+
+def reroute(module: nn.Module, processor: nn.Module, state: LayerState) -> None:
+    """Make `module` answer its attention over the grid with `processor`. `restore` undoes it.
+
+    Raises:
+        ValueError: If a hook has already replaced the module's `forward`, which would hide ours.
+    """
+    if "forward" in vars(module):
+        raise ValueError(
+            f"{state.name}: a hook has replaced the forward of this {type(module).__name__} (offloading or caching of "
+            "single modules): convert first, enable the hook afterwards"
+        )
+    setattr(module, STATE, state)
+    module.add_module(CHILD, processor)
+    module.__class__ = rerouted_class(type(module))
+
+
+def restore(module: nn.Module) -> None:
+    """Give a rerouted module its own class back and take the processor out."""
+    module.__class__ = type(module).__mro__[1]
+    del module._modules[CHILD]
+    delattr(module, STATE)
+
+
+def is_rerouted(module: nn.Module) -> bool:
+    """Whether `module` answers its attention with a processor."""
+    return STATE in vars(module)
+
+
+def state_of(module: nn.Module) -> LayerState:
+    """Return the state of a rerouted module."""
+    return vars(module)[STATE]
+
+
+@functools.cache
+def rerouted_class(base: type[nn.Module]) -> type[nn.Module]:
+    """Return the subclass of `base` that reroutes. It bears the name of `base`, as `parametrize` does it."""
+
+    class Rerouted(base):  # type: ignore[valid-type, misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            state: LayerState = self.__dict__[STATE]
+            if state.shared.bypassed:
+                return super().forward(*args, **kwargs)
+            mode = _Reroute(self)
+            with mode:
+                output = super().forward(*args, **kwargs)
+            if not torch.compiler.is_compiling() and not mode.reached:
+                raise RuntimeError(_never_reached(state, self))
+            return output
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            make, args, *rest = super().__reduce_ex__(protocol)
+            return _rebuild, (make, base, *args[1:]), *rest
+
+    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        setattr(Rerouted, name, getattr(base, name))
+    Rerouted.forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    return Rerouted
+
+
+def _rebuild(make: Callable[..., Any], base: type[nn.Module], *args: Any) -> Any:
+    """Copy or unpickle a rerouted module: its class cannot be found by name, but its base can."""
+    return make(rerouted_class(base), *args)
+
+
+class _Reroute(TorchFunctionMode):
+    """Answers the attention of one module while its forward runs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.reached = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.unflatten:  # its Python body cannot be traced inside a mode
+            return torch.unflatten(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            self.reached = self.reached or not torch.compiler.is_compiling()
+            return _answer(self.module, *args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _answer(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Answer one call of `scaled_dot_product_attention` on `[B, H, N, D]` tensors."""
+    state = state_of(module)
+    grid = _locate(state, query, key, attn_mask)
+    if grid is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if dropout_p or is_causal:
+        what = f"attention dropout {dropout_p}" if dropout_p else "a causal mask"
+        raise ValueError(f"{state.name}: {what} cannot be rerouted: set it to zero, or leave the layer out (where=)")
+    if enable_gqa and query.shape[1] != key.shape[1]:
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+    query, key, value = _autocast(query, key, value)
+    mask = key_padding(attn_mask, grid, state)
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    return getattr(module, CHILD)(q, k, v, grid, mask, scale).transpose(1, 2)
+
+
+def _locate(state: LayerState, query: Tensor, key: Tensor, attn_mask: Tensor | None) -> Grid | None:
+    """Return the grid of a call that is to be rerouted; None lets it through."""
+    if query.dim() != 4 or query.shape[-2] != key.shape[-2]:
+        return None  # cross-attention
+    found = state.context.locate(query.shape[-2])
+    if isinstance(found, Grid) and attn_mask is not None and state.mask_means_dense:
+        found = "the host masks whole sequences (texts of different lengths in one batch)"
+    if isinstance(found, Grid) and found.image_tokens < state.shared.min_tokens:
+        state.note(found, f"dense: {found.image_tokens} tokens are below min_tokens={state.shared.min_tokens}")
+        return None
+    if isinstance(found, str):
+        state.note(None, f"dense: {found}")
+        return None
+    state.note(found, "rerouted")
+    return found
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast as autocast does for `scaled_dot_product_attention`."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _never_reached(state: LayerState, module: nn.Module) -> str:
+    processor = getattr(module, "processor", None)
+    how = f" Its processor is {type(processor).__name__}." if processor is not None else ""
+    return (
+        f"{state.name} never called scaled_dot_product_attention, so it was not rerouted.{how} Switch off what replaces "
+        "it: sliced attention (disable_attention_slicing), xformers (disable_xformers_memory_efficient_attention), another "
+        "attention backend (reset_attention_backend, DIFFUSERS_ATTN_BACKEND), timm's fused_attn=False; or revert()"
+    )
+
+
+def watch(module: nn.Module, context: GridContext) -> None:
+    """Let `context` see the grid of every forward of `module`."""
+    setattr(module, STATE + "_grid", context)
+    module.register_forward_pre_hook(_see_grid, with_kwargs=True)
+
+
+def unwatch(module: nn.Module) -> None:
+    """Undo `watch`, if the module is watched."""
+    remove_hooks(module, _see_grid)
+    vars(module).pop(STATE + "_grid", None)
+
+
+def _see_grid(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    context: GridContext = module.__dict__[STATE + "_grid"]
+    context.see(module, args, kwargs)
+
+
+def remove_hooks(module: nn.Module, function: Callable[..., Any]) -> None:
+    """Remove a forward hook by its function: unlike handles, this works on a copy of the module too."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if hook is function]:
+            del hooks[key]
+            for flags in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs):
+                flags.pop(key, None)

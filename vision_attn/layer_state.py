@@ -1,0 +1,185 @@
+"""What a converted model remembers: the grid its layers attend over, and what became of each layer.
+
+All state lives on the host's modules, without closures: copies, pickles and saved models take it along.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vision_attn.grid import Grid
+from vision_attn.processors.base import AttnSpec
+
+Probe = Callable[[nn.Module, Mapping[str, Any]], Grid | str]
+"""Returns the grid that a forward of a module attends over, from its arguments by name, or the reason for none.
+
+Tokens of the sequence that the grid leaves out (the text of a DiT) are placed by the host's `others`.
+"""
+
+
+class Seen:
+    """Remembers a tensor that was read, without keeping it alive, until it is gone or written to."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.reference, self.version = weakref.ref(tensor), self._version(tensor)
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> "Seen | None":
+        """Remember `tensor`, if there is one."""
+        return None if tensor is None else cls(tensor)
+
+    def is_of(self, tensor: Tensor | None) -> bool:
+        """Whether `tensor` is the one remembered, unchanged."""
+        return tensor is not None and self.reference() is tensor and self.version == self._version(tensor)
+
+    @staticmethod
+    def _version(tensor: Tensor) -> int:
+        return 0 if tensor.is_inference() else tensor._version
+
+
+@dataclass
+class GridContext:
+    """The grid of the forward that runs, for all layers under the probed module.
+
+    Attributes:
+        probe: Reads the grid from the arguments of the probed module.
+        names: The names of its positional arguments.
+        others: Where tokens go that the probe does not count: 'prefix', 'suffix', or 'none' if there are none.
+        reads: Name of the argument whose values the probe reads, if any: once, and not under `torch.compile`.
+        fixed: A grid given by the user, which the probe then does not look for.
+    """
+
+    probe: Probe
+    names: tuple[str, ...]
+    others: str
+    reads: str = ""
+    fixed: Grid | None = None
+    grid: Grid | None = None
+    reason: str = "no forward pass of the host has been seen"
+    located: dict[int, Grid] = field(default_factory=dict)
+    last_read: "Seen | None" = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "last_read": None}
+
+    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Read the grid of a forward that begins."""
+        if self.fixed is not None:
+            return
+        inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if self.reads:
+            if torch.compiler.is_compiling():
+                self.grid, self.reason = None, f"torch.compile cannot read {self.reads}: give the grid with use_grid()"
+                return
+            if self.last_read is not None and self.last_read.is_of(inputs.get(self.reads)):
+                return
+            self.last_read = Seen.of(inputs.get(self.reads))
+        found = self.probe(module, inputs)
+        if isinstance(found, Grid):
+            self.grid = found
+        else:
+            self.grid, self.reason = None, found
+
+    def locate(self, tokens: int) -> Grid | str:
+        """Return the grid in a sequence of `tokens` tokens, or the reason why it is not known."""
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            # Gradient checkpointing runs the layer again, maybe after a forward at another size.
+            return self.located.get(tokens, f"no forward pass with {tokens} tokens has been seen")
+        base = self.grid if self.fixed is None else self.fixed
+        if base is None:
+            return self.reason
+        others = tokens - base.tokens
+        if others < 0 or (others and self.others == "none"):
+            return f"{tokens} tokens do not hold {base}"
+        prefix = base.prefix + (others if self.others == "prefix" else 0)
+        suffix = base.suffix + (others if self.others == "suffix" else 0)
+        grid = Grid(base.height, base.width, prefix, suffix)
+        if not torch.compiler.is_compiling():
+            self.located[tokens] = grid
+        return grid
+
+
+@dataclass
+class Shared:
+    """What all layers of one converted model share."""
+
+    min_tokens: int = 0
+    bypassed: bool = False
+    rerouted: int = 0
+    ran: int = 0
+
+
+@dataclass
+class LayerState:
+    """What a rerouted layer knows.
+
+    Attributes:
+        name: Name of the module in its model.
+        num_heads: H.
+        spec: What its processor was built from.
+        context: Where it finds its grid.
+        shared: State of the whole conversion.
+        mask_means_dense: Whether a mask says that the grid is not at one place in the batch.
+        replaced: Attributes of the module to put back on revert.
+        grid: Grid of the last call over the grid.
+        status: What became of that call.
+    """
+
+    name: str
+    num_heads: int
+    spec: AttnSpec
+    context: GridContext
+    shared: Shared
+    mask_means_dense: bool = False
+    replaced: dict[str, Any] = field(default_factory=dict)
+    grid: Grid | None = None
+    status: str = "not run yet"
+    padding: Any = None  # the last mask that was checked, see key_padding.py
+
+    def note(self, grid: Grid | None, status: str) -> None:
+        """Record a call, unless it is being traced."""
+        if torch.compiler.is_compiling():
+            return
+        self.grid, self.status = grid, status
+        self.shared.ran += 1
+        self.shared.rerouted += status == "rerouted" or "min_tokens" in status
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "padding": None}
+
+
+def sample(tensor: Tensor) -> Tensor | None:
+    """Return up to 1024 values of a tensor, spread evenly, on the CPU; None for one without data."""
+    if tensor.is_meta:
+        return None
+    flat = tensor.detach().flatten()
+    return flat[:: max(1, flat.numel() // 1024)].to("cpu", copy=True)
+
+
+@dataclass
+class ModelState:
+    """What a converted model knows.
+
+    Attributes:
+        shared: State that the layers share.
+        host: The name of the family, for messages.
+        samples: Values of each parameter at conversion, to tell later which were trained.
+        originals: Parameters whose data `load` replaced, with that data, to put back on revert.
+    """
+
+    shared: Shared
+    samples: dict[str, Tensor | None]
+    originals: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def changed(self, model: nn.Module) -> list[str]:
+        """Return the names of the model's own parameters that differ from those at conversion."""
+        names = []
+        for name, parameter in model.named_parameters():
+            before, now = self.samples.get(name), sample(parameter)
+            if before is not None and now is not None and not torch.equal(before.to(now.dtype), now):
+                names.append(name)
+        return names

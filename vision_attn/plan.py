@@ -1,0 +1,233 @@
+"""What converting one model will change. A plan checks everything before it touches anything."""
+
+import fnmatch
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vision_attn.families.host import Host, heads_of
+from vision_attn.grid import Grid
+from vision_attn.intercept import CHILD, is_rerouted, remove_hooks, reroute, restore, state_of, unwatch, watch
+from vision_attn.layer_state import GridContext, LayerState, ModelState, Shared, sample
+from vision_attn.processors.base import AttnSpec, Layer, Processor
+
+Where = str | re.Pattern[str] | Callable[[str], bool] | None
+_STATE = "_vision_attn_model"
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether a model was converted and not reverted."""
+    return _STATE in vars(model)
+
+
+def model_state(model: nn.Module) -> ModelState:
+    """Return the state of a converted model."""
+    return vars(model)[_STATE]
+
+
+def selector(where: Where) -> Callable[[str], bool]:
+    """Turn `where` into a predicate on layer names.
+
+    Raises:
+        TypeError: If it is none of the accepted kinds.
+    """
+    if where is None:
+        return lambda name: True
+    if isinstance(where, str):
+        return lambda name: fnmatch.fnmatchcase(name, where)
+    if isinstance(where, re.Pattern):
+        return lambda name: where.search(name) is not None
+    if callable(where):
+        return where
+    raise TypeError(
+        f"where must be a pattern such as '*.attn1', a compiled regular expression or a predicate, got {where!r}"
+    )
+
+
+def fix_grid(contexts: Sequence[GridContext], size: tuple[int, int]) -> None:
+    """Give the layers a grid of (height, width) tokens that is not to be looked for.
+
+    Raises:
+        ValueError: If the layers have grids of different sizes (a UNet), or the size is not a pair of positive ints.
+    """
+    if len(contexts) > 1:
+        raise ValueError("the levels of a UNet have grids of their own and read them from shapes: leave grid away")
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise ValueError(f"grid must be (height, width) in tokens, got {size!r}")
+    for context in contexts:
+        context.fixed = Grid(*size)
+
+
+class Plan:
+    """The changes to one model.
+
+    Args:
+        model: Is not changed before `apply`.
+        spec: For all selected layers, or one for each by name.
+        host: The model's family.
+        select: Chooses layers by name.
+        backend: Of the operators.
+
+    Raises:
+        ValueError: If no layer is selected, or one cannot be rerouted.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: AttnSpec | Mapping[str, AttnSpec],
+        host: Host,
+        select: Callable[[str], bool],
+        backend: str,
+    ) -> None:
+        self.model, self.shared = model, Shared()
+        self.watched: list[tuple[nn.Module, GridContext]] = []
+        self.layers: list[tuple[nn.Module, Processor, LayerState]] = []
+        names: list[str] = []
+        for watched, found in host.find(model):
+            names += [name for name, _ in found]
+            chosen = [(name, module) for name, module in found if select(name)]
+            if not chosen:
+                continue
+            arguments = tuple(inspect.signature(type(watched).forward).parameters)[1:]
+            context = GridContext(host.probe, arguments, host.others, host.reads)
+            self.watched.append((watched, context))
+            for name, module in chosen:
+                _refuse_other_attention(name, module)
+                heads = heads_of(name, module)
+                layer_spec = spec if isinstance(spec, AttnSpec) else spec[name]
+                processor = layer_spec.build(Layer(name, *heads, backend)).train(module.training)
+                state = LayerState(name, heads[0], layer_spec, context, self.shared, host.mask_means_dense)
+                self.layers.append((module, _like(processor, module), state))
+        if not self.layers:
+            what = type(model).__name__
+            if names:
+                raise ValueError(
+                    f"where selects no layer of {what}; it has {', '.join(names[:4])}, ... ({len(names)} layers)"
+                )
+            raise ValueError(f"{what} has no self-attention over a grid: no module is called {', '.join(host.layers)}")
+
+    @property
+    def contexts(self) -> list[GridContext]:
+        """Where the layers find their grids."""
+        return [context for _, context in self.watched]
+
+    def apply(self, min_tokens: int) -> None:
+        """Change the model; if a layer refuses, it stays as it was."""
+        self.shared.min_tokens = min_tokens
+        samples = {name: sample(parameter) for name, parameter in self.model.named_parameters()}
+        setattr(self.model, _STATE, ModelState(self.shared, samples))
+        try:
+            for module, processor, state in self.layers:
+                if getattr(module, "fused_attn", None) is False:
+                    state.replaced["fused_attn"] = False
+                    module.fused_attn = True
+                reroute(module, processor, state)
+        except ValueError:
+            undo(self.model)
+            raise
+        for watched, context in self.watched:
+            watch(watched, context)
+        self.model.register_forward_pre_hook(_begin)
+        self.model.register_forward_hook(_end)
+
+    def expect(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Refuse tensors that do not fit the model as it will be.
+
+        Raises:
+            ValueError: If a tensor has no place or another shape, or a new parameter has no tensor; all are named.
+        """
+        new = {
+            f"{state.name}.{CHILD}.{name}": parameter
+            for _, processor, state in self.layers
+            for name, parameter in processor.state_dict().items()
+        }
+        places = {**self.model.state_dict(), **new}
+        wrong = [f"missing: {name}" for name in new if name not in tensors]
+        wrong += [f"unexpected: {name}" for name in tensors if name not in places]
+        wrong += [
+            f"{name} is {tuple(tensor.shape)} there and {tuple(places[name].shape)} here"
+            for name, tensor in tensors.items()
+            if name in places and places[name].shape != tensor.shape
+        ]
+        if wrong:
+            more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+            raise ValueError(f"{source} does not fit this {type(self.model).__name__}: {'; '.join(wrong[:8])}{more}")
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors in their places; the host's own are kept aside for revert."""
+        own = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        originals = model_state(self.model).originals
+        for name, tensor in tensors.items():
+            place = own[name]
+            if f".{CHILD}." not in name:
+                originals.append((place, place.data))
+            place.data = tensor.to(place.device, place.dtype)
+
+
+def undo(model: nn.Module) -> None:
+    """Give a converted model back as it was."""
+    state = model_state(model)
+    for module in list(model.modules()):
+        if is_rerouted(module):
+            for name, value in state_of(module).replaced.items():
+                setattr(module, name, value)
+            restore(module)
+        unwatch(module)
+    for hook in (_begin, _end):
+        remove_hooks(model, hook)
+    for tensor, original in state.originals:
+        tensor.data = original
+    delattr(model, _STATE)
+
+
+def _like(processor: Processor, module: nn.Module) -> Processor:
+    """Put a processor where its module is. Its parameters keep float32: they are few, and they may be trained."""
+    parameter = next(module.parameters(), None)
+    return processor if parameter is None or parameter.is_meta else processor.to(parameter.device)
+
+
+def _refuse_other_attention(name: str, module: nn.Module) -> None:
+    """Refuse what is known not to reach `scaled_dot_product_attention`, or to cut the sequence."""
+    processor: Any = getattr(module, "processor", None)
+    kind = type(processor).__name__
+    backend = getattr(processor, "_attention_backend", None)
+    backend = getattr(backend, "value", backend)
+    if backend is not None and "native" not in str(backend):
+        raise ValueError(
+            f"{name} runs the attention backend {backend!r}, not scaled_dot_product_attention: call "
+            "model.reset_attention_backend() first"
+        )
+    if getattr(processor, "_parallel_config", None) is not None:
+        raise ValueError(f"{name} runs with context parallelism, which cuts the grid: it is not supported")
+    for sign, cure in (
+        ("Sliced", "disable_attention_slicing"),
+        ("XFormers", "disable_xformers_memory_efficient_attention"),
+    ):
+        if kind.startswith(sign):
+            raise ValueError(f"{name} runs {kind}, not scaled_dot_product_attention: call {cure}() first")
+
+
+def _begin(model: nn.Module, args: Any) -> None:
+    """A forward of the whole model begins."""
+    if not torch.compiler.is_compiling():
+        shared = model_state(model).shared
+        shared.ran = shared.rerouted = 0
+
+
+def _end(model: nn.Module, args: Any, output: Any) -> None:
+    """Refuse a forward in which layers ran and none of them was rerouted."""
+    if torch.compiler.is_compiling():
+        return
+    shared = model_state(model).shared
+    if shared.ran and not shared.rerouted and not shared.bypassed:
+        states = [state_of(module) for module in model.modules() if is_rerouted(module)]
+        reasons = sorted({state.status for state in states})
+        raise RuntimeError(
+            f"none of the {len(states)} converted layers of this {type(model).__name__} was rerouted: "
+            f"{'; '.join(reasons)}. Give the grid with use_grid(), or revert() the conversion"
+        )

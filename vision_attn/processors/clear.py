@@ -1,0 +1,115 @@
+"""CLEAR: each grid token attends to a disc around it, all text, and optionally pooled keys of the whole grid.
+
+    o_i = softmax_j(scale * q_i . k_j) v_j,    j in {dy^2 + dx^2 < radius^2} + tokens outside the grid + pooled keys
+
+The border cuts the disc. Tokens outside the grid (text, reference images) are seen by everything and see everything
+but the pooled keys. With `pool` f > 1 the keys and values of each f x f cell, taken after the host's normalisation and
+rotation, are summed with a learned weight that starts at 1 / f^2, and every grid token sees all cells.
+
+Paper: 'CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up' - https://arxiv.org/abs/2412.16112
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vision_attn.grid import Grid
+from vision_attn.kernels.local import local_attention
+from vision_attn.kernels.local_window import Window
+from vision_attn.processors.base import AttnSpec, Layer, Processor
+
+
+@dataclass(frozen=True)
+class Clear(AttnSpec):
+    """A disc of `radius` tokens, and with `pool` > 1 one key for each `pool` x `pool` cell of the grid.
+
+    A pretrained DiT keeps most of its quality untrained at radius 16 and needs a short distillation to be a good one
+    (the authors: 10K steps). `pool` adds one learned `pool` x `pool` weight per layer.
+
+    Args:
+        radius: Radius of the disc in tokens, above 0; the inequality is strict.
+        pool: Side of a pooled cell in tokens; 1 for none. Height and width of the grid must divide by it.
+        native_tokens: If given, logits are scaled by `sqrt(log(L) / log(native_tokens))` with L the number of tokens
+            (10 L with pooling, as the authors have it): the proportional scale for sizes above the training size, 4608
+            for FLUX.1 at 1024 px (512 text tokens and 64 x 64).
+    """
+
+    radius: float = 16
+    pool: int = 1
+    native_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        Window(radius=self.radius)
+        for name, least in (("pool", 1), ("native_tokens", 2)):
+            value = getattr(self, name)
+            if value is None and name == "native_tokens":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+
+    def build(self, layer: Layer) -> "ClearAttention":
+        """Return the processor of one layer."""
+        return ClearAttention(self, layer)
+
+    def attended(self, grid: Grid) -> float:
+        """Return the mean share of tokens that one token attends to, pooled keys counted."""
+        self.check(grid)
+        cells = grid.image_tokens // self.pool**2 if self.pool > 1 else 0
+        return Window(radius=self.radius).share(grid) + grid.image_tokens * cells / grid.tokens**2
+
+    def check(self, grid: Grid) -> None:
+        """Refuse a grid that `pool` does not divide.
+
+        Raises:
+            ValueError: If height or width is not a multiple of `pool`.
+        """
+        if grid.height % self.pool or grid.width % self.pool:
+            raise ValueError(f"pool {self.pool} must divide the height and width of {grid}")
+
+    def scale(self, head_dim: int, grid: Grid, scale: float | None) -> float:
+        """Return the factor of the logits."""
+        scale = head_dim**-0.5 if scale is None else scale
+        if self.native_tokens is None:
+            return scale
+        tokens = grid.tokens * (10 if self.pool > 1 else 1)
+        return scale * math.sqrt(math.log(tokens) / math.log(self.native_tokens))
+
+
+class ClearAttention(Processor):
+    """`local_attention` over a disc and pooled keys.
+
+    Attributes:
+        spatial_weight: Weight of a cell's tokens `[1, 1, 1, pool, 1, pool, 1]`, the shape of the released weights.
+    """
+
+    def __init__(self, spec: Clear, layer: Layer) -> None:
+        super().__init__()
+        self.spec, self.backend = spec, layer.backend
+        if spec.pool > 1:
+            f = spec.pool
+            self.spatial_weight = nn.Parameter(torch.full((1, 1, 1, f, 1, f, 1), 1 / f**2))
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None = None, scale: float | None = None
+    ) -> Tensor:
+        """Attend locally: see `Processor.forward`.
+
+        Raises:
+            ValueError: If `pool` does not divide the grid.
+        """
+        self.spec.check(grid)
+        pooled = (self._pool(k, grid), self._pool(v, grid)) if self.spec.pool > 1 else None
+        window = Window(radius=self.spec.radius, pooled=pooled)
+        scale = self.spec.scale(q.shape[-1], grid, scale)
+        return local_attention(q, k, v, grid, window, mask=mask, scale=scale, backend=self.backend)
+
+    def _pool(self, t: Tensor, grid: Grid) -> Tensor:
+        """Sum each cell with its weights: `[B, N, H, D]` to `[B, cells, H, D]`."""
+        f = self.spec.pool
+        cells = t[:, grid.image].unflatten(1, (grid.height // f, f, grid.width // f, f))
+        weight = self.spatial_weight.reshape(f, f).to(t.dtype)
+        return torch.einsum("byixjhd,ij->byxhd", cells, weight).flatten(1, 2)

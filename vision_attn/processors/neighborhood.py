@@ -1,0 +1,72 @@
+"""Neighborhood attention: each token attends to the `kernel_size`^2 tokens nearest to it.
+
+    o_i = softmax_j(scale * q_i . k_j) v_j,    j in neighborhood(i) + tokens outside the grid
+
+Near a border the neighborhood is moved inside the grid, so every grid token sees exactly `kernel_size`^2 grid tokens;
+with `dilation` d they lie d tokens apart. Tokens outside the grid (text, class, registers, reference images) are seen
+by everything and see everything.
+
+Papers: 'Neighborhood Attention Transformer' - https://arxiv.org/abs/2204.07143,
+'Dilated Neighborhood Attention Transformer' - https://arxiv.org/abs/2209.15001
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vision_attn.grid import Grid
+from vision_attn.kernels.local import local_attention
+from vision_attn.kernels.local_window import PerAxis, Window, per_axis
+from vision_attn.processors.base import AttnSpec, Layer, Processor
+
+
+@dataclass(frozen=True)
+class Neighborhood(AttnSpec):
+    """A window of `kernel_size` x `kernel_size` tokens, `dilation` apart, kept inside the grid.
+
+    It has no parameters. A pretrained model keeps its layout and loses long-range detail until it is fine-tuned.
+
+    Args:
+        kernel_size: Window side in tokens, odd or even, at least 2; or a (vertical, horizontal) pair.
+        dilation: Distance between neighbors in tokens, or a pair.
+    """
+
+    kernel_size: PerAxis = 7
+    dilation: PerAxis = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("kernel_size", 2), ("dilation", 1)):
+            pair = per_axis(getattr(self, name), name, least)
+            object.__setattr__(self, name, pair[0] if pair[0] == pair[1] else pair)
+
+    @property
+    def window(self) -> Window:
+        """The operator's window."""
+        return Window(kernel_size=self.kernel_size, dilation=self.dilation)
+
+    def build(self, layer: Layer) -> "NeighborhoodAttention":
+        """Return the processor of one layer."""
+        return NeighborhoodAttention(self, layer)
+
+    def attended(self, grid: Grid) -> float:
+        """Return the mean share of tokens that one token attends to."""
+        self.window.check(grid)
+        return self.window.share(grid)
+
+
+class NeighborhoodAttention(Processor):
+    """`local_attention` over a square window."""
+
+    def __init__(self, spec: Neighborhood, layer: Layer) -> None:
+        super().__init__()
+        self.spec, self.backend = spec, layer.backend
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None = None, scale: float | None = None
+    ) -> Tensor:
+        """Attend locally: see `Processor.forward`.
+
+        Raises:
+            ValueError: If `kernel_size * dilation` is above a side of the grid.
+        """
+        return local_attention(q, k, v, grid, self.spec.window, mask=mask, scale=scale, backend=self.backend)

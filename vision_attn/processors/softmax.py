@@ -1,0 +1,37 @@
+"""Softmax attention, unchanged: every token attends to every token. The control of every experiment.
+
+    o = softmax(scale * q k^T) v
+
+Paper: 'Attention Is All You Need' - https://arxiv.org/abs/1706.03762
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vision_attn.grid import Grid
+from vision_attn.kernels.dense import dense_attention, seen_keys
+from vision_attn.processors.base import AttnSpec, Layer, Processor
+
+
+@dataclass(frozen=True)
+class Softmax(AttnSpec):
+    """The host's own attention. Needs no training: a model converted to it computes what it did before."""
+
+    def build(self, layer: Layer) -> "SoftmaxAttention":
+        """Return the processor of one layer."""
+        return SoftmaxAttention()
+
+    def attended(self, grid: Grid) -> float:
+        """Return 1.0."""
+        return 1.0
+
+
+class SoftmaxAttention(Processor):
+    """`scaled_dot_product_attention` over all tokens."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None = None, scale: float | None = None
+    ) -> Tensor:
+        """Attend densely: see `Processor.forward`."""
+        return dense_attention(q, k, v, seen=seen_keys(mask, grid), scale=scale)
