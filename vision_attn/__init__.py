@@ -4,7 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vision_attn.conversion import Conversion, convert, load, use_grid
+    from vision_attn.conversion import convert, load, use_grid
+    from vision_attn.converted import Conversion
     from vision_attn.families import Host
     from vision_attn.grid import Grid
     from vision_attn.processors import Clear, Neighborhood, Softmax
@@ -13,7 +14,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Clear": "processors.clear",
-    "Conversion": "conversion",
+    "Conversion": "converted",
     "Grid": "grid",
     "Host": "families.host",
     "Neighborhood": "processors.neighborhood",

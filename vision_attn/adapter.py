@@ -13,13 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vision_attn.intercept import CHILD, is_rerouted, state_of
-from vision_attn.layer_state import ModelState
+from vision_attn.model_state import ModelState
 from vision_attn.processors import make_spec
 from vision_attn.processors.base import AttnSpec
 from vision_attn.published import published_adapter
@@ -38,6 +37,7 @@ class Adapter:
         layers: The spec of each layer by name; one spec for all layers of the host if None is a key.
         tensors: By name in the converted model.
         min_tokens: As given to `convert`.
+        model_class: Name of the model's class, if known.
     """
 
     source: str
@@ -45,6 +45,16 @@ class Adapter:
     layers: Mapping[str | None, AttnSpec]
     tensors: Mapping[str, Tensor]
     min_tokens: int = 0
+    model_class: str = ""
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model of another class than the one that was saved.
+
+        Raises:
+            ValueError: If neither its class nor one that it derives from bears the name.
+        """
+        if self.model_class and self.model_class not in [cls.__name__ for cls in type(model).__mro__]:
+            raise ValueError(f"{self.source} is for a {self.model_class}, and this is a {type(model).__name__}")
 
     def specs(self, names: Sequence[str]) -> dict[str, AttnSpec]:
         """Return the spec of each layer of a model whose attention layers are `names`.
@@ -67,7 +77,7 @@ def write_adapter(folder: Path, model: nn.Module, component: str, state: ModelSt
     for layer in layers:
         groups.setdefault(layer.spec, []).append(layer.name)
     tensors = model.state_dict()
-    changed = set(state.changed(model))
+    changed = state.changed(model)
     kept = {n: t.detach().cpu().contiguous() for n, t in tensors.items() if f".{CHILD}." in n or n in changed}
     config: Any = getattr(model, "config", None)
     base = getattr(config, "_name_or_path", "") or getattr(model, "pretrained_cfg", {}).get("architecture", "")
@@ -96,8 +106,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def read_adapter(source: str | Path, weight_name: str | None = None, **hub: Any) -> list[Adapter]:
-    """Read a folder, a file, or a repository of the hub: one adapter per component.
+def read_adapter(
+    source: str | Path, weight_name: str | None = None, spec: AttnSpec | None = None, **hub: Any
+) -> list[Adapter]:
+    """Read a folder, a file, or a repository of the hub: one adapter per component, with `spec` instead of its own.
 
     Raises:
         FileNotFoundError: If there is nothing there.
@@ -106,19 +118,19 @@ def read_adapter(source: str | Path, weight_name: str | None = None, **hub: Any)
     place = _fetch(source, weight_name, **hub)
     if place.is_file():
         _refuse_other_files(place)
-        return [Adapter(str(place), "transformer", *published_adapter(place.name, read_tensors(place)))]
+        return [Adapter(str(place), "transformer", *published_adapter(place.name, read_tensors(place), spec))]
     if (place / CONFIG).exists():
-        return [_read_folder(place)]
+        return [_read_folder(place, spec)]
     inner = sorted(path.parent for path in place.glob(f"*/{CONFIG}"))
     if not inner:
         files = ", ".join(sorted(path.name for path in place.iterdir())[:8]) or "nothing"
         raise ValueError(
             f"{place} is no adapter: it has no {CONFIG}, only {files}; name a weights file by weight_name="
         )
-    return [_read_folder(path) for path in inner]
+    return [_read_folder(path, spec) for path in inner]
 
 
-def _read_folder(folder: Path) -> Adapter:
+def _read_folder(folder: Path, spec: AttnSpec | None) -> Adapter:
     try:
         config = json.loads((folder / CONFIG).read_text())
     except ValueError as error:
@@ -128,9 +140,10 @@ def _read_folder(folder: Path) -> Adapter:
     layers: dict[str | None, AttnSpec] = {}
     for group in config["processors"]:
         fields = {name: tuple(v) if isinstance(v, list) else v for name, v in group["spec"].items() if name != "class"}
-        layers.update(dict.fromkeys(group["layers"], make_spec(group["spec"]["class"], **fields)))
+        layers.update(dict.fromkeys(group["layers"], spec or make_spec(group["spec"]["class"], **fields)))
     tensors = read_tensors(folder / WEIGHTS)
-    return Adapter(str(folder), config["component"], layers, tensors, config["min_tokens"])
+    model_class = config["base_model"]["class"]
+    return Adapter(str(folder), config["component"], layers, tensors, config["min_tokens"], model_class)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

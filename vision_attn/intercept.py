@@ -8,6 +8,7 @@ the layer's processor, and lets every other call through.
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from vision_attn.layer_state import GridContext, LayerState
 
 CHILD = "vision_attn"  # name of the processor in its attention module, so state-dict keys are `*.vision_attn.*`
 STATE = "_vision_attn"
+_log = logging.getLogger(__name__)
 
 
 def reroute(module: nn.Module, processor: nn.Module, state: LayerState) -> None:
@@ -58,7 +60,7 @@ def state_of(module: nn.Module) -> LayerState:
 
 
 @functools.cache
-def rerouted_class(base: type[nn.Module]) -> type[nn.Module]:
+def rerouted_class(base: Any) -> type[nn.Module]:
     """Return the subclass of `base` that reroutes. It bears the name of `base`, as `parametrize` does it."""
 
     class Rerouted(base):  # type: ignore[valid-type, misc]
@@ -134,7 +136,9 @@ def _answer(
     query, key, value = _autocast(query, key, value)
     mask = key_padding(attn_mask, grid, state)
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    return getattr(module, CHILD)(q, k, v, grid, mask, scale).transpose(1, 2)
+    output = getattr(module, CHILD)(q, k, v, grid, mask, scale).transpose(1, 2)
+    state.note(grid, "rerouted")
+    return output
 
 
 def _locate(state: LayerState, query: Tensor, key: Tensor, attn_mask: Tensor | None) -> Grid | None:
@@ -142,16 +146,20 @@ def _locate(state: LayerState, query: Tensor, key: Tensor, attn_mask: Tensor | N
     if query.dim() != 4 or query.shape[-2] != key.shape[-2]:
         return None  # cross-attention
     found = state.context.locate(query.shape[-2])
-    if isinstance(found, Grid) and attn_mask is not None and state.mask_means_dense:
-        found = "the host masks whole sequences (texts of different lengths in one batch)"
-    if isinstance(found, Grid) and found.image_tokens < state.shared.min_tokens:
-        state.note(found, f"dense: {found.image_tokens} tokens are below min_tokens={state.shared.min_tokens}")
-        return None
     if isinstance(found, str):
         state.note(None, f"dense: {found}")
-        return None
-    state.note(found, "rerouted")
-    return found
+    elif attn_mask is not None and state.mask_means_dense:
+        status = "dense: the attention mask says that the grid lies elsewhere in each sample"
+        state.note(found, status, expected=True)
+        if not torch.compiler.is_compiling() and not state.shared.warned:
+            state.shared.warned = True
+            _log.warning("%s runs %s", state.name, status)
+    elif found.image_tokens < state.shared.min_tokens:
+        few = f"dense: {found.image_tokens} tokens are below min_tokens={state.shared.min_tokens}"
+        state.note(found, few, expected=True)
+    else:
+        return found
+    return None
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -167,9 +175,9 @@ def _never_reached(state: LayerState, module: nn.Module) -> str:
     processor = getattr(module, "processor", None)
     how = f" Its processor is {type(processor).__name__}." if processor is not None else ""
     return (
-        f"{state.name} never called scaled_dot_product_attention, so it was not rerouted.{how} Switch off what replaces "
-        "it: sliced attention (disable_attention_slicing), xformers (disable_xformers_memory_efficient_attention), another "
-        "attention backend (reset_attention_backend, DIFFUSERS_ATTN_BACKEND), timm's fused_attn=False; or revert()"
+        f"{state.name} never called scaled_dot_product_attention, so it was not rerouted.{how} Switch off what "
+        "replaces it: sliced attention (disable_attention_slicing), xformers "
+        "(disable_xformers_memory_efficient_attention), another attention backend (reset_attention_backend, DIFFUSERS_ATTN_BACKEND), timm's fused_attn=False; or revert()"
     )
 
 

@@ -111,6 +111,7 @@ class Shared:
     bypassed: bool = False
     rerouted: int = 0
     ran: int = 0
+    warned: bool = False
 
 
 @dataclass
@@ -140,46 +141,13 @@ class LayerState:
     status: str = "not run yet"
     padding: Any = None  # the last mask that was checked, see key_padding.py
 
-    def note(self, grid: Grid | None, status: str) -> None:
-        """Record a call, unless it is being traced."""
+    def note(self, grid: Grid | None, status: str, *, expected: bool = False) -> None:
+        """Record a call, unless it is being traced. An `expected` one of the host's own attention is no failure."""
         if torch.compiler.is_compiling():
             return
         self.grid, self.status = grid, status
         self.shared.ran += 1
-        self.shared.rerouted += status == "rerouted" or "min_tokens" in status
+        self.shared.rerouted += status == "rerouted" or expected
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "padding": None}
-
-
-def sample(tensor: Tensor) -> Tensor | None:
-    """Return up to 1024 values of a tensor, spread evenly, on the CPU; None for one without data."""
-    if tensor.is_meta:
-        return None
-    flat = tensor.detach().flatten()
-    return flat[:: max(1, flat.numel() // 1024)].to("cpu", copy=True)
-
-
-@dataclass
-class ModelState:
-    """What a converted model knows.
-
-    Attributes:
-        shared: State that the layers share.
-        host: The name of the family, for messages.
-        samples: Values of each parameter at conversion, to tell later which were trained.
-        originals: Parameters whose data `load` replaced, with that data, to put back on revert.
-    """
-
-    shared: Shared
-    samples: dict[str, Tensor | None]
-    originals: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    def changed(self, model: nn.Module) -> list[str]:
-        """Return the names of the model's own parameters that differ from those at conversion."""
-        names = []
-        for name, parameter in model.named_parameters():
-            before, now = self.samples.get(name), sample(parameter)
-            if before is not None and now is not None and not torch.equal(before.to(now.dtype), now):
-                names.append(name)
-        return names

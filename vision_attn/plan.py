@@ -6,27 +6,16 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vision_attn.families.host import Host, heads_of
 from vision_attn.grid import Grid
-from vision_attn.intercept import CHILD, is_rerouted, remove_hooks, reroute, restore, state_of, unwatch, watch
-from vision_attn.layer_state import GridContext, LayerState, ModelState, Shared, sample
+from vision_attn.intercept import CHILD, reroute, watch
+from vision_attn.layer_state import GridContext, LayerState, Shared
+from vision_attn.model_state import mark, model_state, undo
 from vision_attn.processors.base import AttnSpec, Layer, Processor
 
 Where = str | re.Pattern[str] | Callable[[str], bool] | None
-_STATE = "_vision_attn_model"
-
-
-def is_converted(model: nn.Module) -> bool:
-    """Whether a model was converted and not reverted."""
-    return _STATE in vars(model)
-
-
-def model_state(model: nn.Module) -> ModelState:
-    """Return the state of a converted model."""
-    return vars(model)[_STATE]
 
 
 def selector(where: Where) -> Callable[[str], bool]:
@@ -119,21 +108,18 @@ class Plan:
     def apply(self, min_tokens: int) -> None:
         """Change the model; if a layer refuses, it stays as it was."""
         self.shared.min_tokens = min_tokens
-        samples = {name: sample(parameter) for name, parameter in self.model.named_parameters()}
-        setattr(self.model, _STATE, ModelState(self.shared, samples))
+        mark(self.model, self.shared)
         try:
             for module, processor, state in self.layers:
                 if getattr(module, "fused_attn", None) is False:
                     state.replaced["fused_attn"] = False
-                    module.fused_attn = True
+                    module.fused_attn = True  # type: ignore[assignment]
                 reroute(module, processor, state)
         except ValueError:
             undo(self.model)
             raise
         for watched, context in self.watched:
             watch(watched, context)
-        self.model.register_forward_pre_hook(_begin)
-        self.model.register_forward_hook(_end)
 
     def expect(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Refuse tensors that do not fit the model as it will be.
@@ -169,22 +155,6 @@ class Plan:
             place.data = tensor.to(place.device, place.dtype)
 
 
-def undo(model: nn.Module) -> None:
-    """Give a converted model back as it was."""
-    state = model_state(model)
-    for module in list(model.modules()):
-        if is_rerouted(module):
-            for name, value in state_of(module).replaced.items():
-                setattr(module, name, value)
-            restore(module)
-        unwatch(module)
-    for hook in (_begin, _end):
-        remove_hooks(model, hook)
-    for tensor, original in state.originals:
-        tensor.data = original
-    delattr(model, _STATE)
-
-
 def _like(processor: Processor, module: nn.Module) -> Processor:
     """Put a processor where its module is. Its parameters keep float32: they are few, and they may be trained."""
     parameter = next(module.parameters(), None)
@@ -210,24 +180,3 @@ def _refuse_other_attention(name: str, module: nn.Module) -> None:
     ):
         if kind.startswith(sign):
             raise ValueError(f"{name} runs {kind}, not scaled_dot_product_attention: call {cure}() first")
-
-
-def _begin(model: nn.Module, args: Any) -> None:
-    """A forward of the whole model begins."""
-    if not torch.compiler.is_compiling():
-        shared = model_state(model).shared
-        shared.ran = shared.rerouted = 0
-
-
-def _end(model: nn.Module, args: Any, output: Any) -> None:
-    """Refuse a forward in which layers ran and none of them was rerouted."""
-    if torch.compiler.is_compiling():
-        return
-    shared = model_state(model).shared
-    if shared.ran and not shared.rerouted and not shared.bypassed:
-        states = [state_of(module) for module in model.modules() if is_rerouted(module)]
-        reasons = sorted({state.status for state in states})
-        raise RuntimeError(
-            f"none of the {len(states)} converted layers of this {type(model).__name__} was rerouted: "
-            f"{'; '.join(reasons)}. Give the grid with use_grid(), or revert() the conversion"
-        )

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from vision_attn.families import Host, is_known
-from vision_attn.plan import is_converted
+from vision_attn.model_state import is_converted
 
 COMPONENTS = ("unet", "transformer", "transformer_2", "prior")
 
@@ -28,6 +28,8 @@ def targets_of(target: Any, components: tuple[str, ...] | None, host: Host | Non
             raise ValueError(f"components={components} is for a pipeline, but a {type(target).__name__} was given")
         chosen = candidates
     elif components is not None:
+        if isinstance(components, str) or not components:
+            raise ValueError(f"components must be a tuple of names such as ('unet', 'controlnet'), got {components!r}")
         missing = [name for name in components if name not in candidates]
         if missing:
             raise ValueError(f"no component {', '.join(missing)} in the pipeline, only {', '.join(candidates)}")
@@ -42,6 +44,7 @@ def targets_of(target: Any, components: tuple[str, ...] | None, host: Host | Non
 
 
 def refuse_converted(models: dict[str, nn.Module]) -> None:
+    """Refuse models that are converted already."""
     done = [name or type(model).__name__ for name, model in models.items() if is_converted(model)]
     if done:
         raise ValueError(f"{', '.join(done)} is converted already: revert() the conversion first")

@@ -41,7 +41,7 @@ def find_host(model: nn.Module) -> Host:
     )
     known = ", ".join(name for host in HOSTS for name in host.models)
     raise ValueError(
-        f"{classes[0]} is no known host.{video} Known are {known}. For another image model say which modules attend over "
-        "the grid and where the grid is: convert(model, spec, host=Host(layers=('blocks.*.attn',), "
+        f"{classes[0]} is no known host.{video} Known are {known}. For another image model say which modules attend "
+        "over the grid and where the grid is: convert(model, spec, host=Host(layers=('blocks.*.attn',), "
         "probe=lambda module, inputs: Grid(height, width)))"
     )

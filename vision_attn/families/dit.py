@@ -12,7 +12,7 @@ from vision_attn.grid import Grid
 
 def _patches(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
     """Latents `[B, C, height, width]` cut into patches."""
-    x, patch = inputs["hidden_states"], module.config.patch_size
+    x, patch = inputs["hidden_states"], module.config.patch_size  # type: ignore[union-attr]
     if x.dim() != 4:
         return f"the input is no image, but {tuple(x.shape)}"
     return Grid(x.shape[-2] // patch, x.shape[-1] // patch)

@@ -1,4 +1,4 @@
-"""What `convert` must know of a kind of host: which modules are its self-attention over the grid, and where the grid is."""
+"""What `convert` must know of a kind of host: which modules attend over the grid, and where the grid is."""
 
 import fnmatch
 from collections.abc import Callable, Iterator

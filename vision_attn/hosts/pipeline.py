@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from vision_attn.conversion import Conversion, reconvert
-from vision_attn.plan import is_converted
+from vision_attn.model_state import is_converted
 from vision_attn.processors import AttnSpec, make_spec
 from vision_attn.targets import COMPONENTS
 
@@ -45,7 +45,8 @@ def set_attn_processor(pipe: Any, processor: Any, **options: Any) -> Conversion 
                 Conversion({"": model}).revert()
         return None
     if not isinstance(processor, (str, AttnSpec)):
-        return _forward(pipe, processor, options)
+        _forward(pipe, processor, options)
+        return None
     arguments = {name: options.pop(name) for name in _CONVERT if name in options}
     if isinstance(processor, str):
         processor = make_spec(processor, **options)

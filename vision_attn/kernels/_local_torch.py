@@ -10,13 +10,15 @@ A dilated window is an undilated one on each of the dilation's sub-grids.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vision_attn.grid import Grid
-from vision_attn.kernels._local_strips import Strip, strips, subgrids
+from vision_attn.kernels._local_strips import Strip, strips
+from vision_attn.kernels._local_subgrids import subgrids
 from vision_attn.kernels.dense import dense_attention, seen_keys
 from vision_attn.kernels.local_window import Window
 
@@ -123,7 +125,7 @@ def _grid_attention_backward(
 @_grid_attention_backward.register_fake
 def _(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, k_shared: Tensor, v_shared: Tensor, bias: Tensor | None, *args: object
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     shapes = [q.shape, q.shape, q.shape, k_shared.shape, k_shared.shape]
     return *(q.new_empty(shape) for shape in shapes), q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
 

@@ -113,7 +113,7 @@ def _reference(
     q: Tensor, k: Tensor, v: Tensor, grid: Grid, window: Window, mask: Tensor | None, scale: float
 ) -> Tensor:
     """The definition: a dense mask and a softmax, in float64 if q is, else float32."""
-    B, N, H, _ = q.shape
+    B, N = q.shape[:2]
     dtype = torch.promote_types(q.dtype, torch.float32)
     pooled = window.pooled or (k[:, :0], v[:, :0])
     seen = torch.ones(B, N, N + pooled[0].shape[1], dtype=torch.bool, device=q.device)

@@ -1,0 +1,56 @@
+"""NAT's and DiNAT's attention layer, recorded with NATTEN's own CPU kernels, against `local_attention`."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden_case import GOLDEN, TOLERANCE, mechanism
+
+from vision_attn.grid import Grid
+from vision_attn.kernels.local import local_attention
+from vision_attn.kernels.local_window import Window
+
+CASES = sorted(path.stem for path in (GOLDEN / "attn_na2d").glob("*.json"))
+
+
+def neighborhood_layer(x, weights, num_heads, kernel_size, dilation, backend):
+    """`[B, height, width, C]`: the layer of NATTEN 0.14, which pads its input up to the window before the projection."""
+    B, height, width, C = x.shape
+    least = kernel_size * dilation
+    x = F.pad(x, (0, 0, 0, max(0, least - width), 0, max(0, least - height)))
+    grid = Grid(*x.shape[1:3])
+    qkv = F.linear(x, weights["qkv.weight"], weights.get("qkv.bias"))
+    q, k, v = qkv.reshape(B, grid.tokens, 3, num_heads, C // num_heads).unbind(2)
+    window = Window(kernel_size=kernel_size, dilation=dilation, bias=weights.get("rpb"))
+    o = local_attention(q, k, v, grid, window, backend=backend)
+    o = o.reshape(B, grid.height, grid.width, C)[:, :height, :width]
+    return F.linear(o, weights["proj.weight"], weights["proj.bias"])
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("name", CASES)
+def test_layer_equals_natten(name, backend):
+    case = mechanism(f"attn_na2d/{name}")
+    kwargs = case["cfg"]["ctor_kwargs"]
+    weights = {name: t.requires_grad_() for name, t in case["state_dict"].items()}
+    x = case["inputs"]["x"].requires_grad_()
+    o = neighborhood_layer(x, weights, kwargs["num_heads"], kwargs["kernel_size"], kwargs["dilation"], backend)
+    torch.testing.assert_close(o, case["output"], **TOLERANCE)
+    o.backward(case["cotangent"])
+    torch.testing.assert_close(x.grad, case["grad_input"]["x"], **TOLERANCE)
+    for parameter, norm in case["cfg"]["param_grad_l2"].items():
+        assert weights[parameter].grad.norm().item() == pytest.approx(norm, rel=1e-4), parameter
+
+
+@pytest.mark.parametrize("wrong", ["larger-window", "transposed-bias"])
+def test_a_wrong_layer_is_caught(wrong):
+    case = mechanism("attn_na2d/k3d1_open")
+    weights, kernel_size = dict(case["state_dict"]), 3
+    if wrong == "larger-window":
+        kernel_size = 4
+        weights["rpb"] = F.pad(weights["rpb"], (1, 1, 1, 1))
+    else:
+        weights["rpb"] = weights["rpb"].mT.contiguous()
+    o = neighborhood_layer(
+        case["inputs"]["x"], weights, case["cfg"]["ctor_kwargs"]["num_heads"], kernel_size, 1, "torch"
+    )
+    assert not torch.allclose(o, case["output"], **TOLERANCE)

@@ -1,0 +1,246 @@
+"""Every host: `Softmax()` changes nothing, a window equals the host with a dense mask, `revert()` is bit-equal."""
+
+import math
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_hosts import HOST, HOSTS, VIDEO_HOSTS, HostCase, Layout
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from vision_attn import Clear, Grid, Neighborhood, Softmax, convert
+from vision_attn.intercept import is_rerouted, state_of
+from vision_attn.kernels.local_window import Window
+
+TEXT, BATCH = 7, 2
+RADIUS_2, KERNEL_3 = Window(radius=2), Window(kernel_size=3)
+LOCAL = {Clear(radius=2): RADIUS_2, Neighborhood(kernel_size=3): KERNEL_3}
+MASKED_DENSE = {"lumina2-ragged"}  # in a batch whose grids start at different tokens, the joint layers stay dense
+TRAINED = ["flux", "sd3", "sd15-unet", "vit"]
+all_hosts = pytest.mark.parametrize("case", HOSTS, ids=lambda case: case.id)
+
+
+def grid_of(layout: Layout) -> Grid:
+    """A row's layout as the package writes it: reference images are suffix tokens."""
+    image = layout.grid[0] * layout.grid[1]
+    return Grid(*layout.grid, prefix=layout.prefix, suffix=layout.tokens - layout.prefix - image)
+
+
+class DenseOracle(TorchFunctionMode):
+    """Adds the dense mask of a window to the self-attention calls over the grid: what a conversion must compute."""
+
+    def __init__(self, layouts: set[Layout], window: Window, masked_dense: bool = False) -> None:
+        super().__init__()
+        self.masks = {layout.tokens: self._mask(grid_of(layout), window) for layout in layouts}
+        assert len(self.masks) == len(layouts)
+        self.masked_dense = masked_dense
+        self.calls = 0
+
+    @staticmethod
+    def _mask(grid: Grid, window: Window) -> Tensor:
+        seen = torch.ones(grid.tokens, grid.tokens, dtype=torch.bool)
+        seen[grid.image, grid.image] = window.allowed(grid)
+        return seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        inputs = dict(zip(names, args, strict=False)) | kwargs
+        mask, tokens = inputs.get("attn_mask"), inputs["query"].shape[-2]
+        if tokens == inputs["key"].shape[-2] and tokens in self.masks and not (self.masked_dense and mask is not None):
+            assert mask is None or mask.dtype == torch.bool
+            seen = self.masks[tokens]
+            inputs["attn_mask"] = seen if mask is None else seen & mask
+            self.calls += 1
+        return func(**inputs)
+
+
+def size_of(case: HostCase) -> tuple[int, int]:
+    return (6, 6) if case.fixed_size else (12, 10)  # the lowest level of a UNet is then 3 x 3
+
+
+def run(case: HostCase, model: nn.Module, height: int, width: int, batch: int = BATCH, text: int = TEXT) -> Tensor:
+    with torch.no_grad():
+        return case.output(model(**case.inputs(height, width, batch, text)))
+
+
+@cache
+def stock(host_id: str) -> Tensor:
+    return run(HOST[host_id], HOST[host_id].build(), *size_of(HOST[host_id]))
+
+
+def oracle_of(case: HostCase, window: Window) -> Tensor:
+    size = size_of(case)
+    with DenseOracle(case.layouts(*size, TEXT), window, case.id in MASKED_DENSE) as oracle:
+        output = run(case, case.build(), *size)
+    assert oracle.calls
+    return output
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    return ((one - other).norm() / other.norm()).item()
+
+
+@all_hosts
+@pytest.mark.parametrize("spec", [Softmax(), Clear(radius=math.inf)], ids=["softmax", "infinite-disc"])
+def test_attending_to_everything_changes_nothing(case: HostCase, spec: Any) -> None:
+    model = case.build()
+    conversion = convert(model, spec)
+    torch.testing.assert_close(run(case, model, *size_of(case)), stock(case.id), rtol=0, atol=1e-5)
+    assert "rerouted" in conversion.status().values()
+
+
+@all_hosts
+def test_a_window_equals_the_host_with_a_dense_mask(case: HostCase) -> None:
+    outputs = [stock(case.id)]
+    for spec, window in LOCAL.items():
+        model = case.build()
+        convert(model, spec)
+        output = run(case, model, *size_of(case))
+        assert output.isfinite().all()
+        torch.testing.assert_close(output, oracle_of(case, window), rtol=0, atol=2e-5)
+        assert min(distance(output, other) for other in outputs) > 1e-3
+        outputs.append(output)
+
+
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        pytest.param({Layout(TEXT, (10, 12))}, id="sides-swapped"),
+        pytest.param({Layout(0, (12, 10), suffix=TEXT)}, id="text-last"),
+        pytest.param({Layout(TEXT, (12, 10))}, id="another-radius"),
+    ],
+)
+def test_a_wrong_window_is_caught(layouts: set[Layout]) -> None:
+    case, model = HOST["flux"], HOST["flux"].build()
+    window = Window(radius=2 if Layout(TEXT, (12, 10)) not in layouts else 2.3)
+    convert(model, Clear(radius=2))
+    with DenseOracle(layouts, window):
+        wrong = run(case, case.build(), 12, 10)
+    assert (run(case, model, 12, 10) - wrong).abs().max() > 1e-2
+
+
+@all_hosts
+def test_it_finds_the_grids(case: HostCase) -> None:
+    model, size = case.build(), size_of(case)
+    conversion = convert(model, Clear(radius=2))
+    run(case, model, *size)
+    layouts = case.layouts(*size, TEXT)
+    rows = [row for row in conversion.layers if row.status == "rerouted"]
+    states = [state_of(module) for module in model.modules() if is_rerouted(module)]
+    if case.id in MASKED_DENSE:
+        dense = [status for name, status in conversion.status().items() if name.startswith("layers.")]
+        assert len(dense) == 2 and all(status.startswith("dense: ") for status in dense)
+        layouts = {layout for layout in layouts if not layout.prefix}
+        states = [state for state in states if state.status == "rerouted"]
+    assert rows and len(rows) == len(states)
+    assert {state.grid for state in states} == {grid_of(layout) for layout in layouts}
+    assert {(g.height, g.width) for g in (state.grid for state in states)} == case.grids(*size)
+    assert {row.tokens for row in rows} == {layout.tokens for layout in layouts}
+    for row, state in zip(rows, states, strict=True):
+        mask = DenseOracle._mask(state.grid, RADIUS_2)
+        assert row.attended == pytest.approx(mask.double().mean().item())
+
+
+@all_hosts
+def test_revert_is_bit_equal(case: HostCase) -> None:
+    model = case.build()
+    keys, classes = list(model.state_dict()), [type(module) for module in model.modules()]
+    conversion = convert(model, Clear(radius=2))
+    assert list(model.state_dict()) == keys  # nothing to learn
+    assert not torch.equal(run(case, model, *size_of(case)), stock(case.id))
+    conversion.revert()
+    assert list(model.state_dict()) == keys
+    assert [type(module) for module in model.modules()] == classes
+    assert torch.equal(run(case, model, *size_of(case)), stock(case.id))
+
+
+@all_hosts
+def test_sizes_may_change_between_calls(case: HostCase) -> None:
+    model = case.build()
+    convert(model, Clear(radius=2))
+    calls = [(12, 10, 2, 7), (8, 14, 1, 7), (12, 10, 3, 11), (10, 12, 2, 5), (12, 10, 2, 7)]
+    if case.fixed_size:
+        calls = [(4, 4, 2, 7), (6, 6, 1, 7), (4, 4, 3, 11)]
+    for call in calls:
+        fresh = case.build()
+        convert(fresh, Clear(radius=2))
+        assert torch.equal(run(case, model, *call), run(case, fresh, *call)), call
+
+
+@all_hosts
+def test_it_runs_at_any_grid_that_the_window_fits(case: HostCase) -> None:
+    model, size = case.build(), (4, 4) if case.fixed_size else (9, 8)  # a UNet pads odd sizes level by level
+    convert(model, Clear(radius=1.5))
+    with DenseOracle(case.layouts(*size, 1), Window(radius=1.5), case.id in MASKED_DENSE):
+        want = run(case, case.build(), *size, text=1)
+    torch.testing.assert_close(run(case, model, *size, text=1), want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("host_id", [*TRAINED, "pixart", "lumina2", "z-image", "eva02"])
+def test_only_the_processor_learns_when_the_host_is_frozen(host_id: str) -> None:
+    case, model = HOST[host_id], HOST[host_id].build().requires_grad_(False)
+    keys = set(model.state_dict())
+    conversion = convert(model, Clear(radius=2, pool=2))
+    case.output(model(**case.inputs(16, 8, BATCH, TEXT))).square().mean().backward()
+    learned = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert learned == {name for name, _ in conversion.named_parameters()}
+    assert learned == set(model.state_dict()) - keys
+    assert all(".vision_attn." in name for name in learned)
+    assert len(learned) == len(conversion.layers) == len(list(conversion.parameters()))
+    unmoved = {name for name, parameter in conversion.named_parameters() if not parameter.grad.any()}
+    # The head of a ViT reads the class token alone, and class tokens do not see pooled keys.
+    assert unmoved == ({"blocks.1.attn.vision_attn.spatial_weight"} if host_id == "vit" else set())
+    conversion.revert()
+    assert set(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize("host_id", TRAINED)
+def test_gradients_equal_those_of_a_dense_mask(host_id: str) -> None:
+    case, size = HOST[host_id], size_of(HOST[host_id])
+    converted, masked = case.build(), case.build()
+    convert(converted, Clear(radius=2))
+    case.output(converted(**case.inputs(*size, BATCH, TEXT))).square().mean().backward()
+    with DenseOracle(case.layouts(*size, TEXT), RADIUS_2):
+        case.output(masked(**case.inputs(*size, BATCH, TEXT))).square().mean().backward()
+    want = dict(masked.named_parameters())
+    for name, parameter in converted.named_parameters():
+        assert (parameter.grad is None) == (want[name].grad is None), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, want[name].grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("host_id", ["flux", "sd15-unet", "vit"])
+def test_two_converted_models_do_not_see_each_other(host_id: str) -> None:
+    case, alone = HOST[host_id], {}
+    for size, spec in (((12, 10), Clear(radius=2)), ((8, 14), Neighborhood(kernel_size=2))):
+        model = case.build()
+        convert(model, spec)
+        alone[size] = run(case, model, *size)
+    one, two, plain = case.build(), case.build(), case.build()
+    first = convert(one, Clear(radius=2))
+    convert(two, Neighborhood(kernel_size=2))
+    for _ in range(2):
+        assert torch.equal(run(case, one, 12, 10), alone[12, 10])
+        assert torch.equal(run(case, two, 8, 14), alone[8, 14])
+        assert torch.equal(run(case, plain, *size_of(case)), stock(host_id))
+    with first.bypassed():
+        assert torch.equal(run(case, two, 8, 14), alone[8, 14])
+    first.revert()
+    assert torch.equal(run(case, one, 12, 10), stock(host_id))
+    assert torch.equal(run(case, two, 8, 14), alone[8, 14])
+
+
+@pytest.mark.parametrize("case", VIDEO_HOSTS, ids=lambda case: case.id)
+def test_video_models_are_refused_by_name(case: HostCase) -> None:
+    model = case.build()
+    output = run(case, model, 4, 4)
+    with pytest.raises(ValueError, match=rf"{type(model).__name__} is no known host\. It looks like a video model"):
+        convert(model, Softmax())
+    assert not any(is_rerouted(module) for module in model.modules())
+    assert torch.equal(run(case, model, 4, 4), output)

@@ -1,0 +1,249 @@
+"""`local_attention` against its definition, a dense float64 mask and softmax: outputs, all gradients, errors."""
+
+import math
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from vision_attn.grid import Grid
+from vision_attn.kernels.local import local_attention
+from vision_attn.kernels.local_window import Window
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a grid, a window, and what else the call has."""
+
+    grid: Grid
+    window: dict
+    mask: bool = False
+    bias: bool = False
+    pooled: int = 0
+    head_dim: int = 32
+    strided: bool = False
+    scale: float | None = None
+    extra: dict = field(default_factory=dict)
+
+    def __str__(self):
+        g, window = self.grid, "-".join(f"{k}{v}" for k, v in self.window.items())
+        flags = [k for k in ("mask", "bias", "pooled", "strided", "scale") if getattr(self, k)]
+        return "-".join(
+            [f"{g.prefix}+{g.height}x{g.width}+{g.suffix}", window.replace(" ", ""), f"D{self.head_dim}", *flags]
+        )
+
+
+CASES = [
+    Case(Grid(16, 24), dict(radius=4)),
+    Case(Grid(16, 24, prefix=1), dict(radius=1)),
+    Case(Grid(13, 19, prefix=77), dict(radius=2.5), mask=True),
+    Case(Grid(13, 19, prefix=5, suffix=9), dict(radius=6), mask=True, pooled=7),
+    Case(Grid(16, 16, prefix=512), dict(radius=8), pooled=16, head_dim=64),
+    Case(Grid(40, 9, suffix=3), dict(radius=9), head_dim=40),
+    Case(Grid(9, 40), dict(radius=17), strided=True),
+    Case(Grid(7, 11, prefix=2), dict(radius=math.inf), pooled=3, mask=True),
+    Case(Grid(1, 17, prefix=1), dict(radius=3)),
+    Case(Grid(17, 1), dict(radius=3)),
+    Case(Grid(3, 2), dict(radius=50.5)),
+    Case(Grid(12, 20), dict(kernel_size=7), bias=True),
+    Case(Grid(12, 20, prefix=4), dict(kernel_size=3), bias=True, mask=True, strided=True),
+    Case(Grid(11, 14), dict(kernel_size=4), scale=0.3),
+    Case(Grid(11, 14, suffix=6), dict(kernel_size=(3, 6), dilation=(3, 2)), bias=True, pooled=5),
+    Case(Grid(15, 21, prefix=1), dict(kernel_size=5, dilation=3), bias=True, head_dim=128),
+    Case(Grid(9, 13), dict(kernel_size=3, dilation=2)),
+    Case(Grid(40, 36), dict(kernel_size=(19, 33))),
+    Case(Grid(9, 30), dict(kernel_size=(9, 30)), bias=True),
+    Case(Grid(8, 9), dict(kernel_size=1)),
+]
+
+
+def draw(case, dtype=torch.float64, batch=2, heads=3):
+    """Return q, k, v, the window, the mask, and all tensors that take gradients."""
+    shape = (batch, case.grid.tokens, heads, case.head_dim)
+
+    def tensor(*size):
+        return torch.randn(size, dtype=torch.float64).to(dtype).requires_grad_()
+
+    if case.strided:
+        q, k, v = (tensor(batch, heads, shape[1], case.head_dim).transpose(1, 2) for _ in range(3))
+    else:
+        q, k, v = (tensor(*shape) for _ in range(3))
+    leaves, parts = [q, k, v], {}
+    if case.bias:
+        sides = [2 * K - 1 for K in Window(**case.window).kernel]
+        parts["bias"] = tensor(heads, *sides)
+        leaves.append(parts["bias"])
+    if case.pooled:
+        parts["pooled"] = tuple(tensor(batch, case.pooled, heads, case.head_dim) for _ in range(2))
+        leaves += parts["pooled"]
+    mask = torch.rand(batch, case.grid.prefix + case.grid.suffix) > 0.4 if case.mask else None
+    return q, k, v, Window(**case.window, **parts), mask, leaves
+
+
+def run(case, inputs, backend):
+    """Return the output and the gradients of all leaves for a cosine cotangent."""
+    q, k, v, window, mask, leaves = inputs
+    o = local_attention(q, k, v, case.grid, window, mask=mask, scale=case.scale, backend=backend)
+    cotangent = torch.cos(0.7 * torch.arange(o.numel(), dtype=torch.float64)).view_as(o).to(o.dtype)
+    return [o, *torch.autograd.grad(o, leaves, cotangent)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_its_definition(case):
+    inputs = draw(case)
+    for ours, exact in zip(run(case, inputs, "torch"), run(case, inputs, "reference"), strict=True):
+        torch.testing.assert_close(ours, exact, atol=1e-10, rtol=1e-10)
+
+
+def exact_and_plain(case, dtype):
+    """Run in float64 on the same values, and the definition as plain PyTorch of `dtype`."""
+    torch.manual_seed(0)
+    low = draw(case, dtype)
+    torch.manual_seed(0)
+    high = draw(case)
+    with torch.no_grad():
+        for a, b in zip(high[5], low[5], strict=True):
+            a.copy_(b.double())
+    return low, run(case, high, "reference")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("case", [CASES[i] for i in (3, 4, 11, 14)], ids=str)
+def test_error_is_within_the_budget_of_the_dtype(case, dtype):
+    """At most twice the error of the definition computed in this dtype, plus one rounding of the result."""
+    low, exact = exact_and_plain(case, dtype)
+    plain, ours = run(case, low, "reference"), run(case, low, "torch")
+    for o, p, e in zip(ours, plain, exact, strict=True):
+        rounding = torch.finfo(dtype).eps * e.abs().max()
+        assert o.dtype == dtype
+        assert (o - e).abs().max() <= 2 * (p - e).abs().max() + rounding
+
+
+@pytest.mark.parametrize("wrong", [dict(radius=4.2), dict(radius=4, pool=True)], ids=["larger-disc", "pooled-key"])
+def test_a_wrong_window_is_caught(wrong):
+    case = CASES[0]
+    inputs = draw(case)
+    window = Window(radius=wrong["radius"], pooled=(inputs[1][:, :1], inputs[2][:, :1]) if "pool" in wrong else None)
+    ours = local_attention(*inputs[:3], case.grid, window, backend="torch")
+    assert (ours - local_attention(*inputs[:3], case.grid, inputs[3], backend="reference")).abs().max() > 1e-3
+
+
+def test_extreme_logits_keep_the_budget():
+    grid = Grid(10, 12, prefix=3)
+    q, k, v = (torch.randn(1, grid.tokens, 2, 16) * 100 for _ in range(3))
+    assert (torch.einsum("bnhd,bmhd->bhnm", q, k) / 4).abs().max() > 1e4
+    for window in (Window(radius=3), Window(kernel_size=5)):
+        exact = local_attention(q.double(), k.double(), v.double(), grid, window, backend="reference")
+        ours, plain = (
+            (local_attention(q, k, v, grid, window, backend=b).double() - exact).abs().max()
+            for b in ("torch", "reference")
+        )
+        assert ours <= 2 * plain + 1e-5 * exact.abs().max()
+
+
+def test_pairs_count_the_window():
+    for grid in (Grid(9, 14), Grid(20, 6), Grid(1, 5)):
+        for window in (
+            Window(radius=1),
+            Window(radius=3.7),
+            Window(radius=8),
+            Window(radius=math.inf),
+            Window(kernel_size=1),
+        ):
+            assert window.pairs(grid) == window.allowed(grid).sum()
+    grid = Grid(4, 6, prefix=2, suffix=1)
+    assert Window(radius=math.inf).share(grid) == 1.0
+
+
+@pytest.mark.parametrize("case", [CASES[i] for i in (3, 14)], ids=str)
+def test_opcheck(case, monkeypatch):
+    """The custom operators keep PyTorch's rules: schema, fake kernels, autograd."""
+    from vision_attn.kernels import _local_torch
+
+    calls = []
+    op = _local_torch._grid_attention
+    monkeypatch.setattr(_local_torch, "_grid_attention", lambda *args: calls.append(args) or op(*args))
+    inputs = draw(case, torch.float32)
+    run(case, inputs, "torch")
+    torch.library.opcheck(
+        op, tuple(t.detach().requires_grad_(t.requires_grad) if torch.is_tensor(t) else t for t in calls[0])
+    )
+
+
+@pytest.mark.parametrize("case", [CASES[i] for i in (4, 14)], ids=str)
+def test_compiles_without_a_break(case):
+    inputs = draw(case, torch.float32)
+    q, k, v, window, mask, leaves = inputs
+    compiled = torch.compile(local_attention, fullgraph=True, backend="aot_eager")
+    o = compiled(q, k, v, case.grid, window, mask=mask)
+    grads = torch.autograd.grad(o.sum(), leaves)
+    want = local_attention(q, k, v, case.grid, window, mask=mask)
+    torch.testing.assert_close(o, want)
+    for ours, exact in zip(grads, torch.autograd.grad(want.sum(), leaves), strict=True):
+        torch.testing.assert_close(ours, exact, atol=1e-4, rtol=1e-4)
+
+
+GRID = Grid(6, 8, prefix=2)
+
+
+def bad(**change):
+    """Return valid arguments with one change."""
+    q, k, v = (torch.randn(1, GRID.tokens, 2, 16) for _ in range(3))
+    arguments = dict(q=q, k=k, v=v, grid=GRID, window=Window(radius=3))
+    return {**arguments, **{name: f(arguments) if callable(f) else f for name, f in change.items()}}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(q=lambda a: a["q"][0]), ValueError, r"q must be \[B, N, H, D\], got shape \(50, 2, 16\)"),
+        (dict(v=lambda a: a["v"][..., :8]), ValueError, "one shape, got q .* and v"),
+        (dict(k=lambda a: a["k"].double()), TypeError, "one floating dtype, got q torch.float32 and k torch.float64"),
+        (dict(k=lambda a: a["k"].to("meta")), ValueError, "one device, got q on cpu and k on meta"),
+        (dict(grid=Grid(6, 8)), ValueError, "N = 50 tokens, but Grid.* has 48"),
+        (
+            dict(window=Window(kernel_size=5, dilation=2)),
+            ValueError,
+            "kernel_size 5 [*] dilation 2 does not fit in Grid",
+        ),
+        (dict(mask=torch.ones(1, 3, dtype=torch.bool)), ValueError, r"mask must be .* = \[1, 2\]"),
+        (dict(mask=torch.ones(1, 2)), TypeError, "mask must be bool"),
+        (dict(backend="cuda"), ValueError, "backend must be one of 'auto', .*, got 'cuda'"),
+        (dict(window=Window(kernel_size=3, bias=torch.zeros(2, 5, 3))), ValueError, r"bias must be .* = \(2, 5, 5\)"),
+        (dict(window=Window(radius=3, pooled=(torch.zeros(1, 4, 2, 8),) * 2)), ValueError, "pooled keys must be"),
+    ],
+    ids=["rank", "shape", "dtype", "device", "tokens", "fit", "mask-shape", "mask-dtype", "backend", "bias", "pooled"],
+)
+def test_bad_input_is_named(change, error, message):
+    with pytest.raises(error, match=message):
+        local_attention(**bad(**change))
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        (dict(), ValueError, "give either radius or kernel_size"),
+        (dict(radius=3, kernel_size=3), ValueError, "give either radius or kernel_size"),
+        (dict(radius=0), ValueError, "radius must be above 0"),
+        (dict(radius=math.nan), ValueError, "radius must be above 0"),
+        (dict(radius="8"), TypeError, "radius must be a number"),
+        (dict(radius=3, dilation=2), ValueError, "a disc has neither bias nor dilation"),
+        (dict(kernel_size=0), ValueError, "kernel_size must be at least 1"),
+        (dict(kernel_size=(3, 4, 5)), TypeError, "kernel_size must be an int or a pair"),
+        (dict(kernel_size=3, dilation=0), ValueError, "dilation must be at least 1"),
+    ],
+    ids=["none", "both", "zero", "nan", "type", "disc-dilation", "kernel", "triple", "dilation"],
+)
+def test_a_bad_window_is_named(fields, error, message):
+    with pytest.raises(error, match=message):
+        Window(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [((0, 4), ValueError), ((4, 4.0), TypeError), ((4, 4, -1), ValueError), ((4, True), TypeError)],
+    ids=["zero", "float", "negative-prefix", "bool"],
+)
+def test_a_bad_grid_is_named(fields, error):
+    with pytest.raises(error, match="must be"):
+        Grid(*fields)
