@@ -137,6 +137,13 @@ def _read_folder(folder: Path, spec: AttnSpec | None) -> Adapter:
         raise ValueError(f"{folder / CONFIG} is damaged: {error}") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(f"{folder / CONFIG} is no vision_attn adapter: its format is not {FORMAT!r}")
+    try:
+        return _read_config(folder, config, spec)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / CONFIG} is damaged: {type(error).__name__} {error}") from None
+
+
+def _read_config(folder: Path, config: dict[str, Any], spec: AttnSpec | None) -> Adapter:
     layers: dict[str | None, AttnSpec] = {}
     for group in config["processors"]:
         fields = {name: tuple(v) if isinstance(v, list) else v for name, v in group["spec"].items() if name != "class"}

@@ -4,14 +4,16 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from vision_attn.adapter import read_adapter
+from torch import nn
+
+from vision_attn.adapter import Adapter, read_adapter
 from vision_attn.converted import Conversion
 from vision_attn.families import Host, find_host
 from vision_attn.kernels.backend import check_backend
 from vision_attn.model_state import is_converted, undo
 from vision_attn.plan import Plan, Where, fix_grid, selector
 from vision_attn.processors.base import AttnSpec
-from vision_attn.targets import refuse_converted, targets_of
+from vision_attn.targets import candidates_of, refuse_converted, targets_of
 
 __all__ = ["Conversion", "convert", "load", "reconvert", "use_grid"]
 
@@ -96,6 +98,7 @@ def load(
     *,
     weight_name: str | None = None,
     spec: AttnSpec | None = None,
+    host: Host | None = None,
     backend: str = "auto",
     **hub: Any,
 ) -> Conversion:
@@ -110,6 +113,7 @@ def load(
         weight_name: File of the folder or repository, if it is not an adapter's.
         spec: Instead of the one that was saved, with the same parameters: `Clear(radius=16, native_tokens=4608)` for
             sizes above the training size. A released file whose name does not tell its radius needs it.
+        host: For a model that is not known, as for `convert`.
         backend: How the processors' operators run.
         hub: `revision`, `subfolder`, `token`, ... of `huggingface_hub`.
 
@@ -118,20 +122,31 @@ def load(
         ValueError: If the file does not fit the model; missing and unexpected tensors are named.
     """
     check_backend(backend)
-    models = targets_of(target, None, None)
-    refuse_converted(models)
-    plans = []
+    models, plans = {}, []
     for adapter in read_adapter(source, weight_name, spec, **hub):
-        model = models.get(adapter.component) or (next(iter(models.values())) if len(models) == 1 else None)
-        if model is None:
-            raise ValueError(f"{adapter.source} is for {adapter.component!r}, but there is only {', '.join(models)}")
+        name, model = _model_for(adapter, target, host)
+        refuse_converted({name: model})
         adapter.check(model)
-        host = find_host(model)
-        specs = adapter.specs([name for _, layers in host.find(model) for name, _ in layers])
-        plan = Plan(model, specs, host, specs.__contains__, backend)
+        family = host or find_host(model)
+        specs = adapter.specs([layer for _, layers in family.find(model) for layer, _ in layers])
+        plan = Plan(model, specs, family, specs.__contains__, backend)
         plan.expect(adapter.tensors, adapter.source)
+        models[name] = model
         plans.append((plan, adapter))
     for plan, adapter in plans:
         plan.apply(adapter.min_tokens)
         plan.fill(adapter.tensors)
-    return Conversion({name: model for name, model in models.items() if is_converted(model)})
+    return Conversion(models)
+
+
+def _model_for(adapter: Adapter, target: Any, host: Host | None) -> tuple[str, nn.Module]:
+    """Choose the model of `target` that an adapter is for."""
+    candidates = candidates_of(target)
+    if adapter.component in candidates:
+        return adapter.component, candidates[adapter.component]
+    models = targets_of(target, None, host)
+    if ("" in models or not adapter.component) and len(models) == 1:
+        return next(iter(models.items()))
+    raise ValueError(
+        f"{adapter.source} is for {adapter.component!r}, but there is only {', '.join(candidates)}"
+    )

@@ -114,7 +114,7 @@ class Conversion:
                 context.fixed = fixed
 
     def revert(self) -> None:
-        """Give the host back as it was: classes, hooks, switches, state-dict keys, and the weights that `load` replaced."""
+        """Give the host back as it was: classes, hooks, switches, keys, and the weights that `load` replaced."""
         for _, model in self._converted():
             undo(model)
 

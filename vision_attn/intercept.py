@@ -26,20 +26,24 @@ STATE = "_vision_attn"
 _log = logging.getLogger(__name__)
 
 
-def reroute(module: nn.Module, processor: nn.Module, state: LayerState) -> None:
-    """Make `module` answer its attention over the grid with `processor`. `restore` undoes it.
+def refuse_hooked(name: str, module: nn.Module) -> None:
+    """Refuse a module whose own `forward` would hide ours.
 
     Raises:
-        ValueError: If a hook has already replaced the module's `forward`, which would hide ours.
+        ValueError: If a hook has replaced the module's `forward`.
     """
     if "forward" in vars(module):
         raise ValueError(
-            f"{state.name}: a hook has replaced the forward of this {type(module).__name__} (offloading or caching of "
-            "single modules): convert first, enable the hook afterwards"
+            f"{name}: a hook has replaced the forward of this {type(module).__name__} (offloading or caching of single "
+            "modules): convert first, enable the hook afterwards"
         )
+
+
+def reroute(module: nn.Module, processor: nn.Module, state: LayerState) -> None:
+    """Make `module` answer its attention over the grid with `processor`. `restore` undoes it."""
     setattr(module, STATE, state)
     module.add_module(CHILD, processor)
-    module.__class__ = rerouted_class(type(module))
+    module.__class__ = rerouted_class(type(module))  # type: ignore[arg-type]
 
 
 def restore(module: nn.Module) -> None:
@@ -63,7 +67,7 @@ def state_of(module: nn.Module) -> LayerState:
 def rerouted_class(base: Any) -> type[nn.Module]:
     """Return the subclass of `base` that reroutes. It bears the name of `base`, as `parametrize` does it."""
 
-    class Rerouted(base):  # type: ignore[valid-type, misc]
+    class Rerouted(base):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             state: LayerState = self.__dict__[STATE]
             if state.shared.bypassed:
@@ -85,7 +89,7 @@ def rerouted_class(base: Any) -> type[nn.Module]:
     return Rerouted
 
 
-def _rebuild(make: Callable[..., Any], base: type[nn.Module], *args: Any) -> Any:
+def _rebuild(make: Callable[..., Any], base: Any, *args: Any) -> Any:
     """Copy or unpickle a rerouted module: its class cannot be found by name, but its base can."""
     return make(rerouted_class(base), *args)
 
@@ -177,7 +181,8 @@ def _never_reached(state: LayerState, module: nn.Module) -> str:
     return (
         f"{state.name} never called scaled_dot_product_attention, so it was not rerouted.{how} Switch off what "
         "replaces it: sliced attention (disable_attention_slicing), xformers "
-        "(disable_xformers_memory_efficient_attention), another attention backend (reset_attention_backend, DIFFUSERS_ATTN_BACKEND), timm's fused_attn=False; or revert()"
+        "(disable_xformers_memory_efficient_attention), another attention backend (set_attention_backend('native')), "
+        "timm's fused_attn=False; or revert()"
     )
 
 

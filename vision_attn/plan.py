@@ -3,6 +3,7 @@
 import fnmatch
 import inspect
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 
 from vision_attn.families.host import Host, heads_of
 from vision_attn.grid import Grid
-from vision_attn.intercept import CHILD, reroute, watch
+from vision_attn.intercept import CHILD, refuse_hooked, reroute, watch
 from vision_attn.layer_state import GridContext, LayerState, Shared
-from vision_attn.model_state import mark, model_state, undo
+from vision_attn.model_state import mark, model_state
 from vision_attn.processors.base import AttnSpec, Layer, Processor
 
 Where = str | re.Pattern[str] | Callable[[str], bool] | None
@@ -87,6 +88,7 @@ class Plan:
             self.watched.append((watched, context))
             for name, module in chosen:
                 _refuse_other_attention(name, module)
+                refuse_hooked(name, module)
                 heads = heads_of(name, module)
                 layer_spec = spec if isinstance(spec, AttnSpec) else spec[name]
                 processor = layer_spec.build(Layer(name, *heads, backend)).train(module.training)
@@ -106,18 +108,14 @@ class Plan:
         return [context for _, context in self.watched]
 
     def apply(self, min_tokens: int) -> None:
-        """Change the model; if a layer refuses, it stays as it was."""
+        """Change the model."""
         self.shared.min_tokens = min_tokens
         mark(self.model, self.shared)
-        try:
-            for module, processor, state in self.layers:
-                if getattr(module, "fused_attn", None) is False:
-                    state.replaced["fused_attn"] = False
-                    module.fused_attn = True  # type: ignore[assignment]
-                reroute(module, processor, state)
-        except ValueError:
-            undo(self.model)
-            raise
+        for module, processor, state in self.layers:
+            if getattr(module, "fused_attn", None) is False:
+                state.replaced["fused_attn"] = False
+                module.fused_attn = True  # type: ignore[assignment]
+            reroute(module, processor, state)
         for watched, context in self.watched:
             watch(watched, context)
 
@@ -165,12 +163,11 @@ def _refuse_other_attention(name: str, module: nn.Module) -> None:
     """Refuse what is known not to reach `scaled_dot_product_attention`, or to cut the sequence."""
     processor: Any = getattr(module, "processor", None)
     kind = type(processor).__name__
-    backend = getattr(processor, "_attention_backend", None)
-    backend = getattr(backend, "value", backend)
-    if backend is not None and "native" not in str(backend):
+    backend = _attention_backend(processor)
+    if backend is not None and "native" not in backend:
         raise ValueError(
             f"{name} runs the attention backend {backend!r}, not scaled_dot_product_attention: call "
-            "model.reset_attention_backend() first"
+            "model.set_attention_backend('native') first"
         )
     if getattr(processor, "_parallel_config", None) is not None:
         raise ValueError(f"{name} runs with context parallelism, which cuts the grid: it is not supported")
@@ -180,3 +177,13 @@ def _refuse_other_attention(name: str, module: nn.Module) -> None:
     ):
         if kind.startswith(sign):
             raise ValueError(f"{name} runs {kind}, not scaled_dot_product_attention: call {cure}() first")
+
+
+def _attention_backend(processor: Any) -> str | None:
+    """Name of the backend that diffusers' dispatcher will choose for a processor; None if it does not use one."""
+    if not hasattr(processor, "_attention_backend"):
+        return None
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    registry = getattr(dispatch, "_AttentionBackendRegistry", None)
+    backend = processor._attention_backend or getattr(registry, "_active_backend", None)
+    return None if backend is None else str(getattr(backend, "value", backend))

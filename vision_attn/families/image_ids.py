@@ -22,7 +22,7 @@ def grid_of_ids(ids: Tensor) -> Grid | str:
     rows, columns = rows[:tokens], columns[:tokens]
     width = _first(rows != rows[0], tokens)
     height = tokens // width
-    if height * width == tokens:
+    if height * width == tokens and (tokens > 1 or len(segments) == 1):
         rows, columns = rows.view(height, width), columns.view(height, width)
         in_rows = bool((rows == rows[:, :1]).all() and (columns == columns[:1]).all())
         if in_rows and bool((columns[0].diff() >= 0).all() and (rows[:, 0].diff() >= 0).all()):

@@ -118,8 +118,9 @@ def _grid_attention_backward(
             strip.put_keys(dv_buffer, dv_sub)
         for part, whole in ((dq_sub, dq), (dk_sub, dk), (dv_sub, dv)):
             sub.put(part, whole)
-    shared = (_heads_last(t, k_shared) for t in (dk_all, dv_all))
-    return *(t.to(q.dtype) for t in (dq, dk, dv)), *shared, dbias.to(bias.dtype if bias is not None else q.dtype)
+    dq, dk, dv = (t.to(q.dtype) for t in (dq, dk, dv))
+    dk_shared, dv_shared = (_heads_last(t, k_shared) for t in (dk_all, dv_all))
+    return dq, dk, dv, dk_shared, dv_shared, dbias.to(bias.dtype if bias is not None else q.dtype)
 
 
 @_grid_attention_backward.register_fake
