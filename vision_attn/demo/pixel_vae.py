@@ -1,0 +1,98 @@
+"""PixelVAE: an autoencoder with nothing to learn, so that a latent diffusion pipeline can work on pixels.
+
+Encoding moves each 2 x 2 block of pixels into the channels (`pixel_unshuffle`), decoding moves it back; both are exact.
+FLUX packs 2 x 2 latents into a token, so one token of the emoji teacher is 4 x 4 pixels with 48 channels.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+
+
+class PixelVAE(ModelMixin, ConfigMixin):
+    """Stand where a pipeline expects an `AutoencoderKL`: exact, and without weights.
+
+    Args:
+        patch_size: Side in pixels of the block that becomes one latent.
+        latent_channels: Channels of a latent, `3 * patch_size ** 2`.
+        block_out_channels: Two equal entries: pipelines read the scale `2 ** (len - 1)` from their number.
+        scaling_factor: Pipelines give the transformer `(latents - shift_factor) * scaling_factor`.
+        shift_factor: About the mean of an emoji on white, in [-1, 1].
+
+    Raises:
+        ValueError: If the three sizes contradict each other.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: int = 2,
+        latent_channels: int = 12,
+        block_out_channels: tuple[int, ...] = (12, 12),
+        scaling_factor: float = 1.6,
+        shift_factor: float = 0.6,
+    ) -> None:
+        super().__init__()
+        scale = 2 ** (len(block_out_channels) - 1)
+        if latent_channels != 3 * patch_size**2 or scale != patch_size:
+            raise ValueError(
+                f"patch_size {patch_size} needs latent_channels {3 * patch_size**2} and a scale of {patch_size}, got"
+                f" latent_channels {latent_channels} and block_out_channels {tuple(block_out_channels)} (scale {scale})"
+            )
+        self.register_buffer("unit", torch.ones(1))  # gives the model a dtype and a device
+
+    def encode(self, x: torch.Tensor, return_dict: bool = True) -> Any:
+        """Move blocks of pixels into channels.
+
+        Args:
+            x: Images `[B, 3, height, width]` in [-1, 1], sides divisible by `patch_size`.
+            return_dict: Return an output object rather than a tuple of one.
+
+        Returns:
+            A `latent_dist` whose mode and samples are both the latents
+            `[B, latent_channels, height / patch_size, width / patch_size]`.
+
+        Raises:
+            ValueError: If a side is not divisible by `patch_size`.
+        """
+        patch = self.config.patch_size
+        if x.shape[-2] % patch or x.shape[-1] % patch:
+            raise ValueError(f"image of {x.shape[-2]} x {x.shape[-1]} pixels does not divide into {patch} x {patch}")
+        latents = F.pixel_unshuffle(x, patch)
+        dist = DiagonalGaussianDistribution(torch.cat([latents, torch.zeros_like(latents)], 1), deterministic=True)
+        return AutoencoderKLOutput(latent_dist=dist) if return_dict else (dist,)
+
+    def decode(self, z: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None) -> Any:
+        """Move channels back into blocks of pixels: the inverse of `encode`.
+
+        Args:
+            z: Latents `[B, latent_channels, h, w]`, unscaled.
+            return_dict: Return an output object rather than a tuple of one.
+            generator: Unused; some pipelines pass it.
+
+        Returns:
+            `sample`: images `[B, 3, h * patch_size, w * patch_size]` in the range of what was encoded.
+        """
+        sample = F.pixel_shuffle(z, self.config.patch_size)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(self, sample: torch.Tensor, return_dict: bool = True) -> Any:
+        """Encode and decode `sample` `[B, 3, height, width]`: returns it unchanged."""
+        return self.decode(self.encode(sample).latent_dist.mode(), return_dict=return_dict)
+
+    def enable_tiling(self) -> None:
+        """Do nothing: no tile can be cheaper than moving pixels. Pipelines may call it."""
+
+    def disable_tiling(self) -> None:
+        """Do nothing, as `enable_tiling`."""
+
+    def enable_slicing(self) -> None:
+        """Do nothing, as `enable_tiling`."""
+
+    def disable_slicing(self) -> None:
+        """Do nothing, as `enable_tiling`."""
