@@ -511,3 +511,20 @@ def test_a_host_of_ones_own() -> None:
     with pytest.raises(ValueError, match="stem: a Conv2d does not tell its heads"):
         convert(model, Clear(radius=2), host=replace(host, layers=("stem",)))
     assert torch.equal(model(pixels), stock_output)
+
+
+def test_load_refuses_fused_projections(tmp_path: Path) -> None:
+    case, model = HOST["flux"], HOST["flux"].build()
+    conversion = convert(model, POOLED)
+    train(model, conversion)
+    trained = run(case, model, 16, 8)
+    conversion.save(tmp_path)
+    fused = case.build()
+    fused.fuse_qkv_projections()
+    before = state(fused)
+    with pytest.raises(ValueError, match="unfuse_qkv_projections"):
+        load(fused, tmp_path)
+    assert_untouched(fused, before)
+    fused.unfuse_qkv_projections()
+    load(fused, tmp_path)
+    assert torch.equal(run(case, fused, 16, 8), trained)

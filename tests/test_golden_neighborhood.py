@@ -13,7 +13,7 @@ CASES = sorted(path.stem for path in (GOLDEN / "attn_na2d").glob("*.json"))
 
 
 def neighborhood_layer(x, weights, num_heads, kernel_size, dilation, backend):
-    """`[B, height, width, C]`: the layer of NATTEN 0.14, which pads its input up to the window before the projection."""
+    """The layer of NATTEN 0.14 on `[B, height, width, C]`: it pads its input up to the window, then projects."""
     B, height, width, C = x.shape
     least = kernel_size * dilation
     x = F.pad(x, (0, 0, 0, max(0, least - width), 0, max(0, least - height)))

@@ -147,6 +147,4 @@ def _model_for(adapter: Adapter, target: Any, host: Host | None) -> tuple[str, n
     models = targets_of(target, None, host)
     if ("" in models or not adapter.component) and len(models) == 1:
         return next(iter(models.items()))
-    raise ValueError(
-        f"{adapter.source} is for {adapter.component!r}, but there is only {', '.join(candidates)}"
-    )
+    raise ValueError(f"{adapter.source} is for {adapter.component!r}, but there is only {', '.join(candidates)}")

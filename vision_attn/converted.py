@@ -90,7 +90,10 @@ class Conversion:
 
     @contextmanager
     def bypassed(self) -> Iterator[None]:
-        """Run the host's own attention inside the `with` block: the teacher of the same weights."""
+        """Run the host's own attention inside the `with` block: the teacher of the same weights.
+
+        With gradient checkpointing, which runs layers again, `backward` belongs inside the same block as its forward.
+        """
         shared = [model_state(model).shared for _, model in self._converted()]
         before = [s.bypassed for s in shared]
         for s in shared:
@@ -103,7 +106,10 @@ class Conversion:
 
     @contextmanager
     def use_grid(self, height: int, width: int) -> Iterator[None]:
-        """Fix the grid, in tokens, inside the `with` block, for hosts whose grid `torch.compile` cannot read."""
+        """Fix the grid, in tokens, inside the `with` block, for hosts whose grid `torch.compile` cannot read.
+
+        Compiled code is specialised on the grid: for more than 8 sizes raise `torch._dynamo.config.recompile_limit`.
+        """
         contexts = {id(state.context): state.context for _, _, state in self._rerouted()}.values()
         before = [context.fixed for context in contexts]
         fix_grid(list(contexts), (height, width))

@@ -127,7 +127,7 @@ def _answer(
 ) -> Tensor:
     """Answer one call of `scaled_dot_product_attention` on `[B, H, N, D]` tensors."""
     state = state_of(module)
-    grid = _locate(state, query, key, attn_mask)
+    grid = _locate(state, query, key, attn_mask, module.training and torch.is_grad_enabled())
     if grid is None:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -145,11 +145,11 @@ def _answer(
     return output
 
 
-def _locate(state: LayerState, query: Tensor, key: Tensor, attn_mask: Tensor | None) -> Grid | None:
+def _locate(state: LayerState, query: Tensor, key: Tensor, attn_mask: Tensor | None, training: bool) -> Grid | None:
     """Return the grid of a call that is to be rerouted; None lets it through."""
     if query.dim() != 4 or query.shape[-2] != key.shape[-2]:
         return None  # cross-attention
-    found = state.context.locate(query.shape[-2])
+    found = state.context.locate(query.shape[-2], training)
     if isinstance(found, str):
         state.note(None, f"dense: {found}")
     elif attn_mask is not None and state.mask_means_dense:

@@ -34,11 +34,45 @@ class Seen:
 
     def is_of(self, tensor: Tensor | None) -> bool:
         """Whether `tensor` is the one remembered, unchanged."""
-        return tensor is not None and self.reference() is tensor and self.version == self._version(tensor)
+        return tensor is not None and self.reference() is tensor and self.version == self._version(tensor) != -1
 
     @staticmethod
     def _version(tensor: Tensor) -> int:
-        return 0 if tensor.is_inference() else tensor._version
+        """Writes are counted, but not to a tensor of inference mode, which is therefore read again each time."""
+        return -1 if tensor.is_inference() else tensor._version
+
+
+@dataclass
+class AwaitingBackward:
+    """The grids of training forwards by token count, for gradient checkpointing runs the layers again in backward."""
+
+    grids: dict[int, Grid] = field(default_factory=dict)
+    ambiguous: set[int] = field(default_factory=set)
+    backward_ran: bool = False
+
+    def remember(self, tokens: int, grid: Grid) -> None:
+        """Note a forward."""
+        if self.backward_ran:
+            self.grids.clear()
+            self.ambiguous.clear()
+            self.backward_ran = False
+        if self.grids.setdefault(tokens, grid) != grid:
+            self.ambiguous.add(tokens)
+        self.grids[tokens] = grid
+
+    def recall(self, tokens: int) -> Grid | str:
+        """Return the grid of the forward that runs again.
+
+        Raises:
+            RuntimeError: If forwards over two grids of this many tokens await their backward.
+        """
+        self.backward_ran = True
+        if tokens in self.ambiguous:
+            raise RuntimeError(
+                f"two forward passes over different grids of {tokens} tokens came before this backward pass, and with "
+                "gradient checkpointing they cannot be told apart: run backward after each forward"
+            )
+        return self.grids.get(tokens, f"no training forward with {tokens} tokens has been seen")
 
 
 @dataclass
@@ -60,7 +94,7 @@ class GridContext:
     fixed: Grid | None = None
     grid: Grid | None = None
     reason: str = "no forward pass of the host has been seen"
-    located: dict[int, Grid] = field(default_factory=dict)
+    awaiting: AwaitingBackward = field(default_factory=AwaitingBackward)
     last_read: "Seen | None" = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -73,8 +107,10 @@ class GridContext:
         inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if self.reads:
             if torch.compiler.is_compiling():
-                self.grid, self.reason = None, f"torch.compile cannot read {self.reads}: give the grid with use_grid()"
-                return
+                raise RuntimeError(
+                    f"torch.compile cannot read {self.reads}: give the grid with convert(..., grid=) or use_grid(), or "
+                    "compile the blocks only (compile_repeated_blocks)"
+                )
             if self.last_read is not None and self.last_read.is_of(inputs.get(self.reads)):
                 return
             self.last_read = Seen.of(inputs.get(self.reads))
@@ -84,11 +120,11 @@ class GridContext:
         else:
             self.grid, self.reason = None, found
 
-    def locate(self, tokens: int) -> Grid | str:
+    def locate(self, tokens: int, training: bool) -> Grid | str:
         """Return the grid in a sequence of `tokens` tokens, or the reason why it is not known."""
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            # Gradient checkpointing runs the layer again, maybe after a forward at another size.
-            return self.located.get(tokens, f"no forward pass with {tokens} tokens has been seen")
+        tracing = torch.compiler.is_compiling()
+        if not tracing and torch._C._current_graph_task_id() != -1:
+            return self.awaiting.recall(tokens)
         base = self.grid if self.fixed is None else self.fixed
         if base is None:
             return self.reason
@@ -98,8 +134,8 @@ class GridContext:
         prefix = base.prefix + (others if self.others == "prefix" else 0)
         suffix = base.suffix + (others if self.others == "suffix" else 0)
         grid = Grid(base.height, base.width, prefix, suffix)
-        if not torch.compiler.is_compiling():
-            self.located[tokens] = grid
+        if training and not tracing:
+            self.awaiting.remember(tokens, grid)
         return grid
 
 

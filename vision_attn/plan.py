@@ -130,6 +130,13 @@ class Plan:
             for _, processor, state in self.layers
             for name, parameter in processor.state_dict().items()
         }
+        for module, _, state in self.layers:
+            projections = [name for name in tensors if name.startswith(f"{state.name}.to_") and ".to_out" not in name]
+            if getattr(module, "fused_projections", False) and projections:
+                raise ValueError(
+                    f"{source} has {projections[0]}, but the projections of {state.name} are fused: call "
+                    "unfuse_qkv_projections() first, and fuse them again afterwards"
+                )
         places = {**self.model.state_dict(), **new}
         wrong = [f"missing: {name}" for name in new if name not in tensors]
         wrong += [f"unexpected: {name}" for name in tensors if name not in places]

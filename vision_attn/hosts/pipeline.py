@@ -40,9 +40,8 @@ def set_attn_processor(pipe: Any, processor: Any, **options: Any) -> Conversion 
     if processor is None:
         if options:
             raise TypeError(f"None takes no options, got {', '.join(options)}")
-        for model in _denoisers(pipe).values():
-            if is_converted(model):
-                Conversion({"": model}).revert()
+        if any(isinstance(part, nn.Module) and is_converted(part) for part in pipe.components.values()):
+            Conversion.of(pipe).revert()
         return None
     if not isinstance(processor, (str, AttnSpec)):
         _forward(pipe, processor, options)

@@ -44,7 +44,8 @@ class Strip:
         """Copy the strip's queries: `[B * H, G * columns, L, D]`, L = tile * rows, in float32 at least."""
         B, G, _, width, H, D = self.shape
         rows = self.bottom - self.top
-        out = t.new_zeros(B, H, G, self._width, rows, D, dtype=torch.promote_types(t.dtype, torch.float32))
+        out = t.new_empty(B, H, G, self._width, rows, D, dtype=torch.promote_types(t.dtype, torch.float32))
+        out[:, :, :, width:] = 0
         out[:, :, :, :width] = t[:, :, self.top : self.bottom].permute(0, 4, 1, 3, 2, 5)
         return out.view(B * H, G * self.columns, self.tile * rows, D)
 
@@ -55,21 +56,24 @@ class Strip:
         t[:, :, self.top : self.bottom] = out.permute(0, 2, 4, 3, 1, 5)
 
     def buffer(self, dtype: torch.dtype) -> Tensor:
-        """Return zeros for the keys of a strip: `[lead + B * H * G * width + rest, rows, D]`."""
+        """Return memory for the keys of a strip: `[lead + B * H * G * width + rest, rows, D]`."""
         B, G, _, _, H, D = self.shape
-        margin = max(self.box - self.tile, 0)
-        return torch.zeros(B * H * G * self._width + margin, self.last - self.first, D, dtype=dtype, device=self.device)
+        columns = B * H * G * self._width + max(self.box - self.tile, 0)
+        return torch.empty(columns, self.last - self.first, D, dtype=dtype, device=self.device)
 
     def _inside(self, buffer: Tensor) -> Tensor:
-        B, G, _, width, H, D = self.shape
+        B, G, _, _, H, D = self.shape
         inside = buffer[self.lead : self.lead + B * H * G * self._width]
-        return inside.view(B, H, G, self._width, -1, D)[:, :, :, :width]
+        return inside.view(B, H, G, self._width, -1, D)
 
     def keys(self, t: Tensor) -> Tensor:
         """Copy the keys and return the boxes, an overlapping view `[B * H, G * columns, S, D]`, S = box * rows."""
         B, G, _, _, H, D = self.shape
-        buffer = self.buffer(torch.promote_types(t.dtype, torch.float32))
-        self._inside(buffer).copy_(t[:, :, self.first : self.last].permute(0, 4, 1, 3, 2, 5))
+        buffer, width = self.buffer(torch.promote_types(t.dtype, torch.float32)), self.shape[3]
+        inside = self._inside(buffer)
+        inside[:, :, :, :width] = t[:, :, self.first : self.last].permute(0, 4, 1, 3, 2, 5)
+        for hidden in (inside[:, :, :, width:], buffer[: self.lead], buffer[self.lead + B * H * G * self._width :]):
+            hidden.zero_()
         column = (self.last - self.first) * D
         tiles = G * self.columns
         size = (B * H, tiles, self.box * (self.last - self.first), D)
@@ -87,7 +91,8 @@ class Strip:
 
     def put_keys(self, buffer: Tensor, t: Tensor) -> None:
         """Add a buffer's gradients to a sub-grid."""
-        t[:, :, self.first : self.last] += self._inside(buffer).permute(0, 2, 4, 3, 1, 5)
+        inside = self._inside(buffer)[:, :, :, : self.shape[3]]
+        t[:, :, self.first : self.last] += inside.permute(0, 2, 4, 3, 1, 5)
 
     def per_head(self, t: Tensor, c: slice) -> Tensor:
         """Rows `[B or 1, M]` repeated for the heads `c` of the batch: `[heads, M]`."""

@@ -66,13 +66,14 @@ def _grid_attention(
     """Grid queries `[B, height * width, H, D]` over their windows and the shared keys `[B, M, H, D]`."""
     o = q.new_empty(q.shape)
     k_all, v_all = _heads_first(k_shared), _heads_first(v_shared)
+    weights = None
     for sub in subgrids(size, steps, q.device):
         q_sub, k_sub, v_sub, o_sub = (sub.take(t) for t in (q, k, v, o))
         for strip in strips(q_sub.shape, radius, kernel, q.device):
             queries, keys, values = strip.queries(q_sub) * scale, strip.keys(k_sub), strip.keys(v_sub)
             out = torch.empty_like(queries)
             for c in _chunks(queries, keys, k_all):
-                weights = _weights(strip, c, queries[c], keys[c], k_all[c], bias, hidden)
+                weights = _weights(strip, c, queries[c], keys[c], k_all[c], bias, hidden, weights)
                 _mix(weights, values[c], v_all[c], out[c])
             strip.put_queries(out, o_sub)
         sub.put(o_sub, o)
@@ -103,7 +104,7 @@ def _grid_attention_backward(
             queries, keys, values = strip.queries(q_sub) * scale, strip.keys(k_sub), strip.keys(v_sub)
             d_out = strip.queries(do_sub)
             d_queries = torch.empty_like(queries)
-            dk_buffer, dv_buffer = strip.buffer(dtype), strip.buffer(dtype)
+            dk_buffer, dv_buffer = strip.buffer(dtype).zero_(), strip.buffer(dtype).zero_()
             for c in _chunks(queries, keys, k_all):
                 weights = _weights(strip, c, queries[c], keys[c], k_all[c], bias, hidden)
                 d_weights = _scores(d_out[c], values[c], v_all[c])
@@ -161,10 +162,11 @@ def _chunks(queries: Tensor, keys: Tensor, shared: Tensor) -> list[slice]:
     return [slice(i, min(i + step, heads)) for i in range(0, heads, step)]
 
 
-def _scores(queries: Tensor, keys: Tensor, shared: Tensor) -> Tensor:
-    """Products with the shared keys, then with the box: `[heads, tiles, L, M + S]`."""
-    (heads, tiles, length, _), M = queries.shape, shared.shape[1]
-    scores = queries.new_empty(heads, tiles, length, M + keys.shape[2])
+def _scores(queries: Tensor, keys: Tensor, shared: Tensor, memory: Tensor | None = None) -> Tensor:
+    """Products with the shared keys, then with the box: `[heads, tiles, L, M + S]`, in `memory` if that fits."""
+    M = shared.shape[1]
+    shape = (*queries.shape[:3], M + keys.shape[2])
+    scores = memory if memory is not None and memory.shape == shape else queries.new_empty(shape)
     torch.bmm(queries.flatten(0, 1), keys.flatten(0, 1).mT, out=scores.flatten(0, 1)[..., M:])
     if M:
         torch.bmm(queries.flatten(1, 2), shared.mT, out=scores.flatten(1, 2)[..., :M])
@@ -172,16 +174,17 @@ def _scores(queries: Tensor, keys: Tensor, shared: Tensor) -> Tensor:
 
 
 def _weights(
-    strip: Strip, c: slice, queries: Tensor, keys: Tensor, shared: Tensor, bias: Tensor | None, hidden: Tensor | None
-) -> Tensor:
-    """Softmax over the shared keys and the box: `[heads, tiles, L, M + S]`."""
-    scores, M = _scores(queries, keys, shared), shared.shape[1]
+    strip: Strip, c: slice, queries: Tensor, keys: Tensor, shared: Tensor, bias: Tensor | None, hidden: Tensor | None,
+    memory: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Softmax over the shared keys and the box: `[heads, tiles, L, M + S]`, in `memory` if that fits."""
+    scores, M = _scores(queries, keys, shared, memory), shared.shape[1]
     if hidden is not None:
         scores[..., :M] += strip.per_head(hidden, c)[:, None, None]
     scores[..., M:].unflatten(1, (-1, strip.columns)).add_(strip.hidden(_HIDDEN, scores.dtype))
     if bias is not None:
         scores[..., M:] += strip.bias(bias, c)[:, None]
-    return scores.softmax(-1)
+    return torch.softmax(scores, -1, out=scores)
 
 
 def _mix(weights: Tensor, values: Tensor, shared: Tensor, out: Tensor) -> None:

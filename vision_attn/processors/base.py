@@ -1,5 +1,6 @@
 """What every processor is: a frozen spec with the paper's hyperparameters, which builds a module on q, k, v."""
 
+import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -49,6 +50,11 @@ class Processor(nn.Module, ABC):
 
 class AttnSpec(ABC):
     """A processor's hyperparameters. Subclasses are frozen dataclasses that check their fields."""
+
+    def __str__(self) -> str:
+        """Name the spec with the fields that differ from their defaults."""
+        fields = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in fields)})"
 
     @abstractmethod
     def build(self, layer: Layer) -> Processor:

@@ -111,5 +111,5 @@ class ClearAttention(Processor):
         """Sum each cell with its weights: `[B, N, H, D]` to `[B, cells, H, D]`."""
         f = self.spec.pool
         cells = t[:, grid.image].unflatten(1, (grid.height // f, f, grid.width // f, f))
-        weight = self.spatial_weight.reshape(f, f).to(t.dtype)
+        weight = self.spatial_weight.reshape(f, f).to(t)  # offloading may have parked it elsewhere
         return torch.einsum("byixjhd,ij->byxhd", cells, weight).flatten(1, 2)

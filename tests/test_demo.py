@@ -1,0 +1,57 @@
+"""`vision-attn demo`, small: the nano teacher, one prompt, few steps."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vision_attn.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    assert main(["demo", "--teacher", "nano", "--steps", "3", "--prompt", "red apple", "--out", str(out)]) == 0
+    return out
+
+
+def test_it_writes_pictures_of_both_sizes(folder):
+    results = json.loads((folder / "results.json").read_text())
+    assert [result["pixels"] for result in results] == [128] * 3 + [256] * 3
+    for result in results:
+        assert [Image.open(folder / file).size for file in result["files"]] == [(result["pixels"],) * 2]
+
+
+def test_the_table_is_what_was_measured(folder):
+    dense, clear, neighborhood = json.loads((folder / "results.json").read_text())[3:]
+    assert dense["tokens"] == clear["tokens"] == 64 * 64 + 8
+    assert dense["psnr"] is None and dense["attended"] == 1
+    for result in (clear, neighborhood):
+        assert 0 < result["attended"] < 0.1 and result["seconds"] > 0
+        ours, theirs = (np.asarray(Image.open(folder / r["files"][0]), float) for r in (result, dense))
+        assert result["psnr"] == pytest.approx(10 * np.log10(255**2 / np.square(ours - theirs).mean()))
+
+
+def test_the_page_opens_from_disk(folder):
+    page = (folder / "index.html").read_text()
+    pictures = re.findall(r'<img src="([^"]+)"', page)
+    assert len(pictures) == 6 and all((folder / picture).exists() for picture in pictures)
+    assert "http" not in page
+    assert (folder / "sheet.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "red aple"], "words the teacher does not know: 'aple' (close to 'maple', 'apple'"),
+        (["--steps", "1"], "steps must be at least 2"),
+    ],
+    ids=["unknown-word", "steps"],
+)
+def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
+    assert main(["demo", "--teacher", "nano", "--out", str(tmp_path / "new"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("vision-attn: ") and "Traceback" not in error
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,131 @@
+"""The demo: the embedded teacher draws the same prompts with each attention, at 128 px and from there at 256 px."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from vision_attn.conversion import convert
+from vision_attn.demo import EmojiImg2ImgPipeline, load_teacher
+from vision_attn.demo.page import contact_sheet, write_page
+from vision_attn.processors import AttnSpec, Clear, Neighborhood, Softmax
+
+PROMPTS = ("red apple", "rocket", "octopus", "alarm clock")
+PROCESSORS: tuple[AttnSpec, ...] = (Softmax(), Clear(radius=8), Neighborhood(kernel_size=13))
+NATIVE, LARGE = 128, 256  # pixels a side; the teacher was trained at 128
+STRENGTH = 0.2  # of image-to-image: sharp edges, and still one object
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of the demo's table.
+
+    Attributes:
+        pixels: Side of the images.
+        tokens: Image and text tokens of one attention layer.
+        attended: Mean share of the tokens that one token sees.
+        seconds: For all prompts.
+        psnr: To the images of dense attention from the same noise, in dB; None for dense attention itself.
+    """
+
+    pixels: int
+    processor: str
+    tokens: int
+    attended: float
+    seconds: float
+    psnr: float | None
+    files: tuple[str, ...]
+
+
+def compare(
+    out: Path, prompts: Sequence[str] = PROMPTS, *, size: str = "base", steps: int = 10, seed: int = 0
+) -> tuple[list[Result], Path]:
+    """Draw, measure, and write pictures, a contact sheet, a table and a page.
+
+    At 128 px each processor starts from the same noise. At 256 px each redraws the dense 128 px picture, enlarged, with
+    image-to-image: the teacher knows one size, and from noise alone it repeats the object.
+
+    Args:
+        out: Folder for the files; is made if it does not exist.
+        prompts: What to draw, in words that the teacher knows.
+        size: Of the teacher, 'base' or 'nano'.
+        steps: Denoising steps at 128 px. At 256 px a fifth of twice as many is run.
+        seed: Of the noise.
+
+    Returns:
+        The table's rows, and the page `out / index.html`.
+
+    Raises:
+        ValueError: If a prompt has unknown words, or `steps` is below 2.
+    """
+    if steps < 2:
+        raise ValueError(f"steps must be at least 2, got {steps}")
+    pipe = load_teacher(size)
+    pipe.text_encoder.tokenize(list(prompts))  # an unknown word stops here, before any work
+    redraw = EmojiImg2ImgPipeline.from_pipe(pipe)
+    for each in (pipe, redraw):
+        each.set_progress_bar_config(disable=True)
+    out.mkdir(parents=True, exist_ok=True)
+    results: list[Result] = []
+    large_steps = 2 * steps - int(2 * steps * (1 - STRENGTH))  # as diffusers counts them
+    total = len(prompts) * len(PROCESSORS) * (steps + large_steps)
+    interval = 0.1 if sys.stderr.isatty() else 10
+    with tqdm(total=total, unit="step", desc="128 px Softmax", mininterval=interval) as bar:
+        native: list[Image.Image] = []
+        for pixels in (NATIVE, LARGE):
+            dense: list[Image.Image] = []
+            for spec in PROCESSORS:
+                bar.set_description(f"{pixels} px {type(spec).__name__}")
+                conversion = convert(pipe, spec)
+                start, images = time.perf_counter(), []
+                for i, prompt in enumerate(prompts):
+                    call: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed + i)}
+                    call["callback_on_step_end"] = _tick(bar)
+                    if pixels == NATIVE:
+                        images += pipe(prompt, num_inference_steps=steps, **call).images
+                    else:
+                        call["image"] = native[i].resize((LARGE, LARGE), Image.Resampling.BICUBIC)
+                        images += redraw(prompt, strength=STRENGTH, num_inference_steps=2 * steps, **call).images
+                seconds = time.perf_counter() - start
+                dense = dense or images
+                row = conversion.layers[0]
+                files = tuple(f"{pixels}_{_slug(prompt)}_{type(spec).__name__.lower()}.png" for prompt in prompts)
+                for image, file in zip(images, files, strict=True):
+                    image.save(out / file)
+                psnr = (
+                    None
+                    if images is dense
+                    else float(np.mean([_psnr(*pair) for pair in zip(images, dense, strict=True)]))
+                )
+                results.append(Result(pixels, str(spec), row.tokens or 0, row.attended or 1.0, seconds, psnr, files))
+                conversion.revert()
+            native = native or dense
+    contact_sheet(out, list(prompts), results)
+    (out / "results.json").write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+    return results, write_page(out, list(prompts), results)
+
+
+def _tick(bar: Any) -> Callable[..., dict[str, Any]]:
+    def step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        bar.update()
+        return tensors
+
+    return step
+
+
+def _slug(prompt: str) -> str:
+    return "-".join(prompt.lower().split())
+
+
+def _psnr(image: Image.Image, other: Image.Image) -> float:
+    """Peak signal-to-noise ratio of two pictures in dB: `10 log10(255^2 / mse)`; 99 if they are equal."""
+    error = np.square(np.asarray(image, np.float64) - np.asarray(other, np.float64)).mean()
+    return 10 * float(np.log10(255**2 / error)) if error else 99.0
