@@ -1,6 +1,7 @@
 """Every host: `Softmax()` changes nothing, a window equals the host with a dense mask, `revert()` is bit-equal."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -244,3 +245,20 @@ def test_video_models_are_refused_by_name(case: HostCase) -> None:
         convert(model, Softmax())
     assert not any(is_rerouted(module) for module in model.modules())
     assert torch.equal(run(case, model, 4, 4), output)
+
+
+def test_threads_do_not_see_each_others_grid() -> None:
+    """Grids of equal length, so that a mix-up would be silent."""
+    case = HOST["vit"]
+    model = case.build()
+    convert(model, Clear(radius=2))
+    inputs = {size: case.inputs(*size, 2, 0) for size in ((8, 8), (4, 16), (16, 4))}
+    with torch.no_grad():
+        want = {size: case.output(model(**kwargs)) for size, kwargs in inputs.items()}
+
+    def run_often(size: tuple[int, int]) -> bool:
+        with torch.no_grad():
+            return all(torch.equal(case.output(model(**inputs[size])), want[size]) for _ in range(20))
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(run_often, inputs))

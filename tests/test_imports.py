@@ -14,6 +14,7 @@ ORDER = (
     "grid",
     "kernels",
     "processors",
+    "grid_context",
     "layer_state",
     "key_padding",
     "intercept",
@@ -105,3 +106,19 @@ def test_public_names_exist_and_are_few():
     assert all(getattr(vision_attn, name) is not None for name in vision_attn.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Clera'"):
         _ = vision_attn.Clera
+
+
+def test_timm_imports_after_the_stand_in_only_where_torchvision_is_broken():
+    out = run(
+        "from vision_attn.torchvision_stub import ensure_torchvision\n"
+        "import importlib, sys\n"
+        "try:\n"
+        "    import torchvision\n"
+        "    works = True\n"
+        "except RuntimeError:\n"
+        "    works = False\n"
+        "    [sys.modules.pop(name) for name in list(sys.modules) if name.startswith('torchvision')]\n"
+        "print(works, ensure_torchvision(), ensure_torchvision())\n"
+        "import timm\n"
+    ).split()
+    assert out in (["True", "False", "False"], ["False", "True", "True"])

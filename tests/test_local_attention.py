@@ -141,6 +141,21 @@ def test_extreme_logits_keep_the_budget():
         assert ours <= 2 * plain + 1e-5 * exact.abs().max()
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_finite_input_gives_finite_output_and_gradients(backend):
+    """All keys outside the grid hidden, a window of one token, equal and huge keys: nothing turns into NaN."""
+    grid = Grid(5, 9, prefix=4, suffix=2)
+    mask = torch.zeros(1, 6, dtype=torch.bool)
+    for dtype, size in ((torch.float32, 1e18), (torch.float16, 3e4)):
+        q = torch.zeros(1, grid.tokens, 2, 16, dtype=dtype)
+        k = torch.full_like(q, size).requires_grad_()
+        v = torch.full_like(q, size).requires_grad_()
+        for window in (Window(radius=1), Window(kernel_size=1), Window(kernel_size=3)):
+            o = local_attention(q, k, v, grid, window, mask=mask, backend=backend)
+            grads = torch.autograd.grad(o.sum(), (k, v))
+            assert all(t.isfinite().all() for t in (o, *grads))
+
+
 def test_pairs_count_the_window():
     for grid in (Grid(9, 14), Grid(20, 6), Grid(1, 5)):
         for window in (

@@ -148,6 +148,8 @@ def _read_config(folder: Path, config: dict[str, Any], spec: AttnSpec | None) ->
     for group in config["processors"]:
         fields = {name: tuple(v) if isinstance(v, list) else v for name, v in group["spec"].items() if name != "class"}
         layers.update(dict.fromkeys(group["layers"], spec or make_spec(group["spec"]["class"], **fields)))
+    if not isinstance(config["min_tokens"], int):
+        raise TypeError(f"min_tokens is {config['min_tokens']!r}")
     tensors = read_tensors(folder / WEIGHTS)
     model_class = config["base_model"]["class"]
     return Adapter(str(folder), config["component"], layers, tensors, config["min_tokens"], model_class)

@@ -67,13 +67,9 @@ def reconvert(
     components: tuple[str, ...] | None = None,
 ) -> Conversion:
     """Convert like `convert`, in the place of an earlier conversion if there is one."""
-    if not isinstance(spec, AttnSpec):
-        raise TypeError(f"spec must be a processor's spec such as Clear(radius=16), got {spec!r}")
     if isinstance(min_tokens, bool) or not isinstance(min_tokens, int) or min_tokens < 0:
         raise ValueError(f"min_tokens must be a number of tokens, at least 0, got {min_tokens!r}")
-    if host is not None and not isinstance(host, Host):
-        raise TypeError(f"host must be a Host, got {host!r}")
-    check_backend(backend)
+    _check(spec, host, backend)
     select = selector(where)
     models = targets_of(target, components, host)
     plans = [Plan(model, spec, host or find_host(model), select, backend) for model in models.values()]
@@ -85,6 +81,14 @@ def reconvert(
             undo(plan.model)
         plan.apply(min_tokens)
     return Conversion(models)
+
+
+def _check(spec: Any, host: Any, backend: str) -> None:
+    if not isinstance(spec, AttnSpec):
+        raise TypeError(f"spec must be a processor's spec such as Clear(radius=16), got {spec!r}")
+    if host is not None and not isinstance(host, Host):
+        raise TypeError(f"host must be a Host, got {host!r}")
+    check_backend(backend)
 
 
 def use_grid(target: Any, height: int, width: int) -> AbstractContextManager[None]:
@@ -121,6 +125,8 @@ def load(
         FileNotFoundError: If there is no such folder, file or repository.
         ValueError: If the file does not fit the model; missing and unexpected tensors are named.
     """
+    if spec is not None:
+        _check(spec, host, backend)
     check_backend(backend)
     models, plans = {}, []
     for adapter in read_adapter(source, weight_name, spec, **hub):

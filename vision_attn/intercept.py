@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vision_attn.grid import Grid
+from vision_attn.grid_context import GridContext
 from vision_attn.key_padding import key_padding
-from vision_attn.layer_state import GridContext, LayerState
+from vision_attn.layer_state import LayerState
 
 CHILD = "vision_attn"  # name of the processor in its attention module, so state-dict keys are `*.vision_attn.*`
 STATE = "_vision_attn"
@@ -72,6 +73,8 @@ def rerouted_class(base: Any) -> type[nn.Module]:
             state: LayerState = self.__dict__[STATE]
             if state.shared.bypassed:
                 return super().forward(*args, **kwargs)
+            if getattr(getattr(self, "processor", None), "_parallel_config", None) is not None:
+                raise ValueError(f"{state.name} runs with context parallelism, which cuts the grid: revert() first")
             mode = _Reroute(self)
             with mode:
                 output = super().forward(*args, **kwargs)
@@ -127,7 +130,7 @@ def _answer(
 ) -> Tensor:
     """Answer one call of `scaled_dot_product_attention` on `[B, H, N, D]` tensors."""
     state = state_of(module)
-    grid = _locate(state, query, key, attn_mask, module.training and torch.is_grad_enabled())
+    grid = _locate(state, query, key, attn_mask)
     if grid is None:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -145,11 +148,11 @@ def _answer(
     return output
 
 
-def _locate(state: LayerState, query: Tensor, key: Tensor, attn_mask: Tensor | None, training: bool) -> Grid | None:
+def _locate(state: LayerState, query: Tensor, key: Tensor, attn_mask: Tensor | None) -> Grid | None:
     """Return the grid of a call that is to be rerouted; None lets it through."""
     if query.dim() != 4 or query.shape[-2] != key.shape[-2]:
         return None  # cross-attention
-    found = state.context.locate(query.shape[-2], training)
+    found = state.context.locate(query.shape[-2])
     if isinstance(found, str):
         state.note(None, f"dense: {found}")
     elif attn_mask is not None and state.mask_means_dense:

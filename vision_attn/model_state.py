@@ -119,5 +119,5 @@ def _end(model: nn.Module, args: Any, output: Any) -> None:
         reasons = sorted({state.status for state in states})
         raise RuntimeError(
             f"none of the {len(states)} converted layers of this {type(model).__name__} was rerouted: "
-            f"{'; '.join(reasons)}. Give the grid with use_grid(), or revert() the conversion"
+            f"{'; '.join(reasons)}. Give a grid that cannot be read with use_grid(), or revert() the conversion"
         )

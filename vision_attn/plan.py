@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from vision_attn.families.host import Host, heads_of
 from vision_attn.grid import Grid
+from vision_attn.grid_context import GridContext
 from vision_attn.intercept import CHILD, refuse_hooked, reroute, watch
-from vision_attn.layer_state import GridContext, LayerState, Shared
+from vision_attn.layer_state import LayerState, Shared
 from vision_attn.model_state import mark, model_state
 from vision_attn.processors.base import AttnSpec, Layer, Processor
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from vision_attn.layer_state import Probe
+from vision_attn.grid_context import Probe
 
 
 def _whole(model: nn.Module) -> list[tuple[str, nn.Module]]:

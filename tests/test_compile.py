@@ -1,0 +1,109 @@
+"""`torch.compile(fullgraph=True)` of converted models: equal to eager, and few graphs."""
+
+from functools import partial
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from test_hosts import TEXT, distance, run
+from test_living_with import CLEAR, POOLED, SIZE, call, converted, expected, small_sd3
+from tiny_hosts import CHANNELS, HOST, TEXT_DIM, randomise
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from vision_attn import convert
+
+
+def small_unet() -> nn.Module:
+    """One level: the compiler takes a minute for three."""
+    return randomise(
+        diffusers.UNet2DConditionModel(
+            in_channels=CHANNELS, out_channels=CHANNELS, layers_per_block=1, block_out_channels=(16,),
+            down_block_types=("CrossAttnDownBlock2D",), up_block_types=("UpBlock2D",), mid_block_type=None,
+            norm_num_groups=8, cross_attention_dim=TEXT_DIM, attention_head_dim=2,
+        )
+    )  # fmt: skip
+
+
+COMPILED = {
+    "flux-grid": ("flux", HOST["flux"].build, dict(grid=SIZE), 1),
+    "flux-use-grid": ("flux", HOST["flux"].build, {}, 1),
+    "sd3": ("sd3", small_sd3, {}, 3),  # one of them reads the grid of the second size
+    "unet": ("sd15-unet", small_unet, {}, 1),
+    "vit": ("vit", HOST["vit"].build, {}, 2),
+}
+
+
+@pytest.fixture
+def compiler() -> CompileCounterWithBackend:
+    torch._dynamo.reset()
+    return CompileCounterWithBackend("aot_eager")
+
+
+@pytest.mark.parametrize("host_id, build, options, graphs", COMPILED.values(), ids=COMPILED)
+def test_compiled_whole(host_id: str, build: Any, options: Any, graphs: int, compiler: Any, request: Any) -> None:
+    model = build()
+    conversion = convert(model, POOLED, **options)
+    sizes = [SIZE, (8, 12), SIZE] if graphs > 1 else [SIZE]
+    want = [run(HOST[host_id], model, *size) for size in sizes]
+    run_compiled = torch.compile(model, fullgraph=True, backend=compiler)
+    if "use-grid" in request.node.callspec.id:
+        with conversion.use_grid(*SIZE):
+            got = [run(HOST[host_id], run_compiled, *SIZE)]
+    else:
+        got = [run(HOST[host_id], run_compiled, *size) for size in sizes]
+    for output, eager in zip(got, want, strict=True):
+        torch.testing.assert_close(output, eager, rtol=0, atol=1e-5)
+    assert compiler.frame_count == graphs
+
+
+def test_compiled_blocks(compiler: Any) -> None:
+    config = dict(HOST["flux"].build().config) | dict(num_layers=3, num_single_layers=0)
+    model = randomise(diffusers.FluxTransformer2DModel.from_config(config))
+    before = run(HOST["flux"], model, 4, 6)
+    convert(model, CLEAR)
+    want = run(HOST["flux"], model, 4, 6)
+    assert distance(want, before) > 1e-3
+    model.compile_repeated_blocks(fullgraph=True, backend=compiler)
+    torch.testing.assert_close(run(HOST["flux"], model, 4, 6), want, rtol=0, atol=1e-5)
+    assert compiler.frame_count == 1  # for all blocks of a kind
+    run(HOST["flux"], model, 8, 4)
+    assert compiler.frame_count <= 3  # as many as the stock model needs
+    torch.testing.assert_close(run(HOST["flux"], model, 4, 6), want, rtol=0, atol=1e-5)
+    assert compiler.frame_count <= 3
+
+
+def test_compiled_before_conversion(compiler: Any) -> None:
+    model = HOST["vit"].build()
+    run_compiled = torch.compile(model, fullgraph=True, backend=compiler)
+    before = run(HOST["vit"], run_compiled, *SIZE)
+    conversion = convert(run_compiled, CLEAR)
+    assert (
+        distance(run(HOST["vit"], run_compiled, *SIZE), expected("vit", CLEAR))
+        < 1e-5
+        < distance(before, expected("vit", CLEAR))
+    )
+    with conversion.bypassed():
+        torch.testing.assert_close(run(HOST["vit"], run_compiled, *SIZE), before, rtol=0, atol=1e-5)
+    conversion.revert()
+    assert torch.equal(run(HOST["vit"], run_compiled, *SIZE), before)
+
+
+def test_compiled_backward(compiler: Any) -> None:
+    gradients = []
+    for wrap in (lambda model: model, partial(torch.compile, fullgraph=True, backend=compiler)):
+        model = converted("vit", POOLED).train()
+        call("vit", wrap(model)).square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert compiler.frame_count == 1
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_flux_compiled_whole_without_a_grid_is_refused(compiler: Any) -> None:
+    model, inputs = converted("flux", CLEAR), HOST["flux"].inputs(*SIZE, 2, TEXT)
+    want = model(**inputs).sample
+    with torch.no_grad(), pytest.raises(Exception, match="use_grid"):
+        torch.compile(model, fullgraph=True, backend=compiler)(**inputs)
+    assert torch.equal(model(**inputs).sample, want)

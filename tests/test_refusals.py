@@ -1,0 +1,222 @@
+"""Bad input: a clear error each, and the model unchanged."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
+from test_conversion import POOLED, assert_untouched, state
+from test_hosts import TEXT, run, stock
+from tiny_hosts import HOST, noise
+from tiny_pipelines import PIPELINE
+from torch import Tensor, nn
+
+from vision_attn import Clear, Conversion, Neighborhood, Softmax, convert, load
+from vision_attn.processors import make_spec
+
+
+@pytest.fixture(autouse=True)
+def _native_attention():
+    """`set_attention_backend` of one model sets that of the process too."""
+    yield
+    HOST["flux"].build().set_attention_backend("native")
+
+
+SPECS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "radius-0": (lambda: Clear(radius=0), ValueError, "radius must be above 0, got 0"),
+    "radius-nan": (lambda: Clear(radius=math.nan), ValueError, "radius must be above 0"),
+    "radius-text": (lambda: Clear(radius="2"), TypeError, "radius must be a number of tokens, got '2'"),
+    "radius-bool": (lambda: Clear(radius=True), TypeError, "radius"),
+    "pool-0": (lambda: Clear(pool=0), ValueError, "pool must be at least 1, got 0"),
+    "pool-float": (lambda: Clear(pool=2.0), TypeError, "pool must be an int, got 2.0"),
+    "native-tokens-1": (lambda: Clear(native_tokens=1), ValueError, "native_tokens must be at least 2"),
+    "kernel-1": (lambda: Neighborhood(1), ValueError, "kernel_size must be at least 2, got 1"),
+    "kernel-float": (lambda: Neighborhood(3.5), TypeError, "kernel_size must be an int or a pair"),
+    "kernel-triple": (lambda: Neighborhood((3, 3, 3)), TypeError, "kernel_size must be an int or a pair"),
+    "dilation-0": (lambda: Neighborhood(3, 0), ValueError, "dilation must be at least 1, got 0"),
+    "dilation-none": (lambda: Neighborhood(3, None), TypeError, "dilation must be an int or a pair"),
+    "unknown-name": (lambda: make_spec("sparse"), ValueError, "'sparse': known are .*clear.*neighborhood.*softmax"),
+    "unknown-field": (lambda: make_spec("Clear", size=3), TypeError, "Clear has no field size: it has radius, pool"),
+}
+
+
+@pytest.mark.parametrize("make, error, message", SPECS.values(), ids=SPECS)
+def test_a_wrong_spec_is_refused(make: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+def unet_without_attention() -> nn.Module:
+    blocks = dict(down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), mid_block_type=None)
+    return UNet2DConditionModel(block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, **blocks)
+
+
+def prepared(host_id: str, change: Callable[[Any], Any]) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        model = HOST[host_id].build()
+        change(model)
+        return model
+
+    return build
+
+
+VIT, UNET, FLUX = HOST["vit"].build, HOST["sd15-unet"].build, HOST["flux"].build
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception], str]] = {
+    "spec-name": (VIT, dict(spec="clear"), TypeError, r"spec such as Clear\(radius=16\), got 'clear'"),
+    "spec-class": (VIT, dict(spec=Clear), TypeError, "spec must be a processor's spec"),
+    "backend": (VIT, dict(backend="cuda"), ValueError, "'auto', 'reference', 'torch'.* got 'cuda'"),
+    "where-type": (VIT, dict(where=3), TypeError, "where must be a pattern"),
+    "where-selects-nothing": (VIT, dict(where="blocks.9.*"), ValueError, "where selects no layer .*blocks.0.attn"),
+    "min-tokens": (VIT, dict(min_tokens=-1), ValueError, "min_tokens must be a number of tokens.* -1"),
+    "grid-kind": (VIT, dict(grid="12x10"), ValueError, r"grid must be \(height, width\) in tokens, got '12x10'"),
+    "grid-value": (VIT, dict(grid=(12, 0)), ValueError, "width must be at least 1, got 0"),
+    "grid-float": (VIT, dict(grid=(12.0, 10)), TypeError, "height must be an int"),
+    "grid-of-a-unet": (UNET, dict(grid=(12, 10)), ValueError, "levels of a UNet"),
+    "components-of-a-model": (VIT, dict(components=("unet",)), ValueError, "is for a pipeline"),
+    "host-kind": (VIT, dict(host="vit"), TypeError, "host"),
+    "unknown-model": (lambda: nn.Linear(2, 2), {}, ValueError, "Linear is no known host.*FluxTransformer2DModel.*Host"),
+    "no-attention": (unet_without_attention, {}, ValueError, "UNet2DConditionModel has no self-attention over a grid"),
+    "differential": (
+        lambda: timm.create_model("vit_tiny_patch16_224", depth=1, attn_layer="diff"), {}, ValueError, "DiffAttention",
+    ),
+    "sliced": (
+        prepared("sd15-unet", lambda m: m.set_attention_slice("max")), {}, ValueError, "disable_attention_slicing",
+    ),
+    "flex": (prepared("flux", lambda m: m.set_attention_backend("flex")), {}, ValueError, "set_attention_backend"),
+    "hooked": (
+        prepared("vit", lambda m: add_hook_to_module(m.blocks[1].attn, ModelHook())), {}, ValueError,
+        "blocks.1.attn: a hook has replaced the forward.*convert first",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("build, options, error, message", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_converted_is_refused(build: Any, options: Any, error: Any, message: str) -> None:
+    model = build()
+    before = state(model)
+    with pytest.raises(error, match=message):
+        convert(model, **(dict(spec=POOLED) | options))
+    assert_untouched(model, before)
+
+
+def test_a_converted_model_is_not_converted_again(tmp_path: Path) -> None:
+    model, case = HOST["vit"].build(), HOST["vit"]
+    conversion = convert(model, Clear(radius=2))
+    converted = run(case, model, 12, 10)
+    conversion.save(tmp_path)
+    for again in (lambda: convert(model, Softmax()), lambda: load(model, tmp_path)):
+        with pytest.raises(ValueError, match=r"VisionTransformer is converted already: revert\(\)"):
+            again()
+    assert torch.equal(run(case, model, 12, 10), converted)
+    conversion.revert()
+    for after in (conversion.revert, lambda: conversion.save(tmp_path), lambda: Conversion.of(model)):
+        with pytest.raises(ValueError, match="not converted"):
+            after()
+    assert "reverted" in repr(conversion)
+
+
+def test_one_model_of_a_pipeline_that_refuses_leaves_all_as_they_were() -> None:
+    pipe = PIPELINE["sd-controlnet"].build()
+    before = state(pipe.unet)
+    add_hook_to_module(pipe.controlnet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1"), ModelHook())
+    with pytest.raises(ValueError, match=r"mid_block\.attentions\.0.*a hook has replaced"):
+        convert(pipe, POOLED, components=("unet", "controlnet"))
+    assert_untouched(pipe.unet, before)
+    pipe.unet = None
+    with pytest.raises(ValueError, match=r"nothing to convert in this StableDiffusionControlNetPipeline.*vae"):
+        convert(pipe, POOLED)
+    with pytest.raises(TypeError, match="cannot convert a str: give a diffusers pipeline or model"):
+        convert("pipe", POOLED)
+
+
+class PlainAttention:
+    """A processor that computes attention without `scaled_dot_product_attention`, as xformers does."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        q, k, v = (attn.head_to_batch_dim(p(hidden_states)) for p in (attn.to_q, attn.to_k, attn.to_v))
+        return attn.to_out[0](attn.batch_to_head_dim(attn.get_attention_scores(q, k) @ v))
+
+
+def replace_processor(model: Any) -> None:
+    model.mid_block.attentions[0].transformer_blocks[0].attn1.processor = PlainAttention()
+
+
+def fuse(model: Any, fused: bool) -> None:
+    model.blocks[1].attn.fused_attn = fused
+
+
+def drop(model: Any, p: float) -> None:
+    model.train(p > 0).blocks[0].attn.attn_drop.p = p
+
+
+def keep(model: Any) -> None:
+    pass
+
+
+NEVER = "never called scaled_dot_product_attention.*"
+
+
+HIDE_ONE, BIAS = torch.ones(2, 120).index_fill(1, torch.tensor([3]), 0), torch.full((2, 1, 120), -0.5)
+
+
+FAILS: dict[str, tuple[str, Any, Callable[[Any], Any], Callable[[Any], Any], dict[str, Any], type[Exception], str]] = {
+    "sliced": ("sd15-unet", Clear(2), lambda m: m.set_attention_slice("max"), lambda m: m.set_attention_slice(None), {},
+               RuntimeError, rf"down_blocks\.0.*attn1 {NEVER}Sliced.*disable_attention_slicing"),
+    "plain": ("sd15-unet", Clear(2), replace_processor, lambda m: m.set_attn_processor(AttnProcessor2_0()), {},
+              RuntimeError, rf"mid_block.*attn1 {NEVER}PlainAttention"),
+    "flex": ("flux", Clear(2), lambda m: m.set_attention_backend("flex"), lambda m: m.set_attention_backend("native"),
+             {}, RuntimeError, rf"transformer_blocks\.0\.attn {NEVER}set_attention_backend\(.native"),
+    "unfused": ("vit", Clear(2), lambda m: fuse(m, False), lambda m: fuse(m, True), {},
+                RuntimeError, rf"blocks\.1\.attn {NEVER}fused_attn=False"),
+    "dropout": ("vit", Clear(2), lambda m: drop(m, 0.1), lambda m: drop(m, 0.0), {},
+                ValueError, r"blocks\.0\.attn: attention dropout 0\.1"),
+    "kernel": ("vit", Neighborhood(11), keep, keep, {}, ValueError, r"kernel_size 11 .* does not fit in Grid\("),
+    "dilation": ("vit", Neighborhood(3, (1, 4)), keep, keep, {}, ValueError, r"kernel_size 3 \* dilation 4 does not"),
+    "pool": ("vit", Clear(2, pool=4), keep, keep, {}, ValueError, r"pool 4 must divide .* Grid\(height=12, width=10"),
+    "wrong-grid": ("flux", Clear(2), keep, keep, dict(img_ids=noise(120, 3)),
+                   RuntimeError, "none of the 2 converted layers of this FluxTransformer2DModel .*use_grid"),
+    "mask-of-a-unet": ("sd15-unet", Clear(2), keep, keep, dict(attention_mask=HIDE_ONE),
+                       ValueError, r"down_blocks\.0.*attn1: cannot honour an attention mask that hides grid tokens"),
+    "mask-of-a-dit": ("pixart", Clear(2), keep, keep, dict(attention_mask=HIDE_ONE), ValueError, "hides grid tokens"),
+    "bias": ("pixart", Clear(2), keep, keep, dict(attention_mask=BIAS),
+             ValueError, r"transformer_blocks\.0\.attn1: cannot honour an attention mask that biases the logits"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("host_id, spec, change, cure, inputs, error, message", FAILS.values(), ids=FAILS)
+def test_a_forward_that_cannot_be_rerouted_raises(
+    host_id: str, spec: Any, change: Any, cure: Any, inputs: Any, error: Any, message: str
+) -> None:
+    case, model = HOST[host_id], HOST[host_id].build()
+    conversion = convert(model, spec)
+    change(model)
+    with torch.no_grad(), pytest.raises(error, match=message):
+        model(**case.inputs(12, 10, 2, TEXT) | inputs)
+    assert len(str(conversion.layers).splitlines()) == 1 + len(conversion.status())
+    conversion.revert()
+    assert run(case, model.eval(), 12, 10).isfinite().all()
+    cure(model)
+    assert torch.equal(run(case, model, 12, 10), stock(host_id))
+    convert(model, Clear(radius=2))
+    assert not torch.allclose(run(case, model, 12, 10), stock(host_id), atol=1e-3)
+
+
+def test_context_parallelism_is_refused_before_and_after_conversion() -> None:
+    case = HOST["flux"]
+    model = case.build()
+    model.transformer_blocks[0].attn.processor._parallel_config = object()
+    with pytest.raises(ValueError, match=r"transformer_blocks.0.attn runs with context parallelism"):
+        convert(model, Clear(radius=2))
+    model.transformer_blocks[0].attn.processor._parallel_config = None
+    convert(model, Clear(radius=2))
+    model.transformer_blocks[0].attn.processor._parallel_config = object()
+    with pytest.raises(ValueError, match="context parallelism, which cuts the grid"):
+        model(**case.inputs(9, 8, 1, 7))

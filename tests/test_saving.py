@@ -1,0 +1,175 @@
+"""`save` and `load`: what was trained comes back exactly, and a damaged adapter changes nothing."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_conversion import POOLED, assert_untouched, state
+from test_hosts import run
+from tiny_hosts import HOST
+from tiny_pipelines import PIPELINE, images_of
+from torch import nn
+
+from vision_attn import Clear, Conversion, Neighborhood, convert, load
+
+
+def train(model: nn.Module, conversion: Conversion) -> set[str]:
+    """Change all learned weights, one weight of one tensor, and all of another; return the names of what changed."""
+    with torch.no_grad():
+        for parameter in conversion.parameters():
+            parameter.add_(torch.rand_like(parameter))
+        (one_name, one), (all_name, everything) = [
+            (n, p) for n, p in model.named_parameters() if n.endswith(("to_q.weight", "to_k.weight", "qkv.weight"))
+        ][:2]
+        one.view(-1)[1] += 1
+        everything.mul_(1.5)
+    return {one_name, all_name} | {name for name, _ in conversion.named_parameters()}
+
+
+@pytest.mark.parametrize("spec", [Clear(radius=2), POOLED, Neighborhood((3, 2), 1)], ids=["clear", "pool", "pair"])
+@pytest.mark.parametrize("host_id", ["flux", "sd15-unet", "vit", "lumina2"])
+def test_save_and_load(host_id: str, spec: Any, tmp_path: Path) -> None:
+    case, size, model = HOST[host_id], (16, 8), HOST[host_id].build()
+    conversion = convert(model, spec, where=lambda name: "refiner" not in name, min_tokens=20)
+    changed = train(model, conversion)
+    trained = run(case, model, *size)
+    conversion.save(tmp_path / "adapter")
+    assert set(load_file(tmp_path / "adapter" / "vision_attn.safetensors")) == changed
+
+    restored = case.build()
+    before, original = state(restored), run(case, restored, *size)
+    again = load(restored, tmp_path / "adapter")
+    assert torch.equal(run(case, restored, *size), trained)
+    assert again.spec == spec and [row[:2] for row in again.layers] == [row[:2] for row in conversion.layers]
+    again.save(tmp_path / "again")
+    assert set(load_file(tmp_path / "again" / "vision_attn.safetensors")) == changed
+    again.revert()
+    assert_untouched(restored, before)
+    assert torch.equal(run(case, restored, *size), original)
+
+
+def test_save_and_load_a_pipeline_with_two_components(tmp_path: Path) -> None:
+    case = PIPELINE["sd-controlnet"]
+    pipe = case.build()
+    conversion = convert(pipe, POOLED, components=("unet", "controlnet"))
+    for name in ("unet", "controlnet"):
+        train(getattr(pipe, name), Conversion.of(getattr(pipe, name)))
+    images = images_of(case, pipe, 64, 128)
+    conversion.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"unet", "controlnet"}
+    restored = case.build()
+    original = images_of(case, restored, 64, 128)
+    again = load(restored, tmp_path)
+    assert set(again.models) == {"unet", "controlnet"}
+    assert (images_of(case, restored, 64, 128) == images).all()
+    again.revert()
+    assert (images_of(case, restored, 64, 128) == original).all()
+
+
+def rewrite(folder: Path, change: Callable[[dict], Any]) -> None:
+    path = folder / "vision_attn.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def reconfigure(folder: Path, change: Callable[[dict], Any]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def truncate(folder: Path, name: str, size: int = 40) -> None:
+    (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+
+def put(folder: Path, data: bytes) -> None:
+    (folder / "vision_attn.safetensors").write_bytes(data)
+
+
+WEIGHT = "blocks.1.attn.vision_attn.spatial_weight"
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
+    "truncated": (lambda f: truncate(f, "vision_attn.safetensors"), ValueError, "vision_attn.safetensors is damaged"),
+    "garbage": (lambda f: put(f, b"\xff" * 64), ValueError, "vision_attn.safetensors is damaged"),
+    "empty": (lambda f: put(f, b""), ValueError, "vision_attn.safetensors is damaged"),
+    "pickle": (lambda f: put(f, pickle.dumps({"a": 1})), ValueError, "damaged or no safetensors"),
+    "no-weights": (lambda f: (f / "vision_attn.safetensors").unlink(), FileNotFoundError, "does not exist"),
+    "no-config": (lambda f: (f / "config.json").unlink(), ValueError, "no config.json"),
+    "config-truncated": (lambda f: truncate(f, "config.json"), ValueError, "config.json is damaged"),
+    "config-of-diffusers": (lambda f: (f / "config.json").write_text('{"_class_name": "x"}'), ValueError, "its format"),
+    "config-list": (lambda f: (f / "config.json").write_text("[]"), ValueError, "no vision_attn adapter"),
+    "config-lacks-a-key": (lambda f: reconfigure(f, lambda c: c.pop("processors")), ValueError, "processors"),
+    "unknown-processor": (
+        lambda f: reconfigure(f, lambda c: c["processors"][0]["spec"].update({"class": "Sparse"})),
+        ValueError, "unknown processor 'Sparse': known are .*clear.*neighborhood.*softmax",
+    ),
+    "unknown-field": (
+        lambda f: reconfigure(f, lambda c: c["processors"][0]["spec"].update(sides=3)),
+        (TypeError, ValueError), "no field sides",
+    ),
+    "another-model": (
+        lambda f: reconfigure(f, lambda c: c["base_model"].update({"class": "Eva"})), ValueError, "Eva",
+    ),
+    "unknown-layer": (
+        lambda f: reconfigure(f, lambda c: c["processors"][0]["layers"].append("blocks.7.attn")),
+        ValueError, "no layer blocks.7.attn",
+    ),
+    "missing-key": (lambda f: rewrite(f, lambda t: t.pop(WEIGHT)), ValueError, f"missing: {WEIGHT}"),
+    "unexpected-key": (lambda f: rewrite(f, lambda t: t.update(x=t[WEIGHT] + 1)), ValueError, "unexpected: x"),
+    "wrong-shape": (
+        lambda f: rewrite(f, lambda t: t.update({WEIGHT: torch.ones(3)})), ValueError, rf"{WEIGHT} is \(3,\) there",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage, error, message", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_adapter_is_refused(damage: Any, error: Any, message: str, tmp_path: Path) -> None:
+    conversion = convert(HOST["vit"].build(), POOLED)
+    conversion.save(tmp_path)
+    damage(tmp_path)
+    model = HOST["vit"].build()
+    before = state(model)
+    with pytest.raises(error, match=message):
+        load(model, tmp_path)
+    assert_untouched(model, before)
+
+
+def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
+    model = HOST["vit"].build()
+    before = state(model)
+    torch.save(before, tmp_path / "weights.bin")
+    for source, options, error, message in (
+        (tmp_path / "weights.bin", {}, ValueError, "only .safetensors files are, for a pickle can run any code"),
+        (tmp_path, dict(weight_name="weights.bin"), ValueError, "only .safetensors files"),
+        (tmp_path, {}, ValueError, "is no adapter.*only weights.bin"),
+        (tmp_path / "nowhere", {}, FileNotFoundError, "nowhere does not exist"),
+        ("nobody/nothing", {}, FileNotFoundError, "nobody/nothing"),
+        (tmp_path, dict(weight_name="none.safetensors"), FileNotFoundError, "none.safetensors does not exist"),
+    ):
+        with pytest.raises(error, match=message):
+            load(model, source, **options)
+    assert_untouched(model, before)
+
+
+def test_load_refuses_fused_projections(tmp_path: Path) -> None:
+    case, model = HOST["flux"], HOST["flux"].build()
+    conversion = convert(model, POOLED)
+    train(model, conversion)
+    trained = run(case, model, 16, 8)
+    conversion.save(tmp_path)
+    fused = case.build()
+    fused.fuse_qkv_projections()
+    before = state(fused)
+    with pytest.raises(ValueError, match="unfuse_qkv_projections"):
+        load(fused, tmp_path)
+    assert_untouched(fused, before)
+    fused.unfuse_qkv_projections()
+    load(fused, tmp_path)
+    assert torch.equal(run(case, fused, 16, 8), trained)

@@ -1,0 +1,152 @@
+"""How the layers of a host find their grid: a probe reads it from the arguments of the forward that begins."""
+
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vision_attn.grid import Grid
+
+Probe = Callable[[nn.Module, Mapping[str, Any]], Grid | str]
+"""Returns the grid that a forward of a module attends over, from its arguments by name, or the reason for none.
+
+Tokens of the sequence that the grid leaves out (the text of a DiT) are placed by the host's `others`.
+"""
+
+
+class Seen:
+    """Remembers a tensor that was read, without keeping it alive, until it is gone or written to."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.reference, self.version = weakref.ref(tensor), self._version(tensor)
+
+    def is_of(self, tensor: Tensor | None) -> bool:
+        """Whether `tensor` is the one remembered, unchanged."""
+        return tensor is not None and self.reference() is tensor and self.version == self._version(tensor) != -1
+
+    @staticmethod
+    def _version(tensor: Tensor) -> int:
+        """Writes are counted, but not to a tensor of inference mode, which is therefore read again each time."""
+        return -1 if tensor.is_inference() else tensor._version
+
+
+@dataclass
+class AwaitingBackward:
+    """What forwards found by token count, for gradient checkpointing runs their layers again during backward."""
+
+    found: dict[int, Grid | str] = field(default_factory=dict)
+    pending: set[int] = field(default_factory=set)
+    ambiguous: set[int] = field(default_factory=set)
+
+    def remember(self, tokens: int, found: Grid | str) -> None:
+        """Note what a forward found."""
+        if self.found.get(tokens, found) != found:
+            (self.ambiguous.add if tokens in self.pending else self.ambiguous.discard)(tokens)
+        self.found[tokens] = found
+        self.pending.add(tokens)
+
+    def recall(self, tokens: int) -> Grid | str:
+        """Return what the forward found that runs again.
+
+        Raises:
+            RuntimeError: If that is not known, or if forwards over two grids of this many tokens came before.
+        """
+        self.pending.discard(tokens)
+        if tokens in self.ambiguous:
+            raise RuntimeError(
+                f"two forward passes over different grids of {tokens} tokens came before this backward pass, and with "
+                "gradient checkpointing they cannot be told apart: run backward after each forward"
+            )
+        if tokens not in self.found:
+            raise RuntimeError(
+                f"gradient checkpointing runs a layer again on {tokens} tokens, but no forward pass with gradients on "
+                "that many tokens has been seen"
+            )
+        return self.found[tokens]
+
+
+@dataclass
+class GridContext:
+    """The grid of the forward that runs, for all layers under the watched module.
+
+    Eager forwards in several threads do not see each other's grid; compiled ones share one.
+
+    Attributes:
+        probe: Reads the grid from the arguments of the watched module.
+        names: The names of its positional arguments.
+        others: Where tokens go that the probe does not count: 'prefix', 'suffix', or 'none' if there are none.
+        reads: Name of the argument whose values the probe reads, if any: once, and not under `torch.compile`.
+        fixed: A grid given by the user, which the probe then does not look for.
+        found: What the probe found last: a grid, or the reason for none.
+        gradients: Whether the forward that runs has gradients, seen from outside of gradient checkpointing.
+    """
+
+    probe: Probe
+    names: tuple[str, ...]
+    others: str
+    reads: str = ""
+    fixed: Grid | None = None
+    found: Grid | str = "no forward pass of the host has been seen"
+    gradients: bool = False
+    awaiting: AwaitingBackward = field(default_factory=AwaitingBackward)
+    last_read: tuple[Seen, Grid | str] | None = None
+    thread: threading.local = field(default_factory=threading.local)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "last_read": None, "thread": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, thread=threading.local())
+
+    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Read the grid of a forward that begins."""
+        tracing = torch.compiler.is_compiling()
+        if not tracing:
+            self.gradients = torch.is_grad_enabled()
+        if self.fixed is not None:
+            return
+        inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if self.reads and tracing:
+            raise RuntimeError(
+                f"torch.compile cannot read {self.reads}: give the grid with convert(..., grid=) or use_grid(), or "
+                "compile the blocks only (compile_repeated_blocks)"
+            )
+        self.found = self._read(module, inputs) if self.reads else self.probe(module, inputs)
+        if not tracing:
+            self.thread.found = self.found
+
+    def _read(self, module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
+        """Run a probe that reads the values of a tensor, unless it has read the very same."""
+        tensor = inputs.get(self.reads)
+        if self.last_read is not None and self.last_read[0].is_of(tensor):
+            return self.last_read[1]
+        found = self.probe(module, inputs)
+        self.last_read = None if tensor is None else (Seen(tensor), found)
+        return found
+
+    def locate(self, tokens: int) -> Grid | str:
+        """Return the grid in a sequence of `tokens` tokens, or the reason why it is not known."""
+        if torch.compiler.is_compiling():
+            return self._place(self.found if self.fixed is None else self.fixed, tokens)
+        if torch._C._current_graph_task_id() != -1:
+            return self.awaiting.recall(tokens)
+        found = getattr(self.thread, "found", self.found) if self.fixed is None else self.fixed
+        placed = self._place(found, tokens)
+        if self.gradients:
+            self.awaiting.remember(tokens, placed)
+        return placed
+
+    def _place(self, found: Grid | str, tokens: int) -> Grid | str:
+        """Place the tokens that the probe did not count."""
+        if isinstance(found, str):
+            return found
+        others = tokens - found.tokens
+        if others < 0 or (others and self.others == "none"):
+            return f"{tokens} tokens do not hold {found}"
+        prefix = found.prefix + (others if self.others == "prefix" else 0)
+        suffix = found.suffix + (others if self.others == "suffix" else 0)
+        return Grid(found.height, found.width, prefix, suffix)
