@@ -1,0 +1,54 @@
+"""FLUX's position ids decode to the right grid, also where bfloat16 merges rows and columns."""
+
+import pytest
+import torch
+
+from vision_attn.families.image_ids import grid_of_ids
+from vision_attn.grid import Grid
+
+
+def ids(height, width, segment=0, dtype=torch.float32, columns=3, start=0, step=1.0):
+    """Build ids as diffusers' pipelines do: segment, row, column."""
+    out = torch.zeros(height, width, columns)
+    out[..., 0] = segment
+    out[..., 1] += (start + step * torch.arange(height))[:, None]
+    out[..., 2] += step * torch.arange(width)
+    return out.reshape(-1, columns).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("size", [(64, 64), (6, 11), (1, 9), (9, 1), (300, 20), (20, 300), (512, 512)], ids=str)
+def test_grid_is_read_in_every_dtype(size, dtype):
+    assert grid_of_ids(ids(*size, dtype=dtype)) == Grid(*size)
+
+
+def test_the_largest_bf16_id_would_mislead():
+    rounded = ids(300, 20, dtype=torch.bfloat16)
+    assert int(rounded[:, 1].max()) + 1 != 300
+    assert grid_of_ids(rounded) == Grid(300, 20)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "grid"),
+    [
+        (torch.cat([ids(6, 10), ids(4, 8, segment=1)]), Grid(6, 10, suffix=32)),
+        (
+            torch.cat([ids(6, 10, columns=4), ids(4, 8, 10, columns=4), ids(2, 2, 20, columns=4)])[None],
+            Grid(6, 10, suffix=36),
+        ),
+        (ids(12, 16, start=-0.5, step=0.5), Grid(12, 16)),
+        (ids(8, 8).expand(2, -1, -1), Grid(8, 8)),
+    ],
+    ids=["kontext", "flux2-references", "interpolated", "batched"],
+)
+def test_segments_steps_and_batches(tensor, grid):
+    assert grid_of_ids(tensor) == grid
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.randn(60, 3), ids(6, 10)[:-1], ids(6, 10)[torch.randperm(60)], ids(6, 10).flip(0)],
+    ids=["random", "one-missing", "shuffled", "backwards"],
+)
+def test_what_is_no_grid_is_said(tensor):
+    assert "are not those of a grid" in grid_of_ids(tensor)
