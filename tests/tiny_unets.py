@@ -1,0 +1,78 @@
+"""Tiny UNets and the ControlNet: no text in the self-attention, one grid per level."""
+
+from functools import partial
+from typing import Any
+
+import diffusers
+import torch
+from tiny_host_case import CHANNELS, POOLED_DIM, TEXT_DIM, HostCase, Layout, build, half, noise, pixels, sample
+
+_UNET = dict(
+    sample_size=16, in_channels=CHANNELS, out_channels=CHANNELS, layers_per_block=1, block_out_channels=(16, 32, 32),
+    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    norm_num_groups=8, cross_attention_dim=TEXT_DIM, attention_head_dim=2,
+)  # fmt: skip
+_SD21 = _UNET | dict(attention_head_dim=(1, 2, 2), use_linear_projection=True, upcast_attention=True)
+_SDXL = _SD21 | dict(
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    transformer_layers_per_block=(1, 1, 2), upcast_attention=False, addition_embed_type="text_time",
+    addition_time_embed_dim=8, projection_class_embeddings_input_dim=POOLED_DIM + 6 * 8,
+)  # fmt: skip
+_CONTROLNET = {k: v for k, v in _UNET.items() if k not in ("sample_size", "out_channels", "up_block_types")}
+
+
+def _unet_inputs(height: int, width: int, batch: int, text: int, channels: int = CHANNELS) -> dict[str, Any]:
+    return dict(
+        sample=noise(batch, channels, height, width),
+        timestep=torch.tensor(600),
+        encoder_hidden_states=noise(batch, text, TEXT_DIM, seed=1),
+    )
+
+
+def _sdxl_inputs(height: int, width: int, batch: int, text: int) -> dict[str, Any]:
+    size = [16.0 * height, 16.0 * width]
+    time_ids = torch.tensor([[*size, 0.0, 0.0, *size]]).repeat(batch, 1)
+    added = dict(text_embeds=noise(batch, POOLED_DIM, seed=2), time_ids=time_ids)
+    return _unet_inputs(2 * height, 2 * width, batch, text) | dict(added_cond_kwargs=added)
+
+
+def _controlnet_inputs(height: int, width: int, batch: int, text: int) -> dict[str, Any]:
+    condition = noise(batch, 3, 8 * height, 8 * width, seed=2).sigmoid()
+    return _unet_inputs(height, width, batch, text) | dict(controlnet_cond=condition)
+
+
+def _three_levels(height: int, width: int, text: int) -> set[Layout]:
+    grid = (height, width)
+    return {Layout(0, grid), Layout(0, half(grid)), Layout(0, half(half(grid)))}
+
+
+def _two_levels(height: int, width: int, text: int) -> set[Layout]:
+    return {Layout(0, (height, width)), Layout(0, half((height, width)))}
+
+
+def _unet_case(name: str, config: dict[str, Any], **facts: Any) -> HostCase:
+    facts = dict(inputs=_unet_inputs, shape=pixels(CHANNELS, 1), layouts=_three_levels) | facts
+    return HostCase(name, partial(build, diffusers.UNet2DConditionModel, **config), output=sample, **facts)
+
+
+UNETS = [
+    _unet_case("sd15-unet", _UNET, notes="attention_head_dim is the number of heads (diffusers naming bug)"),
+    _unet_case("sd21-unet", _SD21, notes="linear proj_in, heads per level"),
+    _unet_case(
+        "sdxl-unet", _SDXL, inputs=_sdxl_inputs, shape=pixels(CHANNELS), layouts=_two_levels,
+        notes="no attention at the resolution of the latents: (height, width) is half of it",
+    ),
+    _unet_case("sd15-inpaint-unet", _UNET | dict(in_channels=9), inputs=partial(_unet_inputs, channels=9)),
+    HostCase(
+        "sd15-controlnet",
+        partial(
+            build, diffusers.ControlNetModel, **_CONTROLNET, conditioning_embedding_out_channels=(8, 8, 8, 8)
+        ),
+        inputs=_controlnet_inputs,
+        output=lambda output: output.mid_block_res_sample,
+        shape=lambda height, width, batch: (batch, 32, *half(half((height, width)))),
+        layouts=_three_levels,
+    ),
+]  # fmt: skip
