@@ -41,6 +41,13 @@ def test_the_teachers_figures_are_the_measured_ones():
     assert f"{round(best['top1'] * figures['prompts'])} of {figures['prompts']}" in README
 
 
+def test_the_demos_table_is_the_measured_one():
+    for row in json.loads((ROOT / "docs" / "demo.json").read_text())["rows"]:
+        psnr = "-" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
+        cells = (f"{row['pixels']} px", f"`{row['processor']}`", row["tokens"], f"{row['attended']:.1%}")
+        assert f"| {' | '.join(map(str, cells))} | {row['seconds']:.1f} | {psnr} |" in README
+
+
 def test_the_files_it_names_exist():
     links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert links and all((ROOT / link).exists() for link in links)
