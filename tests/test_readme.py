@@ -48,6 +48,15 @@ def test_the_demos_table_is_the_measured_one():
         assert f"| {' | '.join(map(str, cells))} | {row['seconds']:.1f} | {psnr} |" in README
 
 
+def test_the_gpu_table_is_the_measured_one():
+    stored = json.loads((ROOT / "bench" / "results" / "local_attention_h200.json").read_text())
+    rows = [row for row in stored["rows"] if row["prefix"] == 512]
+    assert len(rows) == 9
+    for row in rows:
+        figures = f"{row['forward']:.3f} ms | {row['ratio']:.1f}x | {row['backward_ratio']:.1f} |"
+        assert f"| {row['side']} x {row['side']} | {row['radius']} | {figures}" in README
+
+
 def test_the_files_it_names_exist():
     links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert links and all((ROOT / link).exists() for link in links)

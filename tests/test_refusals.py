@@ -72,7 +72,7 @@ VIT, UNET, FLUX = HOST["vit"].build, HOST["sd15-unet"].build, HOST["flux"].build
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception], str]] = {
     "spec-name": (VIT, dict(spec="clear"), TypeError, r"spec such as Clear\(radius=16\), got 'clear'"),
     "spec-class": (VIT, dict(spec=Clear), TypeError, "spec must be a processor's spec"),
-    "backend": (VIT, dict(backend="cuda"), ValueError, "'auto', 'reference', 'torch'.* got 'cuda'"),
+    "backend": (VIT, dict(backend="cuda"), ValueError, "'auto', 'triton', 'torch', 'reference', got 'cuda'"),
     "where-type": (VIT, dict(where=3), TypeError, "where must be a pattern"),
     "where-selects-nothing": (VIT, dict(where="blocks.9.*"), ValueError, "where selects no layer .*blocks.0.attn"),
     "min-tokens": (VIT, dict(min_tokens=-1), ValueError, "min_tokens must be a number of tokens.* -1"),

@@ -40,7 +40,7 @@ def convert(
             names such as 'down_blocks.0.attentions.0.transformer_blocks.0.attn1'.
         min_tokens: Layers whose grid has fewer tokens run their own attention.
         grid: (height, width) in tokens, if the host's grid is always the same or cannot be read (FLUX compiled whole).
-        backend: How the processor's operators run: 'auto', 'torch' or 'reference'.
+        backend: How the processor's operators run: 'auto', 'triton', 'torch' or 'reference'.
         host: For a model that is not known: which modules, and where the grid is.
         components: Names of the pipeline's components to convert, `unet`, `transformer`, `transformer_2` and `prior`
             unless given.

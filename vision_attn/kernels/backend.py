@@ -17,7 +17,7 @@ class Implementation:
     reasons: Sequence[str] = ()
 
 
-def check_backend(backend: str, known: Sequence[str] = ("reference", "torch")) -> None:
+def check_backend(backend: str, known: Sequence[str] = ("triton", "torch", "reference")) -> None:
     """Refuse a backend name that no operator has.
 
     Raises:

@@ -3,7 +3,7 @@
     o_i = sum_j softmax_j(scale * q_i . k_j + bias_ij) v_j,    j in window(i) + prefix + suffix + pooled
 
 The window is a disc (CLEAR) or a square (NATTEN): see `local_window.py`. This file holds the signature, the checks and
-the definition; `_local_torch.py` is the portable implementation.
+the definition; `_local_torch.py` is the portable implementation, `_local_triton.py` the fused one.
 """
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vision_attn.grid import Grid
 from vision_attn.kernels._local_torch import local_attention_torch
+from vision_attn.kernels._local_triton import local_attention_triton, triton_reasons
 from vision_attn.kernels.backend import Implementation, pick
 from vision_attn.kernels.local_window import Window
 
@@ -41,7 +42,8 @@ def local_attention(
         mask: Bool `[B, prefix + suffix]` (or batch 1): False hides a key outside the grid from all queries. Keys of the
             grid cannot be hidden.
         scale: Factor of the logits, `D ** -0.5` if None.
-        backend: 'reference' (dense, small inputs), 'torch' (any device), or 'auto'.
+        backend: 'triton' (CUDA, fused), 'torch' (any device), 'reference' (dense, small inputs), or 'auto' for the
+            fastest that can run.
 
     Returns:
         `[B, N, H, D]` in the dtype of `q`.
@@ -54,11 +56,15 @@ def local_attention(
     check_inputs(q, k, v, grid)
     check_window(q, grid, window)
     check_mask(q, grid, mask)
-    run = pick(
-        "local_attention",
-        backend,
-        {"torch": Implementation(local_attention_torch), "reference": Implementation(_reference)},
-    )
+    reasons = triton_reasons(q, window)
+    if backend == "auto" and (not q.is_cuda or (window.covers(grid) and window.bias is None)):
+        reasons = [*reasons, "on a CPU it is interpreted, and a window that covers the grid is dense attention"]
+    implementations = {
+        "triton": Implementation(local_attention_triton, reasons),
+        "torch": Implementation(local_attention_torch),
+        "reference": Implementation(_reference),
+    }
+    run = pick("local_attention", backend, implementations)
     return run(q, k, v, grid, window, mask, q.shape[-1] ** -0.5 if scale is None else scale)
 
 

@@ -1,0 +1,150 @@
+"""One call of the Triton backend as its kernels want it: numbers, strides, TMA boxes, launch sizes."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A launch: query tile and key tile as (rows, columns), warps, pipeline stages."""
+
+    queries: tuple[int, int]
+    keys: tuple[int, int]
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """The inputs of one call, checked; see `local_attention`. `size` is height, width, prefix, suffix."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    pooled_k: Tensor | None
+    pooled_v: Tensor | None
+    bias: Tensor | None
+    mask: Tensor | None
+    size: Sequence[int]
+    radius: float
+    kernel: Sequence[int]
+    steps: Sequence[int]
+    scale: float
+
+    @property
+    def block_d(self) -> int:
+        """Channels of a tile: the next power of two."""
+        return max(16, triton.next_power_of_2(self.q.shape[-1]))
+
+    @property
+    def outside(self) -> int:
+        """Tokens outside the grid."""
+        return self.size[2] + self.size[3]
+
+    @property
+    def precision(self) -> str:
+        """Float32 products stay exact; other dtypes ignore it."""
+        return "ieee"
+
+    @cached_property
+    def processors(self) -> int:
+        """Multiprocessors of the GPU; in the interpreter, those of an H200."""
+        return torch.cuda.get_device_properties(self.q.device).multi_processor_count if self.q.is_cuda else 132
+
+    @property
+    def span(self) -> int:
+        """Columns of a window."""
+        return self.kernel[1] if self.radius == 0 else 2 * int(self.radius) + 1
+
+    @property
+    def limit(self) -> int:
+        """The largest dy^2 + dx^2 of the disc."""
+        return math.ceil(self.radius**2) - 1
+
+    def numbers(self) -> dict[str, Any]:
+        """The geometry, by the names of the kernels' arguments."""
+        height, width, prefix, _ = self.size
+        disc = self.radius > 0
+        return dict(
+            N=self.q.shape[1], heads=self.q.shape[2], prefix=prefix, height=height, width=width, outside=self.outside,
+            limit=float(self.limit) if disc else 0.0, reach=math.isqrt(self.limit) if disc else 0,
+            KY=self.kernel[0], KX=self.kernel[1], step_y=self.steps[0], step_x=self.steps[1],
+            scale=self.scale, DISC=disc, D=self.q.shape[-1], BLOCK_D=self.block_d, PRECISION=self.precision,
+        )  # fmt: skip
+
+    def tiles(self, tile: tuple[int, int]) -> int:
+        """Tiles of `tile` rows x columns that cover every sub-grid."""
+        sides = [math.ceil(math.ceil(s / d) / t) for s, d, t in zip(self.size[:2], self.steps, tile, strict=True)]
+        return math.prod(sides) * math.prod(self.steps)
+
+    def work(self, tile: tuple[int, int]) -> int:
+        """About how many tokens one tile of the grid meets."""
+        columns = [self.kernel[i] if self.radius == 0 else 2 * int(self.radius) for i in (0, 1)]
+        near = math.prod(min(c + t, s) for c, t, s in zip(columns, tile, self.size[:2], strict=True))
+        return near + self.outside + (0 if self.pooled_k is None else self.pooled_k.shape[1])
+
+    def splits(self, programs: int, length: int, others: int, block: int) -> tuple[int, int]:
+        """Into how many parts, and of what length, the long loop of the tokens outside the grid is cut.
+
+        Their programs start first, so they may run for half of the launch; where they would run longer they are cut.
+
+        Args:
+            programs: Programs with a long loop.
+            length: Tokens of a long loop.
+            others: Tokens met by all other programs together.
+            block: Tokens of one step.
+        """
+        share = max((programs * length + others) / self.processors / 2, 4 * block)
+        parts = max(1, min(math.ceil(length / share), 32))
+        return parts, math.ceil(length / parts / block) * block
+
+
+def packed(t: Tensor) -> Tensor:
+    """`t` with neighbouring channels in memory; a copy only where they are not."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def token_strides(t: Tensor) -> tuple[int, int, int]:
+    """Strides of batch, token and head."""
+    return t.stride(0), t.stride(1), t.stride(2)
+
+
+def uses_boxes(tensors: Sequence[Tensor], steps: Sequence[int]) -> bool:
+    """Whether TMA can fetch tiles of these `[B, N, H, D]` tensors: Hopper or later, 16-byte strides, no dilation."""
+    if not tensors[0].is_cuda or torch.cuda.get_device_capability(tensors[0].device)[0] < 9 or max(steps) > 1:
+        return False
+    return all(boxable(t) for t in tensors)
+
+
+def boxable(t: Tensor) -> bool:
+    """Whether the strides of `t` suit TMA."""
+    size = t.element_size()
+    outer = zip(t.shape[:3], t.stride()[:3], strict=True)
+    return t.data_ptr() % 16 == 0 and all(s > 0 and s * size % 16 == 0 for n, s in outer if n > 1)
+
+
+def sequence_box(t: Tensor, length: int, block_d: int) -> TensorDescriptor:
+    """Boxes of `length` tokens of one head of `[B, N, H, D]`."""
+    return TensorDescriptor(t, list(t.shape), _strides(t), [1, length, 1, block_d])
+
+
+def grid_box(t: Tensor, size: Sequence[int], tile: tuple[int, int], block_d: int) -> TensorDescriptor:
+    """Boxes of a tile of grid tokens of one head; rows and columns beyond the grid read as zero."""
+    height, width, prefix, _ = size
+    image = t[:, prefix : prefix + height * width]
+    B, _, H, D = t.shape
+    b, n, h, d = _strides(t)
+    return TensorDescriptor(image, [B, height, width, H, D], [b, width * n, n, h, d], [1, *tile, 1, block_d])
+
+
+def _strides(t: Tensor) -> list[int]:
+    """Strides; that of an axis of one element is free, and TMA wants a multiple of 16 bytes."""
+    return [s if n > 1 else 16 * t.shape[-1] for n, s in zip(t.shape[:3], t.stride()[:3], strict=True)] + [1]
