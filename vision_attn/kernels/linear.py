@@ -1,0 +1,161 @@
+"""Normalised linear attention over all tokens of a sequence, in time and memory O(N).
+
+    o_i = (r_i phi(q_i)) sum_j w_j (r_j phi(k_j)) v_j^T / (phi(q_i) . sum_j w_j phi(k_j) + M eps),    j = 1..M
+
+`phi` maps features, `w` weighs keys, and `r` rotates by position in the numerator only (RALA); each is optional. With a
+global query g the weights are w_j = M softmax_j(g . phi(k_j)). LinFusion: 'elu' features, no weights, no rotation.
+
+Papers: 'Transformers are RNNs' - https://arxiv.org/abs/2006.16236, 'LinFusion' - https://arxiv.org/abs/2409.02097,
+'Breaking the Low-Rank Dilemma of Linear Attention' (RALA) - https://arxiv.org/abs/2411.07635
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vision_attn.kernels.backend import Implementation, pick
+from vision_attn.kernels.precision import full_precision, refuse_unlike
+
+_MAPS = ("elu", "relu", "none")
+
+
+@dataclass(frozen=True)
+class Features:
+    """The feature map of linear attention, on queries and keys alike.
+
+    Args:
+        map: 'elu' for elu(x) + 1, 'relu', or 'none' for q and k that are features already (not negative).
+        rotary: Cosine and sine `[N, D]` that rotate the mapped features of the numerator, pair by pair: channels
+            (2i, 2i + 1) turn by the angle at 2i. Needs as many queries as keys.
+
+    Raises:
+        ValueError: If the map is unknown.
+    """
+
+    map: str = "elu"
+    rotary: tuple[Tensor, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.map not in _MAPS:
+            raise ValueError(f"the feature map must be one of {', '.join(_MAPS)}, got {self.map!r}")
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return phi(x)."""
+        if self.map == "elu":
+            return F.elu(x) + 1
+        return F.relu(x) if self.map == "relu" else x
+
+    def rotated(self, features: Tensor) -> Tensor:
+        """Return r phi(x) for features `[B, N, H, D]`."""
+        return features if self.rotary is None else rotate_pairs(features, *self.rotary)
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate channels (2i, 2i + 1) of `[B, N, H, D]` by the angles whose cosine and sine `[N, D]` are given."""
+    turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+    return x * cos[:, None].to(x.dtype) + turned * sin[:, None].to(x.dtype)
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    features: Features = Features(),
+    key_weight: Tensor | None = None,
+    global_query: Tensor | None = None,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> Tensor:
+    """Attend from each query to all keys through a sum over the keys.
+
+    Sums and the normaliser are computed in float32 at least.
+
+    Args:
+        q: Queries `[B, N, H, F]`, any strides.
+        k: Keys `[B, M, H, F]`.
+        v: Values `[B, M, H, D]`.
+        features: The feature map, and the rotation of the numerator.
+        key_weight: Weights w `[B, M, H]`, not negative, broadcasting; 0 hides a key.
+        global_query: g `[B, H, F]`: multiply the weights by `M * softmax_j(g . phi(k_j))`.
+        eps: Added to the normaliser's mean over keys.
+        backend: 'torch' (any device), 'reference' (dense, small inputs), or 'auto' for the fastest that can run.
+
+    Returns:
+        `[B, N, H, D]` in the dtype of `q`.
+
+    Raises:
+        TypeError: If dtypes differ or are not floating point.
+        ValueError: If shapes or devices do not fit each other, or a named backend cannot run.
+    """
+    _check(q, k, v, features, key_weight, global_query)
+    implementations = {"torch": Implementation(_torch), "reference": Implementation(_reference)}
+    run = pick("linear_attention", backend, implementations)
+    return run(q, k, v, features, key_weight, global_query, eps)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, features: Features, key_weight: Tensor | None, global_query: Tensor | None
+) -> None:
+    refuse_unlike(q, k=k, v=v)
+    B, N, H, C = q.shape
+    M = k.shape[1]
+    if (k.shape[0], k.shape[2], k.shape[3]) != (B, H, C):
+        raise ValueError(f"k must be [B, M, H, F] = [{B}, M, {H}, {C}] for q {tuple(q.shape)}, got {tuple(k.shape)}")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v must be [B, M, H, D] = [{B}, {M}, {H}, D] for k {tuple(k.shape)}, got {tuple(v.shape)}")
+    for t in features.rotary or ():
+        if tuple(t.shape) != (N, C) or N != M or C % 2:
+            raise ValueError(
+                f"rotary needs cosines and sines [N, F] of an even F and as many keys as queries, got {tuple(t.shape)} "
+                f"for q {tuple(q.shape)} and k {tuple(k.shape)}"
+            )
+    if key_weight is not None and (key_weight.dim() != 3 or not _broadcasts(key_weight, (B, M, H))):
+        raise ValueError(f"key_weight must be [B, M, H] = {(B, M, H)}, got {tuple(key_weight.shape)}")
+    if global_query is not None and tuple(global_query.shape) != (B, H, C):
+        raise ValueError(f"global_query must be [B, H, F] = {(B, H, C)}, got {tuple(global_query.shape)}")
+
+
+def _broadcasts(t: Tensor, shape: tuple[int, ...]) -> bool:
+    return all(have in (1, want) for have, want in zip(t.shape, shape, strict=True))
+
+
+def _weigh(phi_k: Tensor, key_weight: Tensor | None, global_query: Tensor | None) -> Tensor:
+    """Return w_j phi(k_j)."""
+    if global_query is not None:
+        logits = torch.einsum("bhc,bmhc->bmh", global_query.to(phi_k.dtype), phi_k)
+        if key_weight is not None:
+            logits = logits.masked_fill(key_weight == 0, -torch.inf)
+        phi_k = phi_k * (phi_k.shape[1] * logits.softmax(1))[..., None]
+    return phi_k if key_weight is None else phi_k * key_weight.to(phi_k.dtype)[..., None]
+
+
+@full_precision
+def _torch(
+    q: Tensor, k: Tensor, v: Tensor, features: Features, key_weight: Tensor | None, global_query: Tensor | None,
+    eps: float,
+) -> Tensor:  # fmt: skip
+    """One matrix of keys and values per head, then one product for each query."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    phi_q = features.of(q.to(dtype))
+    phi_k = _weigh(features.of(k.to(dtype)), key_weight, global_query)
+    state = torch.einsum("bmhc,bmhd->bhcd", features.rotated(phi_k) / max(k.shape[1], 1), v.to(dtype))
+    numerator = torch.einsum("bnhc,bhcd->bnhd", features.rotated(phi_q), state)
+    normaliser = torch.einsum("bnhc,bhc->bnh", phi_q, phi_k.mean(1)) + eps
+    return (numerator / normaliser[..., None]).to(q.dtype)
+
+
+@full_precision
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, features: Features, key_weight: Tensor | None, global_query: Tensor | None,
+    eps: float,
+) -> Tensor:  # fmt: skip
+    """The definition: a dense matrix of weights, in float64 if q is, else float32."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    phi_q = features.of(q.to(dtype))
+    phi_k = _weigh(features.of(k.to(dtype)), key_weight, global_query)
+    weights = torch.einsum("bnhc,bmhc->bhnm", features.rotated(phi_q), features.rotated(phi_k))
+    normaliser = torch.einsum("bnhc,bmhc->bhn", phi_q, phi_k) + k.shape[1] * eps
+    return torch.einsum("bhnm,bmhd->bnhd", weights / normaliser[..., None], v.to(dtype)).to(q.dtype)

@@ -1,0 +1,171 @@
+"""Attention inside windows that do not overlap; all tokens outside the grid see and are seen by everything.
+
+    o_i = softmax_j(scale * q_i . k_j) v_j,    j in cell(i) + prefix + suffix
+
+The grid is cut into cells of `window_size` from its top left corner; cells at the right and bottom border are smaller
+where it does not divide.
+
+Papers: 'Swin Transformer' - https://arxiv.org/abs/2103.14030, 'Fast Vision Transformers with HiLo Attention' -
+https://arxiv.org/abs/2205.13213
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from vision_attn.grid import Grid
+from vision_attn.kernels.backend import Implementation, pick
+from vision_attn.kernels.dense import dense_attention, seen_keys
+from vision_attn.kernels.local import check_inputs, check_mask
+from vision_attn.kernels.local_window import PerAxis, per_axis
+from vision_attn.kernels.precision import full_precision
+
+_MAX_SCORES = 1 << 24  # logits computed at a time: 64 MiB in float32
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: Grid,
+    window_size: PerAxis,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attend from each grid token to its cell of the grid and to every token outside the grid.
+
+    Args:
+        q: Queries `[B, N, H, D]`, with `N == grid.tokens`; any strides.
+        k: Keys, like `q`.
+        v: Values, like `q`.
+        grid: Where the image tokens lie in the sequence.
+        window_size: Side of a cell in tokens, or a (height, width) pair.
+        mask: Bool `[B, prefix + suffix]` (or batch 1): False hides a key outside the grid from all queries.
+        scale: Factor of the logits, `D ** -0.5` if None.
+        backend: 'torch' (any device), 'reference' (dense, small inputs), or 'auto' for the fastest that can run.
+
+    Returns:
+        `[B, N, H, D]` in the dtype of `q`.
+
+    Raises:
+        TypeError: If dtypes differ or are not floating point.
+        ValueError: If shapes, devices and the grid do not fit each other, or a named backend cannot run.
+    """
+    check_inputs(q, k, v, grid)
+    check_mask(q, grid, mask)
+    cell = per_axis(window_size, "window_size", 1)
+    implementations = {"torch": Implementation(_torch), "reference": Implementation(_reference)}
+    run = pick("window_attention", backend, implementations)
+    return run(q, k, v, grid, cell, mask, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _torch(
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, cell: tuple[int, int], mask: Tensor | None, scale: float
+) -> Tensor:
+    image, outside = grid.image, grid.prefix + grid.suffix
+    queries, keys, values = (_to_cells(t[:, image], grid, cell) for t in (q, k, v))
+    inside = _inside(grid, cell, q.device)
+    if outside:
+        k_shared, v_shared = (torch.cat([t[:, : grid.prefix], t[:, image.stop :]], 1).transpose(1, 2) for t in (k, v))
+        o = _with_shared(queries * scale, keys, values, k_shared, v_shared, inside, mask)
+    else:
+        hidden = None if inside is None else inside[:, None, None]
+        q_flat, k_flat, v_flat = (t.flatten(0, 1).transpose(1, 2) for t in (queries, keys, values))
+        if hidden is not None:
+            hidden = hidden.expand(q.shape[0], -1, -1, -1, -1).flatten(0, 1)
+        o = F.scaled_dot_product_attention(q_flat, k_flat, v_flat, hidden, scale=scale).transpose(1, 2)
+        o = o.unflatten(0, queries.shape[:2])
+    o = _from_cells(o, grid, cell)
+    if not outside:
+        return o
+    rest = torch.cat([q[:, : grid.prefix], q[:, image.stop :]], 1)
+    rest = dense_attention(rest, k, v, seen=seen_keys(mask, grid), scale=scale)
+    return torch.cat([rest[:, : grid.prefix], o, rest[:, grid.prefix :]], 1)
+
+
+def _to_cells(t: Tensor, grid: Grid, cell: tuple[int, int]) -> Tensor:
+    """Cut `[B, height * width, H, D]` into `[B, cells, L, H, D]`, with zeros beyond the border."""
+    h, w = cell
+    t = t.unflatten(1, (grid.height, grid.width))
+    if grid.height % h or grid.width % w:
+        t = F.pad(t, (0, 0, 0, 0, 0, -grid.width % w, 0, -grid.height % h))
+    t = t.unflatten(2, (-1, w)).unflatten(1, (-1, h))  # [B, rows, h, columns, w, H, D]
+    return t.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def _from_cells(t: Tensor, grid: Grid, cell: tuple[int, int]) -> Tensor:
+    """Undo `_to_cells`."""
+    h, w = cell
+    rows, columns = -(-grid.height // h), -(-grid.width // w)
+    t = t.unflatten(1, (rows, columns)).unflatten(3, (h, w)).transpose(2, 3)
+    return t.flatten(3, 4).flatten(1, 2)[:, : grid.height, : grid.width].flatten(1, 2)
+
+
+def _inside(grid: Grid, cell: tuple[int, int], device: torch.device) -> Tensor | None:
+    """Bool `[cells, L]`: which places of a cell lie in the grid; None if all do."""
+    if not (grid.height % cell[0] or grid.width % cell[1]):
+        return None
+    ones = torch.ones(1, grid.image_tokens, 1, 1, dtype=torch.bool, device=device)
+    return _to_cells(ones, grid, cell)[0, :, :, 0, 0]
+
+
+@full_precision
+def _with_shared(
+    q: Tensor, k: Tensor, v: Tensor, k_shared: Tensor, v_shared: Tensor, inside: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    """Attend to the own cell and to the shared keys `[B, H, E, D]`, some cells at a time."""
+    cells, L = q.shape[1:3]
+    step = max(1, _MAX_SCORES // (q.shape[0] * q.shape[3] * L * (L + k_shared.shape[2])))
+    outputs = []
+    for i in range(0, cells, step):
+        part = slice(i, i + step)
+        some = None if inside is None else inside[part]
+        arguments: tuple[Any, ...] = (q[:, part], k[:, part], v[:, part], k_shared, v_shared, some, mask)
+        many = step < cells and torch.is_grad_enabled()
+        outputs.append(checkpoint(_cells, *arguments, use_reentrant=False) if many else _cells(*arguments))
+    return torch.cat(outputs, 1)
+
+
+def _cells(
+    q: Tensor, k: Tensor, v: Tensor, k_shared: Tensor, v_shared: Tensor, inside: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    """`[B, cells, L, H, D]`: one softmax over the cell and the shared keys."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    dtype, E = q.dtype, k_shared.shape[2]
+    q, k, v, k_shared, v_shared = (t.to(wide) for t in (q, k, v, k_shared, v_shared))
+    beside = torch.einsum("bclhd,bhed->bchle", q, k_shared)
+    if mask is not None:
+        beside = beside.masked_fill(~mask[:, None, None, None], -torch.inf)
+    own = torch.einsum("bclhd,bcmhd->bchlm", q, k)
+    if inside is not None:
+        own = own.masked_fill(~inside[:, None, None], -torch.inf)
+    weights = torch.cat([beside, own], -1).softmax(-1)
+    o = torch.einsum("bchle,bhed->bclhd", weights[..., :E], v_shared)
+    return (o + torch.einsum("bchlm,bcmhd->bclhd", weights[..., E:], v)).to(dtype)
+
+
+@full_precision
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, cell: tuple[int, int], mask: Tensor | None, scale: float
+) -> Tensor:
+    """The definition: a dense mask and a softmax, in float64 if q is, else float32."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    y, x = torch.meshgrid(
+        torch.arange(grid.height, device=q.device) // cell[0],
+        torch.arange(grid.width, device=q.device) // cell[1],
+        indexing="ij",
+    )
+    number = (y * (grid.width + 1) + x).flatten()
+    seen = torch.ones(q.shape[0], grid.tokens, grid.tokens, dtype=torch.bool, device=q.device)
+    seen[:, grid.image, grid.image] = number == number[:, None]
+    hidden = seen_keys(mask, grid)
+    if hidden is not None:
+        seen &= hidden[:, 0]
+    logits = torch.einsum("bnhd,bmhd->bhnm", q.to(dtype), k.to(dtype)) * scale
+    weights = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
+    return torch.einsum("bhnm,bmhd->bnhd", weights, v.to(dtype)).to(q.dtype)
