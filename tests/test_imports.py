@@ -17,9 +17,13 @@ ORDER = (
     "grid_context",
     "layer_state",
     "key_padding",
+    "projections",
+    "situation",
     "intercept",
+    "watching",
     "families",
     "model_state",
+    "policy",
     "plan",
     "published",
     "adapter",
@@ -29,6 +33,7 @@ ORDER = (
     "conversion",
     "hosts",
     "demo",
+    "bench",
     "cli",
 )
 

@@ -8,23 +8,43 @@ if TYPE_CHECKING:
     from vision_attn.converted import Conversion
     from vision_attn.families import Host
     from vision_attn.grid import Grid
-    from vision_attn.processors import Clear, Neighborhood, Softmax
+    from vision_attn.processors import RALA, Agent, Clear, HiLo, LinearLocal, LinFusion, Neighborhood, Softmax
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Agent": "processors.agent",
     "Clear": "processors.clear",
     "Conversion": "converted",
     "Grid": "grid",
+    "HiLo": "processors.hilo",
     "Host": "families.host",
+    "LinFusion": "processors.linfusion",
+    "LinearLocal": "processors.linear_local",
     "Neighborhood": "processors.neighborhood",
+    "RALA": "processors.rala",
     "Softmax": "processors.softmax",
     "convert": "conversion",
     "load": "conversion",
     "use_grid": "conversion",
 }
 
-__all__ = ["Clear", "Conversion", "Grid", "Host", "Neighborhood", "Softmax", "convert", "load", "use_grid"]
+__all__ = [
+    "RALA",
+    "Agent",
+    "Clear",
+    "Conversion",
+    "Grid",
+    "HiLo",
+    "Host",
+    "LinFusion",
+    "LinearLocal",
+    "Neighborhood",
+    "Softmax",
+    "convert",
+    "load",
+    "use_grid",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from vision_attn.intercept import CHILD, is_rerouted, state_of
 from vision_attn.model_state import ModelState
-from vision_attn.processors import make_spec
+from vision_attn.processors import from_config, to_config
 from vision_attn.processors.base import AttnSpec
-from vision_attn.published import published_adapter
+from vision_attn.published import LINFUSION_WEIGHTS, is_linfusion, linfusion_adapter, published_adapter
 
 CONFIG, WEIGHTS = "config.json", "vision_attn.safetensors"
 FORMAT = "vision_attn.adapter.v1"
@@ -85,10 +85,7 @@ def write_adapter(folder: Path, model: nn.Module, component: str, state: ModelSt
         "format": FORMAT,
         "component": component,
         "base_model": {"class": type(model).__name__, "name": base},
-        "processors": [
-            {"spec": {"class": type(spec).__name__, **dataclasses.asdict(spec)}, "layers": names}  # type: ignore[call-overload]
-            for spec, names in groups.items()
-        ],
+        "processors": [{"spec": to_config(spec), "layers": names} for spec, names in groups.items()],
         "min_tokens": state.shared.min_tokens,
         "versions": {name: _version(name) for name in ("vision_attn", "torch", "diffusers", "timm")},
     }
@@ -135,6 +132,8 @@ def _read_folder(folder: Path, spec: AttnSpec | None) -> Adapter:
         config = json.loads((folder / CONFIG).read_text())
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG} is damaged: {error}") from None
+    if isinstance(config, dict) and is_linfusion(config):
+        return _read_linfusion(folder, config)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(f"{folder / CONFIG} is no vision_attn adapter: its format is not {FORMAT!r}")
     try:
@@ -143,11 +142,18 @@ def _read_folder(folder: Path, spec: AttnSpec | None) -> Adapter:
         raise ValueError(f"{folder / CONFIG} is damaged: {type(error).__name__} {error}") from None
 
 
+def _read_linfusion(folder: Path, config: dict[str, Any]) -> Adapter:
+    tensors = read_tensors(folder / LINFUSION_WEIGHTS)
+    try:
+        return Adapter(str(folder), "unet", *linfusion_adapter(str(folder), config, tensors))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG} is damaged: {type(error).__name__} {error}") from None
+
+
 def _read_config(folder: Path, config: dict[str, Any], spec: AttnSpec | None) -> Adapter:
     layers: dict[str | None, AttnSpec] = {}
     for group in config["processors"]:
-        fields = {name: tuple(v) if isinstance(v, list) else v for name, v in group["spec"].items() if name != "class"}
-        layers.update(dict.fromkeys(group["layers"], spec or make_spec(group["spec"]["class"], **fields)))
+        layers.update(dict.fromkeys(group["layers"], spec or from_config(group["spec"])))
     if not isinstance(config["min_tokens"], int):
         raise TypeError(f"min_tokens is {config['min_tokens']!r}")
     tensors = read_tensors(folder / WEIGHTS)
@@ -193,6 +199,10 @@ def _fetch(source: str | Path, weight_name: str | None, **hub: Any) -> Path:
     try:
         if weight_name:
             return Path(hf_hub_download(str(source), weight_name, **hub))
-        return Path(snapshot_download(str(source), allow_patterns=[f"**{CONFIG}", f"**{WEIGHTS}"], **hub))
+        return Path(
+            snapshot_download(
+                str(source), allow_patterns=[f"**{name}" for name in (CONFIG, WEIGHTS, LINFUSION_WEIGHTS)], **hub
+            )
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise FileNotFoundError(f"{source} is neither here nor could it be downloaded: {error}") from None

@@ -11,7 +11,8 @@ from vision_attn.converted import Conversion
 from vision_attn.families import Host, find_host
 from vision_attn.kernels.backend import check_backend
 from vision_attn.model_state import is_converted, undo
-from vision_attn.plan import Plan, Where, fix_grid, selector
+from vision_attn.plan import Plan, fix_grid
+from vision_attn.policy import Specs, Where, assign, check_specs, selector
 from vision_attn.processors.base import AttnSpec
 from vision_attn.targets import candidates_of, refuse_converted, targets_of
 
@@ -20,7 +21,7 @@ __all__ = ["Conversion", "convert", "load", "reconvert", "use_grid"]
 
 def convert(
     target: Any,
-    spec: AttnSpec,
+    spec: Specs,
     *,
     where: Where = None,
     min_tokens: int = 0,
@@ -35,7 +36,9 @@ def convert(
 
     Args:
         target: A diffusers pipeline, a diffusers UNet or DiT, or a timm vision transformer.
-        spec: The processor, such as `Clear(radius=16)`.
+        spec: The processor, such as `Clear(radius=16)`; a sequence of them that take turns with the depth; or a
+            dictionary of them by pattern of layer names, `{"down_blocks.*": HiLo(), "*": Clear()}`, of which the first
+            that matches counts.
         where: Which layers: a pattern as in a shell, a compiled regular expression (searched), or a predicate, on
             names such as 'down_blocks.0.attentions.0.transformer_blocks.0.attn1'.
         min_tokens: Layers whose grid has fewer tokens run their own attention.
@@ -57,7 +60,7 @@ def convert(
 
 def reconvert(
     target: Any,
-    spec: AttnSpec,
+    spec: Specs,
     *,
     where: Where = None,
     min_tokens: int = 0,
@@ -69,10 +72,15 @@ def reconvert(
     """Convert like `convert`, in the place of an earlier conversion if there is one."""
     if isinstance(min_tokens, bool) or not isinstance(min_tokens, int) or min_tokens < 0:
         raise ValueError(f"min_tokens must be a number of tokens, at least 0, got {min_tokens!r}")
-    _check(spec, host, backend)
+    check_specs(spec)
+    _check(host, backend)
     select = selector(where)
     models = targets_of(target, components, host)
-    plans = [Plan(model, spec, host or find_host(model), select, backend) for model in models.values()]
+    plans = []
+    for model in models.values():
+        family = host or find_host(model)
+        names = [name for name in family.layer_names(model) if select(name)]
+        plans.append(Plan(model, assign(spec, names), family, backend))
     for plan in plans:
         if grid is not None:
             fix_grid(plan.contexts, grid)
@@ -83,9 +91,7 @@ def reconvert(
     return Conversion(models)
 
 
-def _check(spec: Any, host: Any, backend: str) -> None:
-    if not isinstance(spec, AttnSpec):
-        raise TypeError(f"spec must be a processor's spec such as Clear(radius=16), got {spec!r}")
+def _check(host: Any, backend: str) -> None:
     if host is not None and not isinstance(host, Host):
         raise TypeError(f"host must be a Host, got {host!r}")
     check_backend(backend)
@@ -126,16 +132,15 @@ def load(
         ValueError: If the file does not fit the model; missing and unexpected tensors are named.
     """
     if spec is not None:
-        _check(spec, host, backend)
-    check_backend(backend)
+        check_specs(spec)
+    _check(host, backend)
     models, plans = {}, []
     for adapter in read_adapter(source, weight_name, spec, **hub):
         name, model = _model_for(adapter, target, host)
         refuse_converted({name: model})
         adapter.check(model)
         family = host or find_host(model)
-        specs = adapter.specs([layer for _, layers in family.find(model) for layer, _ in layers])
-        plan = Plan(model, specs, family, specs.__contains__, backend)
+        plan = Plan(model, adapter.specs(family.layer_names(model)), family, backend)
         plan.expect(adapter.tensors, adapter.source)
         models[name] = model
         plans.append((plan, adapter))

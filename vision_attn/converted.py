@@ -74,8 +74,13 @@ class Conversion:
 
     @property
     def spec(self) -> AttnSpec:
-        """The spec that the layers were converted with."""
+        """The spec that the first layer was converted with; `specs` has them all."""
         return next(state.spec for _, _, state in self._rerouted())
+
+    @property
+    def specs(self) -> dict[str, AttnSpec]:
+        """The spec of each converted layer by name."""
+        return {name: state.spec for name, _, state in self._rerouted()}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters that the conversion added, under their names in the model."""
@@ -142,4 +147,5 @@ class Conversion:
             return "a conversion that was reverted"
         table = self.layers
         done = sum(row.status == "rerouted" for row in table)
-        return f"{self.spec} on {len(table)} layers, {done} rerouted in the last forward"
+        specs = dict.fromkeys(str(state.spec) for _, _, state in self._rerouted())
+        return f"{', '.join(specs)} on {len(table)} layers, {done} rerouted in the last forward"

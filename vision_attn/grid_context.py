@@ -128,14 +128,19 @@ class GridContext:
         self.last_read = None if tensor is None else (Seen(tensor), found)
         return found
 
+    def known(self) -> Grid | str:
+        """Return the grid of the forward that runs, without the tokens that `others` places, or why there is none."""
+        if self.fixed is not None:
+            return self.fixed
+        return self.found if torch.compiler.is_compiling() else getattr(self.thread, "found", self.found)
+
     def locate(self, tokens: int) -> Grid | str:
         """Return the grid in a sequence of `tokens` tokens, or the reason why it is not known."""
         if torch.compiler.is_compiling():
-            return self._place(self.found if self.fixed is None else self.fixed, tokens)
+            return self._place(self.known(), tokens)
         if torch._C._current_graph_task_id() != -1:
             return self.awaiting.recall(tokens)
-        found = getattr(self.thread, "found", self.found) if self.fixed is None else self.fixed
-        placed = self._place(found, tokens)
+        placed = self._place(self.known(), tokens)
         if self.gradients:
             self.awaiting.remember(tokens, placed)
         return placed

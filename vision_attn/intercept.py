@@ -8,7 +8,6 @@ the layer's processor, and lets every other call through.
 
 import functools
 import inspect
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vision_attn.grid import Grid
-from vision_attn.grid_context import GridContext
 from vision_attn.key_padding import key_padding
 from vision_attn.layer_state import LayerState
+from vision_attn.processors.base import Processor
+from vision_attn.projections import Projections
+from vision_attn.situation import locate, moment_of, runs_dense
 
 CHILD = "vision_attn"  # name of the processor in its attention module, so state-dict keys are `*.vision_attn.*`
 STATE = "_vision_attn"
-_log = logging.getLogger(__name__)
 
 
 def refuse_hooked(name: str, module: nn.Module) -> None:
@@ -75,7 +74,7 @@ def rerouted_class(base: Any) -> type[nn.Module]:
                 return super().forward(*args, **kwargs)
             if getattr(getattr(self, "processor", None), "_parallel_config", None) is not None:
                 raise ValueError(f"{state.name} runs with context parallelism, which cuts the grid: revert() first")
-            mode = _Reroute(self)
+            mode = _Reroute(self, runs_dense(state, kwargs))
             with mode:
                 output = super().forward(*args, **kwargs)
             if not torch.compiler.is_compiling() and not mode.reached:
@@ -100,10 +99,16 @@ def _rebuild(make: Callable[..., Any], base: Any, *args: Any) -> Any:
 class _Reroute(TorchFunctionMode):
     """Answers the attention of one module while its forward runs."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, runs_dense: bool) -> None:
         super().__init__()
         self.module = module
         self.reached = False
+        self.processor: Processor = getattr(module, CHILD)
+        state = state_of(module)
+        if self.processor.wants:
+            self.processor = self.processor.at(moment_of(state))
+        residuals = {} if runs_dense else self.processor.residuals()
+        self.projections = Projections(module, residuals) if residuals else None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -113,12 +118,17 @@ class _Reroute(TorchFunctionMode):
             return torch.unflatten(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             self.reached = self.reached or not torch.compiler.is_compiling()
-            return _answer(self.module, *args, **kwargs)
+            return _answer(self, *args, **kwargs)
+        if func is F.linear and self.projections is not None:
+            return self.projections.linear(F.linear, *args, **{_LINEAR.get(k, k): v for k, v in kwargs.items()})
         return func(*args, **kwargs)
 
 
+_LINEAR = {"input": "x"}  # torch's name of the argument
+
+
 def _answer(
-    module: nn.Module,
+    mode: "_Reroute",
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -129,8 +139,8 @@ def _answer(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Answer one call of `scaled_dot_product_attention` on `[B, H, N, D]` tensors."""
-    state = state_of(module)
-    grid = _locate(state, query, key, attn_mask)
+    state = state_of(mode.module)
+    grid = locate(state, query, key, attn_mask)
     if grid is None:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -143,30 +153,14 @@ def _answer(
     query, key, value = _autocast(query, key, value)
     mask = key_padding(attn_mask, grid, state)
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    output = getattr(module, CHILD)(q, k, v, grid, mask, scale).transpose(1, 2)
+    if mode.projections is not None and not torch.compiler.is_compiling() and mode.projections.missing():
+        raise RuntimeError(
+            f"{state.name}: {state.spec} adds to the input of projections, but this {type(mode.module).__name__} does "
+            f"not multiply by the weights of {mode.projections.missing()} (quantised layers do not)"
+        )
+    output = mode.processor(q, k, v, grid, mask, scale).transpose(1, 2)
     state.note(grid, "rerouted")
     return output
-
-
-def _locate(state: LayerState, query: Tensor, key: Tensor, attn_mask: Tensor | None) -> Grid | None:
-    """Return the grid of a call that is to be rerouted; None lets it through."""
-    if query.dim() != 4 or query.shape[-2] != key.shape[-2]:
-        return None  # cross-attention
-    found = state.context.locate(query.shape[-2])
-    if isinstance(found, str):
-        state.note(None, f"dense: {found}")
-    elif attn_mask is not None and state.mask_means_dense:
-        status = "dense: the attention mask says that the grid lies elsewhere in each sample"
-        state.note(found, status, expected=True)
-        if not torch.compiler.is_compiling() and not state.shared.warned:
-            state.shared.warned = True
-            _log.warning("%s runs %s", state.name, status)
-    elif found.image_tokens < state.shared.min_tokens:
-        few = f"dense: {found.image_tokens} tokens are below min_tokens={state.shared.min_tokens}"
-        state.note(found, few, expected=True)
-    else:
-        return found
-    return None
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -187,29 +181,3 @@ def _never_reached(state: LayerState, module: nn.Module) -> str:
         "(disable_xformers_memory_efficient_attention), another attention backend (set_attention_backend('native')), "
         "timm's fused_attn=False; or revert()"
     )
-
-
-def watch(module: nn.Module, context: GridContext) -> None:
-    """Let `context` see the grid of every forward of `module`."""
-    setattr(module, STATE + "_grid", context)
-    module.register_forward_pre_hook(_see_grid, with_kwargs=True)
-
-
-def unwatch(module: nn.Module) -> None:
-    """Undo `watch`, if the module is watched."""
-    remove_hooks(module, _see_grid)
-    vars(module).pop(STATE + "_grid", None)
-
-
-def _see_grid(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    context: GridContext = module.__dict__[STATE + "_grid"]
-    context.see(module, args, kwargs)
-
-
-def remove_hooks(module: nn.Module, function: Callable[..., Any]) -> None:
-    """Remove a forward hook by its function: unlike handles, this works on a copy of the module too."""
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [key for key, hook in hooks.items() if hook is function]:
-            del hooks[key]
-            for flags in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs):
-                flags.pop(key, None)

@@ -15,16 +15,43 @@ from vision_attn.processors.base import AttnSpec
 
 @dataclass
 class Shared:
-    """What all layers of one converted model share."""
+    """What all layers of one converted model share.
+
+    Attributes:
+        min_tokens: Layers with fewer grid tokens run their own attention.
+        bypassed: Whether all layers do.
+        rerouted: Calls answered by processors in the forward that runs, or expected not to be.
+        ran: Calls over a grid in that forward.
+        warned: Whether the user was told of dense layers.
+        thresholds: Where the schedules of the layers change, as shares of the denoising.
+        progress: The last threshold that the forward that runs has passed, None if it is not known.
+        finest: Tokens of the host's finest grid, None if all grids are equal.
+        generator: Random numbers of all layers.
+    """
 
     min_tokens: int = 0
     bypassed: bool = False
     rerouted: int = 0
     ran: int = 0
     warned: bool = False
+    thresholds: tuple[float, ...] = ()
+    progress: float | None = None
+    finest: int | None = None
+    generator: torch.Generator | None = None
+
+    def random(self, device: torch.device) -> torch.Generator:
+        """Return the generator that all layers share, which starts as a copy of PyTorch's own."""
+        if self.generator is None or self.generator.device != device:
+            default = (
+                torch.get_rng_state() if device.type == "cpu" else getattr(torch, device.type).get_rng_state(device)
+            )
+            self.generator = torch.Generator(device)
+            self.generator.set_state(default)
+        return self.generator
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "bypassed": False}  # a copy made inside bypassed() is not bypassed for ever
+        # a copy made inside bypassed() is not bypassed for ever
+        return {**self.__dict__, "bypassed": False, "generator": None}
 
 
 @dataclass
@@ -53,6 +80,7 @@ class LayerState:
     grid: Grid | None = None
     status: str = "not run yet"
     padding: Any = None  # the last mask that was checked, see key_padding.py
+    block_input: torch.Tensor | None = None  # from the beginning of a block until its attention
 
     def note(self, grid: Grid | None, status: str, *, expected: bool = False) -> None:
         """Record a call, unless it is being traced. An `expected` one of the host's own attention is no failure."""
@@ -63,4 +91,4 @@ class LayerState:
         self.shared.rerouted += status == "rerouted" or expected
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "padding": None}
+        return {**self.__dict__, "padding": None, "block_input": None}

@@ -1,13 +1,17 @@
-"""What a converted model as a whole remembers, the check of its forward passes, and how to give it back."""
+"""What a converted model as a whole remembers, the beginning and the end of its forwards, and how to give it back."""
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vision_attn.intercept import is_rerouted, remove_hooks, restore, state_of, unwatch
+from vision_attn.families.host import Host
+from vision_attn.intercept import is_rerouted, restore, state_of
 from vision_attn.layer_state import Shared
+from vision_attn.watching import forget_input, remove_hooks, unwatch
 
 _STATE = "_vision_attn_model"
 
@@ -52,11 +56,13 @@ class ModelState:
 
     Attributes:
         shared: State that the layers share.
+        host: The model's family.
         fingerprints: Of each parameter at conversion, to tell later which were trained.
         originals: Parameters whose data `load` replaced, with that data, to put back on revert.
     """
 
     shared: Shared
+    host: Host
     fingerprints: dict[str, Fingerprint]
     originals: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
@@ -78,11 +84,11 @@ def model_state(model: nn.Module) -> ModelState:
     return vars(model)[_STATE]
 
 
-def mark(model: nn.Module, shared: Shared) -> None:
+def mark(model: nn.Module, shared: Shared, host: Host) -> None:
     """Make a model a converted one and watch its forward passes."""
     fingerprints = {name: Fingerprint.of(parameter) for name, parameter in model.named_parameters()}
-    setattr(model, _STATE, ModelState(shared, fingerprints))
-    model.register_forward_pre_hook(_begin)
+    setattr(model, _STATE, ModelState(shared, host, fingerprints))
+    model.register_forward_pre_hook(_begin, with_kwargs=True)
     model.register_forward_hook(_end)
 
 
@@ -95,6 +101,7 @@ def undo(model: nn.Module) -> None:
                 setattr(module, name, value)
             restore(module)
         unwatch(module)
+        forget_input(module)
     for hook in (_begin, _end):
         remove_hooks(model, hook)
     for tensor, original in state.originals:
@@ -102,11 +109,34 @@ def undo(model: nn.Module) -> None:
     delattr(model, _STATE)
 
 
-def _begin(model: nn.Module, args: Any) -> None:
+def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A forward of the whole model begins."""
-    if not torch.compiler.is_compiling():
-        shared = model_state(model).shared
-        shared.ran = shared.rerouted = 0
+    state = model_state(model)
+    shared, host = state.shared, state.host
+    if torch.compiler.is_compiling():
+        if shared.thresholds:
+            raise RuntimeError("torch.compile cannot read the timestep of a schedule: compile the blocks only")
+        return
+    shared.ran = shared.rerouted = 0
+    if not (shared.thresholds or host.finest):
+        return
+    inputs = {**dict(zip(list(inspect.signature(type(model).forward).parameters)[1:], args, strict=False)), **kwargs}
+    if host.finest:
+        height, width = inputs[host.finest].shape[-2:]
+        shared.finest = height * width
+    if shared.thresholds:
+        shared.progress = _passed(shared.thresholds, host, inputs)
+
+
+def _passed(thresholds: tuple[float, ...], host: Host, inputs: Mapping[str, Any]) -> float | None:
+    """Return the last threshold that the denoising has passed: few values, for compiled blocks depend on it."""
+    time = inputs.get(host.timestep.argument) if host.timestep is not None else None
+    if time is None or host.timestep is None:
+        return None
+    _, noise, image = host.timestep
+    value = float(time.flatten()[0]) if isinstance(time, Tensor) else float(time)
+    progress = (value - noise) / (image - noise)
+    return max((t for t in thresholds if t <= progress + 1e-6), default=0.0)
 
 
 def _end(model: nn.Module, args: Any, output: Any) -> None:

@@ -1,10 +1,8 @@
 """What converting one model will change. A plan checks everything before it touches anything."""
 
-import fnmatch
 import inspect
-import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,31 +10,12 @@ from torch import Tensor, nn
 from vision_attn.families.host import Host, heads_of
 from vision_attn.grid import Grid
 from vision_attn.grid_context import GridContext
-from vision_attn.intercept import CHILD, refuse_hooked, reroute, watch
+from vision_attn.intercept import CHILD, refuse_hooked, reroute
 from vision_attn.layer_state import LayerState, Shared
 from vision_attn.model_state import mark, model_state
 from vision_attn.processors.base import AttnSpec, Layer, Processor
-
-Where = str | re.Pattern[str] | Callable[[str], bool] | None
-
-
-def selector(where: Where) -> Callable[[str], bool]:
-    """Turn `where` into a predicate on layer names.
-
-    Raises:
-        TypeError: If it is none of the accepted kinds.
-    """
-    if where is None:
-        return lambda name: True
-    if isinstance(where, str):
-        return lambda name: fnmatch.fnmatchcase(name, where)
-    if isinstance(where, re.Pattern):
-        return lambda name: where.search(name) is not None
-    if callable(where):
-        return where
-    raise TypeError(
-        f"where must be a pattern such as '*.attn1', a compiled regular expression or a predicate, got {where!r}"
-    )
+from vision_attn.projections import input_dim
+from vision_attn.watching import keep_input, watch
 
 
 def fix_grid(contexts: Sequence[GridContext], size: tuple[int, int]) -> None:
@@ -58,9 +37,8 @@ class Plan:
 
     Args:
         model: Is not changed before `apply`.
-        spec: For all selected layers, or one for each by name.
+        specs: The spec of each layer that is to be converted, by name.
         host: The model's family.
-        select: Chooses layers by name.
         backend: Of the operators.
 
     Raises:
@@ -70,18 +48,17 @@ class Plan:
     def __init__(
         self,
         model: nn.Module,
-        spec: AttnSpec | Mapping[str, AttnSpec],
+        specs: Mapping[str, AttnSpec],
         host: Host,
-        select: Callable[[str], bool],
         backend: str,
     ) -> None:
-        self.model, self.shared = model, Shared()
+        self.model, self.host, self.shared = model, host, Shared()
         self.watched: list[tuple[nn.Module, GridContext]] = []
         self.layers: list[tuple[nn.Module, Processor, LayerState]] = []
         names: list[str] = []
         for watched, found in host.find(model):
             names += [name for name, _ in found]
-            chosen = [(name, module) for name, module in found if select(name)]
+            chosen = [(name, module) for name, module in found if name in specs]
             if not chosen:
                 continue
             arguments = tuple(inspect.signature(type(watched).forward).parameters)[1:]
@@ -91,8 +68,13 @@ class Plan:
                 _refuse_other_attention(name, module)
                 refuse_hooked(name, module)
                 heads = heads_of(name, module)
-                layer_spec = spec if isinstance(spec, AttnSpec) else spec[name]
-                processor = layer_spec.build(Layer(name, *heads, backend)).train(module.training)
+                layer_spec = specs[name]
+                if layer_spec.thresholds and host.timestep is None:
+                    raise ValueError(
+                        f"{layer_spec} follows the denoising, but a {type(model).__name__} has no timestep"
+                    )
+                layer = Layer(name, *heads, backend, input_dim(module))
+                processor = layer_spec.build(layer).train(module.training)
                 state = LayerState(name, heads[0], layer_spec, context, self.shared, host.mask_means_dense)
                 self.layers.append((module, _like(processor, module), state))
         if not self.layers:
@@ -111,12 +93,15 @@ class Plan:
     def apply(self, min_tokens: int) -> None:
         """Change the model."""
         self.shared.min_tokens = min_tokens
-        mark(self.model, self.shared)
+        self.shared.thresholds = tuple(sorted({t for _, _, state in self.layers for t in state.spec.thresholds}))
+        mark(self.model, self.shared, self.host)
         for module, processor, state in self.layers:
             if getattr(module, "fused_attn", None) is False:
                 state.replaced["fused_attn"] = False
                 module.fused_attn = True  # type: ignore[assignment]
             reroute(module, processor, state)
+            if processor.wants:
+                keep_input(self.model.get_submodule(state.name.rpartition(".")[0]), state)
         for watched, context in self.watched:
             watch(watched, context)
 

@@ -1,27 +1,39 @@
-"""Reads the weights that the authors of a paper released, as they are.
+"""Reads and writes the files that the authors of a paper released, as they are.
 
 CLEAR (https://huggingface.co/Huage001/CLEAR): flat files `clear_local_{radius}[_down_{pool}].safetensors` with the
 query, key, value and output projections of FLUX.1's attention under FLUX's own names, and with pooling
 `*.attn.processor.spatial_weight` `[1, 1, 1, pool, 1, pool, 1]`. The radius is in the file's name only.
+
+LinFusion (https://huggingface.co/Yuanshi/LinFusion-1-5, -2-1, -XL): `config.json` lists the modules, and
+`diffusion_pytorch_model.safetensors` holds for module i `{i}.to_q.weight`, `to_k`, `to_v`, `to_out.0`, and the residual
+networks `{i}.to_q_.{0,1,3}`, `{i}.to_k_.{0,1,3}`.
 """
 
+import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from vision_attn.intercept import CHILD
+from vision_attn.intercept import CHILD, is_rerouted, state_of
 from vision_attn.processors.base import AttnSpec
 from vision_attn.processors.clear import Clear
+from vision_attn.processors.linfusion import LinFusion
 
+LINFUSION_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _CLEAR = re.compile(r"clear_local_(\d+)(?:_down_(\d+))?\.safetensors$")
 _PUBLISHED_CHILD = ".attn.processor."
+_CLEAR_TRAINED = (".attn.to_q.", ".attn.to_k.", ".attn.to_v.", ".attn.to_out.")
 
 
 def published_adapter(
     name: str, tensors: Mapping[str, Tensor], spec: AttnSpec | None = None
 ) -> tuple[dict[str | None, AttnSpec], dict[str, Tensor]]:
-    """Return the spec of all layers and the tensors under our names, for a released file.
+    """Return the spec of all layers and the tensors under our names, for a released file of CLEAR.
 
     Args:
         name: The file's name, which tells the hyperparameters.
@@ -46,3 +58,133 @@ def published_adapter(
         raise ValueError(f"{name}: spatial_weight should be {want or 'absent'} for {spec}, but is {shapes or 'absent'}")
     renamed = {key.replace(_PUBLISHED_CHILD, f".attn.{CHILD}."): tensor for key, tensor in tensors.items()}
     return {None: spec}, renamed
+
+
+def is_linfusion(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is that of a LinFusion repository."""
+    return config.get("_class_name") == "LinFusion" and isinstance(config.get("modules_list"), list)
+
+
+def linfusion_adapter(
+    source: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str | None, AttnSpec], dict[str, Tensor]]:
+    """Return the spec of each layer and the tensors under our names, for a LinFusion repository.
+
+    Raises:
+        ValueError: If tensors are missing or unexpected; they are named.
+    """
+    modules = config["modules_list"]
+    layers: dict[str | None, AttnSpec] = {}
+    renamed, wrong = {}, []
+    for i, module in enumerate(modules):
+        mid = module["projection_mid_dim"]
+        layers[module["module_name"]] = LinFusion(mid_dim=mid)
+        wrong += [f"missing: {key}" for key in _linfusion_keys(i, mid) if key not in tensors]
+    for key, tensor in tensors.items():
+        number, _, rest = key.partition(".")
+        if not number.isdigit() or int(number) >= len(modules):
+            wrong.append(f"unexpected: {key}")
+            continue
+        module = modules[int(number)]
+        if key not in _linfusion_keys(int(number), module["projection_mid_dim"]):
+            wrong.append(f"unexpected: {key}")
+        child = f"{CHILD}." if rest.startswith(("to_q_.", "to_k_.")) else ""
+        renamed[f"{module['module_name']}.{child}{rest}"] = tensor
+    if wrong:
+        raise ValueError(f"{source} is no complete LinFusion repository: {'; '.join(wrong[:8])}")
+    return layers, renamed
+
+
+def _linfusion_keys(number: int, mid_dim: int | None) -> list[str]:
+    own = [f"to_{role}.weight" for role in ("q", "k", "v")] + ["to_out.0.weight", "to_out.0.bias"]
+    residual = [] if mid_dim == -1 else [f"to_{r}_.{i}.{kind}" for r in "qk" for i in (0, 1, 3) for kind in _WB]
+    return [f"{number}.{key}" for key in own + residual]
+
+
+_WB = ("weight", "bias")
+
+
+def export_clear(conversion: Any, folder: str | Path) -> Path:
+    """Write a converted FLUX.1 in the format of CLEAR's released weights, in bfloat16.
+
+    Args:
+        conversion: A `Conversion` to `Clear`, of one model.
+        folder: Is made if it does not exist.
+
+    Returns:
+        The file, `clear_local_{radius}[_down_{pool}].safetensors`.
+
+    Raises:
+        ValueError: If it is not a FLUX.1 with one `Clear` of whole radius on all layers.
+    """
+    model, layers = _only_model(conversion)
+    specs = {state.spec for _, state in layers}
+    spec = next(iter(specs))
+    if type(model).__name__ != "FluxTransformer2DModel" or len(specs) > 1 or not isinstance(spec, Clear):
+        raise ValueError(
+            f"CLEAR's format is for a FluxTransformer2DModel with one Clear, and this is a {type(model).__name__} with "
+            f"{', '.join(sorted(map(str, specs)))}"
+        )
+    if spec.radius != int(spec.radius):
+        raise ValueError(f"CLEAR's format has whole radii, and this is {spec.radius}")
+    tensors = {}
+    for key, tensor in model.state_dict().items():
+        if any(part in key for part in _CLEAR_TRAINED) or f".attn.{CHILD}." in key:
+            name = key.replace(f".attn.{CHILD}.", _PUBLISHED_CHILD)
+            tensors[name] = tensor.detach().to("cpu", torch.bfloat16).contiguous()
+    name = f"clear_local_{int(spec.radius)}" + (f"_down_{spec.pool}" if spec.pool > 1 else "")
+    return _write(Path(folder), f"{name}.safetensors", tensors)
+
+
+def export_linfusion(conversion: Any, folder: str | Path) -> Path:
+    """Write a converted UNet in the format of LinFusion's repositories.
+
+    Args:
+        conversion: A `Conversion` to `LinFusion(feature_map='elu')`, of one model.
+        folder: Is made if it does not exist.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If a layer is no such LinFusion, or its projections are not separate and unbiased.
+    """
+    layers = _only_model(conversion)[1]
+    modules_list: list[dict[str, Any]] = []
+    tensors: dict[str, Tensor] = {}
+    for number, (module, state) in enumerate(layers):
+        spec: Any = state.spec
+        if not isinstance(spec, LinFusion) or spec.feature_map != "elu":
+            raise ValueError(f"LinFusion's format has no place for {spec} on {state.name}")
+        own = {key.replace(f"{CHILD}.", ""): tensor for key, tensor in module.state_dict().items()}
+        keys = [key.partition(".")[2] for key in _linfusion_keys(number, spec.mid_dim)]
+        if set(own) != set(keys):
+            raise ValueError(f"LinFusion's format has {', '.join(keys)}, and {state.name} has {', '.join(own)}")
+        tensors |= {f"{number}.{key}": own[key].detach().cpu().contiguous() for key in keys}
+        modules_list.append(
+            {
+                "dim_n": module.to_q.in_features,
+                "heads": state.num_heads,
+                "module_name": state.name,
+                "projection_mid_dim": spec.mid_dim,
+            }
+        )
+    folder = Path(folder)
+    _write(folder, LINFUSION_WEIGHTS, tensors)
+    content = {"_class_name": "LinFusion", "modules_list": modules_list}
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+    return folder
+
+
+def _only_model(conversion: Any) -> tuple[nn.Module, list[tuple[Any, Any]]]:
+    if len(conversion.models) != 1:
+        raise ValueError(f"a released file is for one model, and this conversion has {', '.join(conversion.models)}")
+    model = next(iter(conversion.models.values()))
+    return model, [(module, state_of(module)) for module in model.modules() if is_rerouted(module)]
+
+
+def _write(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(tensors), folder / f"{name}.part", metadata={"format": "pt"})
+    (folder / f"{name}.part").replace(folder / name)
+    return folder / name

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from vision_attn.families.host import Host
+from vision_attn.families.host import Host, Timestep
 from vision_attn.families.image_ids import grid_of_ids
 from vision_attn.grid import Grid
 
@@ -58,23 +58,36 @@ def _z_image(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
 
 
 _BLOCKS = ("transformer_blocks.*.attn",)
+_THOUSAND, _ONE = Timestep("timestep", noise=1000), Timestep("timestep", noise=1)
 _FLUX_BLOCKS = (*_BLOCKS, "single_transformer_blocks.*.attn")
 
 DITS = (
-    Host(models=("DiTTransformer2DModel",), layers=("transformer_blocks.*.attn1",), probe=_square_patches),
-    Host(models=("PixArtTransformer2DModel",), layers=("transformer_blocks.*.attn1",), probe=_patches),
-    Host(models=("HunyuanDiT2DModel",), layers=("blocks.*.attn1",), probe=_patches),
+    Host(
+        models=("DiTTransformer2DModel",),
+        layers=("transformer_blocks.*.attn1",),
+        probe=_square_patches,
+        timestep=_THOUSAND,
+    ),
+    Host(
+        models=("PixArtTransformer2DModel",),
+        layers=("transformer_blocks.*.attn1",),
+        probe=_patches,
+        timestep=_THOUSAND,
+    ),
+    Host(models=("HunyuanDiT2DModel",), layers=("blocks.*.attn1",), probe=_patches, timestep=_THOUSAND),
     Host(
         models=("SD3Transformer2DModel",),
         layers=(*_BLOCKS, "transformer_blocks.*.attn2"),
         probe=_patches,
         others="suffix",
+        timestep=_THOUSAND,
     ),
     Host(
         models=("AuraFlowTransformer2DModel",),
         layers=("joint_transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
         probe=_patches,
         others="prefix",
+        timestep=_ONE,
     ),
     Host(
         models=("CogView4Transformer2DModel",),
@@ -82,6 +95,7 @@ DITS = (
         probe=_patches,
         others="prefix",
         mask_means_dense=True,  # its mask reaches the logits as an additive 0 / 1
+        timestep=_THOUSAND,
     ),
     Host(
         models=("Lumina2Transformer2DModel",),
@@ -89,6 +103,7 @@ DITS = (
         probe=_patches,
         others="prefix",
         mask_means_dense=True,  # texts of different lengths: the image starts elsewhere in each sample
+        timestep=Timestep("timestep", noise=0, image=1),
     ),
     Host(
         models=("FluxTransformer2DModel", "FluxControlNetModel"),
@@ -96,13 +111,22 @@ DITS = (
         probe=_flux,
         others="prefix",
         reads="img_ids",
+        timestep=_ONE,
     ),
-    Host(models=("Flux2Transformer2DModel",), layers=_FLUX_BLOCKS, probe=_flux, others="prefix", reads="img_ids"),
-    Host(models=("QwenImageTransformer2DModel",), layers=_BLOCKS, probe=_qwen, others="prefix"),
+    Host(
+        models=("Flux2Transformer2DModel",),
+        layers=_FLUX_BLOCKS,
+        probe=_flux,
+        others="prefix",
+        reads="img_ids",
+        timestep=_ONE,
+    ),
+    Host(models=("QwenImageTransformer2DModel",), layers=_BLOCKS, probe=_qwen, others="prefix", timestep=_ONE),
     Host(
         models=("ZImageTransformer2DModel",),
         layers=("layers.*.attention", "noise_refiner.*.attention"),
         probe=_z_image,
         others="suffix",
+        timestep=Timestep("t", noise=0, image=1),
     ),
 )

@@ -3,11 +3,19 @@
 import fnmatch
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
 from vision_attn.grid_context import Probe
+
+
+class Timestep(NamedTuple):
+    """The argument that tells how noisy the input is, and its values at pure noise and at the image."""
+
+    argument: str
+    noise: float
+    image: float = 0.0
 
 
 def _whole(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -44,6 +52,8 @@ class Host:
         reads: Name of the argument whose values the probe reads, if it needs more than shapes. It is read once, and
             not under `torch.compile`, where the user must give the grid.
         mask_means_dense: Whether an attention mask means that the grid lies elsewhere in each sample.
+        timestep: Where the model's forward tells how far the denoising is, for schedules; None if it does not.
+        finest: Name of the model's argument whose last two axes are the finest grid, if grids differ by layer.
         problem: Returns why a model of these classes cannot be converted, or None.
     """
 
@@ -55,6 +65,8 @@ class Host:
     watched: Callable[[nn.Module], nn.Module] = _itself
     reads: str = ""
     mask_means_dense: bool = False
+    timestep: Timestep | None = None
+    finest: str = ""
     problem: Callable[[nn.Module], str | None] = _no_problem
 
     def find(self, model: nn.Module) -> Iterator[tuple[nn.Module, list[tuple[str, nn.Module]]]]:
@@ -68,6 +80,10 @@ class Host:
             ]
             if found:
                 yield self.watched(part), found
+
+    def layer_names(self, model: nn.Module) -> list[str]:
+        """Return the names of all attention layers over a grid, in order of depth."""
+        return [name for _, found in self.find(model) for name, _ in found]
 
 
 def heads_of(name: str, module: nn.Module) -> tuple[int, int]:

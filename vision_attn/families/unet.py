@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from vision_attn.families.host import Host
+from vision_attn.families.host import Host, Timestep
 from vision_attn.grid import Grid
 
 
@@ -15,8 +15,11 @@ def _grid(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
 
 
 def _spatial_transformers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """All `Transformer2DModel`s whose `attn1` attends over the image; `only_cross_attention` makes it cross."""
-    return [
+    """All `Transformer2DModel`s whose `attn1` attends over the image, in the order in which they run.
+
+    `only_cross_attention` makes it cross.
+    """
+    found = [
         (name, module)
         for name, module in model.named_modules()
         if type(module).__name__ == "Transformer2DModel"
@@ -24,6 +27,7 @@ def _spatial_transformers(model: nn.Module) -> list[tuple[str, nn.Module]]:
             getattr(block, "only_cross_attention", False) for block in getattr(module, "transformer_blocks", ())
         )
     ]
+    return sorted(found, key=lambda part: part[0].startswith("up_blocks"))
 
 
 UNETS = (
@@ -32,5 +36,7 @@ UNETS = (
         layers=("transformer_blocks.*.attn1",),
         parts=_spatial_transformers,
         probe=_grid,
+        timestep=Timestep("timestep", noise=1000),
+        finest="sample",
     ),
 )

@@ -24,9 +24,9 @@ def set_attn_processor(pipe: Any, processor: Any, **options: Any) -> Conversion 
 
     Args:
         pipe: A diffusers pipeline.
-        processor: One of our specs (`Clear(radius=16)`); the name of one, with its fields in `options`; a processor of
-            diffusers or a dictionary of them, which goes to the denoiser's own `set_attn_processor`; or None, which
-            gives the host back as it was.
+        processor: One of our specs (`Clear(radius=16)`), a sequence of them or a dictionary of them by pattern, as
+            for `convert`; the name of one, with its fields in `options`; a processor of diffusers or a dictionary of
+            them, which goes to the denoiser's own `set_attn_processor`; or None, which gives the host back as it was.
         options: Fields of a processor given by name, and options of `convert`: `where`, `min_tokens`, `grid`,
             `backend`, `components`.
 
@@ -43,7 +43,7 @@ def set_attn_processor(pipe: Any, processor: Any, **options: Any) -> Conversion 
         if any(isinstance(part, nn.Module) and is_converted(part) for part in pipe.components.values()):
             Conversion.of(pipe).revert()
         return None
-    if not isinstance(processor, (str, AttnSpec)):
+    if not isinstance(processor, str) and not _is_ours(processor):
         _forward(pipe, processor, options)
         return None
     arguments = {name: options.pop(name) for name in _CONVERT if name in options}
@@ -55,6 +55,14 @@ def set_attn_processor(pipe: Any, processor: Any, **options: Any) -> Conversion 
 
 
 _CONVERT = ("where", "min_tokens", "grid", "backend", "components")
+
+
+def _is_ours(processor: Any) -> bool:
+    """Whether it is a spec, or holds specs."""
+    if isinstance(processor, Mapping):
+        processor = list(processor.values())
+    several = isinstance(processor, (list, tuple)) and bool(processor)
+    return isinstance(processor, AttnSpec) or (several and all(isinstance(spec, AttnSpec) for spec in processor))
 
 
 def _denoisers(pipe: Any) -> dict[str, nn.Module]:

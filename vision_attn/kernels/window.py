@@ -68,8 +68,8 @@ def _torch(
     q: Tensor, k: Tensor, v: Tensor, grid: Grid, cell: tuple[int, int], mask: Tensor | None, scale: float
 ) -> Tensor:
     image, outside = grid.image, grid.prefix + grid.suffix
-    queries, keys, values = (_to_cells(t[:, image], grid, cell) for t in (q, k, v))
-    inside = _inside(grid, cell, q.device)
+    queries, keys, values = (to_cells(t[:, image], grid, cell) for t in (q, k, v))
+    inside = inside_cells(grid, cell, q.device)
     if outside:
         k_shared, v_shared = (torch.cat([t[:, : grid.prefix], t[:, image.stop :]], 1).transpose(1, 2) for t in (k, v))
         o = _with_shared(queries * scale, keys, values, k_shared, v_shared, inside, mask)
@@ -80,7 +80,7 @@ def _torch(
             hidden = hidden.expand(q.shape[0], -1, -1, -1, -1).flatten(0, 1)
         o = F.scaled_dot_product_attention(q_flat, k_flat, v_flat, hidden, scale=scale).transpose(1, 2)
         o = o.unflatten(0, queries.shape[:2])
-    o = _from_cells(o, grid, cell)
+    o = from_cells(o, grid, cell)
     if not outside:
         return o
     rest = torch.cat([q[:, : grid.prefix], q[:, image.stop :]], 1)
@@ -88,7 +88,7 @@ def _torch(
     return torch.cat([rest[:, : grid.prefix], o, rest[:, grid.prefix :]], 1)
 
 
-def _to_cells(t: Tensor, grid: Grid, cell: tuple[int, int]) -> Tensor:
+def to_cells(t: Tensor, grid: Grid, cell: tuple[int, int]) -> Tensor:
     """Cut `[B, height * width, H, D]` into `[B, cells, L, H, D]`, with zeros beyond the border."""
     h, w = cell
     t = t.unflatten(1, (grid.height, grid.width))
@@ -98,20 +98,20 @@ def _to_cells(t: Tensor, grid: Grid, cell: tuple[int, int]) -> Tensor:
     return t.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def _from_cells(t: Tensor, grid: Grid, cell: tuple[int, int]) -> Tensor:
-    """Undo `_to_cells`."""
+def from_cells(t: Tensor, grid: Grid, cell: tuple[int, int]) -> Tensor:
+    """Undo `to_cells`."""
     h, w = cell
     rows, columns = -(-grid.height // h), -(-grid.width // w)
     t = t.unflatten(1, (rows, columns)).unflatten(3, (h, w)).transpose(2, 3)
     return t.flatten(3, 4).flatten(1, 2)[:, : grid.height, : grid.width].flatten(1, 2)
 
 
-def _inside(grid: Grid, cell: tuple[int, int], device: torch.device) -> Tensor | None:
+def inside_cells(grid: Grid, cell: tuple[int, int], device: torch.device) -> Tensor | None:
     """Bool `[cells, L]`: which places of a cell lie in the grid; None if all do."""
     if not (grid.height % cell[0] or grid.width % cell[1]):
         return None
     ones = torch.ones(1, grid.image_tokens, 1, 1, dtype=torch.bool, device=device)
-    return _to_cells(ones, grid, cell)[0, :, :, 0, 0]
+    return to_cells(ones, grid, cell)[0, :, :, 0, 0]
 
 
 @full_precision
@@ -155,12 +155,7 @@ def _reference(
 ) -> Tensor:
     """The definition: a dense mask and a softmax, in float64 if q is, else float32."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    y, x = torch.meshgrid(
-        torch.arange(grid.height, device=q.device) // cell[0],
-        torch.arange(grid.width, device=q.device) // cell[1],
-        indexing="ij",
-    )
-    number = (y * (grid.width + 1) + x).flatten()
+    number = cell_numbers(grid, cell, q.device)
     seen = torch.ones(q.shape[0], grid.tokens, grid.tokens, dtype=torch.bool, device=q.device)
     seen[:, grid.image, grid.image] = number == number[:, None]
     hidden = seen_keys(mask, grid)
@@ -169,3 +164,10 @@ def _reference(
     logits = torch.einsum("bnhd,bmhd->bhnm", q.to(dtype), k.to(dtype)) * scale
     weights = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
     return torch.einsum("bhnm,bmhd->bnhd", weights, v.to(dtype)).to(q.dtype)
+
+
+def cell_numbers(grid: Grid, cell: tuple[int, int], device: torch.device) -> Tensor:
+    """Return the number of each grid token's cell `[height * width]`."""
+    y = torch.arange(grid.height, device=device) // cell[0]
+    x = torch.arange(grid.width, device=device) // cell[1]
+    return (y[:, None] * grid.width + x).flatten()

@@ -1,13 +1,43 @@
 """One file, one paper: the specs that `convert` takes, by name."""
 
-from vision_attn.processors.base import AttnSpec, Layer, Processor
+import dataclasses
+from typing import Any
+
+from vision_attn.processors.agent import Agent
+from vision_attn.processors.agent_sd import AgentSD
+from vision_attn.processors.base import AttnSpec, Layer, Moment, Processor
 from vision_attn.processors.clear import Clear
+from vision_attn.processors.hilo import HiLo
+from vision_attn.processors.linear_local import LinearLocal
+from vision_attn.processors.linfusion import LinFusion
 from vision_attn.processors.neighborhood import Neighborhood
+from vision_attn.processors.rala import RALA
+from vision_attn.processors.schedule import Schedule
 from vision_attn.processors.softmax import Softmax
 
-SPECS: dict[str, type[AttnSpec]] = {spec.__name__.lower(): spec for spec in (Clear, Neighborhood, Softmax)}
+_ALL = (Agent, AgentSD, Clear, HiLo, LinFusion, LinearLocal, Neighborhood, RALA, Schedule, Softmax)
+SPECS: dict[str, type[AttnSpec]] = {spec.__name__.lower(): spec for spec in _ALL}
 
-__all__ = ["SPECS", "AttnSpec", "Clear", "Layer", "Neighborhood", "Processor", "Softmax", "make_spec"]
+__all__ = [
+    "RALA",
+    "SPECS",
+    "Agent",
+    "AgentSD",
+    "AttnSpec",
+    "Clear",
+    "HiLo",
+    "Layer",
+    "LinFusion",
+    "LinearLocal",
+    "Moment",
+    "Neighborhood",
+    "Processor",
+    "Schedule",
+    "Softmax",
+    "from_config",
+    "make_spec",
+    "to_config",
+]
 
 
 def make_spec(name: str, **fields: object) -> AttnSpec:
@@ -15,7 +45,7 @@ def make_spec(name: str, **fields: object) -> AttnSpec:
 
     Raises:
         ValueError: If no spec has that name; the known ones are listed.
-        TypeError: If the spec has no such field.
+        TypeError: If the spec has no such field, or lacks one.
     """
     if not isinstance(name, str) or name.lower() not in SPECS:
         raise ValueError(f"unknown processor {name!r}: known are {', '.join(sorted(SPECS))}")
@@ -25,3 +55,23 @@ def make_spec(name: str, **fields: object) -> AttnSpec:
     if unknown:
         raise TypeError(f"{spec.__name__} has no field {', '.join(unknown)}: it has {', '.join(known) or 'none'}")
     return spec(**fields)
+
+
+def to_config(value: Any) -> Any:
+    """Turn a spec into what JSON can hold: a dictionary of its class's name and its fields."""
+    if isinstance(value, AttnSpec):
+        fields = dataclasses.fields(value)  # type: ignore[arg-type]
+        return {"class": type(value).__name__, **{f.name: to_config(getattr(value, f.name)) for f in fields}}
+    return [to_config(item) for item in value] if isinstance(value, tuple) else value
+
+
+def from_config(value: Any) -> Any:
+    """Undo `to_config`.
+
+    Raises:
+        ValueError: If a spec or a field's value is not known.
+        TypeError: If a field is not known.
+    """
+    if isinstance(value, dict):
+        return make_spec(value["class"], **{name: from_config(v) for name, v in value.items() if name != "class"})
+    return tuple(from_config(item) for item in value) if isinstance(value, list) else value

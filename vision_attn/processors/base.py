@@ -2,9 +2,10 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from vision_attn.grid import Grid
 
@@ -18,16 +19,42 @@ class Layer:
         num_heads: H.
         head_dim: D.
         backend: How the processor's operators run.
+        dim: Channels of the tokens that the host projects to queries and keys, None if it does not say.
     """
 
     name: str
     num_heads: int
     head_dim: int
     backend: str = "auto"
+    dim: int | None = None
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is known of the forward that runs, for the processors that ask for it by `wants`.
+
+    Args:
+        progress: Share of the denoising that is done, 0 at pure noise and 1 at the image; None if the host has no
+            timestep.
+        downsample: How much smaller the side of the layer's grid is than that of the host's finest grid.
+        block_input: Tokens `[B, n, C]` that entered the block of the layer, before its norm.
+        generator: Random numbers that all layers of the model share.
+    """
+
+    progress: float | None = None
+    downsample: int = 1
+    block_input: Tensor | None = None
+    generator: Generator | None = None
 
 
 class Processor(nn.Module, ABC):
-    """Attention as one paper defines it, on projected, normalised and (where the host has one) rotated q, k, v."""
+    """Attention as one paper defines it, on projected, normalised and (where the host has one) rotated q, k, v.
+
+    Attributes:
+        wants: Whether it is to be told the moment, through `at`, before each forward.
+    """
+
+    wants: bool = False
 
     @abstractmethod
     def forward(
@@ -47,6 +74,14 @@ class Processor(nn.Module, ABC):
             `[B, N, H, D]` in the dtype of `q`.
         """
 
+    def at(self, moment: Moment) -> "Processor":
+        """Return what answers at this moment: the processor itself, unless it is a schedule."""
+        return self
+
+    def residuals(self) -> Mapping[str, nn.Module]:
+        """Return modules f by 'q' and 'k': the host then projects x + f(x) where it projects x."""
+        return {}
+
 
 class AttnSpec(ABC):
     """A processor's hyperparameters. Subclasses are frozen dataclasses that check their fields."""
@@ -63,6 +98,11 @@ class AttnSpec(ABC):
         Raises:
             ValueError: If the spec does not fit the layer.
         """
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """Shares of the denoising at which the processor changes; none unless it is a schedule."""
+        return ()
 
     @abstractmethod
     def attended(self, grid: Grid) -> float:

@@ -1,0 +1,170 @@
+"""Tiny SD 1.5 and SDXL UNets with LinFusion's released format, recorded from the authors' code."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from golden_case import GOLDEN, TOLERANCE, tensors
+from safetensors.torch import load_file
+
+from vision_attn import LinFusion, load
+from vision_attn.published import export_linfusion
+
+CASES = sorted(path.parent.name for path in (GOLDEN / "linfusion").glob("*/meta.json"))
+
+
+def read(name):
+    folder = GOLDEN / "linfusion" / name
+    meta, io = json.loads((folder / "meta.json").read_text()), tensors(f"linfusion/{name}/io.safetensors")
+    return meta, io, UNet2DConditionModel.from_pretrained(folder / "unet").eval(), folder / "linfusion"
+
+
+def arguments(io, prefix, sample="sample", timestep="timestep"):
+    extra = {key: io[f"g0.{key}"] for key in ("text_embeds", "time_ids") if f"g0.{key}" in io}
+    g = prefix if prefix.startswith("g") else "g0."
+    extra = {key: io[f"{g}{key}"] for key in extra}
+    return dict(
+        sample=io[prefix + sample],
+        timestep=io[prefix + timestep],
+        encoder_hidden_states=io[f"{g}encoder_hidden_states"],
+        added_cond_kwargs=extra or None,
+    )
+
+
+def attention_outputs(unet, names):
+    """Keep the input and the output of modules while the UNet runs."""
+    kept = {}
+
+    def hook(name):
+        def keep(module, args, output):
+            kept[name] = (args[0], output)
+
+        return keep
+
+    return kept, [unet.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_released_weights_give_the_authors_output(name):
+    meta, io, unet, released = read(name)
+    before = {key: tensor.clone() for key, tensor in unet.state_dict().items()}
+    with torch.no_grad():
+        for g in range(len(meta["grids"])):
+            out = unet(**arguments(io, f"g{g}."), return_dict=False)[0]
+            torch.testing.assert_close(out, io[f"g{g}.teacher_out"], **TOLERANCE)
+        conversion = load(unet, released)
+        assert {row.name for row in conversion.layers} == set(meta["modules"])
+        assert isinstance(conversion.spec, LinFusion)
+        kept, _ = attention_outputs(unet, (meta["modules"][0], meta["modules"][-1]))
+        for g in range(len(meta["grids"])):
+            out = unet(**arguments(io, f"g{g}."), return_dict=False)[0]
+            torch.testing.assert_close(out, io[f"g{g}.student_out"], **TOLERANCE)
+            for key, module in (("first", meta["modules"][0]), ("last", meta["modules"][-1])):
+                torch.testing.assert_close(kept[module][1], io[f"g{g}.{key}.out"], **TOLERANCE)
+        conversion.revert()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in unet.state_dict().items())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sharp_attention(name):
+    meta, io, unet, released = read(name)
+    load(unet, released)
+    first = unet.get_submodule(meta["modules"][0])
+    x = io["op_sharp.x"]
+    with torch.no_grad():
+        first.to_q.weight.mul_(25)
+        first.to_k.weight.mul_(25)
+        with _grid(unet, x.shape[1]):
+            torch.testing.assert_close(first(x), io["op_sharp.out"], **TOLERANCE)
+
+
+def _grid(unet, tokens):
+    """Let a layer run by itself: LinFusion's tokens have no order, so any grid of that many will do."""
+    from contextlib import contextmanager
+
+    from vision_attn.grid import Grid
+    from vision_attn.intercept import is_rerouted, state_of
+
+    @contextmanager
+    def fixed():
+        contexts = [state_of(m).context for m in unet.modules() if is_rerouted(m)]
+        for context in contexts:
+            context.fixed = Grid(1, tokens)
+        yield
+        for context in contexts:
+            context.fixed = None
+
+    return fixed()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_and_gradients(name):
+    meta, io, unet, released = read(name)
+    conversion = load(unet, released)
+    kept, _ = attention_outputs(unet, meta["modules"])
+    inputs = arguments(io, "loss.", "noisy", "timesteps")
+    with torch.no_grad(), conversion.bypassed():
+        teacher = read(name)[2]
+        teacher_kept, _ = attention_outputs(teacher, meta["modules"])
+        prediction_teacher = teacher(**inputs, return_dict=False)[0]
+    prediction = unet(**inputs, return_dict=False)[0]
+    want = meta["loss"]
+    noise = F.mse_loss(prediction, io["loss.noise"])
+    distilled = F.mse_loss(prediction, prediction_teacher)
+    pairs = [(kept[m][1], teacher_kept[m][1]) for m in meta["modules"]]
+    attention = sum(F.mse_loss(a, b) for a, b in pairs) / len(pairs)
+    loss = noise + 0.5 * distilled + 0.5 * attention
+    got = dict(loss_noise=noise, loss_kd=distilled, loss_feat=attention, loss=loss)
+    for key, value in got.items():
+        assert value.item() == pytest.approx(want[key], rel=1e-4)
+    loss.backward()
+    first = unet.get_submodule(meta["modules"][0])
+    parameters = dict(first.named_parameters())
+    for key, norm in want["grad_norms_first"].items():
+        ours = key.removeprefix("0.")
+        ours = f"vision_attn.{ours}" if ".to_q_." in key or ".to_k_." in key else ours
+        assert parameters[ours].grad.norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-6), key
+    torch.testing.assert_close(first.to_q.weight.grad, io["loss.grad_first_to_q"], **TOLERANCE)
+    torch.testing.assert_close(first.vision_attn.to_k_[0].weight.grad, io["loss.grad_first_to_k_0"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_export_writes_the_released_format(name, tmp_path):
+    _, _, unet, released = read(name)
+    conversion = load(unet, released)
+    export_linfusion(conversion, tmp_path)
+    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, released))
+    assert ours["modules_list"] == theirs["modules_list"] and ours["_class_name"] == theirs["_class_name"]
+    file = "diffusion_pytorch_model.safetensors"
+    ours, theirs = load_file(tmp_path / file), load_file(released / file)
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[key].float(), theirs[key].float()) for key in theirs)
+
+
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "shape", "module", "truncated"])
+def test_a_file_for_another_model_is_refused(damage, tmp_path):
+    from safetensors.torch import save_file
+
+    _, _, unet, released = read(CASES[0])
+    config, weights = (tmp_path / name for name in ("config.json", "diffusion_pytorch_model.safetensors"))
+    content, tensor = json.loads((released / "config.json").read_text()), load_file(released / weights.name)
+    message = "to_q"
+    if damage == "missing":
+        del tensor["0.to_q.weight"]
+    elif damage == "unexpected":
+        tensor["0.to_q.bias"] = torch.zeros(3)
+    elif damage == "shape":
+        tensor["0.to_q.weight"] = torch.zeros(3, 5)
+    elif damage == "module":
+        content["modules_list"][0]["module_name"] = message = "down_blocks.7.attn1"
+    config.write_text(json.dumps(content))
+    save_file(tensor, weights)
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:100])
+        message = "damaged"
+    before = {key: value.clone() for key, value in unet.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        load(unet, tmp_path)
+    assert all(torch.equal(value, before[key]) for key, value in unet.state_dict().items())

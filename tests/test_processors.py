@@ -1,0 +1,157 @@
+"""Every processor on every host: forward and backward on a non-square grid, precision, saving, loading, reverting."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_conversion import assert_untouched, state
+from test_hosts import distance, run, size_of, stock
+from tiny_hosts import HOST, HOSTS, HostCase
+from torch import nn
+
+from vision_attn import RALA, Agent, Clear, HiLo, LinearLocal, LinFusion, Neighborhood, Softmax, convert, load
+from vision_attn.intercept import is_rerouted, state_of
+from vision_attn.processors import SPECS, AgentSD, Schedule
+
+PROCESSORS = {
+    "clear": Clear(radius=2),
+    "clear-pool": Clear(radius=2, pool=2),
+    "neighborhood": Neighborhood(3),
+    "linfusion": LinFusion(),
+    "linfusion-hedgehog": LinFusion(mid_dim=4, feature_map="hedgehog"),
+    "linear-local": LinearLocal(window_size=4),
+    "agent": Agent(num_agents=9, biases=True, dwc=True),
+    "agent-sd": AgentSD(cell=2, ratio=0.5, agent_ratio=0.9, max_downsample=2, random=False),
+    "hilo": HiLo(alpha=0.5),
+    "rala": RALA(),
+}
+UNLIKE = {"clear-pool": (16, 8)}  # lower levels of a UNet must still divide by the pool
+pairs = pytest.mark.parametrize(
+    ("case", "name"), [(case, name) for case in HOSTS for name in PROCESSORS], ids=lambda v: getattr(v, "id", v)
+)
+
+
+def size(case: HostCase, name: str) -> tuple[int, int]:
+    return (8, 8) if case.fixed_size else UNLIKE.get(name, size_of(case))
+
+
+def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of the layers that the last forward rerouted."""
+    done = [m for m in model.modules() if is_rerouted(m) and state_of(m).status == "rerouted"]
+    assert done
+    return {f"{state_of(m).name}.{n}": p for m in done for n, p in m.vision_attn.named_parameters()}  # type: ignore
+
+
+def test_the_table_has_every_processor() -> None:
+    assert {type(spec) for spec in PROCESSORS.values()} | {Softmax, Schedule} == set(SPECS.values())
+
+
+@pairs
+def test_learns_saves_loads_and_reverts(case: HostCase, name: str, tmp_path: Path) -> None:
+    model, at = case.build(), size(case, name)
+    before = state(model)
+    model.requires_grad_(False)
+    conversion = convert(model, PROCESSORS[name])
+    output = case.output(model(**case.inputs(*at, 2, 7)))
+    assert output.shape == case.shape(*at, 2) and output.dtype == torch.float32 and output.isfinite().all()
+    own = own_parameters(model)
+    if own:
+        output.square().mean().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in own.values())
+        with torch.no_grad():
+            for parameter in conversion.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    torch.manual_seed(0)
+    trained = run(case, model, *at)
+    assert distance(trained, run(case, case.build(), *at)) > 1e-4
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run(case, model, *at).isfinite().all()
+    conversion.save(tmp_path)
+    conversion.revert()
+    assert_untouched(model, before)
+    other = case.build()
+    load(other, tmp_path)
+    torch.manual_seed(0)
+    torch.testing.assert_close(run(case, other, *at), trained, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("host_id", ["flux", "sd15-unet", "vit"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_low_precision_stays_finite_and_keeps_its_dtype(name: str, host_id: str, dtype: torch.dtype) -> None:
+    case = HOST[host_id]
+    model = case.build().to(dtype)
+    convert(model, PROCESSORS[name])
+    inputs = {
+        key: value.to(dtype) if isinstance(value, torch.Tensor) and value.dtype == torch.float32 else value
+        for key, value in case.inputs(*size(case, name), 2, 7).items()
+    }
+    output = case.output(model(**inputs))
+    assert output.dtype == dtype and output.isfinite().all()
+    loss = output.float().square().mean()
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in own_parameters(model).values())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("host_id", ["flux", "sd15-unet", "vit", "sd3", "flux2", "eva02", "lumina2"])
+def test_a_residual_network_changes_queries_and_keys_where_the_host_projects_them(host_id: str) -> None:
+    """Once f is not zero, the output must follow it, and the host alone, bypassed, must not."""
+    case = HOST.get(host_id) or next(c for c in HOSTS if host_id[:3] in c.id)
+    model = case.build()
+    conversion = convert(model, LinFusion())
+    before = run(case, model, *size_of(case))
+    own = own_parameters(model)
+    with torch.no_grad():
+        for key, parameter in own.items():
+            if ".3." in key:
+                parameter.add_(torch.randn_like(parameter))
+    assert distance(run(case, model, *size_of(case)), before) > 1e-3
+    with conversion.bypassed():
+        torch.testing.assert_close(run(case, model, *size_of(case)), stock(case.id), rtol=0, atol=1e-6)
+
+
+def test_fusing_projections_changes_nothing() -> None:
+    for host_id in ("sd15-unet", "flux"):
+        case = HOST[host_id]
+        model = case.build()
+        conversion = convert(model, LinFusion())
+        with torch.no_grad():
+            for parameter in conversion.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        before = run(case, model, *size_of(case))
+        model.fuse_qkv_projections()  # type: ignore[operator]
+        torch.testing.assert_close(run(case, model, *size_of(case)), before, rtol=0, atol=1e-5)
+        model.unfuse_qkv_projections()  # type: ignore[operator]
+        torch.testing.assert_close(run(case, model, *size_of(case)), before, rtol=0, atol=1e-5)
+
+
+def test_a_schedule_is_refused_where_there_is_no_timestep() -> None:
+    with pytest.raises(ValueError, match="timestep"):
+        convert(HOST["vit"].build(), AgentSD.schedule())
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: LinFusion(mid_dim=0), ValueError, "mid_dim"),
+        (lambda: LinFusion(mid_dim=2.0), TypeError, "mid_dim"),
+        (lambda: LinFusion(feature_map="relu"), ValueError, "relu"),
+        (lambda: LinearLocal(window_size=0), ValueError, "window_size"),
+        (lambda: LinearLocal(gate=1.0), ValueError, "gate"),
+        (lambda: Agent(num_agents=0), ValueError, "num_agents"),
+        (lambda: Agent(num_agents="9"), TypeError, "num_agents"),
+        (lambda: Agent(biases=1), TypeError, "biases"),
+        (lambda: AgentSD(cell=0), ValueError, "cell"),
+        (lambda: AgentSD(ratio=1.0), ValueError, "ratio"),
+        (lambda: HiLo(alpha=1.5), ValueError, "alpha"),
+        (lambda: HiLo(window_size=2.5), TypeError, "window_size"),
+        (lambda: RALA(kernel_size=4), ValueError, "odd"),
+        (lambda: Schedule(((0.5, Softmax()),)), ValueError, "1.0"),
+        (lambda: Schedule(((1.0, "clear"),)), TypeError, "clear"),
+    ],
+    ids=lambda v: None if callable(v) else getattr(v, "__name__", v),
+)
+def test_bad_fields_are_refused(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()

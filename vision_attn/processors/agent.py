@@ -1,0 +1,184 @@
+"""Agent attention: agents pooled from the queries gather from all keys, and each grid token reads from the agents.
+
+    a = pool(q over the grid),    V_a = softmax(scale * a k^T + B_1) v
+    o = softmax([scale * q a^T + B_2,  scale * q k_t^T]) [V_a, v_t] + dwc(v)
+
+k_t, v_t are the tokens outside the grid (text), which every grid token sees beside the agents, in one softmax. Agents
+attend to all tokens; tokens outside the grid attend densely. The biases B are learned on a small table and resized to
+the grid; dwc is a depth-wise 3 x 3 convolution over the grid.
+
+Paper: 'Agent Attention: On the Integration of Softmax and Linear Attention' - https://arxiv.org/abs/2312.08874
+"""
+
+from dataclasses import dataclass
+from math import isqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vision_attn.grid import Grid
+from vision_attn.kernels.agent import Agents, Direct, agent_attention
+from vision_attn.kernels.dense import dense_attention, seen_keys
+from vision_attn.kernels.local_window import PerAxis, per_axis
+from vision_attn.processors.base import AttnSpec, Layer, Processor
+from vision_attn.processors.positional import DepthwiseBranch
+
+
+@dataclass(frozen=True)
+class Agent(AttnSpec):
+    """Agent attention as a module that can learn. Untrained it blurs; biases and convolution start at zero.
+
+    For Stable Diffusion without training see `AgentSD`.
+
+    Args:
+        num_agents: Number of agents, which lie on a square of side int(sqrt(num_agents)); or (rows, columns).
+        biases: Whether to learn the position biases B_1 and B_2.
+        dwc: Whether to learn the convolution.
+    """
+
+    num_agents: PerAxis = 49
+    biases: bool = False
+    dwc: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.num_agents, (tuple, list)):
+            object.__setattr__(self, "num_agents", per_axis(self.num_agents, "num_agents", 1))
+        elif isinstance(self.num_agents, bool) or not isinstance(self.num_agents, int):
+            raise TypeError(f"num_agents must be an int or (rows, columns), got {self.num_agents!r}")
+        elif self.num_agents < 1:
+            raise ValueError(f"num_agents must be at least 1, got {self.num_agents}")
+        for name in ("biases", "dwc"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+
+    @property
+    def agent_grid(self) -> tuple[int, int]:
+        """Rows and columns of the agents."""
+        if isinstance(self.num_agents, tuple):
+            return self.num_agents
+        side = isqrt(self.num_agents)
+        return side, side
+
+    def build(self, layer: Layer) -> "AgentAttention":
+        """Return the processor of one layer."""
+        return AgentAttention(self, layer)
+
+    def attended(self, grid: Grid) -> float:
+        """Return the mean share of tokens that one token attends to: agents, and tokens outside the grid."""
+        agents, outside = self.agent_grid[0] * self.agent_grid[1], grid.prefix + grid.suffix
+        seen = grid.image_tokens * (agents + outside) + agents * grid.tokens + outside * grid.tokens
+        return min(1.0, seen / grid.tokens**2)
+
+
+class AgentAttention(Processor):
+    """`agent_attention` with agents pooled from the grid's queries."""
+
+    def __init__(self, spec: Agent, layer: Layer) -> None:
+        super().__init__()
+        self.spec, self.backend = spec, layer.backend
+        if spec.biases:
+            self.position = AgentBiases(layer.num_heads, spec.agent_grid, (7, 7), (7, 7))
+        if spec.dwc:
+            self.dwc = DepthwiseBranch(layer.num_heads * layer.head_dim, 3)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None = None, scale: float | None = None
+    ) -> Tensor:
+        """Attend through agents: see `Processor.forward`."""
+        image = grid.image
+        key_bias = query_bias = None
+        if self.spec.biases:
+            size = (grid.height, grid.width)
+            key_bias, query_bias = self.position(size, size)
+            key_bias = F.pad(key_bias, (grid.prefix, grid.suffix))
+        agents = Agents(pool_agents(q[:, image], grid, self.spec.agent_grid), key_bias, query_bias)
+        o = attend_through(q, k, v, agents, grid, mask=mask, scale=scale, backend=self.backend)
+        return self.dwc.add(o, v, grid) if self.spec.dwc else o
+
+
+def attend_through(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    agents: Agents,
+    grid: Grid,
+    *,
+    mask: Tensor | None,
+    scale: float | None,
+    backend: str,
+) -> Tensor:
+    """Attend through agents where queries `[B, N, H, D]` lie in the grid, densely where they do not."""
+    pre, image, post = slice(0, grid.prefix), grid.image, slice(grid.image.stop, grid.tokens)
+    seen = seen_keys(mask, grid)
+    everything = None if seen is None else seen[:, 0, 0]
+    direct = None
+    if grid.prefix + grid.suffix:
+        direct = Direct(torch.cat([k[:, pre], k[:, post]], 1), torch.cat([v[:, pre], v[:, post]], 1), mask)
+    o = agent_attention(q[:, image], k, v, agents, seen=everything, direct=direct, scale=scale, backend=backend)
+    if direct is None:
+        return o
+    rest = dense_attention(torch.cat([q[:, pre], q[:, post]], 1), k, v, seen=seen, scale=scale)
+    return torch.cat([rest[:, pre], o, rest[:, grid.prefix :]], 1)
+
+
+def pool_agents(q: Tensor, grid: Grid, agent_grid: tuple[int, int]) -> Tensor:
+    """Return the means of queries `[B, height * width, H, D]` over a grid of agents: `[B, rows * columns, H, D]`."""
+    image = q.flatten(2).unflatten(1, (grid.height, grid.width)).permute(0, 3, 1, 2)
+    agents = F.adaptive_avg_pool2d(image, agent_grid)
+    return agents.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, q.shape[2:])
+
+
+class AgentBiases(nn.Module):
+    """The position biases of agents and tokens, each the sum of a table, rows and columns, resized bilinearly.
+
+    Args:
+        num_heads: H.
+        agent_grid: Rows and columns of the agents that the parameters are for; A is their product.
+        query_size: Height and width of the queries' grid that the parameters are for.
+        key_size: Height and width of the keys' grid.
+
+    Attributes:
+        an_bias: Table of B_1 `[H, A, 7, 7]`; ah_bias `[1, H, A, height, 1]` and aw_bias `[1, H, A, 1, width]` are its
+            rows and columns.
+        na_bias: Table of B_2 `[H, A, 7, 7]`; ha_bias `[1, H, height, 1, A]`, wa_bias `[1, H, 1, width, A]`.
+    """
+
+    def __init__(
+        self, num_heads: int, agent_grid: tuple[int, int], query_size: tuple[int, int], key_size: tuple[int, int]
+    ) -> None:
+        super().__init__()
+        H, A = num_heads, agent_grid[0] * agent_grid[1]
+        self.agent_grid = agent_grid
+        self.an_bias = nn.Parameter(torch.zeros(H, A, 7, 7))
+        self.na_bias = nn.Parameter(torch.zeros(H, A, 7, 7))
+        self.ah_bias = nn.Parameter(torch.zeros(1, H, A, key_size[0], 1))
+        self.aw_bias = nn.Parameter(torch.zeros(1, H, A, 1, key_size[1]))
+        self.ha_bias = nn.Parameter(torch.zeros(1, H, query_size[0], 1, A))
+        self.wa_bias = nn.Parameter(torch.zeros(1, H, 1, query_size[1], A))
+
+    def forward(
+        self, query_size: tuple[int, int], key_size: tuple[int, int], agent_grid: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return B_1 `[H, A, keys]` and B_2 `[H, queries, A]`, for any sizes and any grid of agents."""
+        rows, columns = (t[0].permute(0, 3, 1, 2) for t in (self.ha_bias, self.wa_bias))  # [H, A, height, width]
+        first = agent_bias(self.an_bias, self.ah_bias[0], self.aw_bias[0], key_size)
+        second = agent_bias(self.na_bias, rows, columns, query_size)
+        if agent_grid is not None and agent_grid != self.agent_grid:
+            first, second = (_resize_agents(t, self.agent_grid, agent_grid) for t in (first, second))
+        return first, second.transpose(1, 2)
+
+
+def agent_bias(table: Tensor, rows: Tensor, columns: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize a table `[H, A, 7, 7]`, rows `[H, A, height, 1]` and columns `[H, A, 1, width]`: `[H, A, tokens]`."""
+    return (_resize(table, size) + _resize(rows + columns, size)).flatten(2)
+
+
+def _resize(t: Tensor, size: tuple[int, int]) -> Tensor:
+    return t if tuple(t.shape[-2:]) == tuple(size) else F.interpolate(t, size, mode="bilinear")
+
+
+def _resize_agents(t: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Resize the agent axis of `[H, A, tokens]`."""
+    grid = t.transpose(1, 2).unflatten(2, old)  # [H, tokens, rows, columns]
+    return _resize(grid, new).flatten(2).transpose(1, 2)

@@ -1,0 +1,159 @@
+"""AgentSD: agent attention for Stable Diffusion without training, by merging similar tokens.
+
+    x'  = merge(x, ratio),    a = merge(q, agent_ratio)
+    o'  = softmax(D^(-k_scale / 2) q' a^T) softmax(scale * a k'^T) v' + shortcut * v',    o = unmerge(o')
+
+Of each `cell` x `cell` tokens of the grid one is kept, and the others that are most like a kept one, by the cosine of
+the tokens that enter the block, are averaged into it. Agents are used only where they are fewer than half of the merged
+tokens; else the merged tokens attend to each other (that is token merging). Tokens outside the grid are not merged, see
+everything, and are seen directly beside the agents.
+
+Papers: 'Agent Attention' (section 4.3) - https://arxiv.org/abs/2312.08874, 'Token Merging for Fast Stable Diffusion' -
+https://arxiv.org/abs/2303.17604
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vision_attn.grid import Grid
+from vision_attn.kernels.agent import Agents
+from vision_attn.kernels.dense import dense_attention, seen_keys
+from vision_attn.processors.agent import attend_through
+from vision_attn.processors.base import AttnSpec, Layer, Moment, Processor
+from vision_attn.processors.schedule import Schedule
+from vision_attn.processors.token_merging import Matching
+
+
+@dataclass(frozen=True)
+class AgentSD(AttnSpec):
+    """Agents from merged tokens, at the host's full resolution only. Needs no training, and has no parameters.
+
+    `AgentSD.schedule()` is what the authors run: many merged tokens early, and no agents later.
+
+    Args:
+        cell: Side of a cell in tokens.
+        ratio: Share of the tokens that are merged away.
+        agent_ratio: Share that is merged away for the agents.
+        k_scale: Exponent: the logits of queries and agents are scaled by `D ** (-0.5 * k_scale)`.
+        shortcut: Share of the own value that is added.
+        max_downsample: Layers whose grid is smaller than the finest by more than this factor per side stay dense.
+        random: Whether the kept token of a cell is drawn (if the batch is even) or is the top left one.
+    """
+
+    cell: int = 4
+    ratio: float = 0.4
+    agent_ratio: float = 0.95
+    k_scale: float = 0.3
+    shortcut: float = 0.075
+    max_downsample: int = 1
+    random: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("cell", "max_downsample"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("ratio", "agent_ratio"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
+
+    @staticmethod
+    def schedule() -> Schedule:
+        """Return the authors' schedule: agents in the first 40 % of the steps, then token merging alone."""
+        return Schedule(((0.4, AgentSD()), (1.0, AgentSD(cell=2, ratio=0.4, agent_ratio=0.5))))
+
+    def build(self, layer: Layer) -> "AgentSDAttention":
+        """Return the processor of one layer."""
+        return AgentSDAttention(self, layer)
+
+    def attended(self, grid: Grid) -> float:
+        """Return the mean share of tokens that one token attends to, at full resolution."""
+        kept, agents = self.counts(grid)
+        outside = grid.prefix + grid.suffix
+        through = 2 * kept * agents + kept * outside if self.has_agents(kept, agents) else kept * (kept + outside)
+        return min(1.0, (through + outside * grid.tokens) / grid.tokens**2)
+
+    def counts(self, grid: Grid) -> tuple[int, int]:
+        """Return how many grid tokens remain, and how many agents there are."""
+        n = grid.image_tokens
+        others = n - (grid.height // self.cell) * (grid.width // self.cell)
+        return n - min(others, int(n * self.ratio)), n - min(others, int(n * self.agent_ratio))
+
+    @staticmethod
+    def has_agents(kept: int, agents: int) -> bool:
+        """Whether the agents are few enough to be of use."""
+        return agents * 2 < kept
+
+
+class AgentSDAttention(Processor):
+    """Merges q, k and v (which is projecting merged tokens), attends, and unmerges the outputs."""
+
+    wants = True
+
+    def __init__(self, spec: AgentSD, layer: Layer) -> None:
+        super().__init__()
+        self.spec, self.backend = spec, layer.backend
+        self.moment = Moment()
+
+    def at(self, moment: Moment) -> "AgentSDAttention":
+        """Remember the tokens that enter the block until the forward that follows."""
+        self.moment = moment
+        return self
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None = None, scale: float | None = None
+    ) -> Tensor:
+        """Attend through agents: see `Processor.forward`."""
+        spec, moment = self.spec, self.moment
+        self.moment = Moment()
+        cells = grid.height // spec.cell * (grid.width // spec.cell)
+        if moment.downsample > spec.max_downsample or not cells:
+            return dense_attention(q, k, v, seen=seen_keys(mask, grid), scale=scale)
+        matching = Matching.of(_metric(moment.block_input, k, grid), grid, spec.cell, self._generator(q, moment))
+        kept, agents = spec.counts(grid)
+        n = grid.image_tokens
+        short_q, short_k, short_v = (self._merge(t, grid, matching, n - kept) for t in (q, k, v))
+        inner = Grid(1, kept, grid.prefix, grid.suffix)
+        if spec.has_agents(kept, agents):
+            through = Agents(
+                matching.merge(q[:, grid.image], n - agents), query_scale=q.shape[-1] ** (-0.5 * spec.k_scale)
+            )
+            o = attend_through(short_q, short_k, short_v, through, inner, mask=mask, scale=scale, backend=self.backend)[
+                :, inner.image
+            ]
+            o = o + spec.shortcut * short_v[:, inner.image]
+        else:
+            o = dense_attention(short_q, short_k, short_v, seen=seen_keys(mask, inner), scale=scale)[:, inner.image]
+        image = matching.unmerge(o, n - kept)
+        if not grid.prefix + grid.suffix:
+            return image
+        rest = torch.cat([q[:, : grid.prefix], q[:, grid.image.stop :]], 1)
+        rest = dense_attention(rest, k, v, seen=seen_keys(mask, grid), scale=scale)
+        return torch.cat([rest[:, : grid.prefix], image, rest[:, grid.prefix :]], 1)
+
+    def _generator(self, q: Tensor, moment: Moment) -> torch.Generator | None:
+        """The authors draw only for even batches, for they expect the unconditional half in the same batch."""
+        return moment.generator if self.spec.random and q.shape[0] % 2 == 0 else None
+
+    @staticmethod
+    def _merge(t: Tensor, grid: Grid, matching: Matching, merged: int) -> Tensor:
+        image = matching.merge(t[:, grid.image], merged)
+        return torch.cat([t[:, : grid.prefix], image, t[:, grid.image.stop :]], 1)
+
+
+def _metric(block_input: Tensor | None, k: Tensor, grid: Grid) -> Tensor:
+    """The tokens `[B, height * width, C]` whose cosines tell which are alike, of length 1."""
+    tokens = block_input
+    if tokens is not None and tokens.shape[1] == grid.tokens:
+        tokens = tokens[:, grid.image]
+    if tokens is None or tokens.shape[:2] != (k.shape[0], grid.image_tokens):
+        tokens = k[:, grid.image].flatten(2)
+    return F.normalize(tokens.detach().to(torch.promote_types(tokens.dtype, torch.float32)), dim=-1)

@@ -1,0 +1,104 @@
+"""HiLo: some heads attend inside small windows (high frequencies), the others to pooled keys (low frequencies).
+
+    high heads: o_i = softmax_j(scale * q_i . k_j) v_j,    j in window(i) + tokens outside the grid
+    low heads:  o_i = softmax_c(scale * q_i . k_c) v_c,    c in means of k and v over windows + tokens outside the grid
+
+Of H heads int(H * alpha) are low and come last. Tokens outside the grid see everything as it is, on all heads. Where
+`window_size` does not divide the grid, windows at the right and bottom border are smaller, and means are over the
+tokens that are there.
+
+Paper: 'Fast Vision Transformers with HiLo Attention' - https://arxiv.org/abs/2205.13213
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vision_attn.grid import Grid
+from vision_attn.kernels.dense import dense_attention, seen_keys
+from vision_attn.kernels.window import window_attention
+from vision_attn.processors.base import AttnSpec, Layer, Processor
+
+
+def low_heads(num_heads: int, alpha: float, window_size: int) -> int:
+    """Return how many heads are low: all of them if the window is one token."""
+    return num_heads if window_size == 1 else int(num_heads * alpha)
+
+
+@dataclass(frozen=True)
+class HiLo(AttnSpec):
+    """High heads in windows, low heads over pooled keys. It has no parameters; a pretrained host needs training.
+
+    Args:
+        alpha: Share of low heads, 0 to 1. int(H * alpha) is truncated as the authors do: 24 * 0.9 is 21.
+        window_size: Side of a window in tokens.
+    """
+
+    alpha: float = 0.9
+    window_size: int = 2
+
+    def __post_init__(self) -> None:
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float):
+            raise TypeError(f"alpha must be a number, got {self.alpha!r}")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must be between 0 and 1, got {self.alpha}")
+        if isinstance(self.window_size, bool) or not isinstance(self.window_size, int):
+            raise TypeError(f"window_size must be an int, got {self.window_size!r}")
+        if self.window_size < 1:
+            raise ValueError(f"window_size must be at least 1, got {self.window_size}")
+
+    def build(self, layer: Layer) -> "HiLoAttention":
+        """Return the processor of one layer."""
+        return HiLoAttention(self, layer)
+
+    def attended(self, grid: Grid) -> float:
+        """Return the mean share of tokens, or means of tokens, that one token attends to on one head."""
+        rows, columns = (-(-side // self.window_size) for side in (grid.height, grid.width))
+        outside = grid.tokens - grid.image_tokens
+        low = rows * columns + outside
+        high = grid.image_tokens / (rows * columns) + outside
+        share = self.alpha if self.window_size > 1 else 1.0
+        seen = grid.image_tokens * (share * low + (1 - share) * high) + outside * grid.tokens
+        return seen / grid.tokens**2
+
+
+class HiLoAttention(Processor):
+    """`window_attention` on the first heads, dense attention over pooled keys on the last."""
+
+    def __init__(self, spec: HiLo, layer: Layer) -> None:
+        super().__init__()
+        self.spec, self.backend = spec, layer.backend
+        self.high = layer.num_heads - low_heads(layer.num_heads, spec.alpha, spec.window_size)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None = None, scale: float | None = None
+    ) -> Tensor:
+        """Attend on both groups of heads: see `Processor.forward`."""
+        h, size, outputs = self.high, self.spec.window_size, []
+        if h:
+            high = (q[:, :, :h], k[:, :, :h], v[:, :, :h], grid, size)
+            outputs.append(window_attention(*high, mask=mask, scale=scale, backend=self.backend))
+        if h < q.shape[2]:
+            outputs.append(self._low(q[:, :, h:], k[:, :, h:], v[:, :, h:], grid, mask, scale))
+        return torch.cat(outputs, 2)
+
+    def _low(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None, scale: float | None) -> Tensor:
+        pre, image, post = slice(0, grid.prefix), grid.image, slice(grid.image.stop, grid.tokens)
+        keys, values = (
+            torch.cat([t[:, pre], pool_means(t[:, image], grid, self.spec.window_size), t[:, post]], 1) for t in (k, v)
+        )
+        pooled = Grid(1, keys.shape[1] - grid.prefix - grid.suffix, grid.prefix, grid.suffix)
+        o = dense_attention(q[:, image], keys, values, seen=seen_keys(mask, pooled), scale=scale)
+        if not grid.prefix + grid.suffix:
+            return o
+        rest = dense_attention(torch.cat([q[:, pre], q[:, post]], 1), k, v, seen=seen_keys(mask, grid), scale=scale)
+        return torch.cat([rest[:, pre], o, rest[:, grid.prefix :]], 1)
+
+
+def pool_means(t: Tensor, grid: Grid, window_size: int) -> Tensor:
+    """Return the means of `[B, height * width, H, D]` over windows, of the tokens that are there at the border."""
+    image = t.flatten(2).unflatten(1, (grid.height, grid.width)).permute(0, 3, 1, 2)
+    means = F.avg_pool2d(image, window_size, ceil_mode=True, count_include_pad=False)
+    return means.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, t.shape[2:])

@@ -1,0 +1,89 @@
+"""LinearLocal: exact attention to the near and to the text, linear attention to the far, in one normaliser.
+
+    o_i = (g sum_near e^{s_ij - m_i} v_j + sum_far (phi_q(q_i) . phi_k(k_j)) v_j) / (the same without v)
+
+Near are the tokens of the same `window_size` x `window_size` cell of the grid and all tokens outside the grid, s are
+the host's logits and m_i their maximum; phi are the Hedgehog's features. Tokens outside the grid attend densely.
+
+Paper: 'LoLCATs: On Low-Rank Linearizing of Large Language Models' - https://arxiv.org/abs/2410.10254
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vision_attn.grid import Grid
+from vision_attn.kernels.dense import dense_attention, seen_keys
+from vision_attn.kernels.linear_local import linear_local_attention
+from vision_attn.processors.base import AttnSpec, Layer, Processor
+from vision_attn.processors.linfusion import Hedgehog
+
+
+@dataclass(frozen=True)
+class LinearLocal(AttnSpec):
+    """A softmax window with linear features for everything outside it. Needs training, but less than linear attention.
+
+    Args:
+        window_size: Side of a cell in tokens.
+        gate: g at the start, between 0 and 1; it is learned per head.
+    """
+
+    window_size: int = 8
+    gate: float = 0.9
+
+    def __post_init__(self) -> None:
+        if isinstance(self.window_size, bool) or not isinstance(self.window_size, int):
+            raise TypeError(f"window_size must be an int, got {self.window_size!r}")
+        if self.window_size < 1:
+            raise ValueError(f"window_size must be at least 1, got {self.window_size}")
+        if isinstance(self.gate, bool) or not isinstance(self.gate, int | float):
+            raise TypeError(f"gate must be a number, got {self.gate!r}")
+        if not 0 < self.gate < 1:
+            raise ValueError(f"gate must lie between 0 and 1, got {self.gate}")
+
+    def build(self, layer: Layer) -> "LinearLocalAttention":
+        """Return the processor of one layer."""
+        return LinearLocalAttention(self, layer)
+
+    def attended(self, grid: Grid) -> float:
+        """Return 1.0: every token is seen, the far ones through a sum."""
+        return 1.0
+
+
+class LinearLocalAttention(Processor):
+    """`linear_local_attention` with learned features.
+
+    Attributes:
+        features_q: phi_q.
+        features_k: phi_k.
+        gate: The logit of g `[H]`.
+    """
+
+    def __init__(self, spec: LinearLocal, layer: Layer) -> None:
+        super().__init__()
+        self.spec, self.backend = spec, layer.backend
+        self.features_q, self.features_k = (Hedgehog(layer.num_heads, layer.head_dim) for _ in range(2))
+        self.gate = nn.Parameter(torch.full((layer.num_heads,), math.log(spec.gate / (1 - spec.gate))))
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None = None, scale: float | None = None
+    ) -> Tensor:
+        """Attend to near and far: see `Processor.forward`."""
+        o = linear_local_attention(
+            (q, self.features_q(q)),
+            (k, self.features_k(k)),
+            v,
+            grid,
+            self.spec.window_size,
+            self.gate.to(v.device).sigmoid(),
+            mask=mask,
+            scale=scale,
+            backend=self.backend,
+        )
+        pre, post = slice(0, grid.prefix), slice(grid.image.stop, grid.tokens)
+        if not grid.prefix + grid.suffix:
+            return o
+        rest = dense_attention(torch.cat([q[:, pre], q[:, post]], 1), k, v, seen=seen_keys(mask, grid), scale=scale)
+        return torch.cat([rest[:, pre], o, rest[:, grid.prefix :]], 1)

@@ -1,0 +1,136 @@
+"""LinFusion: normalised linear attention over all tokens, with small residual networks on the inputs of q and k.
+
+    q_i = phi(W_q (x_i + f_q(x_i))),    k_j = phi(W_k (x_j + f_k(x_j))),    v_j = W_v x_j
+    o_i = q_i (sum_j k_j v_j^T / N) / (q_i . sum_j k_j / N + 1e-4),    phi(x) = elu(x) + 1
+
+f = Linear - LayerNorm - LeakyReLU - Linear. All tokens enter the sums, those outside the grid too; a host that projects
+its text by weights of its own (FLUX, SD3) projects it unchanged. With 'hedgehog' features, phi(x) = [softmax(W x),
+softmax(-W x)] with a learned W per head.
+
+Papers: 'LinFusion: 1 GPU, 1 Minute, 16K Image' - https://arxiv.org/abs/2409.02097,
+'The Hedgehog & the Porcupine' - https://arxiv.org/abs/2402.04347
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vision_attn.grid import Grid
+from vision_attn.kernels.linear import Features, linear_attention
+from vision_attn.kernels.precision import full_precision
+from vision_attn.processors.base import AttnSpec, Layer, Processor
+
+
+@dataclass(frozen=True)
+class LinFusion(AttnSpec):
+    """Linear attention that inherits the host's weights. Needs training (the authors: 100K steps).
+
+    The last layer of f starts at zero, so training starts from the inherited projections; W starts as identity.
+
+    Args:
+        mid_dim: Width of f: the width of the tokens if None (the authors' for SD 1.5 and 2.1; theirs for SDXL is a
+            sixteenth), or -1 for no f.
+        feature_map: 'elu' for the paper's, 'hedgehog' for learned softmax features.
+    """
+
+    mid_dim: int | None = None
+    feature_map: str = "elu"
+
+    def __post_init__(self) -> None:
+        mid = self.mid_dim
+        if mid is not None and (isinstance(mid, bool) or not isinstance(mid, int)):
+            raise TypeError(f"mid_dim must be an int or None, got {mid!r}")
+        if mid is not None and mid != -1 and mid < 1:
+            raise ValueError(f"mid_dim must be at least 1, or -1 for no residual network, got {mid}")
+        if self.feature_map not in ("elu", "hedgehog"):
+            raise ValueError(f"feature_map must be 'elu' or 'hedgehog', got {self.feature_map!r}")
+
+    def build(self, layer: Layer) -> "LinFusionAttention":
+        """Return the processor of one layer."""
+        if self.mid_dim != -1 and layer.dim is None:
+            raise ValueError(f"{layer.name} has no query projection that is known: use LinFusion(mid_dim=-1)")
+        return LinFusionAttention(self, layer)
+
+    def attended(self, grid: Grid) -> float:
+        """Return 1.0: every token enters the sums."""
+        return 1.0
+
+
+class Residual(nn.Sequential):
+    """f: Linear - LayerNorm - LeakyReLU - Linear on tokens `[B, N, C]`, zero at the start."""
+
+    def __init__(self, dim: int, mid_dim: int) -> None:
+        last = nn.Linear(mid_dim, dim)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        super().__init__(nn.Linear(dim, mid_dim), nn.LayerNorm(mid_dim), nn.LeakyReLU(0.01), last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return f(x) in the dtype of x."""
+        return super().forward(x.to(next(self.parameters()).dtype)).to(x.dtype)
+
+
+class Hedgehog(nn.Module):
+    """phi(x) = [softmax(W x), softmax(-W x)] on `[B, N, H, D]`, with W the identity at the start.
+
+    Attributes:
+        weight: W `[H, D, D]`.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(head_dim).repeat(num_heads, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return features `[B, N, H, 2 D]`, at least 1e-12."""
+        return _hedgehog(x, self.weight)
+
+
+@full_precision
+def _hedgehog(x: Tensor, weight: Tensor) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    y = torch.einsum("bnhd,hde->bnhe", x.to(dtype), weight.to(x.device, dtype))
+    return torch.cat([y.softmax(-1), (-y).softmax(-1)], -1).clamp(min=1e-12).to(x.dtype)
+
+
+class LinFusionAttention(Processor):
+    """`linear_attention` over all tokens.
+
+    Attributes:
+        to_q_: f_q, under the name of the released weights.
+        to_k_: f_k.
+    """
+
+    def __init__(self, spec: LinFusion, layer: Layer) -> None:
+        super().__init__()
+        self.spec, self.backend = spec, layer.backend
+        if spec.mid_dim != -1:
+            assert layer.dim is not None
+            mid = layer.dim if spec.mid_dim is None else spec.mid_dim
+            self.to_q_, self.to_k_ = Residual(layer.dim, mid), Residual(layer.dim, mid)
+        if spec.feature_map == "hedgehog":
+            self.features_q, self.features_k = (Hedgehog(layer.num_heads, layer.head_dim) for _ in range(2))
+
+    def residuals(self) -> Mapping[str, nn.Module]:
+        """Return f_q and f_k."""
+        return {} if self.spec.mid_dim == -1 else {"q": self.to_q_, "k": self.to_k_}
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None = None, scale: float | None = None
+    ) -> Tensor:
+        """Attend linearly: see `Processor.forward`. The scale of the logits has no place here."""
+        features = Features()
+        if self.spec.feature_map == "hedgehog":
+            q, k, features = self.features_q(q), self.features_k(k), Features("none")
+        weight = key_weight(mask, grid, q)
+        return linear_attention(q, k, v, features=features, key_weight=weight, eps=1e-4, backend=self.backend)
+
+
+def key_weight(mask: Tensor | None, grid: Grid, q: Tensor) -> Tensor | None:
+    """Turn a key mask `[B, prefix + suffix]` into weights `[B, N, 1]` of all keys, in the dtype of q."""
+    if mask is None:
+        return None
+    ones = mask.new_ones(len(mask), grid.image_tokens)
+    return torch.cat([mask[:, : grid.prefix], ones, mask[:, grid.prefix :]], 1)[..., None].to(q.dtype)

@@ -1,0 +1,36 @@
+"""The positional branch of several papers: a depth-wise convolution of the values over the grid.
+
+Paper: 'CSWin Transformer' (LePE) - https://arxiv.org/abs/2107.00652
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vision_attn.grid import Grid
+
+
+class DepthwiseBranch(nn.Module):
+    """A depth-wise `kernel_size` x `kernel_size` convolution with zero padding, zero at the start.
+
+    Attributes:
+        weight: `[C, 1, kernel_size, kernel_size]`.
+        bias: `[C]`.
+    """
+
+    def __init__(self, channels: int, kernel_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels, 1, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def add(self, o: Tensor, v: Tensor, grid: Grid) -> Tensor:
+        """Add the convolution of the grid's values to the grid's outputs, both `[B, N, H, D]`."""
+        local = depthwise(v[:, grid.image], grid.height, grid.width, self.weight, self.bias)
+        return o + F.pad(local, (0, 0, 0, 0, grid.prefix, grid.suffix))
+
+
+def depthwise(v: Tensor, height: int, width: int, weight: Tensor, bias: Tensor) -> Tensor:
+    """Convolve values `[B, height * width, H, D]` over the grid, channel by channel."""
+    image = v.flatten(2).unflatten(1, (height, width)).permute(0, 3, 1, 2)  # [B, C, height, width]
+    image = F.conv2d(image, weight.to(v), bias.to(v), padding=weight.shape[-1] // 2, groups=weight.shape[0])
+    return image.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, v.shape[2:])

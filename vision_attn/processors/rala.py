@@ -1,0 +1,106 @@
+"""RALA: linear attention whose keys are weighed by a global query, with a gate and a positional branch.
+
+    a = N softmax_j(scale * mean_i(phi(q_i)) . phi(k_j)),    phi(x) = elu(x) + 1
+    y_i = phi(q_i) (sum_j a_j phi(k_j) v_j^T / N) / (phi(q_i) . sum_j a_j phi(k_j) / N + 1e-6)
+    o_i = (y_i + p_i) * g_i,    p = depth-wise 5 x 5 convolution of v over the grid
+
+The weights raise the rank of the sum, the gate that of the output. All tokens enter the sums; tokens outside the grid
+have no p. In the paper g is a projection of the token; a pretrained host has none, so g_i = 1 + W_g v_i per head.
+
+Paper: 'Breaking the Low-Rank Dilemma of Linear Attention' - https://arxiv.org/abs/2411.07635
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vision_attn.grid import Grid
+from vision_attn.kernels.linear import Features, linear_attention
+from vision_attn.kernels.precision import full_precision
+from vision_attn.processors.base import AttnSpec, Layer, Processor
+from vision_attn.processors.linfusion import key_weight
+from vision_attn.processors.positional import DepthwiseBranch
+
+
+@dataclass(frozen=True)
+class RALA(AttnSpec):
+    """Rank-augmented linear attention. Needs training.
+
+    W_g and the convolution start at zero: at the start it is linear attention with weighed keys.
+
+    Args:
+        kernel_size: Side of the convolution in tokens, odd; 0 for no positional branch.
+    """
+
+    kernel_size: int = 5
+
+    def __post_init__(self) -> None:
+        size = self.kernel_size
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"kernel_size must be an int, got {size!r}")
+        if size < 0 or (size and size % 2 == 0):
+            raise ValueError(f"kernel_size must be odd, or 0 for no positional branch, got {size}")
+
+    def build(self, layer: Layer) -> "RALAAttention":
+        """Return the processor of one layer."""
+        return RALAAttention(self, layer)
+
+    def attended(self, grid: Grid) -> float:
+        """Return 1.0: every token enters the sums."""
+        return 1.0
+
+
+class RALAAttention(Processor):
+    """`rank_augmented_attention` with a gate and a positional branch.
+
+    Attributes:
+        gate: W_g `[H, D, D]`.
+        lepe: The depth-wise convolution.
+    """
+
+    def __init__(self, spec: RALA, layer: Layer) -> None:
+        super().__init__()
+        self.spec, self.backend = spec, layer.backend
+        self.gate = nn.Parameter(torch.zeros(layer.num_heads, layer.head_dim, layer.head_dim))
+        if spec.kernel_size:
+            self.lepe = DepthwiseBranch(layer.num_heads * layer.head_dim, spec.kernel_size)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None = None, scale: float | None = None
+    ) -> Tensor:
+        """Attend linearly: see `Processor.forward`."""
+        weight = key_weight(mask, grid, q)
+        y = rank_augmented_attention(q, k, v, key_weight=weight, scale=scale, backend=self.backend)
+        if self.spec.kernel_size:
+            y = self.lepe.add(y, v, grid)
+        gate = torch.einsum("bnhd,hde->bnhe", v, self.gate.to(v))
+        return y + y * gate
+
+
+def rank_augmented_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    key_weight: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Return y of the formula above for `[B, N, H, D]`; see `linear_attention` for the arguments."""
+    features = Features("elu", rotary)
+    g = _global_query(q, key_weight, q.shape[-1] ** -0.5 if scale is None else scale)
+    return linear_attention(
+        q, k, v, features=features, key_weight=key_weight, global_query=g, eps=1e-6, backend=backend
+    )
+
+
+@full_precision
+def _global_query(q: Tensor, weight: Tensor | None, scale: float) -> Tensor:
+    """The scaled mean of phi(q) over the tokens `[B, H, D]`, in float32 at least."""
+    phi = Features("elu").of(q.to(torch.promote_types(q.dtype, torch.float32)))
+    if weight is None:
+        return phi.mean(1) * scale
+    weight = weight.to(phi.dtype)[..., None]
+    return (phi * weight).sum(1) / weight.sum(1) * scale
