@@ -10,8 +10,9 @@ from test_hosts import RADIUS_2, TEXT, DenseOracle, run, stock
 from tiny_hosts import HOST, Layout, noise
 from torch import Tensor, nn
 
-from vision_attn import Clear, Conversion, Grid, Host, convert, use_grid
+from vision_attn import Clear, Conversion, Grid, Host, Neighborhood, Softmax, convert, use_grid
 from vision_attn.intercept import is_rerouted
+from vision_attn.model_state import is_converted
 
 POOLED = Clear(radius=2, pool=2)
 
@@ -179,3 +180,28 @@ def test_a_host_of_ones_own() -> None:
     with pytest.raises(ValueError, match="stem: a Conv2d does not tell its heads"):
         convert(model, Clear(radius=2), host=replace(host, layers=("stem",)))
     assert torch.equal(model(pixels), stock_output)
+
+
+def test_specs_by_pattern_and_by_depth() -> None:
+    model = HOST["sd15-unet"].build()
+    conversion = convert(model, {"mid_block.*": Softmax(), "*": Clear(radius=2)})
+    assert {name.split("_")[0]: type(spec) for name, spec in conversion.specs.items()} == {
+        "down": Clear,
+        "mid": Softmax,
+        "up": Clear,
+    }
+    conversion.revert()
+    conversion = convert(model, {"down_blocks.*": Clear(radius=2)})
+    assert all(name.startswith("down_blocks") for name in conversion.specs)
+    conversion.revert()
+    vit = HOST["vit"].build()
+    near, far = Neighborhood(3), Neighborhood(3, dilation=2)
+    specs = list(convert(vit, [near, far]).specs.values())
+    assert specs == [(near, far)[depth % 2] for depth in range(len(specs))]
+
+
+def test_a_pattern_that_matches_nothing_is_refused() -> None:
+    model = HOST["vit"].build()
+    with pytest.raises(ValueError, match="layers"):
+        convert(model, {"blocks.*": Softmax(), "down_blocks.*": Softmax()})
+    assert not is_converted(model)

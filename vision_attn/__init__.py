@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vision_attn.conversion import convert, load, use_grid
     from vision_attn.converted import Conversion
+    from vision_attn.estimate import estimate
     from vision_attn.families import Host
     from vision_attn.grid import Grid
     from vision_attn.processors import RALA, Agent, Clear, HiLo, LinearLocal, LinFusion, Neighborhood, Softmax
@@ -25,6 +26,7 @@ _PUBLIC = {
     "RALA": "processors.rala",
     "Softmax": "processors.softmax",
     "convert": "conversion",
+    "estimate": "estimate",
     "load": "conversion",
     "use_grid": "conversion",
 }
@@ -42,6 +44,7 @@ __all__ = [
     "Neighborhood",
     "Softmax",
     "convert",
+    "estimate",
     "load",
     "use_grid",
 ]

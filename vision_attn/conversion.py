@@ -29,6 +29,7 @@ def convert(
     backend: str = "auto",
     host: Host | None = None,
     components: tuple[str, ...] | None = None,
+    only_if_faster: bool = False,
 ) -> Conversion:
     """Replace the self-attention over the image of a model, or of a pipeline's denoisers, in place.
 
@@ -47,6 +48,8 @@ def convert(
         host: For a model that is not known: which modules, and where the grid is.
         components: Names of the pipeline's components to convert, `unet`, `transformer`, `transformer_2` and `prior`
             unless given.
+        only_if_faster: Layers run their own attention on grids that are too small for the processor to pay, by the
+            measured rates of `estimate`; their status says so.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -54,7 +57,15 @@ def convert(
     """
     refuse_converted(targets_of(target, components, host))
     return reconvert(
-        target, spec, where=where, min_tokens=min_tokens, grid=grid, backend=backend, host=host, components=components
+        target,
+        spec,
+        where=where,
+        min_tokens=min_tokens,
+        grid=grid,
+        backend=backend,
+        host=host,
+        components=components,
+        only_if_faster=only_if_faster,
     )
 
 
@@ -68,6 +79,7 @@ def reconvert(
     backend: str = "auto",
     host: Host | None = None,
     components: tuple[str, ...] | None = None,
+    only_if_faster: bool = False,
 ) -> Conversion:
     """Convert like `convert`, in the place of an earlier conversion if there is one."""
     if isinstance(min_tokens, bool) or not isinstance(min_tokens, int) or min_tokens < 0:
@@ -85,6 +97,8 @@ def reconvert(
         if grid is not None:
             fix_grid(plan.contexts, grid)
     for plan in plans:
+        if only_if_faster:
+            plan.break_even()
         if is_converted(plan.model):
             undo(plan.model)
         plan.apply(min_tokens)

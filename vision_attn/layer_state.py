@@ -64,6 +64,7 @@ class LayerState:
         spec: What its processor was built from.
         context: Where it finds its grid.
         shared: State of the whole conversion.
+        break_even: Grids of fewer tokens run the host's own attention, for it is faster there.
         mask_means_dense: Whether a mask says that the grid is not at one place in the batch.
         replaced: Attributes of the module to put back on revert.
         grid: Grid of the last call over the grid.
@@ -76,6 +77,7 @@ class LayerState:
     context: GridContext
     shared: Shared
     mask_means_dense: bool = False
+    break_even: float = 0
     replaced: dict[str, Any] = field(default_factory=dict)
     grid: Grid | None = None
     status: str = "not run yet"

@@ -1,5 +1,6 @@
 """The table that shows what became of each converted layer."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -23,5 +24,10 @@ class LayerTable(list[Row]):
             cells.append(
                 (row.name, str(row.heads), "-" if row.tokens is None else str(row.tokens), attended, row.status)
             )
-        widths = [max(len(row[i]) for row in cells) for i in range(5)]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+        return aligned(cells)
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> str:
+    """Return rows of equal length as text with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)

@@ -1,12 +1,14 @@
 """What converting one model will change. A plan checks everything before it touches anything."""
 
 import inspect
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from vision_attn.cost import break_even
 from vision_attn.families.host import Host, heads_of
 from vision_attn.grid import Grid
 from vision_attn.grid_context import GridContext
@@ -89,6 +91,14 @@ class Plan:
     def contexts(self) -> list[GridContext]:
         """Where the layers find their grids."""
         return [context for _, context in self.watched]
+
+    def break_even(self) -> None:
+        """Leave each layer to the host's own attention on grids where that is faster."""
+        parameter = next(self.model.parameters())
+        for module, _, state in self.layers:
+            layer = Layer("", *heads_of(state.name, module), dim=input_dim(module))
+            found = break_even(state.spec, layer, self.host.text, parameter.device.type, parameter.element_size())
+            state.break_even = math.inf if found is None else found
 
     def apply(self, min_tokens: int) -> None:
         """Change the model."""

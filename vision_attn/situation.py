@@ -19,7 +19,7 @@ def runs_dense(state: LayerState, kwargs: dict[str, Any]) -> bool:
     if state.mask_means_dense and kwargs.get("attention_mask") is not None:
         return True
     found = state.context.known()
-    return isinstance(found, str) or found.image_tokens < state.shared.min_tokens
+    return isinstance(found, str) or found.image_tokens < max(state.shared.min_tokens, state.break_even)
 
 
 def moment_of(state: LayerState) -> Moment:
@@ -49,6 +49,9 @@ def locate(state: LayerState, query: Tensor, key: Tensor, attn_mask: Tensor | No
     elif found.image_tokens < state.shared.min_tokens:
         few = f"dense: {found.image_tokens} tokens are below min_tokens={state.shared.min_tokens}"
         state.note(found, few, expected=True)
+    elif found.image_tokens < state.break_even:
+        least = "never faster" if state.break_even == math.inf else f"faster from {state.break_even:.0f} tokens on"
+        state.note(found, f"dense: {state.spec} is {least}, and there are {found.image_tokens}", expected=True)
     else:
         return found
     return None

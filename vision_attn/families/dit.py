@@ -58,6 +58,13 @@ def _z_image(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
 
 
 _BLOCKS = ("transformer_blocks.*.attn",)
+
+
+def _packed(model: nn.Module, layer: str, height: int, width: int) -> tuple[int, int]:
+    """The pipeline packs 2 x 2 latents into one token."""
+    return height // 2, width // 2
+
+
 _THOUSAND, _ONE = Timestep("timestep", noise=1000), Timestep("timestep", noise=1)
 _FLUX_BLOCKS = (*_BLOCKS, "single_transformer_blocks.*.attn")
 
@@ -81,6 +88,7 @@ DITS = (
         probe=_patches,
         others="suffix",
         timestep=_THOUSAND,
+        text=333,
     ),
     Host(
         models=("AuraFlowTransformer2DModel",),
@@ -88,6 +96,7 @@ DITS = (
         probe=_patches,
         others="prefix",
         timestep=_ONE,
+        text=264,
     ),
     Host(
         models=("CogView4Transformer2DModel",),
@@ -96,6 +105,7 @@ DITS = (
         others="prefix",
         mask_means_dense=True,  # its mask reaches the logits as an additive 0 / 1
         timestep=_THOUSAND,
+        text=224,
     ),
     Host(
         models=("Lumina2Transformer2DModel",),
@@ -104,6 +114,7 @@ DITS = (
         others="prefix",
         mask_means_dense=True,  # texts of different lengths: the image starts elsewhere in each sample
         timestep=Timestep("timestep", noise=0, image=1),
+        text=256,
     ),
     Host(
         models=("FluxTransformer2DModel", "FluxControlNetModel"),
@@ -112,6 +123,8 @@ DITS = (
         others="prefix",
         reads="img_ids",
         timestep=_ONE,
+        size=_packed,
+        text=512,
     ),
     Host(
         models=("Flux2Transformer2DModel",),
@@ -120,13 +133,25 @@ DITS = (
         others="prefix",
         reads="img_ids",
         timestep=_ONE,
+        size=_packed,
+        text=512,
     ),
-    Host(models=("QwenImageTransformer2DModel",), layers=_BLOCKS, probe=_qwen, others="prefix", timestep=_ONE),
+    Host(
+        models=("QwenImageTransformer2DModel",),
+        layers=_BLOCKS,
+        probe=_qwen,
+        others="prefix",
+        timestep=_ONE,
+        size=_packed,
+        text=256,
+    ),
     Host(
         models=("ZImageTransformer2DModel",),
         layers=("layers.*.attention", "noise_refiner.*.attention"),
         probe=_z_image,
         others="suffix",
         timestep=Timestep("t", noise=0, image=1),
+        size=_packed,
+        text=128,
     ),
 )

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
+from vision_attn.grid import Grid
 from vision_attn.grid_context import Probe
 
 
@@ -24,6 +25,13 @@ def _whole(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _itself(part: nn.Module) -> nn.Module:
     return part
+
+
+def _patch_grid(model: Any, layer: str, height: int, width: int) -> tuple[int, int]:
+    patch = getattr(getattr(model, "config", None), "patch_size", None)
+    if not isinstance(patch, int):
+        raise ValueError(f"a {type(model).__name__} does not tell its grid for an input of {height} x {width}")
+    return height // patch, width // patch
 
 
 def _no_problem(model: nn.Module) -> None:
@@ -54,6 +62,9 @@ class Host:
         mask_means_dense: Whether an attention mask means that the grid lies elsewhere in each sample.
         timestep: Where the model's forward tells how far the denoising is, for schedules; None if it does not.
         finest: Name of the model's argument whose last two axes are the finest grid, if grids differ by layer.
+        size: `(model, layer, height, width) -> (height, width)` of a layer's grid for an input of a size, for
+            estimates: that of the model's input divided by its `config.patch_size` unless given.
+        text: Tokens of a usual prompt, for estimates.
         problem: Returns why a model of these classes cannot be converted, or None.
     """
 
@@ -67,6 +78,8 @@ class Host:
     mask_means_dense: bool = False
     timestep: Timestep | None = None
     finest: str = ""
+    size: Callable[[nn.Module, str, int, int], tuple[int, int]] = _patch_grid
+    text: int = 0
     problem: Callable[[nn.Module], str | None] = _no_problem
 
     def find(self, model: nn.Module) -> Iterator[tuple[nn.Module, list[tuple[str, nn.Module]]]]:
@@ -84,6 +97,22 @@ class Host:
     def layer_names(self, model: nn.Module) -> list[str]:
         """Return the names of all attention layers over a grid, in order of depth."""
         return [name for _, found in self.find(model) for name, _ in found]
+
+    def grid_at(self, model: nn.Module, layer: str, height: int, width: int) -> Grid:
+        """Return the sequence of a layer for an input of `height` x `width` latents or pixels and a usual prompt.
+
+        Raises:
+            ValueError: If the input is smaller than a token.
+        """
+        prefix: Any = getattr(model, "num_prefix_tokens", 0) if self.others == "prefix" else 0
+        grid = self.size(model, layer, height, width)
+        text = self.text if self.others != "none" else 0
+        return Grid(*grid, **{"suffix" if self.others == "suffix" else "prefix": prefix + text})
+
+    def positions(self, model: nn.Module, module: str, height: int, width: int) -> int:
+        """Return at how many places a convolution of the model is applied to such an input."""
+        rows, columns = self.size(model, module, height, width)
+        return rows * columns
 
 
 def heads_of(name: str, module: nn.Module) -> tuple[int, int]:

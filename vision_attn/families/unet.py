@@ -30,6 +30,17 @@ def _spatial_transformers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return sorted(found, key=lambda part: part[0].startswith("up_blocks"))
 
 
+def _level(model: Any, module: str, height: int, width: int) -> tuple[int, int]:
+    """The grid of the level that a module of a UNet belongs to; each level has half the sides, rounded up."""
+    blocks = len(model.config.block_out_channels)
+    part, _, rest = module.partition(".")
+    number = int(rest.partition(".")[0]) if part in ("down_blocks", "up_blocks") else 0
+    level = {"down_blocks": number, "up_blocks": blocks - 1 - number, "mid_block": blocks - 1}.get(part, 0)
+    for _ in range(level):
+        height, width = -(-height // 2), -(-width // 2)
+    return height, width
+
+
 UNETS = (
     Host(
         models=("UNet2DConditionModel", "ControlNetModel"),
@@ -38,5 +49,6 @@ UNETS = (
         probe=_grid,
         timestep=Timestep("timestep", noise=1000),
         finest="sample",
+        size=_level,
     ),
 )

@@ -25,6 +25,11 @@ def _problem(model: nn.Module) -> str | None:
     return None
 
 
+def _size(model: Any, layer: str, height: int, width: int) -> tuple[int, int]:
+    patch = model.patch_embed.patch_size
+    return height // patch[0], width // patch[1]
+
+
 VITS = (
     Host(
         models=("VisionTransformer", "Eva"),
@@ -32,6 +37,7 @@ VITS = (
         watched=_patch_embed,
         probe=_grid,
         others="prefix",
+        size=_size,
         problem=_problem,
     ),
 )

@@ -28,7 +28,7 @@ def set_attn_processor(pipe: Any, processor: Any, **options: Any) -> Conversion 
             for `convert`; the name of one, with its fields in `options`; a processor of diffusers or a dictionary of
             them, which goes to the denoiser's own `set_attn_processor`; or None, which gives the host back as it was.
         options: Fields of a processor given by name, and options of `convert`: `where`, `min_tokens`, `grid`,
-            `backend`, `components`.
+            `backend`, `components`, `only_if_faster`.
 
     Returns:
         The conversion, or None for a processor of diffusers and for None.
@@ -54,7 +54,7 @@ def set_attn_processor(pipe: Any, processor: Any, **options: Any) -> Conversion 
     return reconvert(pipe, processor, **arguments)
 
 
-_CONVERT = ("where", "min_tokens", "grid", "backend", "components")
+_CONVERT = ("where", "min_tokens", "grid", "backend", "components", "only_if_faster")
 
 
 def _is_ours(processor: Any) -> bool:

@@ -111,3 +111,12 @@ class AttnSpec(ABC):
         Raises:
             ValueError: If the spec does not fit the grid.
         """
+
+    def flops(self, grid: Grid, layer: Layer) -> float:
+        """Return the floating point operations that the attention needs for one sequence, without projections."""
+        return 4 * grid.tokens**2 * self.attended(grid) * layer.num_heads * layer.head_dim
+
+    @property
+    def passes(self) -> float:
+        """How often q, k, v and o go through memory, in units of one read or write of each of them."""
+        return 1.0

@@ -51,6 +51,18 @@ class LinearLocal(AttnSpec):
         """Return 1.0: every token is seen, the far ones through a sum."""
         return 1.0
 
+    def flops(self, grid: Grid, layer: Layer) -> float:
+        """Return the operations of windows, text, sums and features."""
+        near = self.window_size**2 + grid.prefix + grid.suffix
+        per_token = 4 * near + 8 * layer.head_dim + 4 * layer.head_dim
+        outside = 4 * grid.tokens * (grid.prefix + grid.suffix)
+        return (grid.image_tokens * per_token + outside) * layer.num_heads * layer.head_dim
+
+    @property
+    def passes(self) -> float:
+        """Features are written and read besides."""
+        return 4.0
+
 
 class LinearLocalAttention(Processor):
     """`linear_local_attention` with learned features.

@@ -57,6 +57,18 @@ class LinFusion(AttnSpec):
         """Return 1.0: every token enters the sums."""
         return 1.0
 
+    def flops(self, grid: Grid, layer: Layer) -> float:
+        """Return the operations of the sums, the residual networks and the learned features."""
+        features = 2 if self.feature_map == "hedgehog" else 1
+        sums = 4 * features * layer.head_dim + (4 * layer.head_dim if features == 2 else 0)
+        mid = 0 if self.mid_dim == -1 else (layer.dim or 0) if self.mid_dim is None else self.mid_dim
+        return grid.tokens * (sums * layer.num_heads * layer.head_dim + 8 * mid * (layer.dim or 0))
+
+    @property
+    def passes(self) -> float:
+        """The sums read q, k and v once and write o once; features are written and read besides."""
+        return 2.0 if self.feature_map == "elu" else 4.0
+
 
 class Residual(nn.Sequential):
     """f: Linear - LayerNorm - LeakyReLU - Linear on tokens `[B, N, C]`, zero at the start."""

@@ -50,6 +50,16 @@ class RALA(AttnSpec):
         """Return 1.0: every token enters the sums."""
         return 1.0
 
+    def flops(self, grid: Grid, layer: Layer) -> float:
+        """Return the operations of the sums, the gate and the convolution."""
+        per_channel = 6 * layer.head_dim + 2 * self.kernel_size**2
+        return grid.tokens * layer.num_heads * layer.head_dim * per_channel
+
+    @property
+    def passes(self) -> float:
+        """The mean of q comes first, gate and convolution after."""
+        return 3.5
+
 
 class RALAAttention(Processor):
     """`rank_augmented_attention` with a gate and a positional branch.

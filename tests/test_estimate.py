@@ -1,0 +1,129 @@
+"""`estimate` beside what really runs: grids, operations, and where a conversion pays."""
+
+import math
+
+import pytest
+import torch
+from test_hosts import run
+from tiny_hosts import HOST, HOSTS, HostCase
+from tiny_pipelines import PIPELINE
+from torch.utils.flop_counter import FlopCounterMode
+
+from vision_attn import Clear, HiLo, LinFusion, Neighborhood, Softmax, convert, estimate
+from vision_attn.cost import break_even
+from vision_attn.intercept import is_rerouted, state_of
+from vision_attn.kernels.local_window import Window
+from vision_attn.processors import Layer
+
+
+def scale_of(case: HostCase) -> int:
+    """Pixels of the host's input per token of its finest grid."""
+    model = case.build()
+    if "sdxl" in case.id:
+        return 2
+    if "unet" in case.id or "controlnet" in case.id:
+        return 1
+    return model.patch_embed.patch_size[0] if hasattr(model, "patch_embed") and not hasattr(model, "config") else 2
+
+
+@pytest.mark.parametrize("case", HOSTS, ids=lambda case: case.id)
+def test_the_grids_are_those_of_a_real_forward(case: HostCase) -> None:
+    height, width = (8, 8) if case.fixed_size else (12, 10)
+    model = case.build()
+    conversion = convert(model, Softmax())
+    run(case, model, height, width)
+    real = {row.name: row for row in conversion.layers}
+    scale = scale_of(case)
+    rows = estimate(model, height * scale, width * scale, Clear(2), vae_scale_factor=1).layers
+    assert {row.name for row in rows} == set(real)
+    grids = {state_of(m).name: state_of(m).grid for m in model.modules() if is_rerouted(m)}
+    for row in rows:
+        grid = grids[row.name]
+        assert grid is not None and (row.grid.height, row.grid.width) == (grid.height, grid.width)
+
+
+def test_operations_of_a_window_are_counted_exactly() -> None:
+    rows = estimate(HOST["sd15-unet"].build(), 96, 80, Clear(2)).layers
+    grid = rows[0].grid
+    pairs = Window(radius=2).allowed(grid).sum().item()
+    heads_times_channels = rows[0].dense_flops / 4 / grid.tokens**2
+    assert rows[0].flops == pytest.approx(4 * pairs * heads_times_channels)
+    assert rows[0].bytes == 4 * grid.tokens * heads_times_channels * 4
+
+
+@pytest.mark.parametrize(("host_id", "scale"), [("sd15-unet", 1), ("flux", 2), ("vit", 8), ("pixart", 2)])
+def test_the_models_operations_are_near_those_that_run(host_id: str, scale: int) -> None:
+    case, (height, width) = HOST[host_id], (24, 32)
+    model = case.build()
+    found = estimate(model, height * scale, width * scale, Softmax(), vae_scale_factor=1)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        run(case, model, height, width, batch=1, text=7)
+    estimated = sum(row.dense_flops for row in found.layers) + found.other_flops
+    if host_id == "flux":  # it counts a prompt of 512 tokens
+        estimated *= (768 + 7) / (768 + 512)
+        assert 0.4 < estimated / counter.get_total_flops() < 2.5
+    else:
+        assert 0.7 < estimated / counter.get_total_flops() < 1.3
+
+
+def test_shares_and_break_even_have_the_right_order() -> None:
+    model = HOST["flux"].build()
+    small, large = (estimate(model, side, side, Clear(8), device="cuda") for side in (512, 4096))
+    assert small.attention_share < large.attention_share < 1
+    assert large.converted_share < small.converted_share < 1.2
+    assert small.pays_from == large.pays_from is not None
+    assert estimate(model, 512, 512, Clear(math.inf)).pays_from is None
+    at = small.pays_from[0]
+    rows = estimate(model, at, at, Clear(8), device="cuda").layers
+    assert sum(row.seconds for row in rows) < sum(row.dense_seconds for row in rows)
+    rows = estimate(model, at // 2, at // 2, Clear(8), device="cuda").layers
+    assert sum(row.seconds for row in rows) >= sum(row.dense_seconds for row in rows)
+    assert "faster from" in str(small) and "transformer_blocks.0.attn" in str(small)
+
+
+def test_break_even_of_processors() -> None:
+    layer = Layer("", 24, 128, dim=3072)
+    disc, larger = (break_even(Clear(radius), layer, 512, "cuda", 2) for radius in (8, 32))
+    assert disc is not None and larger is not None and disc < larger
+    assert break_even(LinFusion(mid_dim=-1), layer, 512, "cuda", 2) is not None
+    assert break_even(Neighborhood(7), layer, 0, "cpu", 4) is not None
+    assert break_even(Clear(radius=math.inf), layer, 0, "cuda", 2) is None
+    assert break_even(HiLo(), layer, 0, "cuda", 2) is not None
+
+
+def test_layers_below_the_break_even_are_left_alone() -> None:
+    case = HOST["sd15-unet"]
+    model = case.build()
+    before = run(case, model, 48, 48)
+    conversion = convert(model, Clear(3), only_if_faster=True)
+    status = conversion.status()
+    output = run(case, model, 48, 48)
+    status = conversion.status()
+    low = [name for name in status if "mid_block" in name or "down_blocks.1" in name]
+    assert low and all("faster" in status[name] and "dense" in status[name] for name in low)
+    assert (output - before).abs().max() > 1e-6 or "rerouted" not in status.values()
+    conversion.revert()
+    convert(model, Clear(math.inf), only_if_faster=True)
+    assert torch.equal(run(case, model, 48, 48), before)
+
+
+def test_a_pipeline_is_asked_in_pixels() -> None:
+    pipe = PIPELINE["sd"].build()
+    rows = estimate(pipe, 64, 128, Clear(2)).layers
+    factor = pipe.vae_scale_factor
+    assert (rows[0].grid.height, rows[0].grid.width) == (64 // factor, 128 // factor)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((0, 64, Clear(2)), ValueError, "positive"),
+        ((64, 64, "clear"), TypeError, "clear"),
+        ((64, 64, {"nothing.*": Clear(2)}), ValueError, "nothing"),
+        ((64, 64, []), ValueError, "no spec"),
+    ],
+    ids=["size", "spec", "pattern", "empty"],
+)
+def test_bad_input_is_refused(arguments: tuple, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        estimate(HOST["sd15-unet"].build(), *arguments)

@@ -1,0 +1,89 @@
+"""When a processor pays: seconds of its attention beside dense attention, from operations, bytes and measured rates."""
+
+import functools
+from dataclasses import dataclass
+
+from vision_attn.grid import Grid
+from vision_attn.processors.base import AttnSpec, Layer
+from vision_attn.processors.softmax import Softmax
+
+_SIDES = (*range(4, 64, 4), *range(64, 257, 16), *range(288, 1025, 32))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates that attention reaches on a kind of device.
+
+    Attributes:
+        dense: Operations per second of dense attention.
+        other: Needed operations per second of all others, whose tiles also compute what no token needs.
+        bandwidth: Bytes per second.
+        overhead: Seconds of one call that is not dense.
+    """
+
+    dense: float
+    other: float
+    bandwidth: float
+    overhead: float
+
+
+MACHINES = {
+    # H200, bf16, D=128, torch 2.11, triton 3.6: bench/results/local_attention_h200.json
+    "cuda": Machine(dense=6.1e14, other=3.2e14, bandwidth=4.2e12, overhead=2e-5),
+    # one core of the CI machine, fp32, D=64, torch 2.13
+    "cpu": Machine(dense=6e10, other=1.7e10, bandwidth=4e9, overhead=1e-3),
+}
+
+
+def machine_of(device: str) -> Machine:
+    """Return the rates of a kind of device, those of a GPU if it was not measured."""
+    return MACHINES.get(device, MACHINES["cuda"])
+
+
+def seconds(spec: AttnSpec, grid: Grid, layer: Layer, machine: Machine, itemsize: int) -> float:
+    """Estimate the time of one attention over one sequence.
+
+    Args:
+        spec: The processor.
+        grid: The sequence.
+        layer: Its heads.
+        machine: The rates.
+        itemsize: Bytes of one element of q.
+    """
+    dense = isinstance(spec, Softmax)
+    work = spec.flops(grid, layer) / (machine.dense if dense else machine.other)
+    moved = spec.passes * least_bytes(grid, layer, itemsize) / machine.bandwidth
+    # a machine computes and moves at once, but no kernel is perfect at it: the longer one, and the overhead
+    return max(work, moved) + (0 if dense else machine.overhead)
+
+
+def least_bytes(grid: Grid, layer: Layer, itemsize: int) -> int:
+    """Return the bytes of q, k, v and o."""
+    return 4 * grid.tokens * layer.num_heads * layer.head_dim * itemsize
+
+
+@functools.cache
+def break_even(spec: AttnSpec, layer: Layer, outside: int, device: str, itemsize: int) -> int | None:
+    """Return the tokens of the smallest square grid from which on a processor is faster than dense attention.
+
+    Args:
+        spec: The processor.
+        layer: Heads of the layer; its name does not count.
+        outside: Tokens outside the grid.
+        device: Kind of device, 'cuda' or 'cpu'.
+        itemsize: Bytes of one element of q.
+
+    Returns:
+        Tokens of the grid; None if it never is, up to 1024 x 1024.
+    """
+    machine, found = machine_of(device), None
+    for side in reversed(_SIDES):
+        grid = Grid(side, side, prefix=outside)
+        try:
+            ours = seconds(spec, grid, layer, machine, itemsize)
+        except ValueError:  # the spec does not fit this grid
+            continue
+        if ours >= seconds(Softmax(), grid, layer, machine, itemsize):
+            break
+        found = side * side
+    return found
