@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= demo_out
 WORKERS ?= 2
 
-.PHONY: demo test lint clean
+.PHONY: demo test bench lint clean
 
 $(BIN)/.installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,9 @@ demo: $(BIN)/.installed
 
 test: $(BIN)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+bench: $(BIN)/.installed
+	$(BIN)/vision-attn bench kernels
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

@@ -18,6 +18,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--steps", type=int, default=10, help="denoising steps at 128 px")
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
+    bench = commands.add_parser("bench", help="check and time operators beside their peers, or show stored results")
+    bench.add_argument("what", help="an entry (kernels_local), a group of entries (kernels), or 'table'")
+    bench.add_argument("file", type=Path, nargs="?", help="with 'table': a stored result to show as Markdown")
+    bench.add_argument("--out", type=Path, default=Path("bench", "results"), help="folder for <entry>_<device>.json")
+    bench.add_argument("--device", help="cpu or cuda; a GPU where there is one")
+    bench.add_argument("--only", action="append", default=[], help="case such as 'disc-128-*'; may be given repeatedly")
+    bench.add_argument("--candidates", help="comma-separated names, as in the table; all by default")
+    bench.add_argument("--quick", action="store_true", help="fewer cases and samples")
+    bench.set_defaults(run=_bench)
     options = parser.parse_args(arguments)
     # Threads that spin while they wait make a shared CPU ten times slower. It must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -41,6 +50,22 @@ def _demo(options: argparse.Namespace) -> None:
         options.out, options.prompt or PROMPTS, size=options.teacher, steps=options.steps, seed=options.seed
     )
     print(f"\n{text_table(results)}\n\nPictures, contact sheet and page: {page.resolve()}")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from vision_attn.bench.run import run_benchmarks, table_of  # noqa: PLC0415
+
+    if (options.what == "table") != (options.file is not None):
+        raise ValueError("'bench table' needs a FILE, and only it does")
+    if options.what == "table":
+        print(table_of(options.file), end="")
+        return
+    candidates = options.candidates.split(",") if options.candidates else ()
+    for path in run_benchmarks(
+        options.what, options.out, device=options.device, only=options.only, candidates=candidates,
+        quick=options.quick, say=lambda line: print(line, flush=True),
+    ):  # fmt: skip
+        print(f"\n{table_of(path)}\nStored in {path}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,121 @@
+"""The stored result of an entry: one JSON file per entry and device, its schema, and how a part of it is renewed.
+
+    {schema, entry, title, device, versions, timing, rows: [
+        {case, label, group, shape, date, command, subject, needed_flop: {forward, backward}, candidates: [
+            {name, computes, reason, errors, ready_s, forward: PASS | null, backward: PASS | null}]}]}
+    PASS = {median_ms, min_ms, iqr_ms, samples, launch, ratio, needed_tflops, visited_tflops, visited_flop,
+            extra_memory: {bytes, share} | null}
+
+`ratio` is a candidate's median over the subject's in the same run: how many times faster the subject is. `errors` are
+shares of the budget; `reason` says why a candidate was left out; `ready_s` went into compiling and checking it. All
+candidates of a row were timed in one run.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+_NUMBER = (int, float)
+_DOCUMENT = dict(schema=int, entry=str, title=str, device=str, versions=dict, timing=str, rows=list)
+_ROW = dict(case=str, label=str, group=str, shape=dict, date=str, command=str, subject=str, candidates=list)
+_CANDIDATE = dict(name=str, computes=str)
+_PASS = dict(median_ms=_NUMBER, min_ms=_NUMBER, iqr_ms=_NUMBER, samples=int, launch=str)
+
+
+def check_document(document: Any, source: object = "document") -> None:
+    """Refuse what is not of the schema.
+
+    Args:
+        document: What was read.
+        source: Where it came from, for the message.
+
+    Raises:
+        ValueError: If keys are missing or have the wrong type; all are listed.
+    """
+    problems = _mismatches("", document, _DOCUMENT)
+    if not problems and document["schema"] != SCHEMA:
+        problems.append(f"schema is {document['schema']}, not {SCHEMA}")
+    for i, row in enumerate([] if problems else document["rows"]):
+        problems += (bad := _mismatches(f"rows[{i}].", row, _ROW))
+        for candidate in [] if bad else row["candidates"]:
+            problems += (bad := _mismatches(f"rows[{i}].candidates.", candidate, _CANDIDATE))
+            problems += [] if bad else _passes(f"{row['case']}, {candidate['name']}: ", candidate)
+    if problems:
+        raise ValueError(f"{source} is no result of vision-attn bench: {'; '.join(problems[:8])}")
+
+
+def _passes(place: str, candidate: dict[str, Any]) -> list[str]:
+    """What is wrong with the passes of a candidate: it has a forward, or a reason why not."""
+    timed = [name for name in ("forward", "backward") if candidate.get(name) is not None]
+    problems = [p for name in timed for p in _mismatches(f"{place}{name}.", candidate[name], _PASS)]
+    if bool(timed) == bool(candidate.get("reason")):
+        problems.append(f"{place}needs either times or a reason")
+    return problems
+
+
+def _mismatches(place: str, value: Any, types: dict[str, Any]) -> list[str]:
+    if not isinstance(value, dict):
+        return [f"{place or 'the file'} is {type(value).__name__}, not a mapping"]
+    problems = [f"{place}{key} is missing" for key in types if key not in value]
+    return problems + [
+        f"{place}{key} is {type(value[key]).__name__}" for key, kind in types.items()
+        if key in value and not isinstance(value[key], kind)
+    ]  # fmt: skip
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """Read and check a stored result.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is not of the schema.
+    """
+    try:
+        document = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    check_document(document, path)
+    return document
+
+
+def stored_rows(path: Path, fresh: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows at `path` that a run may be added to, none if there is no file.
+
+    Args:
+        path: Where the result will be written.
+        fresh: The document of the run, without rows.
+
+    Raises:
+        ValueError: If the stored ones are of another device or other versions: they would be mixed.
+    """
+    if not path.exists():
+        return []
+    stored = read_document(path)
+    for key in ("entry", "device", "versions"):
+        if stored[key] != fresh[key]:
+            raise ValueError(f"{path} holds {key} {stored[key]}, this is {fresh[key]}: choose another --out")
+    return stored["rows"]
+
+
+def merged(stored: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], order: Sequence[str]) -> list:
+    """Return stored rows with the new ones in their places, in `order`; a case that is not in it is dropped."""
+    by_name = {row["case"]: row for row in (*stored, *rows)}
+    return [by_name[name] for name in dict.fromkeys(order) if name in by_name]
+
+
+def write_document(path: Path, document: dict[str, Any]) -> None:
+    """Check and write a result, making its folder; numbers have four significant digits."""
+    document = _short(document)
+    check_document(document)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: _short(item) for key, item in value.items()}
+    return [_short(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,11 @@
+"""One file = one entry of `vision-attn bench`: a title, its cases, and how one case becomes a row.
+
+An entry is a module with
+
+    TITLE: str                                       # what is measured, for the tables' head
+    CANDIDATES: Sequence                             # all who can take part, objects with a `name`
+    def cases(device: torch.device, quick: bool)     # objects with a `name`, in the order of the tables
+    def row(case, measurement: Measurement)          # a row of `document.py`'s schema
+
+A file `kernels_x.py` belongs to the group `kernels`: `vision-attn bench kernels` runs all of a group.
+"""

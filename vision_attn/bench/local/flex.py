@@ -1,0 +1,129 @@
+"""FlexAttention with CLEAR's mask: over the raster sequence as CLEAR's authors run it, and over 2-D tiles of tokens.
+
+The block mask is built once, outside of the timing, in both. The tiles' permutation of q, k, v and o is inside, since
+it is part of the operator; it is compiled together with the attention.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from vision_attn.bench.candidate import AbsentError, Candidate, Prepared
+from vision_attn.bench.local.problem import LOCAL, LocalProblem
+from vision_attn.grid import Grid
+
+BLOCK = 128
+TILE = (8, 16)
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def disc_mask(problem: LocalProblem, tile: tuple[int, int]) -> MaskMod:
+    """Return the mask of CLEAR, https://arxiv.org/abs/2412.16112, for grid tokens in tiles of `tile`.
+
+    One row is raster order.
+
+    Raises:
+        AbsentError: If the window is no disc, or the grid is not made of whole tiles.
+    """
+    grid, radius = problem.grid, problem.window.radius
+    if radius is None:
+        raise AbsentError("only discs are written as a mask for FlexAttention here")
+    if grid.suffix or grid.height % tile[0] or grid.width % tile[1]:
+        raise AbsentError(f"{grid} is not made of whole tiles of {tile[0]} x {tile[1]} after a prefix")
+    prefix, across, (tall, wide) = grid.prefix, grid.width // tile[1], tile
+
+    def place(index: Tensor) -> tuple[Tensor, Tensor]:
+        n = index - prefix
+        if tall == 1:
+            return n // wide, n % wide
+        block, inside = n // (tall * wide), n % (tall * wide)
+        return block // across * tall + inside // wide, block % across * wide + inside % wide
+
+    def mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        (qy, qx), (ky, kx) = place(q), place(k)
+        near = (qy - ky) ** 2 + (qx - kx) ** 2 < radius**2
+        return (q < prefix) | (k < prefix) | near
+
+    return mask
+
+
+def block_mask(mask: MaskMod, tokens: int, device: torch.device) -> BlockMask:
+    """Return what `create_block_mask` would, without compiling and without a mask of `tokens` x `tokens`."""
+    every = torch.arange(tokens, device=device, dtype=torch.int32)
+    blocks = -(-tokens // BLOCK)
+    zero = every[:1]
+    kept, full = (torch.zeros(blocks, blocks, dtype=torch.bool, device=device) for _ in range(2))
+    for block in range(blocks):
+        queries = every[block * BLOCK : (block + 1) * BLOCK, None]
+        seen = torch.zeros(BLOCK, blocks * BLOCK, dtype=torch.bool, device=device)
+        seen[: len(queries), :tokens] = mask(zero, zero, queries, every[None])
+        count = seen.view(BLOCK, blocks, BLOCK).sum((0, 2))
+        kept[block], full[block] = count > 0, count == BLOCK * BLOCK
+    partial = _ordered(kept & ~full)
+    return BlockMask.from_kv_blocks(
+        *partial, *_ordered(full), BLOCK_SIZE=BLOCK, mask_mod=mask, seq_lengths=(tokens, tokens)
+    )
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Count of kept blocks of each row, `[1, 1, Q]`, and their places, kept ones first, `[1, 1, Q, K]`."""
+    places = blocks.int().sort(dim=1, descending=True, stable=True).indices.int()
+    return blocks.sum(1).int()[None, None], places[None, None]
+
+
+def kept_pairs(mask: BlockMask) -> int:
+    """Count the pairs of one head that the kept blocks hold."""
+    full = mask.full_kv_num_blocks
+    return (int(mask.kv_num_blocks.sum()) + (0 if full is None else int(full.sum()))) * BLOCK**2
+
+
+def to_tiles(t: Tensor, grid: Grid, tile: tuple[int, int], inverse: bool = False) -> Tensor:
+    """Reorder the grid tokens of `[B, N, H, D]` from raster order to tiles of `tile`, or back."""
+    shape = grid.height // tile[0], grid.width // tile[1], *tile
+    if not inverse:
+        shape = shape[0], shape[2], shape[1], shape[3]
+    image = t[:, grid.prefix :].unflatten(1, shape).transpose(2, 3).flatten(1, 4)
+    return torch.cat([t[:, : grid.prefix], image], 1)
+
+
+def flex_operator(problem: LocalProblem, device: torch.device, tile: tuple[int, int]) -> tuple[Prepared, BlockMask]:
+    """Return the operator, not compiled, and its block mask; a tile of one row is raster order."""
+    grid = problem.grid
+    blocks = block_mask(disc_mask(problem, tile), grid.tokens, device)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if tile[0] > 1:
+            q, k, v = (to_tiles(t, grid, tile) for t in (q, k, v))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        o = flex_attention(q, k, v, block_mask=blocks)
+        assert isinstance(o, Tensor)
+        o = o.transpose(1, 2)
+        return to_tiles(o, grid, tile, inverse=True) if tile[0] > 1 else o
+
+    return Prepared(run, 4 * problem.head_dim * problem.heads * kept_pairs(blocks)), blocks
+
+
+def _compiled(problem: LocalProblem, device: torch.device, tile: tuple[int, int]) -> Prepared:
+    if device.type != "cuda":
+        raise AbsentError("FlexAttention is compared compiled, on CUDA")
+    prepared, _ = flex_operator(problem, device, tile)
+    compiled = torch.compile(prepared.run, dynamic=False, fullgraph=True)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch._dynamo.config.patch(recompile_limit=256):  # every case is compiled anew
+            return compiled(q, k, v)
+
+    return Prepared(run, prepared.visited_flop)
+
+
+def _raster(problem: LocalProblem, device: torch.device) -> Prepared:
+    return _compiled(problem, device, (1, problem.grid.width))
+
+
+def _tiles(problem: LocalProblem, device: torch.device) -> Prepared:
+    return _compiled(problem, device, TILE)
+
+
+FLEX = (Candidate("Flex raster", LOCAL, _raster), Candidate("Flex tiles", LOCAL, _tiles))

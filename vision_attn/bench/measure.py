@@ -1,0 +1,150 @@
+"""Turns a problem and its candidates into a row: each is checked, measured for memory, then timed beside the others."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vision_attn.bench.candidate import AbsentError, Candidate, Inputs, Prepared, Problem
+from vision_attn.bench.memory import extra_memory
+from vision_attn.bench.timing import Launch, Timing, interleave
+
+SUBJECT = "ours"
+
+
+class Measurement:
+    """One run of the benchmarks.
+
+    Args:
+        device: Where everything runs.
+        rounds: Turns of each candidate, see `interleave`.
+        chosen: Names of the candidates that take part, all if empty. The subject always does.
+    """
+
+    def __init__(self, device: torch.device, *, rounds: int = 4, chosen: Sequence[str] = ()) -> None:
+        self.device, self.rounds, self.chosen = device, rounds, tuple(chosen)
+        self._twins: dict[tuple[str, Problem, bool], dict[str, float]] = {}
+
+    def row(self, problem: Problem, candidates: Sequence[Candidate]) -> dict[str, Any]:
+        """Measure one case.
+
+        Args:
+            problem: The case.
+            candidates: Who takes part; the one called 'ours' is the subject that all ratios refer to.
+
+        Returns:
+            A row of `document.py`'s schema. A candidate that is wrong or cannot run is in it with the reason.
+        """
+        if self.device.type == "cpu":
+            return self._row(problem, candidates)
+        with torch.cuda.stream(torch.cuda.Stream(self.device)):  # CUDA graphs are not captured on the default stream
+            row = self._row(problem, candidates)
+        torch.cuda.empty_cache()
+        return row
+
+    def _row(self, problem: Problem, candidates: Sequence[Candidate]) -> dict[str, Any]:
+        inputs = problem.inputs(self.device)
+        results, launches = [], {}
+        for candidate in candidates:
+            if self.chosen and candidate.name not in (SUBJECT, *self.chosen):
+                continue
+            result: dict[str, Any] = dict(name=candidate.name, computes=candidate.computes, reason=None)
+            start = time.perf_counter()
+            try:
+                ready = self._ready(candidate, problem, inputs, result)
+            except AbsentError as absent:
+                result["reason"] = str(absent)
+            except Exception as error:  # a peer may fail in any way: that is a result, and the others go on
+                result["reason"] = f"cannot run: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            else:
+                launches.update({(candidate.name, name): launch for name, launch in ready.items()})
+            results.append(result | dict(ready_s=time.perf_counter() - start))
+        for name in ("forward", "backward"):
+            mine = {candidate: launch for (candidate, which), launch in launches.items() if which == name}
+            self._fill(name, results, interleave(mine, rounds=self.rounds), problem.needed_flop(name == "backward"))
+        for result in results:
+            result.pop("visited_flop", None)
+        needed = {name: problem.needed_flop(name == "backward") for name in ("forward", "backward")}
+        head = dict(case=problem.name, label=problem.label, group=problem.group, shape=problem.shape())
+        return dict(**head, subject=SUBJECT, needed_flop=needed, candidates=results)
+
+    def _ready(
+        self, candidate: Candidate, problem: Problem, inputs: Inputs, result: dict[str, Any]
+    ) -> dict[str, Launch]:
+        """Check a candidate and return its launches by pass; what is learnt on the way goes to `result`."""
+        gradients = candidate.name in problem.backward
+        prepared = candidate.prepare(problem, self.device)
+        result["errors"] = dict(
+            twin=self._twin_errors(candidate, problem, gradients),
+            sampled=problem.errors(candidate.computes, prepared.run, inputs, gradients),
+        )
+        for place, shares in result["errors"].items():
+            wrong = [f"{name} {share:.3g}" for name, share in shares.items() if not share <= 1]
+            if wrong:
+                raise AbsentError(f"wrong: error above its budget ({place}): {', '.join(wrong)} times the budget")
+        result["visited_flop"] = prepared.visited_flop
+        passes = ("forward", "backward") if gradients else ("forward",)
+        for name in passes:
+            result[name] = dict(extra_memory=extra_memory(prepared.run, inputs, self.device, name == "backward"))
+        return {name: _launch(prepared, inputs, self.device, name == "backward") for name in passes}
+
+    def _twin_errors(self, candidate: Candidate, problem: Problem, gradients: bool) -> dict[str, float]:
+        twin = problem.twin()
+        key = candidate.name, twin, gradients
+        if key not in self._twins:
+            run = candidate.prepare(twin, self.device).run
+            self._twins[key] = twin.errors(candidate.computes, run, twin.inputs(self.device), gradients)
+        return self._twins[key]
+
+    @staticmethod
+    def _fill(name: str, results: Sequence[dict[str, Any]], timings: Mapping[str, Timing], needed_flop: int) -> None:
+        """Add the timings of one pass to the results, with the ratios and rates that follow from them."""
+        for result in results:
+            timing = timings.get(result["name"])
+            if timing is None:
+                result[name] = None
+                continue
+            visited = result["visited_flop"] if name == "forward" else None
+            rates = {"needed_tflops": needed_flop, "visited_tflops": visited}
+            result[name] |= asdict(timing)
+            result[name] |= {key: flop and flop / timing.median_ms / 1e9 for key, flop in rates.items()}
+            result[name]["visited_flop"] = visited
+            subject = timings.get(SUBJECT)
+            result[name]["ratio"] = subject and timing.median_ms / subject.median_ms
+
+
+class _Forward:
+    """A forward without arguments and without a graph."""
+
+    def __init__(self, prepared: Prepared, inputs: Inputs) -> None:
+        self._run, self._tensors = prepared.run, inputs.tensors
+
+    def __call__(self) -> None:
+        with torch.no_grad():
+            self._run(*self._tensors)
+
+
+class _Backward:
+    """A backward without arguments; `forward` makes the graph that one call consumes."""
+
+    def __init__(self, prepared: Prepared, inputs: Inputs) -> None:
+        self._run, self._leaves, self._cotangent = prepared.run, inputs.leaves(), inputs.cotangent
+        self._output: Tensor | None = None
+
+    def forward(self) -> None:
+        self._output = self._run(*self._leaves)
+
+    def __call__(self) -> None:
+        assert self._output is not None
+        torch.autograd.grad(self._output, self._leaves, self._cotangent)
+        self._output = None
+
+
+def _launch(prepared: Prepared, inputs: Inputs, device: torch.device, backward: bool) -> Launch:
+    if not backward:
+        return Launch(_Forward(prepared, inputs), device)
+    call = _Backward(prepared, inputs)
+    return Launch(call, device, call.forward)

@@ -1,0 +1,138 @@
+"""Finds entries and cases by name, runs them, and stores what they measure."""
+
+import fnmatch
+import importlib
+import pkgutil
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from vision_attn.bench import entries
+from vision_attn.bench.document import SCHEMA, merged, read_document, stored_rows, write_document
+from vision_attn.bench.environment import device_name, device_slug, pick_device, today, versions
+from vision_attn.bench.measure import Measurement
+from vision_attn.bench.table import markdown
+
+_TIMING = (
+    "Medians, candidates in turns in one run: replays of CUDA graphs at the clock that each sustains (on a CPU, "
+    "wall-clock time); the cache is not emptied between calls."
+)
+
+
+def entry_names() -> list[str]:
+    """Return the names of all entries, found as files."""
+    return sorted(module.name for module in pkgutil.iter_modules(entries.__path__))
+
+
+def find_entries(name: str) -> list[ModuleType]:
+    """Return the entry called `name`, or those of the group `name`.
+
+    Raises:
+        ValueError: If there is none; the known ones are listed.
+    """
+    known = entry_names()
+    found = [entry for entry in known if entry == name or entry.partition("_")[0] == name]
+    if not found:
+        groups = dict.fromkeys(entry.partition("_")[0] for entry in known)
+        raise ValueError(f"no benchmark {name!r}: there is {', '.join(map(repr, dict.fromkeys((*groups, *known))))}")
+    return [importlib.import_module(f"{entries.__name__}.{entry}") for entry in found]
+
+
+def choose(cases: Sequence[Any], patterns: Sequence[str]) -> list[Any]:
+    """Return the cases that a pattern names, all if there are no patterns.
+
+    Raises:
+        ValueError: If a pattern names none; all names are listed.
+    """
+    names = [case.name for case in cases]
+    if unknown := [p for p in patterns if not fnmatch.filter(names, p)]:
+        raise ValueError(f"no case {', '.join(map(repr, unknown))}: there is {', '.join(names)}")
+    return [case for case in cases if not patterns or any(fnmatch.fnmatchcase(case.name, p) for p in patterns)]
+
+
+def check_candidates(chosen: Sequence[ModuleType], names: Sequence[str]) -> None:
+    """Refuse a name that no candidate of the chosen entries has."""
+    known = dict.fromkeys(candidate.name for entry in chosen for candidate in entry.CANDIDATES)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"no candidate {', '.join(map(repr, unknown))}: there is {', '.join(map(repr, known))}")
+
+
+def run_benchmarks(
+    name: str,
+    out: Path,
+    *,
+    device: str | None = None,
+    only: Sequence[str] = (),
+    candidates: Sequence[str] = (),
+    quick: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Path]:
+    """Run an entry or a group of entries; every finished case is stored at once.
+
+    Args:
+        name: An entry or a group, see `find_entries`.
+        out: Folder of the results, `<entry>_<device>.json`. Cases stored there by the same versions are kept.
+        device: 'cpu' or 'cuda', by default a GPU where there is one.
+        only: Case names, `*` and `?` allowed; all if empty.
+        candidates: Names of the candidates to compare with, all if empty.
+        quick: Fewer cases, fewer samples.
+        say: Receives a line as each case ends.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: If a name or the device is unknown, or stored cases are of other versions; and, with everything
+            stored, if the subject of a comparison is wrong or cannot run.
+    """
+    where = pick_device(device)
+    measurement = Measurement(where, rounds=2 if quick else 4, chosen=candidates)
+    found = find_entries(name)
+    check_candidates(found, candidates)
+    chosen = {entry: choose(entry.cases(where, quick), only) for entry in found}
+    options = [f"--only={pattern}" for pattern in only] + ["--quick"] * quick
+    options += [f"--candidates={','.join(candidates)}"] * bool(candidates)
+    command = shlex.join(["vision-attn", "bench", name, f"--device={where.type}", *options])
+    written, failed = [], []
+    for entry, cases in chosen.items():
+        short = entry.__name__.rpartition(".")[2]
+        path = out / f"{short}_{device_slug(where)}.json"
+        place = dict(schema=SCHEMA, entry=short, title=entry.TITLE, device=device_name(where), versions=versions())
+        stored, rows = stored_rows(path, place), []
+        order = [case.name for case in (*entry.cases(where, False), *entry.cases(where, True))]
+        run = dict(date=today(), command=command)
+        for case in cases:
+            rows.append(entry.row(case, measurement) | run)
+            write_document(path, dict(**place, timing=_TIMING, rows=merged(stored, rows, order)))
+            say(describe(rows[-1]))
+        failed += [f"{row['case']}: {reason}" for row in rows if (reason := subject_reason(row))]
+        written.append(path)
+    if failed:
+        raise ValueError(f"stored in {out}, but the subject itself was left out: {'; '.join(failed)}")
+    return written
+
+
+def subject_reason(row: dict[str, Any]) -> str | None:
+    """Return why the subject of a row was left out, None if it was not."""
+    return next((c["reason"] for c in row["candidates"] if c["name"] == row["subject"]), None)
+
+
+def describe(row: dict[str, Any]) -> str:
+    """Return one line about a finished case."""
+    parts = []
+    for candidate in row["candidates"]:
+        times = [f"{candidate[w]['median_ms']:.3f} ms" for w in ("forward", "backward") if candidate.get(w)]
+        parts.append(f"{candidate['name']} {' / '.join(times) or candidate['reason']}")
+    return f"{row['case']}: {'; '.join(parts)}"
+
+
+def table_of(path: Path, groups: Sequence[str] = ()) -> str:
+    """Return a stored result as Markdown, see `markdown`.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is not a result, or has no such group.
+    """
+    return markdown(read_document(path), groups)

@@ -1,0 +1,143 @@
+"""Times calls side by side: replays of CUDA graphs between events on a GPU, wall-clock time on a CPU.
+
+Candidates take turns, in alternating order, so that what drifts hits all alike. On a GPU a turn begins with 80 ms of
+uncounted calls of its own: a GPU that has just idled, or ran something lighter, has a higher clock than the candidate
+can hold. The inputs are not evicted from the cache between calls.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_LEAD_MS = 80.0
+_TURN_MS = 40.0
+_SLOW_MS = 100.0
+_MOST_MS = 600.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call over `samples` calls: the median, the least, and the width of the middle half."""
+
+    median_ms: float
+    min_ms: float
+    iqr_ms: float
+    samples: int
+    launch: str
+
+    @classmethod
+    def of(cls, samples: list[float], launch: str) -> "Timing":
+        """Summarise at least two samples in milliseconds."""
+        low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+        return cls(median, min(samples), high - low, len(samples), launch)
+
+
+class Launch:
+    """A call that is ready to be timed: warmed up and, on a GPU, captured in a CUDA graph where it can be.
+
+    Args:
+        call: What to time; takes no arguments, and its result is dropped. On a GPU its work must go to the current
+            stream.
+        device: Where it runs.
+        setup: Runs before every call, untimed: the forward that a backward consumes.
+
+    Attributes:
+        kind: 'graph', 'eager' (on a GPU, and could not be captured) or 'cpu'.
+        estimate_ms: About how long a call takes.
+    """
+
+    def __init__(
+        self, call: Callable[[], object], device: torch.device, setup: Callable[[], object] | None = None
+    ) -> None:
+        # Graphs hold addresses alone: what the functions reach must live as long as the graphs are replayed.
+        self._functions = self._steps = [call] if setup is None else [setup, call]
+        self.kind = "cpu"
+        self._once()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            self.kind = "graph" if self._capture() else "eager"
+        self.estimate_ms = self._burst(1)[0]
+        if self.estimate_ms < _SLOW_MS:
+            self.estimate_ms = self._burst(1)[0]
+
+    def _capture(self) -> bool:
+        try:
+            pool = torch.cuda.graph_pool_handle()
+            self._steps = [_graph(function, pool).replay for function in self._functions]
+            self._once()
+            torch.cuda.synchronize()
+        except RuntimeError:
+            self._steps = self._functions
+            return False
+        return True
+
+    def _once(self) -> None:
+        for step in self._steps:
+            step()
+
+    def turn(self) -> list[float]:
+        """Return the milliseconds of one slow call, or of up to 40 calls in a row after others that are not counted."""
+        if self.estimate_ms >= _SLOW_MS:
+            return self._burst(1)
+        per_ms = 1 / max(self.estimate_ms, 1e-3)
+        lead = 1 if self.kind == "cpu" else math.ceil(_LEAD_MS * per_ms)
+        return self._burst(min(max(int(_TURN_MS * per_ms), 2), 40), lead)
+
+    def _burst(self, count: int, lead: int = 0) -> list[float]:
+        """Return the milliseconds of `count` calls after `lead` others."""
+        for _ in range(lead):
+            self._once()
+        *setup, call = self._steps
+        if self.kind == "cpu":
+            return [_wall(setup, call) for _ in range(count)]
+        pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(count)]
+        for begin, end in pairs:
+            for step in setup:
+                step()
+            begin.record()
+            call()
+            end.record()
+        torch.cuda.synchronize()
+        return [begin.elapsed_time(end) for begin, end in pairs]
+
+
+def _wall(setup: Sequence[Callable[[], object]], call: Callable[[], object]) -> float:
+    for step in setup:
+        step()
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _graph(call: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
+    # torch.cuda.graph would also collect garbage and empty the allocator's cache, a second or more each time
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin(pool=pool)
+    try:
+        call()
+    finally:
+        graph.capture_end()
+    return graph
+
+
+def interleave(launches: Mapping[str, Launch], *, rounds: int = 4) -> dict[str, Timing]:
+    """Time all launches in turns.
+
+    Args:
+        launches: By name.
+        rounds: Turns of each launch. One that has spent 600 ms sits out the rest, from two samples on.
+
+    Returns:
+        The timing of every launch, by name.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in launches}
+    for turn in range(max(rounds, 2)):
+        for name in list(launches) if turn % 2 == 0 else list(launches)[::-1]:
+            if len(samples[name]) < 2 or sum(samples[name]) <= _MOST_MS:
+                samples[name] += launches[name].turn()
+    return {name: Timing.of(samples[name], launch.kind) for name, launch in launches.items()}
