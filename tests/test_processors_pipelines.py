@@ -1,0 +1,73 @@
+"""Every processor in pipelines, with ControlNet, image to image, IP-Adapter and LoRA."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_processors import PROCESSORS
+from tiny_pipelines import PIPELINE, add_lora, ip_adapter_inputs, load_ip_adapter
+
+import vision_attn.hosts  # noqa: F401, pipelines get set_attn_processor
+from vision_attn.processors import AgentSD, Softmax
+
+SIZE = (16, 16)  # tokens; the levels of a UNet below still divide by the pool
+ADDITIONS = ("nothing", "ip-adapter", "lora")
+cases = pytest.mark.parametrize(
+    ("pipeline_id", "addition"),
+    [(p, a) for p in ("sd", "sd-img2img", "sd-controlnet", "flux", "flux-img2img") for a in ADDITIONS],
+)
+
+
+def draw(pipeline_id: str, addition: str, spec: Any) -> np.ndarray:
+    case = PIPELINE[pipeline_id]
+    pipe: Any = case.build()
+    if spec is not None:
+        conversion = pipe.set_attn_processor(spec)
+        with torch.no_grad():
+            for i, parameter in enumerate(conversion.parameters()):
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+    extra = {}
+    if addition == "ip-adapter":
+        load_ip_adapter(pipe)
+        extra = ip_adapter_inputs(pipe)
+    elif addition == "lora":
+        add_lora(pipe.components.get("unet") or pipe.components["transformer"])
+    torch.manual_seed(0)
+    return pipe(**case.call(*(tokens * case.patch for tokens in SIZE)), **extra).images
+
+
+@cache
+def stock(pipeline_id: str, addition: str) -> np.ndarray:
+    return draw(pipeline_id, addition, None)
+
+
+@cases
+def test_softmax_gives_the_stock_images(pipeline_id: str, addition: str) -> None:
+    assert np.abs(draw(pipeline_id, addition, Softmax()) - stock(pipeline_id, addition)).max() <= 1e-5
+    if addition != "nothing":
+        assert np.abs(stock(pipeline_id, addition) - stock(pipeline_id, "nothing")).max() > 1e-4
+
+
+@cases
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_others_run(pipeline_id: str, addition: str, name: str) -> None:
+    image = draw(pipeline_id, addition, PROCESSORS[name])
+    assert np.isfinite(image).all()
+    assert np.abs(image - stock(pipeline_id, addition)).max() > 1e-5
+
+
+def test_the_training_free_schedule_runs_in_a_pipeline() -> None:
+    case = PIPELINE["sd"]
+    images = []
+    for spec in (None, AgentSD(), AgentSD.schedule()):
+        pipe: Any = case.build()
+        if spec is not None:
+            pipe.set_attn_processor(spec)
+        call = case.call(*(tokens * case.patch for tokens in SIZE)) | dict(num_inference_steps=10)
+        torch.manual_seed(0)
+        images.append(pipe(**call).images)
+    stock_image, agents, scheduled = images
+    differences = [np.abs(a - b).max() for a, b in ((stock_image, agents), (agents, scheduled))]
+    assert min(differences) > 1e-5 and np.isfinite(scheduled).all()
