@@ -6,13 +6,14 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from golden_case import GOLDEN, TOLERANCE, tensors
+from test_local_triton import _few_programs, inside  # noqa: F401
 
 import vision_attn
 from vision_attn.grid import Grid
 from vision_attn.kernels.local import local_attention
 from vision_attn.kernels.local_window import Window
 
-CASES = ["local_open", "down_open"]
+CASES = sorted(path.parent.name for path in (GOLDEN / "clear").glob("*/meta.json"))
 # Inside the model the recording itself is 4.5e-5 away from a float64 run of the same weights (ours: 4e-6).
 INNER_TOLERANCE = dict(atol=1e-4, rtol=1e-4)
 INPUTS = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance", "img_ids", "txt_ids")
@@ -81,7 +82,7 @@ def test_proportional_scale_and_ntk_give_the_authors_high_resolution_output(name
             torch.testing.assert_close(run(model, kwargs)["out"], io[f"g{i}.student_highres_out"], **TOLERANCE)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", pytest.param("triton", marks=inside)])
 def test_operator_equals_flex_attention(backend):
     meta, io, _, _ = read("local_open")
     for i, (height, width) in enumerate(meta["grids"]):
@@ -133,3 +134,20 @@ def pack(x):
     """`[B, C, 2 h, 2 w]` to `[B, h w, 4 C]`, as FLUX packs its latents."""
     B, C, height, width = x.shape
     return x.view(B, C, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, 4 * C)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_export_writes_the_released_format(name, tmp_path):
+    from safetensors.torch import load_file
+
+    from vision_attn.published import export_clear
+
+    _, _, _, checkpoint = read(name)
+    conversion = vision_attn.load(teacher_of(name), checkpoint)
+    file = export_clear(conversion, tmp_path)
+    ours, theirs = load_file(file), load_file(checkpoint)
+    assert file.name == checkpoint.name and set(ours) == set(theirs)
+    assert all(torch.equal(ours[key], theirs[key].to(torch.bfloat16)) for key in theirs)
+    conversion.revert()
+    with pytest.raises(ValueError, match="LinFusion"):
+        export_clear(vision_attn.convert(teacher_of(name), vision_attn.LinFusion()), tmp_path)

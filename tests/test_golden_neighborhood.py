@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden_case import GOLDEN, TOLERANCE, mechanism
+from test_local_triton import _few_programs, inside  # noqa: F401
 
 from vision_attn.grid import Grid
 from vision_attn.kernels.local import local_attention
@@ -26,8 +27,12 @@ def neighborhood_layer(x, weights, num_heads, kernel_size, dilation, backend):
     return F.linear(o, weights["proj.weight"], weights["proj.bias"])
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("k3d1_open", "k3d3_open")  # in Triton's interpreter
+ROWS = [(name, backend) for name in CASES for backend in ("reference", "torch")]
+ROWS += [pytest.param(name, "triton", marks=[inside, *([pytest.mark.slow] if name in SLOW else [])]) for name in CASES]
+
+
+@pytest.mark.parametrize(("name", "backend"), ROWS)
 def test_layer_equals_natten(name, backend):
     case = mechanism(f"attn_na2d/{name}")
     kwargs = case["cfg"]["ctor_kwargs"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_local_attention import CASES, draw, exact_and_plain, run
+from test_local_attention import CASES, Case, draw, exact_and_plain, run
 
 from vision_attn.grid import Grid
 from vision_attn.kernels._local_triton import local_attention_lse, local_attention_triton, triton_reasons
@@ -27,12 +27,18 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 @needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: tests/gpu/check_local.py")
 @pytest.mark.skipif(INTERPRETED in os.environ, reason="this is that process")
-def test_in_the_interpreter():
-    """Triton reads TRITON_INTERPRET when it is imported, and torch imports it: so a process of its own."""
+@pytest.mark.parametrize("speed", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_in_the_interpreter(speed):
+    """Triton reads TRITON_INTERPRET when it is imported, and torch imports it: so a process of its own.
+
+    It runs this file and the `triton` rows of the golden cases.
+    """
     environment = {**os.environ, "TRITON_INTERPRET": "1", INTERPRETED: "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    root = Path(__file__).parents[1]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=root)
+    here = Path(__file__).parent
+    files = [here / f"test_{name}.py" for name in ("local_triton", "golden_neighborhood", "golden_clear")]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "triton", "-m", speed]
+    command = [sys.executable, "-m", "pytest", *options, *map(str, files)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=here.parent)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
@@ -85,17 +91,46 @@ def test_error_is_within_the_budget(index, dtype, monkeypatch):
         assert within_budget(o, p, e, dtype)
 
 
-@inside
-@pytest.mark.parametrize("case", [CASES[3], CASES[13]], ids=str)
-def test_boxes_equal_pointers(case, monkeypatch):
-    """The path through TMA descriptors gives what the one through pointers gives."""
-    from vision_attn.kernels import _local_backward_triton, _local_dkv_triton, _local_forward_triton
+@pytest.fixture
+def boxes(monkeypatch):
+    """Fetch tiles through TMA descriptors, as on Hopper."""
+    from vision_attn.kernels import _local_backward_triton, _local_call_triton, _local_dkv_triton, _local_forward_triton
 
-    inputs = draw(case, torch.float32, batch=2, heads=1)
-    pointers = triton_run(case, inputs)
     for module in (_local_dkv_triton, _local_forward_triton, _local_backward_triton):
-        monkeypatch.setattr(module, "uses_boxes", lambda tensors, steps: True)
-    for a, b in zip(pointers, triton_run(case, inputs), strict=True):
+        monkeypatch.setattr(module, "uses_boxes", lambda tensors: True)
+    # what the interpreter asks of a tensor, to copy one that is on a GPU
+    Ahead = _local_call_triton.Ahead
+    for name in ("untyped_storage", "storage_offset", "size", "stride"):
+        monkeypatch.setattr(Ahead, name, lambda self, name=name: getattr(self.tensor, name)(), raising=False)
+    for name in ("new_empty", "set_"):
+        monkeypatch.setattr(Ahead, name, lambda self, *args, **kwargs: self, raising=False)
+
+
+BOXED = [
+    CASES[3],
+    CASES[13],
+    CASES[14],
+    CASES[16],
+    Case(Grid(10, 13), dict(kernel_size=3, dilation=(3, 4)), head_dim=24, strided=True),
+    Case(Grid(8, 12), dict(kernel_size=(2, 3), dilation=(4, 3))),
+]
+
+
+@inside
+@pytest.mark.parametrize("case", BOXED, ids=str)
+def test_boxes_equal_the_definition_and_stay_inside_the_tensors(case, boxes):
+    """What lies before and behind q, k and v in memory is NaN, which a weight of zero would not hide."""
+    q, k, v, window, mask, _ = draw(case, torch.float32, batch=2, heads=2)
+
+    def surrounded(t):
+        t = t.detach()
+        t = t.transpose(1, 2).contiguous() if case.strided else t
+        t = torch.cat([torch.full_like(t, math.nan), t, torch.full_like(t, math.nan)])[2:4]
+        return (t.transpose(1, 2) if case.strided else t).requires_grad_()
+
+    q, k, v = leaves = [surrounded(t) for t in (q, k, v)]
+    inputs = (q, k, v, window, mask, leaves)
+    for a, b in zip(triton_run(case, inputs), run(case, inputs, "reference"), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 

@@ -28,7 +28,7 @@ class Machine:
 
 
 MACHINES = {
-    # H200, bf16, D=128, torch 2.11, triton 3.6: bench/results/local_attention_h200.json
+    # H200, bf16, D=128, torch 2.11, triton 3.6: bench/results/kernels_local_h200.json
     "cuda": Machine(dense=6.1e14, other=3.2e14, bandwidth=4.2e12, overhead=2e-5),
     # one core of the CI machine, fp32, D=64, torch 2.13
     "cpu": Machine(dense=6e10, other=1.7e10, bandwidth=4e9, overhead=1e-3),

@@ -1,9 +1,9 @@
-"""Check `local_attention`'s Triton backend on a GPU against float64, then time it against cuDNN's dense attention.
+"""Check `local_attention`'s Triton backend on a GPU against float64; `vision-attn bench kernels` times it.
 
-    PYTHONPATH=. python tests/gpu/check_local.py [--only check|time] [--out FILE.json]
+    PYTHONPATH=. python tests/gpu/check_local.py [--dtypes bf16,fp16,fp32] [--out FILE.json]
 
-Every row of the CPU test's table and one call per tuned configuration: output and all gradients, in three dtypes. Times
-are medians of CUDA graphs; ratios are to dense attention measured in the same run.
+Every row of the CPU test's table and one call per tuned configuration: output and all gradients, in three dtypes, as
+shares of the error budget; then more than 2^31 elements, peak memory, `opcheck`, repeats, CUDA graphs and `compile`.
 """
 
 import argparse
@@ -19,9 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-import torch.nn.functional as F
 from test_local_attention import CASES, Case, exact_and_plain, run
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vision_attn.grid import Grid
 from vision_attn.kernels import _local_triton
@@ -39,9 +37,16 @@ TUNED = [
     Case(Grid(40, 33, prefix=7), dict(radius=11), head_dim=256),
     Case(Grid(33, 40, prefix=77), dict(kernel_size=9, dilation=2), head_dim=96, pooled=50),
     Case(Grid(33, 40, suffix=5), dict(kernel_size=13), head_dim=160, bias=True),
+    Case(Grid(40, 45, prefix=20), dict(kernel_size=13), head_dim=128),
+    Case(Grid(64, 70), dict(kernel_size=7, dilation=3), head_dim=128),
+    Case(Grid(50, 64, prefix=9), dict(kernel_size=9, dilation=(3, 4)), head_dim=64, strided=True),
+    Case(Grid(40, 33, prefix=7), dict(radius=6), head_dim=16),
+    Case(Grid(40, 33, prefix=7), dict(radius=6), head_dim=40),
+    Case(Grid(33, 40, suffix=7), dict(kernel_size=11), head_dim=72),
+    Case(Grid(33, 40, prefix=77), dict(kernel_size=9, dilation=2), head_dim=80, mask=True),
+    Case(Grid(20, 24, prefix=5), dict(radius=4), head_dim=64, scale=40.0),
+    Case(Grid(20, 24, prefix=5), dict(kernel_size=6), head_dim=128, scale=40.0),
 ]
-SHAPES = [(g, dict(radius=r), 512, 128) for g in (64, 128, 256) for r in (8, 16, 32)]
-SHAPES += [(g, dict(kernel_size=K), 0, D) for D in (128, 64) for g in (64, 128, 256) for K in (7, 13, 33, 65) if g > K]
 
 
 def leaves_of(case):
@@ -80,59 +85,6 @@ def inputs(side, window, prefix, D, heads=24):
     return grid, Window(**window), q, k, v, do
 
 
-def functions(side, window, prefix, D):
-    """Return the forward and the backward as calls without arguments."""
-    from vision_attn.kernels._local_backward_triton import backward
-
-    _, window, q, k, v, do = inputs(side, window, prefix, D)
-    kernel = [0, 0] if window.radius is not None else list(window.kernel)
-    steps = [1, 1] if window.radius is not None else list(window.steps)
-    rest = (None, None, None, None, [side, side, prefix, 0], float(window.radius or 0), kernel, steps, D**-0.5)
-    o, lse = _local_triton._local(q, k, v, *rest)
-    return lambda: _local_triton._local(q, k, v, *rest), lambda: backward(
-        _local_triton._call(q, k, v, *rest), do, None, o, lse
-    )
-
-
-def median_ms(f, most=20):
-    """Median over replays of a CUDA graph of one call."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        f()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            f()
-        times = []
-        for _ in range(most + 3):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            times.append((begin, end))
-        stream.synchronize()
-        return sorted(a.elapsed_time(b) for a, b in times[3:])[most // 2]
-
-
-def dense_ms(side, prefix, D, gradients):
-    _, _, *tensors = inputs(side, dict(radius=1), prefix, D)
-    q, k, v, do = (t.transpose(1, 2) for t in tensors)
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        ours = [median_ms(lambda: F.scaled_dot_product_attention(q, k, v), 5 if side > 128 else 20)]
-        if gradients:
-            for t in (q, k, v):
-                t.requires_grad_()
-            o = F.scaled_dot_product_attention(q, k, v)
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            for _ in range(3):
-                begin.record()
-                torch.autograd.grad(o, (q, k, v), do, retain_graph=True)
-                end.record()
-            torch.cuda.synchronize()
-            ours.append(begin.elapsed_time(end))
-    return ours
-
-
 def large():
     """Return the errors against one batch entry alone where B * N * H * D is above 2^31: offsets need 64 bits."""
     grid, window, *_ = inputs(512, dict(radius=8), 64, 128, heads=1)
@@ -165,7 +117,10 @@ def memory():
 
 
 def modes():
-    """Return whether results repeat bit for bit, and are the same compiled (fullgraph) and in a replayed CUDA graph."""
+    """Return whether results repeat bit for bit, and are the same compiled (fullgraph) and in a replayed CUDA graph.
+
+    A graph holds the forward and the backward, on inputs that change between capture and replay.
+    """
     grid, window, q, k, v, do = inputs(40, dict(radius=8), 77, 64)
     for t in (q, k, v):
         t.requires_grad_()
@@ -177,63 +132,45 @@ def modes():
     def equal(results):
         return all(torch.equal(a, b) for a, b in zip(both(local_attention), results, strict=True))
 
-    graph, out = torch.cuda.CUDAGraph(), None
+    both(local_attention)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both(local_attention)
     with torch.no_grad():
-        eager = local_attention(q, k, v, grid, window)
-        with torch.cuda.graph(graph):
-            out = local_attention(q, k, v, grid, window)
+        for t in (q, k, v, do):
+            t.normal_()
     graph.replay()
     torch.cuda.synchronize()
     compiled = torch.compile(local_attention, fullgraph=True)
-    return dict(repeats=equal(both(local_attention)), graph=torch.equal(eager, out), compiled=equal(both(compiled)))
+    numbers = [40, 40, 77, 0], 0.0, [5, 5], [2, 2], 0.125
+    torch.library.opcheck(_local_triton._local, (q, k, v, None, None, None, None, *numbers))
+    same = dict(repeats=both(local_attention), graph=captured, compiled=both(compiled))
+    return dict(opcheck=True, **{name: equal(results) for name, results in same.items()})
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=("check", "time"))
     parser.add_argument("--dtypes", default="bf16,fp16,fp32")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "check_local.json")
     args = parser.parse_args()
     import triton
 
-    result = dict(
-        device=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__, check={}, time=[]
-    )
+    result = dict(device=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__, check={})
     workers = max(1, min(14, (os.cpu_count() or 2) - 2))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         jobs = {}
-        if args.only != "time":
-            for name in args.dtypes.split(","):
-                for case in CASES + TUNED:
-                    jobs[pool.submit(attempt, check, case, name)] = f"{name} {case}"
+        for name in args.dtypes.split(","):
+            for case in CASES + TUNED:
+                jobs[pool.submit(attempt, check, case, name)] = f"{name} {case}"
         for job in as_completed(jobs):
             shares, seconds = job.result()
             result["check"][jobs[job]] = shares
             bad = isinstance(shares, str) or not all(share <= 1 for share in (shares or {}).values())
             print("FAIL" if bad else "ok  ", jobs[job], shares or "", f"{seconds}s", flush=True)
-    if args.only != "time":
-        result["large"], result["memory"] = attempt(large), attempt(memory)
-        result["modes"] = attempt(modes)
-        print("modes", result["modes"], flush=True)
-        print("B * N * H * D above 2^31", result["large"], "peak memory", result["memory"], flush=True)
-    if args.only != "check":
-        dense = {}
-        for side, window, prefix, D in SHAPES:
-            if (side, prefix, D) not in dense:
-                dense[side, prefix, D] = attempt(dense_ms, side, prefix, D, side < 256)[0]
-                print("cuDNN dense", side, prefix, D, dense[side, prefix, D], flush=True)
-            row = dict(side=side, prefix=prefix, D=D, dense=dense[side, prefix, D], **window)
-            try:
-                forward, gradients = functions(side, window, prefix, D)
-                row["forward"], row["backward"] = median_ms(forward), median_ms(gradients)
-                row["ratio"] = row["dense"][0] / row["forward"]
-                row["backward_ratio"] = row["backward"] / row["forward"]
-                print(side, window, prefix, D, *(f"{k} {row[k]:.3f}" for k in list(row)[-4:]), flush=True)
-            except Exception as error:
-                row["error"] = str(error)[:300]
-                print(side, window, prefix, D, row["error"], flush=True)
-            result["time"].append(row)
-            args.out.write_text(json.dumps(result, indent=1))
+    for function in (large, memory, modes):
+        result[function.__name__] = attempt(function)[0]
+        print(function.__name__, result[function.__name__], flush=True)
     args.out.write_text(json.dumps(result, indent=1))
 
 

@@ -1,15 +1,16 @@
-"""The backward of local attention in Triton: three launches and no atomics, so that equal inputs give equal gradients.
+"""The backward of local attention in Triton: no atomics, so that equal inputs give equal gradients.
 
-    p_ij = exp(s_ij - lse_i),  ds_ij = p_ij (do_i . v_j - delta_i),  delta_i = do_i . o_i - dlse_i
+    p_ij = 2^(s_ij log2(e) - lse_i),  ds_ij = p_ij (do_i . v_j - delta_i),  delta_i = do_i . o_i - dlse_i log2(e)
     dq_i = scale sum_j ds_ij k_j,  dk_j = scale sum_i ds_ij q_i,  dv_j = sum_i p_ij do_i
 
-A program of the second launch owns queries, one of the third keys. As in the forward, programs of the tokens
-outside the grid come first and are split where few heads would leave them running alone.
+Three launches: delta; dq, whose programs own queries; dk and dv, whose programs own keys. As in the forward, programs
+of the tokens outside the grid come first and are split where few heads would leave them running alone.
 """
 
 # ruff: noqa: ANN001, ANN202, PLR0915  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
 
+import functools
 import math
 from typing import Any
 
@@ -29,6 +30,8 @@ from vision_attn.kernels._local_tiles_triton import (
     coordinate,
     count_tiles,
     disc_penalty,
+    grid_lane,
+    grid_program,
     grid_tile,
     grid_tokens,
     key_range,
@@ -44,10 +47,13 @@ from vision_attn.kernels._local_tiles_triton import (
 _CONFIGS: dict[tuple[int, int, float], Tiles] = {
     (2, 64, 12): Tiles((8, 8), (8, 8), 4, 2),
     (2, 64, math.inf): Tiles((8, 8), (8, 8), 4, 3),
+    (2, 128, 9): Tiles((8, 8), (8, 8), 4, 2),
+    (2, 128, 13): Tiles((8, 8), (4, 8), 4, 2),
     (2, 128, math.inf): Tiles((8, 8), (8, 8), 4, 2),
     (2, 256, math.inf): Tiles((8, 8), (4, 8), 4, 2),
-    (4, 64, math.inf): Tiles((8, 8), (4, 8), 8, 2),
-    (4, 256, math.inf): Tiles((4, 8), (4, 8), 8, 1),
+    (4, 64, math.inf): Tiles((4, 8), (4, 8), 4, 2),
+    (4, 128, math.inf): Tiles((4, 8), (4, 8), 4, 1),
+    (4, 256, math.inf): Tiles((4, 4), (4, 8), 4, 1),
 }
 
 
@@ -56,7 +62,7 @@ def _delta(
     do, o, dlse, delta, do_b, do_n, do_h, N, heads, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     DLSE: tl.constexpr,
 ):  # fmt: skip
-    """delta_i = do_i . o_i - dlse_i, `[B, H, N]`."""
+    """delta_i = do_i . o_i - dlse_i log2(e), `[B, H, N]`."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     bh = tl.program_id(1)
     b, h = (bh // heads).to(tl.int64), bh % heads
@@ -65,7 +71,7 @@ def _delta(
     out = load_rows(o + (b * N * heads + h) * D, index, heads * D, D, BLOCK_D).to(tl.float32)
     value = tl.sum(d_out * out, 1)
     if DLSE:
-        value -= tl.load(dlse + place, mask=row < N, other=0.0)
+        value -= tl.load(dlse + place, mask=row < N, other=0.0) * LOG2E
     tl.store(delta + place, value, mask=row < N)
 
 
@@ -94,7 +100,7 @@ def _query_gradients(
     q, k, v, do, pooled_k, pooled_v, dq, lse, delta, part, bias, mask, k_seq, v_seq, k_grid, v_grid,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h, pk_b, pk_n, pk_h, pv_b, pv_n, pv_h, mask_b,
     N, heads, batch, prefix, height, width, outside, pooled, limit, reach, KY, KX, step_y, step_x, scale,
-    row_programs, part_length,
+    row_programs, part_length, together,
     TALL: tl.constexpr, WIDE: tl.constexpr, KEY_TALL: tl.constexpr, KEY_WIDE: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, DISC: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, PREFIX: tl.constexpr,
     SUFFIX: tl.constexpr, POOLED: tl.constexpr, RAGGED_PREFIX: tl.constexpr, RAGGED_N: tl.constexpr,
@@ -103,6 +109,7 @@ def _query_gradients(
     M: tl.constexpr = TALL * WIDE
     LEN: tl.constexpr = KEY_TALL * KEY_WIDE
     pid = tl.program_id(0)
+    UNIT: tl.constexpr = 128 // k.dtype.element_ty.primitive_bitwidth
     n = tl.arange(0, M)
     image = height * width
     c = scale * LOG2E
@@ -118,7 +125,7 @@ def _query_gradients(
         token = tl.minimum(tl.where(rank < prefix, rank, rank + image), N - 1)
         q_rows = load_rows(q + wide_b * q_b + wide_h * q_h, token, q_n, D, BLOCK_D)
         d_out = load_rows(do + wide_b * do_b + wide_h * do_h, token, do_n, D, BLOCK_D)
-        lse_rows = tl.load(lse + bh.to(tl.int64) * N + token) * LOG2E
+        lse_rows = tl.load(lse + bh.to(tl.int64) * N + token)
         delta_rows = tl.load(delta + bh.to(tl.int64) * N + token)
         k += wide_b * k_b + wide_h * k_h
         v += wide_b * v_b + wide_h * v_h
@@ -135,24 +142,19 @@ def _query_gradients(
             store_rows(part + place * D, rank, heads * D, acc * scale, keep, D, BLOCK_D)
     else:
         pid -= row_programs
-        down, across = tl.cdiv(tl.cdiv(height, step_y), TALL), tl.cdiv(tl.cdiv(width, step_x), WIDE)
-        x0 = (pid % across) * WIDE
-        pid = pid // across
-        y0 = (pid % down) * TALL
-        pid = pid // down
-        group_x = pid % step_x
-        pid = pid // step_x
-        group_y = pid % step_y
-        bh = pid // step_y
-        b, h = bh // heads, bh % heads
+        b, h, group_y, group_x, length_y, length_x, y0, x0 = grid_program(
+            pid, heads, together, height, width, step_y, step_x, TALL, WIDE
+        )
+        bh = b * heads + h
         wide_b, wide_h = b.to(tl.int64), h.to(tl.int64)
-        length_y, length_x = tl.cdiv(height - group_y, step_y), tl.cdiv(width - group_x, step_x)
+        k_lane = grid_lane(h, group_y, group_x, length_y, length_x, height, width, step_y, step_x, k_n, k_h, UNIT)
+        v_lane = grid_lane(h, group_y, group_x, length_y, length_x, height, width, step_y, step_x, v_n, v_h, UNIT)
         qy, qx = y0 + n // WIDE, x0 + n % WIDE
         keep = (qy < length_y) & (qx < length_x)
         token = tl.where(keep, grid_tokens(qy, qx, group_y, group_x, step_y, step_x, prefix, width), prefix)
         q_rows = load_rows(q + wide_b * q_b + wide_h * q_h, token, q_n, D, BLOCK_D)
         d_out = load_rows(do + wide_b * do_b + wide_h * do_h, token, do_n, D, BLOCK_D)
-        lse_rows = tl.load(lse + bh.to(tl.int64) * N + token) * LOG2E
+        lse_rows = tl.load(lse + bh.to(tl.int64) * N + token)
         delta_rows = tl.load(delta + bh.to(tl.int64) * N + token)
         k += wide_b * k_b + wide_h * k_h
         v += wide_b * v_b + wide_h * v_h
@@ -184,12 +186,12 @@ def _query_gradients(
         py, px = coordinate(y0, n // WIDE, DISC)[:, None], coordinate(x0, n % WIDE, DISC)[:, None]
         for _i in tl.range(0, count):
             keys = grid_tile(
-                k, k_grid, b, h, row, column, length_y, length_x, group_y, group_x, step_y, step_x, prefix, width, k_n,
-                KEY_TALL, KEY_WIDE, D, BLOCK_D, TMA,
+                k, k_grid, b, k_lane, row, column, length_y, length_x, group_y, group_x, step_y, step_x,
+                prefix, height, width, k_n, KEY_TALL, KEY_WIDE, D, BLOCK_D, TMA,
             )  # fmt: skip
             values = grid_tile(
-                v, v_grid, b, h, row, column, length_y, length_x, group_y, group_x, step_y, step_x, prefix, width, v_n,
-                KEY_TALL, KEY_WIDE, D, BLOCK_D, TMA,
+                v, v_grid, b, v_lane, row, column, length_y, length_x, group_y, group_x, step_y, step_x,
+                prefix, height, width, v_n, KEY_TALL, KEY_WIDE, D, BLOCK_D, TMA,
             )  # fmt: skip
             s = tl.dot(q_rows, tl.trans(keys), input_precision=PRECISION) * c - lse_rows[:, None]
             ky, kx = coordinate(row, j // KEY_WIDE, DISC)[None, :], coordinate(column, j % KEY_WIDE, DISC)[None, :]
@@ -211,6 +213,11 @@ def _query_gradients(
         store_rows(dq + (wide_b * N * heads + h) * D, token, heads * D, acc * scale, keep, D, BLOCK_D)
 
 
+@functools.cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
 def backward(call: Call, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
     """Return the gradients of q, k, v, pooled_k, pooled_v and bias; empty for what is None."""
     q = call.q
@@ -224,15 +231,24 @@ def backward(call: Call, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor
         do, o, lse if dlse is None else dlse.contiguous(), delta, *token_strides(do), N, H, ROWS=32, D=D,
         BLOCK_D=call.block_d, DLSE=dlse is not None, num_warps=4,
     )  # fmt: skip
-    dq = _dq(call, do, lse, delta)
-    dk, dv, pooled_dk, pooled_dv = key_gradients(call, do, lse, delta)
+    dq = q.new_empty(q.shape)
+    if q.is_cuda:  # the programs of dq fill the last wave of those of dk and dv
+        current, other = torch.cuda.current_stream(), _second_stream(q.device)
+        other.wait_stream(current)
+        dk, dv, pooled_dk, pooled_dv = key_gradients(call, do, lse, delta)
+        with torch.cuda.stream(other):
+            _fill_dq(dq, call, do, lse, delta)
+        current.wait_stream(other)
+    else:
+        _fill_dq(dq, call, do, lse, delta)
+        dk, dv, pooled_dk, pooled_dv = key_gradients(call, do, lse, delta)
     dbias = q.new_empty(0)
     if call.bias is not None:
         dbias = bias_gradient(call, do, lse, delta)
     return dq, dk, dv, pooled_dk, pooled_dv, dbias
 
 
-def _dq(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+def _fill_dq(dq: Tensor, call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> None:
     q, k, v = call.q, call.k, call.v
     B, N, H, D = q.shape
     height, width, prefix, suffix = call.size
@@ -242,12 +258,11 @@ def _dq(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     grid_programs = B * H * call.tiles(tiles.queries)
     parts, length = call.splits(blocks, N, grid_programs * call.work(tiles.queries), LEN) if blocks else (1, N)
     parts = math.ceil(N / length)
-    dq = q.new_empty(q.shape)
     part = q.new_empty((parts, B, outside, H, D), dtype=torch.float32) if parts > 1 else lse
     boxes: tuple[Any, ...] = (k, v, k, v)
-    if tma := uses_boxes((k, v), call.steps):
+    if tma := uses_boxes((k, v)):
         boxes = tuple(sequence_box(t, LEN, call.block_d) for t in (k, v))
-        boxes += tuple(grid_box(t, call.size, tiles.keys, call.block_d) for t in (k, v))
+        boxes += tuple(grid_box(t, call.size, call.steps, tiles.keys, call.block_d) for t in (k, v))
     pooled_k, pooled_v = (k, v) if call.pooled_k is None else (call.pooled_k, call.pooled_v)
     assert pooled_v is not None
     _query_gradients[(blocks * parts + grid_programs,)](
@@ -256,7 +271,8 @@ def _dq(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
         *token_strides(q), *token_strides(k), *token_strides(v), *token_strides(do), *token_strides(pooled_k),
         *token_strides(pooled_v),
         mask_b=0 if call.mask is None else call.mask.stride(0) * (call.mask.shape[0] > 1), batch=B,
-        pooled=0 if call.pooled_k is None else call.pooled_k.shape[1], row_programs=blocks * parts, part_length=length,
+        pooled=0 if call.pooled_k is None else call.pooled_k.shape[1],
+        row_programs=blocks * parts, part_length=length, together=call.together,
         TALL=tiles.queries[0], WIDE=tiles.queries[1], KEY_TALL=tiles.keys[0], KEY_WIDE=tiles.keys[1],
         MASK=call.mask is not None, BIAS=call.bias is not None, PREFIX=prefix > 0, SUFFIX=suffix > 0,
         POOLED=call.pooled_k is not None and call.pooled_k.shape[1] > 0, RAGGED_PREFIX=prefix % LEN > 0,
@@ -267,4 +283,3 @@ def _dq(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
         rows = part.sum(0)
         dq[:, :prefix] = rows[:, :prefix]
         dq[:, prefix + height * width :] = rows[:, prefix:]
-    return dq

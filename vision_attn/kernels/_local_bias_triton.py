@@ -66,7 +66,7 @@ def _bias_gradient(
                     keys = load_rows(k + wide_b * k_b + wide_h * k_h, k_token, k_n, D, BLOCK_D)
                     values = load_rows(v + wide_b * v_b + wide_h * v_h, k_token, v_n, D, BLOCK_D)
                     d_out = load_rows(do + wide_b * do_b + wide_h * do_h, q_token, do_n, D, BLOCK_D)
-                    lse_rows = tl.load(lse + place + q_token) * LOG2E
+                    lse_rows = tl.load(lse + place + q_token)
                     delta_rows = tl.load(delta + place + q_token)
                     ys = tl.zeros([WIDE], tl.int32) + y
                     penalty = square_penalty(
@@ -108,7 +108,7 @@ def bias_gradient(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     _bias_gradient[(tiles, bias.shape[1], H)](
         q, k, v, do, lse, delta, bias, part, *token_strides(q), *token_strides(k), *token_strides(v),
         *token_strides(do), N, H, B, prefix, height, width, *call.kernel, *call.steps, call.scale, WIDE=_COLUMNS,
-        BLOCK_K=max(16, triton.next_power_of_2(bias.shape[2])), D=D, BLOCK_D=call.block_d, PRECISION=call.precision,
+        BLOCK_K=max(16, triton.next_power_of_2(bias.shape[2])), D=D, BLOCK_D=call.block_d, PRECISION="ieee",
         num_warps=4, num_stages=1,
     )  # fmt: skip
     return part.sum(0).to(bias.dtype)

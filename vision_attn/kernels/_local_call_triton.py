@@ -51,8 +51,18 @@ class Call:
 
     @property
     def precision(self) -> str:
-        """Float32 products stay exact; other dtypes ignore it."""
-        return "ieee"
+        """Three TF32 products keep float32's accuracy on tensor cores; other dtypes ignore it."""
+        return "tf32x3"
+
+    @property
+    def together(self) -> int:
+        """How many heads take turns in the launch at each tile of the grid.
+
+        Tiles at the border have less work. With all heads in turn they end the launch and fill its last wave; where
+        keys and values are more than a cache holds, one head after the other reuses them better.
+        """
+        B, N, H, D = self.q.shape
+        return B * H if 2 * B * N * H * D * self.q.element_size() <= 2**26 else 1
 
     @cached_property
     def processors(self) -> int:
@@ -117,9 +127,9 @@ def token_strides(t: Tensor) -> tuple[int, int, int]:
     return t.stride(0), t.stride(1), t.stride(2)
 
 
-def uses_boxes(tensors: Sequence[Tensor], steps: Sequence[int]) -> bool:
-    """Whether TMA can fetch tiles of these `[B, N, H, D]` tensors: Hopper or later, 16-byte strides, no dilation."""
-    if not tensors[0].is_cuda or torch.cuda.get_device_capability(tensors[0].device)[0] < 9 or max(steps) > 1:
+def uses_boxes(tensors: Sequence[Tensor]) -> bool:
+    """Whether TMA can fetch tiles of these `[B, N, H, D]` tensors: Hopper or later, and 16-byte strides."""
+    if not tensors[0].is_cuda or torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
         return False
     return all(boxable(t) for t in tensors)
 
@@ -136,13 +146,43 @@ def sequence_box(t: Tensor, length: int, block_d: int) -> TensorDescriptor:
     return TensorDescriptor(t, list(t.shape), _strides(t), [1, length, 1, block_d])
 
 
-def grid_box(t: Tensor, size: Sequence[int], tile: tuple[int, int], block_d: int) -> TensorDescriptor:
-    """Boxes of a tile of grid tokens of one head; rows and columns beyond the grid read as zero."""
-    height, width, prefix, _ = size
-    image = t[:, prefix : prefix + height * width]
-    B, _, H, D = t.shape
+@dataclass(frozen=True)
+class Ahead:
+    """The address `elements` before the start of a tensor. TMA reads nothing there, but counts from it."""
+
+    tensor: Tensor
+    elements: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The tensor's."""
+        return self.tensor.dtype
+
+    def data_ptr(self) -> int:
+        """Return the address."""
+        return self.tensor.data_ptr() - self.elements * self.tensor.element_size()
+
+
+def grid_box(
+    t: Tensor, size: Sequence[int], steps: Sequence[int], tile: tuple[int, int], block_d: int
+) -> TensorDescriptor:
+    """Boxes of a tile of one head of a sub-grid; rows and columns beyond it read as zero.
+
+    TMA has five axes: batch, row, column, channel, and one in units of 16 bytes for head and sub-grid together
+    (`grid_lane`). Where a dilation does not divide a side, some sub-grids are shorter by one. Theirs is counted from
+    one step before the grid and starts at 1, so that all end at the same coordinate and none is read beyond the grid.
+    """
+    (height, width, prefix, _), (step_y, step_x) = size, steps
     b, n, h, d = _strides(t)
-    return TensorDescriptor(image, [B, height, width, H, D], [b, width * n, n, h, d], [1, *tile, 1, block_d])
+    unit = 16 // t.element_size()
+    ahead = step_y * (height % step_y > 0) * width + step_x * (width % step_x > 0)
+    last = (ahead + (step_y - 1) * width + step_x - 1) * n + (t.shape[2] - 1) * h
+    image: Any = t[:, prefix:]
+    sides = [math.ceil(height / step_y), math.ceil(width / step_x)]
+    return TensorDescriptor(
+        Ahead(image, ahead * n) if ahead else image, [t.shape[0], *sides, last // unit + 1, t.shape[3]],
+        [b, step_y * width * n, step_x * n, unit, d], [1, *tile, 1, block_d],
+    )  # fmt: skip
 
 
 def _strides(t: Tensor) -> list[int]:

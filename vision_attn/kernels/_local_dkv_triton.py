@@ -25,6 +25,8 @@ from vision_attn.kernels._local_tiles_triton import (
     coordinate,
     count_tiles,
     disc_penalty,
+    grid_lane,
+    grid_program,
     grid_tile,
     grid_tokens,
     load_rows,
@@ -43,8 +45,9 @@ _CONFIGS: dict[tuple[int, int, float], Tiles] = {
     (2, 128, 14): Tiles((4, 8), (8, 8), 4, 3),
     (2, 128, math.inf): Tiles((8, 8), (8, 8), 4, 2),
     (2, 256, math.inf): Tiles((4, 8), (4, 8), 4, 1),
-    (4, 64, math.inf): Tiles((4, 8), (4, 8), 8, 2),
-    (4, 256, math.inf): Tiles((4, 4), (4, 8), 8, 1),
+    (4, 64, math.inf): Tiles((4, 8), (4, 8), 4, 2),
+    (4, 128, math.inf): Tiles((4, 8), (4, 8), 4, 1),
+    (4, 256, math.inf): Tiles((4, 8), (4, 4), 4, 1),
 }
 
 
@@ -70,7 +73,7 @@ def _sequence(
         d_out = sequence_tile(do, do_box, b, h, i, stop, do_stride, LEN, D, BLOCK_D, TMA)
         if RAGGED:
             index = tl.minimum(index, stop - 1)
-        lse_row = tl.load(lse + index) * LOG2E
+        lse_row = tl.load(lse + index)
         delta_row = tl.load(delta + index)
         s = tl.dot(keys, tl.trans(q_rows), input_precision=PRECISION) * c - lse_row[None, :]
         if RAGGED:
@@ -87,7 +90,7 @@ def _key_gradients(
     q, k, v, do, dk, dv, lse, delta, part, bias, mask, q_seq, do_seq, q_grid, do_grid,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h, mask_b,
     N, heads, batch, prefix, height, width, outside, limit, reach, KY, KX, step_y, step_x, scale,
-    row_programs, part_length,
+    row_programs, part_length, together,
     TALL: tl.constexpr, WIDE: tl.constexpr, KEY_TALL: tl.constexpr, KEY_WIDE: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, DISC: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, PREFIX: tl.constexpr,
     SUFFIX: tl.constexpr, RAGGED_PREFIX: tl.constexpr, RAGGED_N: tl.constexpr, PARTS: tl.constexpr,
@@ -96,6 +99,7 @@ def _key_gradients(
     M: tl.constexpr = KEY_TALL * KEY_WIDE
     LEN: tl.constexpr = TALL * WIDE
     pid = tl.program_id(0)
+    UNIT: tl.constexpr = 128 // q.dtype.element_ty.primitive_bitwidth
     n = tl.arange(0, M)
     image = height * width
     c = scale * LOG2E
@@ -130,18 +134,13 @@ def _key_gradients(
             store_rows(part + place * D, rank, heads * D, acc_v, keep, D, BLOCK_D)
     else:
         pid -= row_programs
-        down, across = tl.cdiv(tl.cdiv(height, step_y), KEY_TALL), tl.cdiv(tl.cdiv(width, step_x), KEY_WIDE)
-        x0 = (pid % across) * KEY_WIDE
-        pid = pid // across
-        y0 = (pid % down) * KEY_TALL
-        pid = pid // down
-        group_x = pid % step_x
-        pid = pid // step_x
-        group_y = pid % step_y
-        bh = pid // step_y
-        b, h = bh // heads, bh % heads
+        b, h, group_y, group_x, length_y, length_x, y0, x0 = grid_program(
+            pid, heads, together, height, width, step_y, step_x, KEY_TALL, KEY_WIDE
+        )
+        bh = b * heads + h
         wide_b, wide_h = b.to(tl.int64), h.to(tl.int64)
-        length_y, length_x = tl.cdiv(height - group_y, step_y), tl.cdiv(width - group_x, step_x)
+        q_lane = grid_lane(h, group_y, group_x, length_y, length_x, height, width, step_y, step_x, q_n, q_h, UNIT)
+        do_lane = grid_lane(h, group_y, group_x, length_y, length_x, height, width, step_y, step_x, do_n, do_h, UNIT)
         ky, kx = y0 + n // KEY_WIDE, x0 + n % KEY_WIDE
         keep = (ky < length_y) & (kx < length_x)
         token = tl.where(keep, grid_tokens(ky, kx, group_y, group_x, step_y, step_x, prefix, width), prefix)
@@ -172,16 +171,16 @@ def _key_gradients(
         py, px = coordinate(y0, n // KEY_WIDE, DISC)[:, None], coordinate(x0, n % KEY_WIDE, DISC)[:, None]
         for _i in tl.range(0, count):
             q_rows = grid_tile(
-                q, q_grid, b, h, row, column, length_y, length_x, group_y, group_x, step_y, step_x, prefix, width, q_n,
-                TALL, WIDE, D, BLOCK_D, TMA,
+                q, q_grid, b, q_lane, row, column, length_y, length_x, group_y, group_x, step_y, step_x,
+                prefix, height, width, q_n, TALL, WIDE, D, BLOCK_D, TMA,
             )  # fmt: skip
             d_out = grid_tile(
-                do, do_grid, b, h, row, column, length_y, length_x, group_y, group_x, step_y, step_x, prefix, width,
-                do_n, TALL, WIDE, D, BLOCK_D, TMA,
+                do, do_grid, b, do_lane, row, column, length_y, length_x, group_y, group_x, step_y, step_x,
+                prefix, height, width, do_n, TALL, WIDE, D, BLOCK_D, TMA,
             )  # fmt: skip
             qy, qx = tl.minimum(row + i // WIDE, length_y - 1), tl.minimum(column + i % WIDE, length_x - 1)
             place = grid_tokens(qy, qx, group_y, group_x, step_y, step_x, prefix, width)
-            lse_row = tl.load(lse + place) * LOG2E
+            lse_row = tl.load(lse + place)
             delta_row = tl.load(delta + place)
             s = tl.dot(keys, tl.trans(q_rows), input_precision=PRECISION) * c - lse_row[None, :]
             qy, qx = coordinate(row, i // WIDE, DISC)[None, :], coordinate(column, i % WIDE, DISC)[None, :]
@@ -244,15 +243,15 @@ def key_gradients(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> tuple[T
     dk, dv = q.new_empty(q.shape), q.new_empty(q.shape)
     part = q.new_empty((parts, 2, B, outside, H, D), dtype=torch.float32) if parts > 1 else lse
     boxes: tuple[Any, ...] = (q, do, q, do)
-    if tma := uses_boxes((q, do), call.steps):
+    if tma := uses_boxes((q, do)):
         boxes = tuple(sequence_box(t, LEN, call.block_d) for t in (q, do))
-        boxes += tuple(grid_box(t, call.size, tiles.queries, call.block_d) for t in (q, do))
+        boxes += tuple(grid_box(t, call.size, call.steps, tiles.queries, call.block_d) for t in (q, do))
     _key_gradients[(blocks * parts + grid_programs,)](
         q, k, v, do, dk, dv, lse, delta, part, lse if call.bias is None else call.bias,
         lse if call.mask is None else call.mask, *boxes,
         *token_strides(q), *token_strides(k), *token_strides(v), *token_strides(do),
         mask_b=0 if call.mask is None else call.mask.stride(0) * (call.mask.shape[0] > 1), batch=B,
-        row_programs=blocks * parts, part_length=length,
+        row_programs=blocks * parts, part_length=length, together=call.together,
         TALL=tiles.queries[0], WIDE=tiles.queries[1], KEY_TALL=tiles.keys[0], KEY_WIDE=tiles.keys[1],
         MASK=call.mask is not None, BIAS=call.bias is not None, PREFIX=prefix > 0, SUFFIX=suffix > 0,
         RAGGED_PREFIX=prefix % LEN > 0, RAGGED_N=N % LEN > 0, PARTS=parts, TMA=tma,

@@ -19,7 +19,6 @@ from torch import Tensor
 from vision_attn.kernels._local_call_triton import Call, Tiles, grid_box, sequence_box, token_strides, uses_boxes
 from vision_attn.kernels._local_tiles_triton import (
     HIDDEN,
-    LN2,
     LOG2E,
     LOWEST,
     band_columns,
@@ -27,6 +26,8 @@ from vision_attn.kernels._local_tiles_triton import (
     coordinate,
     count_tiles,
     disc_penalty,
+    grid_lane,
+    grid_program,
     grid_tile,
     grid_tokens,
     key_range,
@@ -38,14 +39,17 @@ from vision_attn.kernels._local_tiles_triton import (
     store_rows,
 )
 
-# Found on one H200 with torch 2.11.0 and triton 3.6.0, but for 4-byte elements, which are checked and not tuned. Keys:
-# bytes of an element, channels at most, window columns at most.
+# Found on one H200 with torch 2.11.0 and triton 3.6.0. Keys: bytes of an element, channels at most, window columns at
+# most.
 _CONFIGS: dict[tuple[int, int, float], Tiles] = {
     (2, 64, math.inf): Tiles((8, 8), (8, 8), 4, 2),
+    (2, 128, 9): Tiles((8, 8), (8, 8), 4, 3),
+    (2, 128, 13): Tiles((8, 8), (4, 8), 4, 3),
     (2, 128, math.inf): Tiles((8, 8), (8, 8), 4, 3),
     (2, 256, math.inf): Tiles((8, 8), (4, 8), 4, 2),
-    (4, 64, math.inf): Tiles((8, 8), (4, 8), 8, 2),
-    (4, 256, math.inf): Tiles((4, 8), (4, 8), 8, 1),
+    (4, 64, math.inf): Tiles((8, 8), (4, 8), 4, 2),
+    (4, 128, math.inf): Tiles((4, 8), (4, 8), 4, 2),
+    (4, 256, math.inf): Tiles((4, 4), (4, 8), 4, 1),
 }
 
 
@@ -61,7 +65,8 @@ def _update(s, v, m, l, acc, c, PRECISION: tl.constexpr):  # noqa: E741
     top = tl.maximum(m, tl.max(s, 1) * c)
     p = tl.math.exp2(s * c - top[:, None])
     shrink = tl.math.exp2(m - top)
-    l = l * shrink + tl.sum(p, 1)  # noqa: E741
+    # eight sums a row that no two threads share: they are added up once, at the end
+    l = l * shrink[:, None] + tl.sum(p.reshape(p.shape[0], p.shape[1] // 8, 8), 1)  # noqa: E741
     acc = acc * shrink[:, None]
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return top, l, acc
@@ -90,7 +95,7 @@ def _forward(
     q, k, v, pooled_k, pooled_v, o, lse, part, part_lse, bias, mask, k_seq, v_seq, k_grid, v_grid,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, pk_b, pk_n, pk_h, pv_b, pv_n, pv_h, mask_b,
     N, heads, batch, prefix, height, width, outside, pooled, limit, reach, KY, KX, step_y, step_x, scale,
-    row_programs, part_length,
+    row_programs, part_length, together,
     TALL: tl.constexpr, WIDE: tl.constexpr, KEY_TALL: tl.constexpr, KEY_WIDE: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, DISC: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, PREFIX: tl.constexpr,
     SUFFIX: tl.constexpr, POOLED: tl.constexpr, RAGGED_PREFIX: tl.constexpr, RAGGED_N: tl.constexpr,
@@ -99,11 +104,12 @@ def _forward(
     M: tl.constexpr = TALL * WIDE
     LEN: tl.constexpr = KEY_TALL * KEY_WIDE
     pid = tl.program_id(0)
+    UNIT: tl.constexpr = 128 // k.dtype.element_ty.primitive_bitwidth
     n = tl.arange(0, M)
     image = height * width
     c = scale * LOG2E
     m = tl.full([M], LOWEST, tl.float32) * c
-    l = tl.zeros([M], tl.float32)  # noqa: E741
+    l = tl.zeros([M, 8], tl.float32)  # noqa: E741
     acc = tl.zeros([M, BLOCK_D], tl.float32)
     if pid < row_programs:
         blocks = tl.cdiv(outside, M)
@@ -122,28 +128,23 @@ def _forward(
             tl.minimum(first + part_length, N), k_n, v_n, prefix, image, c,
             LEN, RAGGED_N, MASK, D, BLOCK_D, TMA, PRECISION,
         )  # fmt: skip
-        l = tl.maximum(l, 1e-30)  # noqa: E741  # a part may hold hidden keys alone
-        acc = acc * (1.0 / l)[:, None]
+        total = tl.maximum(tl.sum(l, 1), 1e-30)  # a part may hold hidden keys alone
+        acc = acc * (1.0 / total)[:, None]
         if PARTS == 1:
             store_rows(o + (b.to(tl.int64) * N * heads + h) * D, token, heads * D, acc, keep, D, BLOCK_D)
-            tl.store(lse + bh.to(tl.int64) * N + token, m * LN2 + tl.log(l), mask=keep)
+            tl.store(lse + bh.to(tl.int64) * N + token, m + tl.log2(total), mask=keep)
         else:
             place = (slice_ * batch * heads + bh).to(tl.int64) * outside
             store_rows(part + place * D, rank, D, acc, keep, D, BLOCK_D)
-            tl.store(part_lse + place + rank, m + tl.log2(l), mask=keep)
+            tl.store(part_lse + place + rank, m + tl.log2(total), mask=keep)
     else:
         pid -= row_programs
-        down, across = tl.cdiv(tl.cdiv(height, step_y), TALL), tl.cdiv(tl.cdiv(width, step_x), WIDE)
-        x0 = (pid % across) * WIDE
-        pid = pid // across
-        y0 = (pid % down) * TALL
-        pid = pid // down
-        group_x = pid % step_x
-        pid = pid // step_x
-        group_y = pid % step_y
-        bh = pid // step_y
-        b, h = bh // heads, bh % heads
-        length_y, length_x = tl.cdiv(height - group_y, step_y), tl.cdiv(width - group_x, step_x)
+        b, h, group_y, group_x, length_y, length_x, y0, x0 = grid_program(
+            pid, heads, together, height, width, step_y, step_x, TALL, WIDE
+        )
+        bh = b * heads + h
+        k_lane = grid_lane(h, group_y, group_x, length_y, length_x, height, width, step_y, step_x, k_n, k_h, UNIT)
+        v_lane = grid_lane(h, group_y, group_x, length_y, length_x, height, width, step_y, step_x, v_n, v_h, UNIT)
         qy, qx = y0 + n // WIDE, x0 + n % WIDE
         keep = (qy < length_y) & (qx < length_x)
         token = grid_tokens(qy, qx, group_y, group_x, step_y, step_x, prefix, width)
@@ -181,8 +182,8 @@ def _forward(
         py, px = coordinate(y0, n // WIDE, DISC)[:, None], coordinate(x0, n % WIDE, DISC)[:, None]
         for _i in tl.range(0, count):
             keys = grid_tile(
-                k, k_grid, b, h, row, column, length_y, length_x, group_y, group_x, step_y, step_x, prefix, width, k_n,
-                KEY_TALL, KEY_WIDE, D, BLOCK_D, TMA,
+                k, k_grid, b, k_lane, row, column, length_y, length_x, group_y, group_x, step_y, step_x,
+                prefix, height, width, k_n, KEY_TALL, KEY_WIDE, D, BLOCK_D, TMA,
             )  # fmt: skip
             s = tl.dot(q_rows, tl.trans(keys), input_precision=PRECISION)
             ky, kx = coordinate(row, j // KEY_WIDE, DISC)[None, :], coordinate(column, j % KEY_WIDE, DISC)[None, :]
@@ -195,16 +196,17 @@ def _forward(
                     s = s * c + bias_of(table, py, px, ky, kx, length_y, length_x, penalty == 0.0, KY, KX)
                 s += penalty
             values = grid_tile(
-                v, v_grid, b, h, row, column, length_y, length_x, group_y, group_x, step_y, step_x, prefix, width, v_n,
-                KEY_TALL, KEY_WIDE, D, BLOCK_D, TMA,
+                v, v_grid, b, v_lane, row, column, length_y, length_x, group_y, group_x, step_y, step_x,
+                prefix, height, width, v_n, KEY_TALL, KEY_WIDE, D, BLOCK_D, TMA,
             )  # fmt: skip
             m, l, acc = _update(s, values, m, l, acc, 1.0 if BIAS else c, PRECISION)  # noqa: E741
             row, column, stop = next_tile(
                 row, column, stop, y0, y1, x0, x1, start_x, stop_x, length_x, limit, KEY_TALL, KEY_WIDE, DISC
             )
-        acc = acc * (1.0 / l)[:, None]
+        total = tl.sum(l, 1)
+        acc = acc * (1.0 / total)[:, None]
         store_rows(o + (b.to(tl.int64) * N * heads + h) * D, token, heads * D, acc, keep, D, BLOCK_D)
-        tl.store(lse + bh.to(tl.int64) * N + token, m * LN2 + tl.log(l), mask=keep)
+        tl.store(lse + bh.to(tl.int64) * N + token, m + tl.log2(total), mask=keep)
 
 
 @triton.jit
@@ -231,11 +233,11 @@ def _merge(
     token = tl.where(row < prefix, row, row + image)
     base = o + ((bh // heads).to(tl.int64) * N * heads + bh % heads) * D
     store_rows(base, token, heads * D, acc / total[:, None], keep, D, BLOCK_D)
-    tl.store(lse + bh.to(tl.int64) * N + token, (top + tl.log2(total)) * LN2, mask=keep)
+    tl.store(lse + bh.to(tl.int64) * N + token, top + tl.log2(total), mask=keep)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """Return the output `[B, N, H, D]` and the log-sum-exp `[B, H, N]` in float32."""
+    """Return the output `[B, N, H, D]` and its log-sum-exp in base 2, `[B, H, N]` in float32."""
     q, k, v = call.q, call.k, call.v
     B, N, H, D = q.shape
     height, width, prefix, suffix = call.size
@@ -255,9 +257,9 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         part = q.new_empty((parts, B, H, outside, D), dtype=torch.float32)
         part_lse = q.new_empty((parts, B, H, outside), dtype=torch.float32)
     boxes: tuple[Any, ...] = (k, v, k, v)
-    if tma := uses_boxes((k, v), call.steps):
+    if tma := uses_boxes((k, v)):
         boxes = tuple(sequence_box(t, LEN, call.block_d) for t in (k, v))
-        boxes += tuple(grid_box(t, call.size, tiles.keys, call.block_d) for t in (k, v))
+        boxes += tuple(grid_box(t, call.size, call.steps, tiles.keys, call.block_d) for t in (k, v))
     pooled_k, pooled_v = (k, v) if call.pooled_k is None else (call.pooled_k, call.pooled_v)
     assert pooled_v is not None
     _forward[(blocks * parts + grid_programs,)](
@@ -265,7 +267,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         lse if call.mask is None else call.mask, *boxes,
         *token_strides(q), *token_strides(k), *token_strides(v), *token_strides(pooled_k), *token_strides(pooled_v),
         mask_b=0 if call.mask is None else call.mask.stride(0) * (call.mask.shape[0] > 1), batch=B,
-        pooled=0 if call.pooled_k is None else call.pooled_k.shape[1], row_programs=blocks * parts, part_length=length,
+        pooled=0 if call.pooled_k is None else call.pooled_k.shape[1],
+        row_programs=blocks * parts, part_length=length, together=call.together,
         TALL=tiles.queries[0], WIDE=tiles.queries[1], KEY_TALL=tiles.keys[0], KEY_WIDE=tiles.keys[1],
         MASK=call.mask is not None, BIAS=call.bias is not None, PREFIX=prefix > 0, SUFFIX=suffix > 0,
         POOLED=call.pooled_k is not None and call.pooled_k.shape[1] > 0, RAGGED_PREFIX=prefix % LEN > 0,

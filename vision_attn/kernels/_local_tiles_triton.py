@@ -16,7 +16,6 @@ HIDDEN = tl.constexpr(-1e30)
 # would be the rounded product of one of them, and the fused multiply-add of the exponent its rounding error: infinite.
 LOWEST = tl.constexpr(-1e16)
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 OUTSIDE = tl.constexpr(1e20)
 SPREAD = tl.constexpr(8589934592.0)  # 2^33
 FAR = tl.constexpr(1048576.0)  # a coordinate that no disc reaches; (FAR * SPREAD)^2 is finite
@@ -61,13 +60,48 @@ def grid_tokens(y, x, group_y, group_x, step_y, step_x, prefix, width):
 
 
 @triton.jit
+def grid_program(pid, heads, together, height, width, step_y, step_x, TALL: tl.constexpr, WIDE: tl.constexpr):
+    """What program `pid` of the grid owns: batch and head, sub-grid and its sides, first row and column of its tile.
+
+    `together` heads share a tile's place in the launch: see `Call.together`.
+    """
+    member = pid % together
+    pid = pid // together
+    down, across = tl.cdiv(tl.cdiv(height, step_y), TALL), tl.cdiv(tl.cdiv(width, step_x), WIDE)
+    x0 = (pid % across) * WIDE
+    pid = pid // across
+    y0 = (pid % down) * TALL
+    pid = pid // down
+    group_x = pid % step_x
+    pid = pid // step_x
+    group_y = pid % step_y
+    bh = pid // step_y * together + member
+    length_y, length_x = tl.cdiv(height - group_y, step_y), tl.cdiv(width - group_x, step_x)
+    return bh // heads, bh % heads, group_y, group_x, length_y, length_x, y0, x0
+
+
+@triton.jit
+def grid_lane(
+    h, group_y, group_x, length_y, length_x, height, width, step_y, step_x, token_stride, head_stride,
+    UNIT: tl.constexpr,
+):  # fmt: skip
+    """Where a head of a sub-grid starts, in units of 16 bytes: the coordinate that `grid_box` has for both."""
+    ahead_y, ahead_x = tl.where(height % step_y > 0, step_y, 0), tl.where(width % step_x > 0, step_x, 0)
+    y = group_y + ahead_y - step_y * (tl.cdiv(height, step_y) - length_y)
+    x = group_x + ahead_x - step_x * (tl.cdiv(width, step_x) - length_x)
+    return ((y * width + x) * (token_stride // UNIT) + h * (head_stride // UNIT)).to(tl.int32)
+
+
+@triton.jit
 def grid_tile(
-    base, box, b, h, y, x, length_y, length_x, group_y, group_x, step_y, step_x, prefix, width, stride,
+    base, box, b, lane, y, x, length_y, length_x, group_y, group_x, step_y, step_x, prefix, height, width, stride,
     TALL: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """The tile of tokens at (y, x), `[TALL * WIDE, BLOCK_D]`; what lies outside the grid is arbitrary but finite."""
     if TMA:
-        rows = box.load([b, y, x, h, 0]).reshape(TALL * WIDE, BLOCK_D)
+        y += tl.cdiv(height, step_y) - length_y
+        x += tl.cdiv(width, step_x) - length_x
+        rows = box.load([b, y, x, lane, 0]).reshape(TALL * WIDE, BLOCK_D)
     else:
         n = tl.arange(0, TALL * WIDE)
         ys, xs = tl.minimum(y + n // WIDE, length_y - 1), tl.minimum(x + n % WIDE, length_x - 1)

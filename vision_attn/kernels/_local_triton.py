@@ -4,6 +4,7 @@ The kernels are in `_local_forward_triton.py` and `_local_backward_triton.py`; t
 """
 
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -36,13 +37,20 @@ def local_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, grid: Grid, window: Window, mask: Tensor | None, scale: float
 ) -> Tensor:
     """Run `local_attention` on checked inputs."""
-    return local_attention_lse(q, k, v, grid, window, mask, scale)[0]
+    return _run(q, k, v, grid, window, mask, scale)[0]
 
 
 def local_attention_lse(
     q: Tensor, k: Tensor, v: Tensor, grid: Grid, window: Window, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Also return the log-sum-exp of the logits, `[B, H, N]` in float32, with which outputs can be merged."""
+    o, lse = _run(q, k, v, grid, window, mask, scale)
+    return o, lse * math.log(2)
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, window: Window, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     radius, kernel, steps = 0.0, [0, 0], [1, 1]
     if window.radius is None:
         kernel, steps = list(window.kernel), list(window.steps)
@@ -58,7 +66,10 @@ def _local(
     q: Tensor, k: Tensor, v: Tensor, pooled_k: Tensor | None, pooled_v: Tensor | None, bias: Tensor | None,
     mask: Tensor | None, size: Sequence[int], radius: float, kernel: Sequence[int], steps: Sequence[int], scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output and log-sum-exp; `size` is height, width, prefix, suffix, and radius 0 means a square."""
+    """Output and log-sum-exp in base 2; `size` is height, width, prefix, suffix, and radius 0 means a square.
+
+    In base 2 the backward takes it as it is: rounded twice, large logits would lose what float32 has.
+    """
     from vision_attn.kernels._local_forward_triton import forward  # noqa: PLC0415
 
     if scale <= 0:  # hidden logits must stay the lowest after scaling

@@ -3,7 +3,7 @@
     s_ij = scale * q_i . k_j,    m_i = max_j s_ij over j in W(i),    W(i) = cell(i) + tokens outside the grid
     o_i  = (g sum_{j in W(i)} e^{s_ij - m_i} v_j + sum_{j not in W(i)} (a_i . b_j) v_j) / (the same without v)
 
-a and b are non-negative features of queries and keys, g is the weight of the softmax part per head. The grid is cut
+a and b are non-negative features of queries and keys, g > 0 is the weight of the softmax part per head. The grid is cut
 into cells of `window_size`; the linear part of a cell is the sum over the grid minus its own. Time and memory are O(N).
 
 Paper: 'LoLCATs: On Low-Rank Linearizing of Large Language Models' - https://arxiv.org/abs/2410.10254

@@ -1,9 +1,11 @@
 """LinearLocal: exact attention to the near and to the text, linear attention to the far, in one normaliser.
 
-    o_i = (g sum_near e^{s_ij - m_i} v_j + sum_far (phi_q(q_i) . phi_k(k_j)) v_j) / (the same without v)
+    o_i = (g sum_near e^{s_ij - m_i} v_j + (1 - g) sum_far (phi_q(q_i) . phi_k(k_j)) v_j) / (the same without v)
 
 Near are the tokens of the same `window_size` x `window_size` cell of the grid and all tokens outside the grid, s are
-the host's logits and m_i their maximum; phi are the Hedgehog's features. Tokens outside the grid attend densely.
+the host's logits and m_i their maximum; phi are the Hedgehog's features. Tokens outside the grid attend densely. The
+paper weighs the near part alone, by g; weighing the far part too lets the start be close to the host, whose weights of
+far tokens are small where the features' are nearly equal.
 
 Paper: 'LoLCATs: On Low-Rank Linearizing of Large Language Models' - https://arxiv.org/abs/2410.10254
 """
@@ -27,11 +29,12 @@ class LinearLocal(AttnSpec):
 
     Args:
         window_size: Side of a cell in tokens.
-        gate: g at the start, between 0 and 1; it is learned per head.
+        gate: g at the start, between 0 and 1; it is learned per head. On the embedded teacher 0.99 starts five to
+            twenty times closer to the host than 0.5.
     """
 
     window_size: int = 8
-    gate: float = 0.9
+    gate: float = 0.99
 
     def __post_init__(self) -> None:
         if isinstance(self.window_size, bool) or not isinstance(self.window_size, int):
@@ -89,7 +92,7 @@ class LinearLocalAttention(Processor):
             v,
             grid,
             self.spec.window_size,
-            self.gate.to(v.device).sigmoid(),
+            self.gate.to(v.device).exp(),  # g / (1 - g)
             mask=mask,
             scale=scale,
             backend=self.backend,

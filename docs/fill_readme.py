@@ -1,0 +1,86 @@
+"""Write the README's measured tables from the stored results; a test fails when they disagree.
+
+python docs/fill_readme.py
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+
+
+def table(head: list[str], rows: list[list[Any]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+
+
+def stored(name: str) -> dict[str, Any]:
+    """Read a result."""
+    return json.loads((ROOT / name).read_text())
+
+
+def discs() -> str:
+    """Local attention with text beside its peers."""
+    rows = []
+    for row in stored("bench/results/kernels_local_h200.json")["rows"]:
+        if row["group"] != "Discs":
+            continue
+        by_name = {candidate["name"]: candidate for candidate in row["candidates"]}
+        ours = by_name["ours"]
+        side, radius = re.match(r"(\d+) x \d+, radius (\d+)", row["label"]).groups()  # type: ignore[union-attr]
+        ratios = [f"{by_name[peer]['forward']['ratio']:.1f}x" for peer in ("cuDNN", "Flex raster")]
+        forward, backward = (ours[key]["median_ms"] for key in ("forward", "backward"))
+        rows.append([f"{side} x {side}", radius, f"{forward:.3f} ms", *ratios, f"{backward:.3f} ms"])
+    return table(["grid", "radius", "forward", "against cuDNN dense", "against FlexAttention", "backward"], rows)
+
+
+def squares() -> str:
+    """Neighborhood attention beside dense attention."""
+    rows = []
+    for row in stored("bench/results/kernels_local_h200.json")["rows"]:
+        if row["group"] not in ("Squares, D 128", "Dilation"):
+            continue
+        by_name = {candidate["name"]: candidate for candidate in row["candidates"]}
+        side, window = re.match(r"(\d+) x \d+, (.*), D 128", row["label"]).groups()  # type: ignore[union-attr]
+        forward = by_name["ours"]["forward"]["median_ms"]
+        rows.append([f"{side} x {side}", window, f"{forward:.3f} ms", f"{by_name['cuDNN']['forward']['ratio']:.1f}x"])
+    return table(["grid", "window", "forward", "against cuDNN dense"], rows)
+
+
+def demo() -> str:
+    """What the demo drew and how long it took."""
+    rows = [
+        [
+            f"{row['pixels']} px",
+            f"`{row['processor']}`",
+            row["tokens"],
+            f"{row['attended']:.1%}",
+            f"{row['seconds']:.1f}",
+            "-" if row["psnr"] is None else f"{row['psnr']:.1f} dB",
+        ]
+        for row in stored("docs/demo.json")["rows"]
+    ]
+    return table(["size", "attention", "tokens", "attended", "seconds", "PSNR to dense"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"discs": discs, "squares": squares, "demo": demo}
+
+
+def filled(text: str) -> str:
+    """Return the README with every table between its markers made anew."""
+    for name, make in TABLES.items():
+        begin, end = f"<!-- {name} -->", "<!-- end -->"
+        pattern = re.compile(f"{begin}\n.*?{end}", re.DOTALL)
+        assert len(pattern.findall(text)) == 1, f"the README needs one table between {begin} and {end}"
+        content = f"{begin}\n{make()}\n{end}"
+        text = pattern.sub(lambda match, content=content: content, text)
+    return text
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(filled(readme.read_text()))
