@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from vision_attn.estimate import estimate
     from vision_attn.families import Host
     from vision_attn.grid import Grid
+    from vision_attn.highres import generate_highres
     from vision_attn.processors import RALA, Agent, Clear, HiLo, LinearLocal, LinFusion, Neighborhood, Softmax
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ _PUBLIC = {
     "Softmax": "processors.softmax",
     "convert": "conversion",
     "estimate": "estimate",
+    "generate_highres": "highres",
     "load": "conversion",
     "use_grid": "conversion",
 }
@@ -45,6 +47,7 @@ __all__ = [
     "Softmax",
     "convert",
     "estimate",
+    "generate_highres",
     "load",
     "use_grid",
 ]

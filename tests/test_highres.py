@@ -1,0 +1,220 @@
+"""`generate_highres`: levels, noise levels, positions and chunks are right; pipelines are as before afterwards."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from test_hosts import run
+from tiny_hosts import HOST
+from tiny_pipelines import PIPELINE
+
+from vision_attn import Clear, Conversion, LinFusion, Softmax, generate_highres
+from vision_attn.chunked_feed_forward import chunked_feed_forward
+from vision_attn.highres import Options
+from vision_attn.positions import position_ids, stretched_positions
+from vision_attn.redraw import Redraw, image_to_image, noise_level, schedule_for
+
+KINDS = ["sd", "sdxl", "sd3", "flux"]
+
+
+def arguments(pipeline_id: str) -> dict[str, Any]:
+    call = PIPELINE[pipeline_id].call(16, 16)
+    for name in ("height", "width", "num_inference_steps", "output_type", "generator"):
+        call.pop(name)
+    return call
+
+
+def draw(pipe: Any, pipeline_id: str, side: int, **options: Any) -> Any:
+    attn, callback = options.pop("attn", None), options.pop("callback", None)
+    fields = dict(steps=3, level_steps=2, quiet=True) | options
+    generator = torch.Generator().manual_seed(0)
+    return generate_highres(
+        pipe, None, side, side, options=Options(**fields), attn=attn, generator=generator, callback=callback,
+        **arguments(pipeline_id),
+    )  # fmt: skip
+
+
+def base_of(pipe: Any) -> int:
+    return 8 * pipe.vae_scale_factor * 2
+
+
+@pytest.mark.parametrize("pipeline_id", KINDS)
+def test_levels_of_every_kind_of_pipeline(pipeline_id: str) -> None:
+    pipe: Any = PIPELINE[pipeline_id].build()
+    base, seen = base_of(pipe), []
+    scheduler, components = pipe.scheduler, dict(pipe.components)
+    result = draw(pipe, pipeline_id, 4 * base, base=(base, base), callback=lambda n, level: seen.append((n, level)))
+    sides = [level.height for level in result.levels]
+    assert sides == [base, 2 * base, 4 * base] and [n for n, _ in seen] == [0, 1, 2]
+    assert [image.size for level in result.levels for image in level.images] == [(side, side) for side in sides]
+    assert [level.strength for level in result.levels] == [1.0, 0.6, 0.45]
+    assert result.images[0].size == (4 * base, 4 * base)
+    assert pipe.scheduler is scheduler and dict(pipe.components) == components
+
+
+@pytest.mark.parametrize("pipeline_id", ["sd", "flux"])
+def test_processors_by_level_and_back(pipeline_id: str) -> None:
+    pipe: Any = PIPELINE[pipeline_id].build()
+    base = base_of(pipe)
+    options = dict(base=(base, base))
+    dense, softmax, local, linear = (
+        np.asarray(draw(pipe, pipeline_id, 2 * base, attn=attn, **options).images[0], np.float32)
+        for attn in (None, Softmax(), Clear(radius=2), [None, LinFusion()])
+    )
+    assert np.abs(dense - softmax).max() <= 1
+    assert np.abs(dense - local).max() > 1 and np.abs(dense - linear).max() > 1
+    with pytest.raises(ValueError, match="not converted"):
+        Conversion.of(pipe)
+
+
+def test_the_first_level_is_the_pipelines_own_picture() -> None:
+    pipe: Any = PIPELINE["flux"].build()
+    base = base_of(pipe)
+    ours = draw(pipe, "flux", base, base=(base, base), steps=2).images[0]
+    call = PIPELINE["flux"].call(base, base) | dict(output_type="pil")
+    assert np.abs(np.asarray(ours, np.int32) - np.asarray(pipe(**call).images[0], np.int32)).max() <= 1
+
+
+@pytest.mark.parametrize("level", [0.2, 0.45, 0.6, 0.9])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 6.3])
+def test_strength_is_a_noise_level_whatever_the_shift(level: float, shift: float) -> None:
+    class Pipe:
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+
+    call = schedule_for(Pipe, level, 5, shift)
+    Pipe.scheduler.set_timesteps(sigmas=call["sigmas"])
+    assert len(Pipe.scheduler.timesteps) == 5
+    assert noise_level(Pipe.scheduler, Pipe.scheduler.timesteps[0]) == pytest.approx(level, abs=1e-3)
+
+
+@pytest.mark.parametrize("level", [0.2, 0.45, 0.6])
+def test_strength_of_a_diffusion_is_a_signal_to_noise_ratio(level: float) -> None:
+    pipe: Any = image_to_image(PIPELINE["sd"].build())
+    pipe.scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    call = schedule_for(pipe, level, 7, None)
+    pipe.scheduler.set_timesteps(call["num_inference_steps"])
+    times, count = pipe.get_timesteps(call["num_inference_steps"], call["strength"], "cpu")
+    assert len(times) == count == 7
+    assert noise_level(pipe.scheduler, times[0]) == pytest.approx(level, abs=0.03)
+    clean, noise = torch.full((1, 4, 8, 8), 2.0), torch.full((1, 4, 8, 8), 2.0)
+    mixed = pipe.scheduler.add_noise(clean, noise * 0, times[:1]), pipe.scheduler.add_noise(clean * 0, noise, times[:1])
+    share = (mixed[1] / (mixed[0] + mixed[1])).mean().item()
+    assert share == pytest.approx(noise_level(pipe.scheduler, times[0]), abs=1e-4)
+
+
+def test_a_full_skip_residual_keeps_the_picture_until_the_last_step() -> None:
+    pipe: Any = image_to_image(PIPELINE["flux"].build())
+    clean = torch.randn(1, 4, 16, 16)
+    results = []
+    for residual in (None, 0.0):
+        schedule = schedule_for(pipe, 0.6, 6, 3.0)
+        side = 16 * pipe.vae_scale_factor
+        call = arguments("flux") | schedule | dict(image=torch.rand(1, 3, side, side), height=side, width=side)
+        pipe.set_progress_bar_config(disable=True)
+        redraw = Redraw(pipe, clean, torch.randn(1, 4, 16, 16), residual)
+        results.append(redraw(lambda: None, **call))
+    free, kept = ((result - clean).norm() / clean.norm() for result in results)
+    assert kept < 0.7 * free
+
+
+def test_bfloat16_ids_merge_rows_and_ours_do_not() -> None:
+    ids = position_ids((512, 4), 1.0)
+    assert len(ids[:, 1].bfloat16().unique()) < 512 and len(ids[:, 1].unique()) == 512
+    case = HOST["flux"]
+    model: Any = case.build().to(torch.bfloat16)
+    seen = []
+    model.pos_embed.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    inputs = case.inputs(300, 2, 1, 7)
+    inputs = {
+        k: v.bfloat16() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()
+    }
+    with torch.no_grad():
+        model(**inputs)
+        with stretched_positions(model, (300, 2), 1.0, "none"):
+            model(**inputs)
+        model(**inputs)
+    rows = [len(ids[7:, 1].float().unique()) for ids in seen]
+    assert rows[0] < 300 and rows[1] == 300 and rows[2] == rows[0]
+
+
+def test_positions_are_stretched_about_their_centres() -> None:
+    one, two = position_ids((4, 4), 1.0), position_ids((8, 8), 2.0)
+    assert torch.equal(one[:, 1].unique(), torch.arange(4.0))
+    pairs = two.view(4, 2, 4, 2, 3).mean((1, 3)).view(-1, 3)
+    torch.testing.assert_close(pairs, one)
+    model: Any = HOST["flux"].build()
+    theta = model.pos_embed.theta
+    with stretched_positions(model, (8, 8), 2.0, "ntk"):
+        inner = min(model.pos_embed.axes_dim[1:])
+        assert model.pos_embed.theta == pytest.approx(theta * 2 ** (inner / (inner - 2)))
+    assert model.pos_embed.theta == theta
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 50, 10**6])
+def test_chunked_feed_forward_is_the_same(tokens: int) -> None:
+    case = HOST["flux"]
+    model = case.build()
+    before = run(case, model, 6, 8)
+    widest = []
+    hooks = [
+        m.register_forward_hook(lambda m, a, o: widest.append(o.shape[1]))
+        for n, m in model.named_modules() if n.endswith("act_mlp") or n.endswith("ff.net.0")
+    ]  # fmt: skip
+    with chunked_feed_forward(model, tokens):
+        torch.testing.assert_close(run(case, model, 6, 8), before, atol=1e-5, rtol=1e-4)
+    inside = [length for length in widest if length <= tokens]
+    assert inside or tokens == 10**6 or not hooks
+    assert torch.equal(run(case, model, 6, 8), before)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_sizes_follow_the_shape_and_the_factor() -> None:
+    pipe: Any = PIPELINE["sd"].build()
+    unit = 2 * pipe.vae_scale_factor
+    sizes = Options(base=(4 * unit, 8 * unit)).sizes(pipe, 16 * unit, 32 * unit)
+    assert sizes == [(4 * unit, 8 * unit), (8 * unit, 16 * unit), (16 * unit, 32 * unit)]
+    sizes = Options(base=(4 * unit, 8 * unit), factor=3).sizes(pipe, 16 * unit, 32 * unit)
+    assert sizes[0] == (4 * unit, 8 * unit) and sizes[-1] == (16 * unit, 32 * unit) and len(sizes) == 3
+    native = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    first = Options().sizes(pipe, 8 * native, 16 * native)[0]
+    assert first[0] * first[1] <= native**2 and first[1] == pytest.approx(2 * first[0], abs=unit)
+
+
+BAD = {
+    "size": (dict(height=33), "multiples"),
+    "factor": (dict(options=dict(factor=1.0)), "factor"),
+    "strength": (dict(options=dict(strength=(1.2,))), "strength"),
+    "rope": (dict(options=dict(rope="yarn")), "yarn"),
+    "shift": (dict(options=dict(shift="linear")), "linear"),
+    "steps": (dict(options=dict(steps=0)), "steps"),
+    "attn": (dict(attn=[None]), "levels|list"),
+    "base": (dict(options=dict(base=(10**4, 10**4))), "base"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused(name: str) -> None:
+    given, message = BAD[name]
+    pipe: Any = PIPELINE["sd"].build()
+    side = 4 * base_of(pipe)
+    with pytest.raises(ValueError, match=message):
+        options = Options(**({"quiet": True, "base": (base_of(pipe),) * 2} | given.get("options", {})))
+        generate_highres(
+            pipe, None, given.get("height", side), side, options=options, attn=given.get("attn"), **arguments("sd")
+        )
+    assert math.isfinite(side)
+
+
+def test_a_converted_pipeline_is_not_converted_again() -> None:
+    pipe: Any = PIPELINE["sd"].build()
+    from vision_attn import convert
+
+    conversion = convert(pipe, Clear(radius=2))
+    base = base_of(pipe)
+    with pytest.raises(ValueError, match="converted already"):
+        draw(pipe, "sd", 2 * base, base=(base, base), attn=Clear(radius=3))
+    draw(pipe, "sd", 2 * base, base=(base, base))
+    assert set(conversion.status().values()) == {"rerouted"}
