@@ -1,4 +1,4 @@
-"""`vision-attn demo`, small: the nano teacher, one prompt, few steps."""
+"""`vision-attn demo`, small: one prompt, few steps; the nano teacher, and the UNet slowly."""
 
 import json
 import re
@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from vision_attn.cli import main
+from vision_attn.demo.compare import AT_LARGE, PROCESSORS
 
 
 @pytest.fixture(scope="module")
@@ -19,13 +20,15 @@ def folder(tmp_path_factory):
 
 def test_it_writes_pictures_of_both_sizes(folder):
     results = json.loads((folder / "results.json").read_text())
-    assert [result["pixels"] for result in results] == [128] * 3 + [256] * 3
+    assert [result["pixels"] for result in results] == [128] * len(PROCESSORS) + [256] * len(AT_LARGE)
+    assert {r["processor"].split("(")[0] for r in results} >= {"Softmax", "Clear", "LinFusion", "AgentSD.schedule"}
+    assert {r["training"] for r in results} == {"none needed", "untrained"}
     for result in results:
         assert [Image.open(folder / file).size for file in result["files"]] == [(result["pixels"],) * 2]
 
 
 def test_the_table_is_what_was_measured(folder):
-    dense, clear, neighborhood = json.loads((folder / "results.json").read_text())[3:]
+    dense, clear, neighborhood, *_ = json.loads((folder / "results.json").read_text())[len(PROCESSORS) :]
     assert dense["tokens"] == clear["tokens"] == 64 * 64 + 8
     assert dense["psnr"] is None and dense["attended"] == 1
     for result in (clear, neighborhood):
@@ -37,9 +40,18 @@ def test_the_table_is_what_was_measured(folder):
 def test_the_page_opens_from_disk(folder):
     page = (folder / "index.html").read_text()
     pictures = re.findall(r'<img src="([^"]+)"', page)
-    assert len(pictures) == 6 and all((folder / picture).exists() for picture in pictures)
+    assert len(pictures) == len(PROCESSORS) + len(AT_LARGE) and all((folder / picture).exists() for picture in pictures)
     assert "http" not in page
     assert (folder / "sheet.png").exists()
+
+
+@pytest.mark.slow  # the UNet at both sizes with every processor; test_demo_unet.py has the small twins
+def test_the_unet_teacher_runs_the_same_demo(tmp_path):
+    arguments = ["--teacher", "unet", "--steps", "3", "--prompt", "red apple", "--out", str(tmp_path)]
+    assert main(["demo", *arguments]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {(result["pixels"], result["tokens"]) for result in results} == {(128, 1024), (256, 4096)}
+    assert "Stable Diffusion UNet" in (tmp_path / "index.html").read_text()
 
 
 @pytest.mark.parametrize(

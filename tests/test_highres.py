@@ -218,3 +218,17 @@ def test_a_converted_pipeline_is_not_converted_again() -> None:
         draw(pipe, "sd", 2 * base, base=(base, base), attn=Clear(radius=3))
     draw(pipe, "sd", 2 * base, base=(base, base))
     assert set(conversion.status().values()) == {"rerouted"}
+
+
+@pytest.mark.parametrize("teacher", ["nano", "unet"])
+def test_the_embedded_teachers(teacher: str) -> None:
+    from vision_attn.demo import load_teacher
+
+    pipe = load_teacher(teacher)
+    options = Options(steps=3, level_steps=2, strength=(0.3,), rope="interpolate", quiet=True)
+    generator = torch.Generator().manual_seed(0)
+    result = generate_highres(pipe, "red apple", 256, 256, options=options, generator=generator)
+    assert [level.height for level in result.levels] == [128, 256]
+    small, large = (level.images[0] for level in result.levels)
+    shrunk = np.asarray(large.resize(small.size), np.float32)
+    assert np.corrcoef(np.asarray(small, np.float32).ravel(), shrunk.ravel())[0, 1] > 0.9

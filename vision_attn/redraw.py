@@ -29,9 +29,9 @@ def image_to_image(pipe: Any) -> Any:
     """
     from diffusers import AutoPipelineForImage2Image  # noqa: PLC0415, diffusers is optional
 
-    own = getattr(type(pipe), "image_to_image", None)
+    own = getattr(type(pipe), "image_to_image", None)  # of a pipeline that diffusers does not know
     if own is not None:
-        return own().from_pipe(pipe)
+        return own.from_pipe(pipe)
     try:
         return AutoPipelineForImage2Image.from_pipe(pipe)
     except (ValueError, TypeError) as error:

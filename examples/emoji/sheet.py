@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from train import load_icons
 
-from vision_attn.demo import EmojiPipeline, load_teacher
+from vision_attn.demo import TEACHERS, load_teacher
 
 # isort: split
 import diffusers
@@ -30,13 +30,13 @@ deciduous-tree rainbow snowman crescent-moon bicycle sailboat balloon trophy lig
 PROMPTS = KNOWN.split()
 
 
-def generate(pipe: EmojiPipeline, steps: int, guidance: float, batch: int) -> torch.Tensor:
+def generate(pipe: diffusers.DiffusionPipeline, steps: int, guidance: float, batch: int) -> torch.Tensor:
     """Return one picture per prompt `[48, 3, 128, 128]` in [0, 1], each from a seed of its own."""
-    pictures = []
+    pictures, name = [], "guidance_scale" if hasattr(pipe, "unet") else "true_cfg_scale"
     for first in range(0, len(PROMPTS), batch):
         prompts = PROMPTS[first : first + batch]
         seeds = [torch.Generator().manual_seed(first + i) for i in range(len(prompts))]
-        call = {"num_inference_steps": steps, "true_cfg_scale": guidance, "generator": seeds, "output_type": "pt"}
+        call = {"num_inference_steps": steps, name: guidance, "generator": seeds, "output_type": "pt"}
         pictures.append(pipe(prompts, **call).images.float().cpu())
     return torch.cat(pictures)
 
@@ -71,7 +71,7 @@ def sheet(pictures: torch.Tensor, columns: int = 8) -> Image.Image:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("icons", type=Path, help="the npz of rasterise.py")
-    parser.add_argument("teacher", help="'base' or 'nano', or the folder of a pipeline")
+    parser.add_argument("teacher", help=f"{', '.join(TEACHERS)}, or the folder of a pipeline")
     parser.add_argument("out", type=Path, help="the PNG to write")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--steps", type=int, default=28)
@@ -81,13 +81,15 @@ def main() -> None:
     args = parser.parse_args()
 
     folder = Path(args.teacher)
-    pipe = EmojiPipeline.from_pretrained(folder) if folder.is_dir() else load_teacher(args.teacher)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder) if folder.is_dir() else load_teacher(args.teacher)
     pipe.to(args.device).set_progress_bar_config(disable=True)
     pictures = generate(pipe, args.steps, args.guidance, args.batch)
     names, icons = load_icons(args.icons)
     figures = measure(pictures, names, icons)
     figures |= {"prompts": len(PROMPTS), "icons": len(names), "steps": args.steps, "guidance": args.guidance}
-    figures["parameters"] = pipe.transformer.num_parameters() + pipe.text_encoder.num_parameters()
+    figures["parameters"] = sum(
+        model.num_parameters() for model in pipe.components.values() if isinstance(model, torch.nn.Module)
+    )
     figures["device"] = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine() + " CPU"
     figures |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
     page = sheet(pictures).quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)

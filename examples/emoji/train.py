@@ -1,8 +1,9 @@
-"""Train the embedded teacher from nothing: flow matching on 1593 emoji, about a quarter of an hour on one H200.
+"""Train an embedded teacher from nothing on 1593 emoji, in a few minutes on one H200.
 
     python examples/emoji/train.py emoji.npz runs/base --minutes 14            # stop with Ctrl-C, repeat to go on
-    python examples/emoji/train.py emoji.npz runs/nano --size nano --minutes 3.5
-    python examples/emoji/train.py emoji.npz runs/toy --size nano --minutes 2 --device cpu --batch 0.03
+    python examples/emoji/train.py emoji.npz runs/nano --teacher nano --minutes 3.5
+    python examples/emoji/train.py emoji.npz runs/unet --teacher unet --minutes 9
+    python examples/emoji/train.py emoji.npz runs/toy --teacher nano --minutes 2 --device cpu --batch 0.03
 
 Learning rate, stages and augmentation follow the planned minutes, so a resumed run must be given the same plan.
 """
@@ -19,53 +20,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from teachers import make_teacher
 from torch import nn
 
-from vision_attn.demo import EmojiPipeline, PixelVAE, WordEncoder  # before diffusers: it repairs torchvision
+from vision_attn.demo import TEACHERS  # before diffusers: it repairs torchvision
 
 # isort: split
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-
-NATIVE = 32  # tokens a side at 128 px, the one size that the teacher is trained for
-STAGES = ((64, 512, 0.3), (128, 192, 0.7))  # pixels a side, batch, part of the time
-SIZES = {"base": {"heads": 4, "single": 5, "lr": 1e-3}, "nano": {"heads": 2, "single": 4, "lr": 2e-3}}
-
-
-class Teacher(nn.Module):
-    """The two learned parts of the pipeline as one module, to be compiled as one graph."""
-
-    def __init__(self, vocabulary: list[str], heads: int, single: int) -> None:
-        super().__init__()
-        self.text_encoder = WordEncoder(vocabulary)
-        self.transformer = FluxTransformer2DModel(
-            in_channels=48,
-            num_layers=1,
-            num_single_layers=single,
-            num_attention_heads=heads,
-            attention_head_dim=64,
-            joint_attention_dim=64,
-            pooled_projection_dim=64,
-            axes_dims_rope=(16, 24, 24),
-            guidance_embeds=False,
-        )
-
-    def forward(self, tokens, sigma, ids, img_ids, txt_ids):
-        """Predict the velocity of noisy tokens `[B, N, 48]` at noise levels `[B]`, for word ids `[B, 8]`."""
-        sequence, pooled = self.text_encoder(ids)
-        return self.transformer(
-            hidden_states=tokens,
-            timestep=sigma,
-            encoder_hidden_states=sequence,
-            pooled_projections=pooled,
-            img_ids=img_ids,
-            txt_ids=txt_ids,
-            return_dict=False,
-        )[0]
-
-    def pipeline(self) -> EmojiPipeline:
-        """Return the diffusers pipeline around these modules."""
-        flow = FlowMatchEulerDiscreteScheduler(shift=shift(NATIVE))
-        return EmojiPipeline(flow, PixelVAE(), self.text_encoder, self.transformer)
+from diffusers import DiffusionPipeline
 
 
 def load_icons(path: Path) -> tuple[list[str], torch.Tensor]:
@@ -74,21 +35,6 @@ def load_icons(path: Path) -> tuple[list[str], torch.Tensor]:
     files = np.split(pack["data"], np.cumsum(pack["len"])[:-1])
     images = np.stack([np.array(Image.open(io.BytesIO(file.tobytes())).convert("RGB")) for file in files])
     return [str(name) for name in pack["names"]], torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-
-
-def shift(side: int) -> float:
-    """Move the noise levels up with the square root of the number of tokens: 3 at 32 x 32."""
-    return 1.5 * math.sqrt(side * side / 256)
-
-
-def positions(side: int, device: str) -> torch.Tensor:
-    """Return FLUX's image ids for `side` x `side` tokens, spread over the native coordinates.
-
-    A model that sees a small image at the coordinates of a large one's corner learns to draw crops.
-    """
-    axis = (torch.arange(side, device=device) + 0.5) * NATIVE / side - 0.5
-    rows, columns = torch.meshgrid(axis, axis, indexing="ij")
-    return torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1)
 
 
 def draw(images: torch.Tensor, pixels: int, jitter: float) -> torch.Tensor:
@@ -106,9 +52,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("icons", type=Path, help="the npz of rasterise.py")
     parser.add_argument("out", type=Path, help="folder of the checkpoint, and of the pipeline as a tar")
-    parser.add_argument("--size", choices=SIZES, default="base")
+    parser.add_argument("--teacher", choices=TEACHERS, default="base")
     parser.add_argument("--minutes", type=float, default=14, help="planned length of the whole training")
     parser.add_argument("--stop-after", type=float, default=1e9, help="minutes after which this call ends")
+    parser.add_argument("--start", type=Path, help="finish this pipeline: a third of the rate, little augmentation")
+    parser.add_argument("--eager", action="store_true", help="do not compile: for runs of a minute or two")
     parser.add_argument("--save-every", type=float, default=2, help="minutes between checkpoints")
     parser.add_argument("--batch", type=float, default=1, help="factor on the batch sizes")
     parser.add_argument("--device", default="cuda")
@@ -119,14 +67,19 @@ def main() -> None:
 
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
     # cuDNN attention's backward ends in an illegal memory access here (264 tokens, D=64, torch 2.11, H200)
     torch.backends.cuda.enable_cudnn_sdp(False)
 
     names, images = load_icons(args.icons)
     images = images.to(device)
-    size = SIZES[args.size]
     vocabulary = sorted({word for name in names for word in name.split("-")})
-    net = Teacher(vocabulary, size["heads"], size["single"]).to(device)
+    net = make_teacher(args.teacher, vocabulary).to(device, memory_format=torch.channels_last)
+    if args.start:
+        for name, model in DiffusionPipeline.from_pretrained(args.start).components.items():
+            if isinstance(model, nn.Module):
+                getattr(net, name).load_state_dict(model.state_dict())
+    rate = net.learning_rate / (3 if args.start else 1)
     ids = net.text_encoder.tokenize(names).to(device)
     ema = copy.deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.95), weight_decay=0.01, fused=True)
@@ -151,36 +104,29 @@ def main() -> None:
         state |= {"step": step, "minutes": minutes_before + minutes()}
         torch.save(state, checkpoint.with_suffix(".part"))
         checkpoint.with_suffix(".part").replace(checkpoint)
-        folder = args.out / args.size
-        copy.deepcopy(ema).half().pipeline().save_pretrained(folder)
-        with tarfile.open(args.out / f"{args.size}.tar", "w") as tar:
-            tar.add(folder, args.size)
+        folder = args.out / args.teacher
+        copy.deepcopy(ema).half().to(memory_format=torch.contiguous_format).pipeline().save_pretrained(folder)
+        with tarfile.open(args.out / f"{args.teacher}.tar", "w") as tar:
+            tar.add(folder, args.teacher)
 
-    compiled = torch.compile(net, dynamic=False) if cuda else net
-    txt_ids = torch.zeros(8, 3, device=device)
-    vae, until = PixelVAE(), 0.0
-    for pixels, batch, part in STAGES:
+    compiled = torch.compile(net, dynamic=False) if cuda and not args.eager else net
+    until = 0.0
+    for pixels, batch, part in net.stages:
         until += part
-        side, count = pixels // 4, max(2, round(batch * args.batch))
-        img_ids = positions(side, device)
+        count = max(2, round(batch * args.batch))
         while progress() < min(until, 1.0) and minutes() < args.stop_after:
             p = progress()
             chosen = torch.randint(len(names), (count,), device=device)
-            x = vae.encode(draw(images[chosen], pixels, jitter=1 - 0.75 * p)).latent_dist.mode()
-            x = (x - vae.config.shift_factor) * vae.config.scaling_factor
-            x = EmojiPipeline._pack_latents(x, count, 12, pixels // 2, pixels // 2)
-            noise = torch.randn_like(x)
-            u = torch.sigmoid(torch.randn(count, device=device))
-            sigma = shift(side) * u / (1 + (shift(side) - 1) * u)
             words = ids[chosen] * (torch.rand(count, 1, device=device) > 0.1)  # no words: the null prompt
+            inputs, target, weight = net.examples(draw(images[chosen], pixels, 0.25 if args.start else 1 - 0.75 * p))
             with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=cuda):
-                velocity = compiled(torch.lerp(x, noise, sigma[:, None, None]), sigma, words, img_ids, txt_ids)
-            loss = (velocity.float() - (noise - x)).square().mean()
+                prediction = compiled(words, *inputs)
+            loss = ((prediction.float() - target).square().flatten(1).mean(1) * weight).mean()
             loss.backward()
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             cosine = 0.03 + 0.97 * (0.5 + 0.5 * math.cos(math.pi * p))
             for group in optimizer.param_groups:
-                group["lr"] = size["lr"] * min(1, (step + 1) / 300) * cosine
+                group["lr"] = rate * min(1, (step + 1) / 300) * cosine
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1

@@ -1,6 +1,6 @@
-"""The embedded teacher: a small FLUX-type text-to-image pipeline on emoji, with its weights.
+"""The embedded teachers: small text-to-image pipelines on emoji, FLUX and Stable Diffusion by type, with weights.
 
-Importing this package also tells diffusers the two pipeline classes, as `diffusers.DiffusionPipeline.from_pretrained`
+Importing this package also tells diffusers the pipeline classes, as `diffusers.DiffusionPipeline.from_pretrained`
 finds a pipeline class by its name there and nowhere else.
 """
 
@@ -13,29 +13,41 @@ ensure_torchvision()
 import diffusers  # noqa: E402
 
 from vision_attn.demo.emoji_pipeline import EmojiImg2ImgPipeline, EmojiPipeline  # noqa: E402
+from vision_attn.demo.emoji_unet_pipeline import EmojiUNetImg2ImgPipeline, EmojiUNetPipeline  # noqa: E402
 from vision_attn.demo.pixel_vae import PixelVAE  # noqa: E402
 from vision_attn.demo.word_encoder import WordEncoder  # noqa: E402
 
-__all__ = ["EmojiImg2ImgPipeline", "EmojiPipeline", "PixelVAE", "WordEncoder", "load_teacher"]
+__all__ = [
+    "TEACHERS",
+    "EmojiImg2ImgPipeline",
+    "EmojiPipeline",
+    "EmojiUNetImg2ImgPipeline",
+    "EmojiUNetPipeline",
+    "PixelVAE",
+    "WordEncoder",
+    "load_teacher",
+]
 
-diffusers.EmojiPipeline = EmojiPipeline
-diffusers.EmojiImg2ImgPipeline = EmojiImg2ImgPipeline
+for _pipeline in (EmojiPipeline, EmojiImg2ImgPipeline, EmojiUNetPipeline, EmojiUNetImg2ImgPipeline):
+    setattr(diffusers, _pipeline.__name__, _pipeline)
 
-_FOLDERS = {"base": "flux", "nano": "flux_nano"}
+TEACHERS = {"base": "flux", "nano": "flux_nano", "unet": "unet"}  # and the folder of their weights
 
 
-def load_teacher(size: str = "base") -> EmojiPipeline:
-    """Load the embedded teacher in fp32 on the CPU.
+def load_teacher(name: str = "base") -> EmojiPipeline | EmojiUNetPipeline:
+    """Load an embedded teacher in fp32 on the CPU.
 
     Args:
-        size: 'base', 7.8 M parameters, or 'nano', 1.7 M: quicker and rougher, meant for tests.
+        name: 'base', a FLUX transformer of 7.8 M parameters; 'nano', one of 1.7 M: quicker and rougher, meant for
+            tests; or 'unet', a UNet of Stable Diffusion's type of 5 M.
 
     Returns:
         A pipeline; move it with `.to("cuda", torch.bfloat16)` as any other.
 
     Raises:
-        ValueError: If there is no teacher of that size.
+        ValueError: If there is no teacher of that name.
     """
-    if size not in _FOLDERS:
-        raise ValueError(f"size must be one of {', '.join(map(repr, _FOLDERS))}, got {size!r}")
-    return EmojiPipeline.from_pretrained(Path(__file__).parent / "weights" / _FOLDERS[size])
+    if name not in TEACHERS:
+        raise ValueError(f"the teacher must be one of {', '.join(map(repr, TEACHERS))}, got {name!r}")
+    pipeline = EmojiUNetPipeline if name == "unet" else EmojiPipeline
+    return pipeline.from_pretrained(Path(__file__).parent / "weights" / TEACHERS[name])

@@ -14,13 +14,38 @@ from PIL import Image
 from tqdm import tqdm
 
 from vision_attn.conversion import convert
-from vision_attn.demo import EmojiImg2ImgPipeline, load_teacher
+from vision_attn.demo import load_teacher
 from vision_attn.demo.page import contact_sheet, write_page
-from vision_attn.processors import AttnSpec, Clear, Neighborhood, Softmax
+from vision_attn.processors import (
+    RALA,
+    Agent,
+    AgentSD,
+    AttnSpec,
+    Clear,
+    HiLo,
+    LinearLocal,
+    LinFusion,
+    Neighborhood,
+    Schedule,
+    Softmax,
+)
+from vision_attn.redraw import image_to_image
 
 PROMPTS = ("red apple", "rocket", "octopus", "alarm clock")
-PROCESSORS: tuple[AttnSpec, ...] = (Softmax(), Clear(radius=8), Neighborhood(kernel_size=13))
+PROCESSORS: tuple[AttnSpec, ...] = (
+    Softmax(),
+    Clear(radius=8),
+    Neighborhood(kernel_size=13),
+    LinearLocal(),
+    AgentSD.schedule(),
+    Agent(num_agents=256),
+    HiLo(alpha=0.5),
+    LinFusion(),
+    RALA(),
+)
+AT_LARGE = (Softmax, Clear, Neighborhood, LinearLocal)  # what is worth drawing at 256 px without training
 NATIVE, LARGE = 128, 256  # pixels a side; the teacher was trained at 128
+MIN_TOKENS = 256  # the UNet's 8 x 8 grid stays dense: it costs nothing, and large windows do not fit
 STRENGTH = 0.2  # of image-to-image: sharp edges, and still one object
 
 
@@ -30,14 +55,17 @@ class Result:
 
     Attributes:
         pixels: Side of the images.
-        tokens: Image and text tokens of one attention layer.
-        attended: Mean share of the tokens that one token sees.
+        processor: The spec.
+        training: 'none needed' or 'untrained'.
+        tokens: Image and text tokens of the first attention layer.
+        attended: Mean share of those tokens that one token sees.
         seconds: For all prompts.
         psnr: To the images of dense attention from the same noise, in dB; None for dense attention itself.
     """
 
     pixels: int
     processor: str
+    training: str
     tokens: int
     attended: float
     seconds: float
@@ -46,7 +74,7 @@ class Result:
 
 
 def compare(
-    out: Path, prompts: Sequence[str] = PROMPTS, *, size: str = "base", steps: int = 10, seed: int = 0
+    out: Path, prompts: Sequence[str] = PROMPTS, *, teacher: str = "base", steps: int = 10, seed: int = 0
 ) -> tuple[list[Result], Path]:
     """Draw, measure, and write pictures, a contact sheet, a table and a page.
 
@@ -56,7 +84,7 @@ def compare(
     Args:
         out: Folder for the files; is made if it does not exist.
         prompts: What to draw, in words that the teacher knows.
-        size: Of the teacher, 'base' or 'nano'.
+        teacher: A name that `load_teacher` takes: 'base', 'nano' or 'unet'.
         steps: Denoising steps at 128 px. At 256 px a fifth of twice as many is run.
         seed: Of the noise.
 
@@ -68,23 +96,24 @@ def compare(
     """
     if steps < 2:
         raise ValueError(f"steps must be at least 2, got {steps}")
-    pipe = load_teacher(size)
+    pipe = load_teacher(teacher)
     pipe.text_encoder.tokenize(list(prompts))  # an unknown word stops here, before any work
-    redraw = EmojiImg2ImgPipeline.from_pipe(pipe)
+    redraw = image_to_image(pipe)
     for each in (pipe, redraw):
         each.set_progress_bar_config(disable=True)
     out.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
     large_steps = 2 * steps - int(2 * steps * (1 - STRENGTH))  # as diffusers counts them
-    total = len(prompts) * len(PROCESSORS) * (steps + large_steps)
+    large = [spec for spec in PROCESSORS if isinstance(spec, AT_LARGE)]
+    total = len(prompts) * (len(PROCESSORS) * steps + len(large) * large_steps)
     interval = 0.1 if sys.stderr.isatty() else 10
     with tqdm(total=total, unit="step", desc="128 px Softmax", mininterval=interval) as bar:
         native: list[Image.Image] = []
         for pixels in (NATIVE, LARGE):
             dense: list[Image.Image] = []
-            for spec in PROCESSORS:
+            for spec in PROCESSORS if pixels == NATIVE else large:
                 bar.set_description(f"{pixels} px {type(spec).__name__}")
-                conversion = convert(pipe, spec)
+                conversion = convert(pipe, spec, min_tokens=MIN_TOKENS)
                 start, images = time.perf_counter(), []
                 for i, prompt in enumerate(prompts):
                     call: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed + i)}
@@ -98,6 +127,7 @@ def compare(
                 dense = dense or images
                 row = conversion.layers[0]
                 files = tuple(f"{pixels}_{_slug(prompt)}_{type(spec).__name__.lower()}.png" for prompt in prompts)
+                training = "none needed" if isinstance(spec, Softmax | Schedule) else "untrained"
                 for image, file in zip(images, files, strict=True):
                     image.save(out / file)
                 psnr = (
@@ -105,12 +135,14 @@ def compare(
                     if images is dense
                     else float(np.mean([_psnr(*pair) for pair in zip(images, dense, strict=True)]))
                 )
-                results.append(Result(pixels, str(spec), row.tokens or 0, row.attended or 1.0, seconds, psnr, files))
+                name = "AgentSD.schedule()" if isinstance(spec, Schedule) else str(spec)
+                measured = (row.tokens or 0, row.attended or 1.0, seconds, psnr)
+                results.append(Result(pixels, name, training, *measured, files))
                 conversion.revert()
             native = native or dense
     contact_sheet(out, list(prompts), results)
     (out / "results.json").write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
-    return results, write_page(out, list(prompts), results)
+    return results, write_page(out, list(prompts), results, teacher)
 
 
 def _tick(bar: Any) -> Callable[..., dict[str, Any]]:

@@ -4,7 +4,6 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import (
-    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxImg2ImgPipeline,
     FluxPipeline,
@@ -13,9 +12,10 @@ from diffusers import (
 
 from vision_attn.demo.pixel_vae import PixelVAE
 from vision_attn.demo.word_encoder import WordEncoder
+from vision_attn.demo.word_prompts import WordPrompts
 
 
-class WordPrompts(DiffusionPipeline):
+class FluxWordPrompts(WordPrompts):
     """What both emoji pipelines change in their FLUX parent: the text encoder, and guidance against the null prompt.
 
     Args:
@@ -91,10 +91,7 @@ class WordPrompts(DiffusionPipeline):
             raise ValueError("the emoji teacher has one text encoder: pass prompt, not prompt_2")
         device = device or self._execution_device
         if prompt_embeds is None:
-            ids = self.text_encoder.tokenize([prompt] if isinstance(prompt, str) else list(prompt))
-            prompt_embeds, pooled_prompt_embeds = self.text_encoder(ids.to(self.text_encoder.device))
-            prompt_embeds = prompt_embeds.to(device).repeat_interleave(num_images_per_prompt, 0)
-            pooled_prompt_embeds = pooled_prompt_embeds.to(device).repeat_interleave(num_images_per_prompt, 0)
+            prompt_embeds, pooled_prompt_embeds = self._encode_words(prompt, device, num_images_per_prompt)
         text_ids = torch.zeros(prompt_embeds.shape[1], 3, device=device, dtype=self.text_encoder.dtype)
         return prompt_embeds, pooled_prompt_embeds, text_ids
 
@@ -102,18 +99,15 @@ class WordPrompts(DiffusionPipeline):
         """Return `call` with one negative prompt per prompt, null unless the user gave one; FLUX would use none."""
         if call.get("negative_prompt_embeds") is not None:
             return call
-        prompt, negative = call.get("prompt"), call.get("negative_prompt")
-        embeds = call.get("prompt_embeds")
+        prompt, embeds = call.get("prompt"), call.get("prompt_embeds")
         batch_size = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
-        if negative is None or isinstance(negative, str):
-            negative = [negative or ""] * batch_size
-        if len(negative) != batch_size:
-            raise ValueError(f"{len(negative)} negative prompts do not match {batch_size} prompts")
-        return {**call, "negative_prompt": negative}
+        return {**call, "negative_prompt": self._negative_prompts(call.get("negative_prompt"), batch_size)}
 
 
-class EmojiPipeline(WordPrompts, FluxPipeline):
+class EmojiPipeline(FluxWordPrompts, FluxPipeline):
     """Generate emoji from words: `EmojiPipeline.from_pretrained(folder)("red apple").images[0]`."""
+
+    image_to_image: ClassVar[Any] = None  # set below
 
     def __call__(
         self,
@@ -141,7 +135,7 @@ class EmojiPipeline(WordPrompts, FluxPipeline):
         return super().__call__(**self._with_negative_prompt({**call, **kwargs}))
 
 
-class EmojiImg2ImgPipeline(WordPrompts, FluxImg2ImgPipeline):
+class EmojiImg2ImgPipeline(FluxWordPrompts, FluxImg2ImgPipeline):
     """Redraw an image: `EmojiImg2ImgPipeline.from_pipe(pipe)("red apple", image=image, strength=0.2).images[0]`."""
 
     def __call__(
@@ -177,3 +171,6 @@ class EmojiImg2ImgPipeline(WordPrompts, FluxImg2ImgPipeline):
         call = {"prompt": prompt, "true_cfg_scale": true_cfg_scale, "num_inference_steps": num_inference_steps}
         call = {**call, "image": image, "strength": strength, "height": height, "width": width, **kwargs}
         return super().__call__(**self._with_negative_prompt(call))
+
+
+EmojiPipeline.image_to_image = EmojiImg2ImgPipeline

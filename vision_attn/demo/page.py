@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from vision_attn.demo.compare import Result
 
 _CELL, _LABEL = 192, 26
-_COLUMNS = ("size", "attention", "tokens", "attended", "seconds", "PSNR to dense")
+_COLUMNS = ("size", "attention", "training", "tokens", "attended", "seconds", "PSNR to dense")
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -24,15 +24,16 @@ _PAGE = """<!doctype html>
   table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
   .scroll {{ overflow-x: auto; }}
   th, td {{ text-align: right; padding: .35rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }}
-  th:nth-child(-n+2), td:nth-child(-n+2) {{ text-align: left; }}
+  th:nth-child(-n+3), td:nth-child(-n+3) {{ text-align: left; }}
   .row {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)); gap: .75rem; }}
   figure {{ margin: 0; }}
   img {{ width: 100%; border-radius: .5rem; background: white; display: block; }}
   figcaption {{ font-size: .85rem; opacity: .75; }}
 </style>
-<h1>One teacher, three attentions</h1>
-<p>A small FLUX transformer draws emoji with its own dense attention and with two local ones, converted by
-<code>vision_attn.convert</code> and not trained for it. At 256 px each redraws the dense 128 px picture.</p>
+<h1>One teacher, several attentions</h1>
+<p>{teacher} draws emoji with its own dense attention and with others, converted by
+<code>vision_attn.convert</code>. Untrained ones keep the teacher's weights as they are: local windows bear that, linear
+attention needs a distillation first. At 256 px each redraws the dense 128 px picture.</p>
 <div class="scroll"><table>
 <thead><tr>{head}</tr></thead>
 <tbody>
@@ -48,7 +49,7 @@ def cells(result: "Result") -> tuple[str, ...]:
     """Return the table's cells for one result."""
     psnr = "-" if result.psnr is None else f"{result.psnr:.1f} dB"
     side, share = f"{result.pixels} px", f"{result.attended:.1%}"
-    return side, result.processor, str(result.tokens), share, f"{result.seconds:.1f}", psnr
+    return side, result.processor, result.training, str(result.tokens), share, f"{result.seconds:.1f}", psnr
 
 
 def text_table(results: Sequence["Result"]) -> str:
@@ -65,7 +66,7 @@ def contact_sheet(out: Path, prompts: Sequence[str], results: Sequence["Result"]
     pen = ImageDraw.Draw(sheet)
     for row, result in enumerate(results):
         top = row * (_CELL + _LABEL)
-        pen.text((6, top + 5), f"{result.pixels} px  {result.processor}", "black", font)
+        pen.text((6, top + 5), f"{result.pixels} px  {result.processor}  ({result.training})", "black", font)
         for column, file in enumerate(result.files):
             image = Image.open(out / file).resize((_CELL, _CELL), Image.Resampling.LANCZOS)
             sheet.paste(image, (column * _CELL, top + _LABEL))
@@ -73,7 +74,7 @@ def contact_sheet(out: Path, prompts: Sequence[str], results: Sequence["Result"]
     return out / "sheet.png"
 
 
-def write_page(out: Path, prompts: Sequence[str], results: Sequence["Result"]) -> Path:
+def write_page(out: Path, prompts: Sequence[str], results: Sequence["Result"], teacher: str = "base") -> Path:
     """Write `index.html` beside the pictures."""
     head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
     body = "\n".join(
@@ -86,8 +87,9 @@ def write_page(out: Path, prompts: Sequence[str], results: Sequence["Result"]) -
             f"<figcaption>{html.escape(prompt)}</figcaption></figure>"
             for file, prompt in zip(result.files, prompts, strict=True)
         )
-        title = html.escape(f"{result.pixels} px, {result.processor}")
+        title = html.escape(f"{result.pixels} px, {result.processor}, training: {result.training}")
         pictures.append(f'<h2>{title}</h2>\n<div class="row">{figures}</div>')
     page = out / "index.html"
-    page.write_text(_PAGE.format(head=head, body=body, pictures="\n".join(pictures)))
+    drawer = "A small Stable Diffusion UNet" if teacher == "unet" else "A small FLUX transformer"
+    page.write_text(_PAGE.format(teacher=drawer, head=head, body=body, pictures="\n".join(pictures)))
     return page

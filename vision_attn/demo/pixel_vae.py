@@ -1,7 +1,8 @@
 """PixelVAE: an autoencoder with nothing to learn, so that a latent diffusion pipeline can work on pixels.
 
 Encoding moves each 2 x 2 block of pixels into the channels (`pixel_unshuffle`), decoding moves it back; both are exact.
-FLUX packs 2 x 2 latents into a token, so one token of the emoji teacher is 4 x 4 pixels with 48 channels.
+FLUX packs 2 x 2 latents into a token, so one token of the emoji teacher is 4 x 4 pixels with 48 channels. The UNet
+packs nothing: its autoencoder moves blocks of 4 x 4.
 """
 
 from typing import Any
@@ -20,9 +21,11 @@ class PixelVAE(ModelMixin, ConfigMixin):
     Args:
         patch_size: Side in pixels of the block that becomes one latent.
         latent_channels: Channels of a latent, `3 * patch_size ** 2`.
-        block_out_channels: Two equal entries: pipelines read the scale `2 ** (len - 1)` from their number.
+        block_out_channels: Equal entries: pipelines read the scale, `2 ** (len - 1) == patch_size`, from their number.
         scaling_factor: Pipelines give the transformer `(latents - shift_factor) * scaling_factor`.
         shift_factor: About the mean of an emoji on white, in [-1, 1].
+        center: Subtracted in `encode` and added in `decode`, for the pipelines that know no `shift_factor` (Stable
+            Diffusion's); only 0 is exact to the bit.
 
     Raises:
         ValueError: If the three sizes contradict each other.
@@ -36,6 +39,7 @@ class PixelVAE(ModelMixin, ConfigMixin):
         block_out_channels: tuple[int, ...] = (12, 12),
         scaling_factor: float = 1.6,
         shift_factor: float = 0.6,
+        center: float = 0.0,
     ) -> None:
         super().__init__()
         scale = 2 ** (len(block_out_channels) - 1)
@@ -63,7 +67,7 @@ class PixelVAE(ModelMixin, ConfigMixin):
         patch = self.config.patch_size
         if x.shape[-2] % patch or x.shape[-1] % patch:
             raise ValueError(f"image of {x.shape[-2]} x {x.shape[-1]} pixels does not divide into {patch} x {patch}")
-        latents = F.pixel_unshuffle(x, patch)
+        latents = F.pixel_unshuffle(x, patch) - self.config.center
         dist = DiagonalGaussianDistribution(torch.cat([latents, torch.zeros_like(latents)], 1), deterministic=True)
         return AutoencoderKLOutput(latent_dist=dist) if return_dict else (dist,)
 
@@ -78,7 +82,7 @@ class PixelVAE(ModelMixin, ConfigMixin):
         Returns:
             `sample`: images `[B, 3, h * patch_size, w * patch_size]` in the range of what was encoded.
         """
-        sample = F.pixel_shuffle(z, self.config.patch_size)
+        sample = F.pixel_shuffle(z, self.config.patch_size) + self.config.center
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(self, sample: torch.Tensor, return_dict: bool = True) -> Any:
