@@ -42,6 +42,16 @@ def test_the_teachers_figures_are_the_measured_ones():
     assert f"{round(best['top1'] * figures['prompts'])} of {figures['prompts']}" in README
 
 
+def test_the_unet_teachers_figures_are_the_measured_ones():
+    figures = json.loads((ROOT / "docs" / "teacher_unet.json").read_text())
+    unet, training = figures["unet"], figures["training"]
+    best = unet["28_steps_guidance_3"]
+    minutes = sum(training[run]["minutes"] for run in ("first", "finish", "last"))
+    right = round(best["top1"] * figures["prompts"])
+    text = f"{unet['parameters'] / 1e6:.1f} M parameters, {minutes:.1f} minutes, {best['psnr_db']} dB, {right} of 48"
+    assert text in README.replace("\n", " ")
+
+
 def test_its_tables_are_the_stored_results():
     """`python docs/fill_readme.py` would change nothing."""
     spec = importlib.util.spec_from_file_location("fill_readme", ROOT / "docs" / "fill_readme.py")

@@ -116,7 +116,7 @@ class EmojiUNetPipeline(UNetWordPrompts, StableDiffusionPipeline):
         self,
         prompt: str | list[str] | None = None,
         *,
-        guidance_scale: float = 5.0,
+        guidance_scale: float = 3.0,
         num_inference_steps: int = 20,
         **kwargs: Any,
     ) -> Any:
