@@ -14,6 +14,7 @@ ORDER = (
     "grid",
     "kernels",
     "processors",
+    "backbones",
     "cost",
     "grid_context",
     "layer_state",
@@ -40,6 +41,8 @@ ORDER = (
     "highres",
     "hosts",
     "demo",
+    "inspection",
+    "distill",
     "bench",
     "cli",
 )

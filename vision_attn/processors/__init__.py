@@ -1,5 +1,6 @@
 """One file, one paper: the specs that `convert` takes, by name."""
 
+import ast
 import dataclasses
 from typing import Any
 
@@ -36,6 +37,7 @@ __all__ = [
     "Softmax",
     "from_config",
     "make_spec",
+    "spec_of_text",
     "to_config",
 ]
 
@@ -55,6 +57,26 @@ def make_spec(name: str, **fields: object) -> AttnSpec:
     if unknown:
         raise TypeError(f"{spec.__name__} has no field {', '.join(unknown)}: it has {', '.join(known) or 'none'}")
     return spec(**fields)
+
+
+def spec_of_text(text: str) -> AttnSpec:
+    """Return the spec that a command line names: 'clear', or 'clear:radius=8,pool=2'.
+
+    Raises:
+        ValueError: If a field has no value, or the processor is unknown.
+        TypeError: If the processor has no such field.
+    """
+    name, _, rest = text.partition(":")
+    fields: dict[str, object] = {}
+    for field in filter(None, rest.split(",")):
+        key, equals, value = field.partition("=")
+        if not equals:
+            raise ValueError(f"fields are written name=value, got {field!r} in {text!r}")
+        try:
+            fields[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            fields[key] = value
+    return make_spec(name, **fields)
 
 
 def to_config(value: Any) -> Any:

@@ -1,0 +1,71 @@
+"""`vision-attn inspect`: models by folder and by name, what a token attends to, and bad names."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from test_processors import PROCESSORS
+from tiny_hosts import HOST
+from tiny_pipelines import PIPELINE
+
+from vision_attn import Clear, Neighborhood
+from vision_attn.cli import main
+from vision_attn.grid import Grid
+from vision_attn.inspection import attended
+from vision_attn.kernels.local_window import Window
+from vision_attn.processors import spec_of_text
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_what_a_token_attends_to(name: str) -> None:
+    grid = Grid(8, 12, prefix=3)
+    weights = attended(PROCESSORS[name], grid, 3, 5)
+    assert weights.shape == (8, 12) and weights.isfinite().all()
+    assert 0 < weights.sum() <= 1.2  # the rest goes to the text; AgentSD adds a share of the own value
+
+
+@pytest.mark.parametrize("window", [dict(radius=2.5), dict(kernel_size=5)], ids=["disc", "square"])
+def test_windows_are_seen_exactly(window: dict[str, Any]) -> None:
+    grid, spec = Grid(9, 7), Clear(**window) if "radius" in window else Neighborhood(**window)
+    for row, column in ((0, 0), (4, 3), (8, 6)):
+        seen = attended(spec, grid, row, column) > 0
+        assert torch.equal(seen.flatten(), Window(**window).allowed(grid)[row * 7 + column])
+
+
+def test_a_pipeline_a_model_and_a_timm_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    HOST["sd15-unet"].build().save_pretrained(tmp_path / "unet")  # type: ignore[operator]
+    size = ["--height", "256", "--width", "128"]
+    out = tmp_path / "picture.png"
+    assert main(["inspect", str(tmp_path / "unet"), *size, "--processor", "clear:radius=3", "--picture", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "Clear(radius=3)" in text and "down_blocks.0.attentions.0" in text and "faster" in text
+    assert Image.open(out).size == (16 * 6, 32 * 6)
+    assert main(["inspect", "vit_tiny_patch16_224", *size, "--processor", "hilo:alpha=0.5"]) == 0
+    assert "blocks.11.attn" in capsys.readouterr().out
+    demo = Path(__file__).parent.parent / "vision_attn" / "demo" / "weights" / "flux_nano"
+    assert main(["inspect", str(demo), *size]) == 0
+    assert "single_transformer_blocks" in capsys.readouterr().out
+    assert PIPELINE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["vit_of_dreams"], "neither a folder"),
+        (["vit_tiny_patch16_224", "--processor", "cleer"], "cleer"),
+        (["vit_tiny_patch16_224", "--processor", "clear:radius"], "name=value"),
+        (["vit_tiny_patch16_224", "--processor", "clear:diameter=3"], "diameter"),
+        (["nobody/nothing"], "could not be loaded"),
+    ],
+    ids=["model", "processor", "value", "field", "hub"],
+)
+def test_bad_names_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", *arguments, "--height", "256", "--width", "256"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_fields_on_the_command_line() -> None:
+    assert spec_of_text("clear") == Clear() and spec_of_text("Clear:radius=4.5,pool=2") == Clear(radius=4.5, pool=2)
+    assert spec_of_text("neighborhood:kernel_size=5") == Neighborhood(5)

@@ -1,0 +1,96 @@
+"""`vision-attn inspect`: what a conversion would need of a model, and a picture of what a token attends to."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vision_attn.grid import Grid
+from vision_attn.processors.base import AttnSpec, Layer
+from vision_attn.torchvision_stub import ensure_torchvision
+
+_CELL = 6  # pixels of a token in the picture
+
+
+def load_target(name: str) -> Any:
+    """Load what is to be inspected: without weights where its configuration is enough.
+
+    Args:
+        name: Folder or hub name of a diffusers pipeline or model, or the name of a timm model.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    folder = Path(name)
+    ensure_torchvision()
+    if (folder / "model_index.json").exists():
+        from diffusers import DiffusionPipeline  # noqa: PLC0415
+
+        from vision_attn import demo  # noqa: F401, PLC0415, diffusers learns its pipelines
+
+        return DiffusionPipeline.from_pretrained(folder)
+    if (folder / "config.json").exists():
+        return _diffusers_model(json.loads((folder / "config.json").read_text()), name)
+    import timm  # noqa: PLC0415
+
+    if timm.is_model(name):
+        return timm.create_model(name, dynamic_img_size=True)
+    if name.count("/") == 1 and not folder.exists():
+        from diffusers import DiffusionPipeline  # noqa: PLC0415
+
+        try:
+            return DiffusionPipeline.from_pretrained(name)
+        except OSError as error:
+            raise ValueError(f"{name} could not be loaded: {str(error).strip().splitlines()[0]}") from None
+    raise ValueError(
+        f"{name} is neither a folder with model_index.json or config.json, nor a timm model, nor a name on the hub"
+    )
+
+
+def _diffusers_model(config: dict[str, Any], name: str) -> Any:
+    import diffusers  # noqa: PLC0415
+
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    if kind is None:
+        raise ValueError(f"{name}/config.json is no diffusers model: its class is {config.get('_class_name')!r}")
+    with torch.device("meta"):
+        return kind.from_config(config)
+
+
+def attended(spec: AttnSpec, grid: Grid, row: int, column: int) -> Tensor:
+    """Return how much a token attends to each token of the grid, `[height, width]`, where all keys are alike.
+
+    It is the derivative of the token's output by the values, so it holds for any processor.
+
+    Args:
+        spec: The processor.
+        grid: The sequence.
+        row: Of the token.
+        column: Of the token.
+
+    Raises:
+        ValueError: If the token is not in the grid, or the spec does not fit it.
+    """
+    if not (0 <= row < grid.height and 0 <= column < grid.width):
+        raise ValueError(f"token ({row}, {column}) is not in a grid of {grid.height} x {grid.width}")
+    heads, channels = 10, 4
+    processor = spec.build(Layer("", heads, channels, dim=heads * channels))
+    q = k = torch.zeros(1, grid.tokens, heads, channels)
+    v = torch.zeros(1, grid.tokens, heads, channels, requires_grad=True)
+    token = grid.prefix + row * grid.width + column
+    processor(q, k, v, grid)[0, token].sum().backward()
+    assert v.grad is not None
+    return v.grad[0, grid.image].sum((1, 2)).view(grid.height, grid.width) / (heads * channels)
+
+
+def picture(weights: Tensor, row: int, column: int) -> Any:
+    """Draw what a token attends to: the darker, the more; the token itself is red."""
+    from PIL import Image  # noqa: PLC0415
+
+    shade = (weights.clamp(min=0) / weights.max().clamp(min=1e-12)).sqrt()
+    pixels = (torch.stack([1 - shade, 1 - 0.6 * shade, 1 - 0.2 * shade], -1) * 255).byte()
+    pixels[row, column] = torch.tensor([220, 30, 30], dtype=torch.uint8)
+    image = Image.fromarray(pixels.numpy())
+    return image.resize((image.width * _CELL, image.height * _CELL), Image.Resampling.NEAREST)
