@@ -51,6 +51,21 @@ def squares() -> str:
     return table(["grid", "window", "forward", "against cuDNN dense"], rows)
 
 
+def backbones() -> str:
+    """The registry: parameters, multiply-accumulates, published accuracy."""
+    rows = [
+        [
+            f"`{row['name']}`",
+            row["size"],
+            f"{row['params'] / 1e6:.1f} M",
+            f"{row['macs'] / 1e9:.1f} G",
+            "-" if row["top1"] is None else f"{row['top1']:.1f} %",
+        ]
+        for row in stored("docs/backbones.json")["rows"]
+    ]
+    return table(["name", "pixels", "parameters", "MACs", "published top-1"], rows)
+
+
 def demo() -> str:
     """What the demo drew and how long it took."""
     rows = [
@@ -67,7 +82,7 @@ def demo() -> str:
     return table(["size", "attention", "tokens", "attended", "seconds", "PSNR to dense"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"discs": discs, "squares": squares, "demo": demo}
+TABLES: dict[str, Callable[[], str]] = {"discs": discs, "squares": squares, "demo": demo, "backbones": backbones}
 
 
 def filled(text: str) -> str:

@@ -64,3 +64,19 @@ def test_its_tables_are_the_stored_results():
 def test_the_files_it_names_exist():
     links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert links and all((ROOT / link).exists() for link in links)
+
+
+def test_the_registrys_table_is_that_of_the_models():
+    import timm
+    import torch
+
+    import vision_attn.backbones  # noqa: F401
+
+    rows = json.loads((ROOT / "docs" / "backbones.json").read_text())["rows"]
+    ours = [name for name in timm.list_models() if timm.models.model_entrypoint(name).__module__.startswith("vision_")]
+    alphas = {name for name in ours if "_alpha" in name} | {"dinat_large_11x11", "dinat_large_21k"}
+    assert {row["name"] for row in rows} >= set(ours) - alphas
+    for row in rows[::6]:
+        with torch.device("meta"):
+            model = timm.create_model(row["name"])
+        assert sum(p.numel() for p in model.parameters()) == row["params"]

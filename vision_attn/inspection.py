@@ -28,7 +28,7 @@ def load_target(name: str) -> Any:
     if (folder / "model_index.json").exists():
         from diffusers import DiffusionPipeline  # noqa: PLC0415
 
-        from vision_attn import demo  # noqa: F401, PLC0415, diffusers learns its pipelines
+        import vision_attn.demo  # noqa: F401, PLC0415, diffusers learns its pipelines
 
         return DiffusionPipeline.from_pretrained(folder)
     if (folder / "config.json").exists():

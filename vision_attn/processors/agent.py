@@ -12,6 +12,7 @@ Paper: 'Agent Attention: On the Integration of Softmax and Linear Attention' - h
 
 from dataclasses import dataclass
 from math import isqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -137,6 +138,8 @@ class AgentBiases(nn.Module):
         agent_grid: Rows and columns of the agents that the parameters are for; A is their product.
         query_size: Height and width of the queries' grid that the parameters are for.
         key_size: Height and width of the keys' grid.
+        device: Of the parameters.
+        dtype: Of the parameters.
 
     Attributes:
         an_bias: Table of B_1 `[H, A, 7, 7]`; ah_bias `[1, H, A, height, 1]` and aw_bias `[1, H, A, 1, width]` are its
@@ -145,28 +148,61 @@ class AgentBiases(nn.Module):
     """
 
     def __init__(
-        self, num_heads: int, agent_grid: tuple[int, int], query_size: tuple[int, int], key_size: tuple[int, int]
+        self,
+        num_heads: int,
+        agent_grid: tuple[int, int],
+        query_size: tuple[int, int],
+        key_size: tuple[int, int],
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         H, A = num_heads, agent_grid[0] * agent_grid[1]
+        shapes = dict(
+            an_bias=(H, A, 7, 7),
+            na_bias=(H, A, 7, 7),
+            ah_bias=(1, H, A, key_size[0], 1),
+            aw_bias=(1, H, A, 1, key_size[1]),
+            ha_bias=(1, H, query_size[0], 1, A),
+            wa_bias=(1, H, 1, query_size[1], A),
+        )
         self.agent_grid = agent_grid
-        self.an_bias = nn.Parameter(torch.zeros(H, A, 7, 7))
-        self.na_bias = nn.Parameter(torch.zeros(H, A, 7, 7))
-        self.ah_bias = nn.Parameter(torch.zeros(1, H, A, key_size[0], 1))
-        self.aw_bias = nn.Parameter(torch.zeros(1, H, A, 1, key_size[1]))
-        self.ha_bias = nn.Parameter(torch.zeros(1, H, query_size[0], 1, A))
-        self.wa_bias = nn.Parameter(torch.zeros(1, H, 1, query_size[1], A))
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape, device=device, dtype=dtype)))
+
+    def tables(self) -> list[Tensor]:
+        """Return the parameters in the order that `position_biases` takes."""
+        return list(self.parameters(recurse=False))
 
     def forward(
         self, query_size: tuple[int, int], key_size: tuple[int, int], agent_grid: tuple[int, int] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return B_1 `[H, A, keys]` and B_2 `[H, queries, A]`, for any sizes and any grid of agents."""
-        rows, columns = (t[0].permute(0, 3, 1, 2) for t in (self.ha_bias, self.wa_bias))  # [H, A, height, width]
-        first = agent_bias(self.an_bias, self.ah_bias[0], self.aw_bias[0], key_size)
-        second = agent_bias(self.na_bias, rows, columns, query_size)
-        if agent_grid is not None and agent_grid != self.agent_grid:
-            first, second = (_resize_agents(t, self.agent_grid, agent_grid) for t in (first, second))
-        return first, second.transpose(1, 2)
+        return position_biases(self.tables(), (self.agent_grid, agent_grid or self.agent_grid), query_size, key_size)
+
+
+def position_biases(
+    tables: list[Tensor],
+    agent_grids: tuple[tuple[int, int], tuple[int, int]],
+    query_size: tuple[int, int],
+    key_size: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """Return B_1 `[H, A, keys]` and B_2 `[H, queries, A]` of `AgentBiases.tables`.
+
+    Args:
+        tables: `[an_bias, na_bias, ah_bias, aw_bias, ha_bias, wa_bias]`.
+        agent_grids: Rows and columns of the agents that the tables are for, and of those that are wanted.
+        query_size: Height and width of the queries' grid.
+        key_size: Height and width of the keys' grid.
+    """
+    an, na, ah, aw, ha, wa = tables
+    rows, columns = (t[0].permute(0, 3, 1, 2) for t in (ha, wa))  # [H, A, height, width]
+    first = agent_bias(an, ah[0], aw[0], key_size)
+    second = agent_bias(na, rows, columns, query_size)
+    if agent_grids[0] != agent_grids[1]:
+        first, second = (_resize_agents(t, *agent_grids) for t in (first, second))
+    return first, second.transpose(1, 2)
 
 
 def agent_bias(table: Tensor, rows: Tensor, columns: Tensor, size: tuple[int, int]) -> Tensor:

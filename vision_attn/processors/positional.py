@@ -25,8 +25,14 @@ class DepthwiseBranch(nn.Module):
 
     def add(self, o: Tensor, v: Tensor, grid: Grid) -> Tensor:
         """Add the convolution of the grid's values to the grid's outputs, both `[B, N, H, D]`."""
-        local = depthwise(v[:, grid.image], grid.height, grid.width, self.weight, self.bias)
-        return o + F.pad(local, (0, 0, 0, 0, grid.prefix, grid.suffix))
+        return add_depthwise(o, v, grid, self.weight, self.bias)
+
+
+def add_depthwise(o: Tensor, v: Tensor, grid: Grid, weight: Tensor, bias: Tensor) -> Tensor:
+    """Add the convolution of the grid's values to the grid's outputs, both `[B, N, H, D]`."""
+    local = depthwise(v[:, grid.image], grid.height, grid.width, weight, bias)
+    outside = grid.prefix + grid.suffix
+    return o + (F.pad(local, (0, 0, 0, 0, grid.prefix, grid.suffix)) if outside else local)
 
 
 def depthwise(v: Tensor, height: int, width: int, weight: Tensor, bias: Tensor) -> Tensor:

@@ -1,0 +1,236 @@
+"""Backbones in timm's registry: published sizes, any image size, dtypes, timm's conventions, refusals."""
+
+import copy
+import gzip
+import json
+import math
+
+import pytest
+import timm
+import torch
+from backbone_families import FAMILIES
+from golden_case import GOLDEN
+from timm.models import create_feature_extractor, group_parameters
+from torch._dynamo.testing import CompileCounterWithBackend
+
+COUNTS = json.loads((GOLDEN / "manifests" / "params_macs.json").read_text())
+SHAPES = json.loads(gzip.decompress((GOLDEN / "manifests" / "state_dict_shapes.json.gz").read_bytes()))
+PUBLISHED = {name: ours for family in FAMILIES.values() for name, ours in family.published.items()}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return FAMILIES[request.param]
+
+
+def images(*size, batch=2, channels=3):
+    return torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    checkpoint = {key: torch.empty(shape, device="meta") for key, shape in SHAPES[name].items()}
+    overlay = dict(state_dict=checkpoint)
+    model = timm.create_model(PUBLISHED[name], pretrained=True, pretrained_cfg_overlay=overlay, device="meta")
+    assert sum(p.numel() for p in model.parameters()) == COUNTS[name]["params"]
+    size = COUNTS[name]["res"]
+    assert model.pretrained_cfg["input_size"] == (3, size, size)
+    last = model.forward_features(torch.empty(1, 3, size, size, device="meta"))
+    assert tuple(last.shape[1:3]) == model.pretrained_cfg["pool_size"]
+
+
+def test_a_missing_tensor_is_caught():
+    checkpoint = {key: torch.empty(shape, device="meta") for key, shape in SHAPES["nat_mini"].items()}
+    del checkpoint["levels.3.blocks.0.attn.rpb"]
+    with pytest.raises(ValueError, match=r"another model than nat_mini: stages.3.blocks.0.attn.rpb is missing$"):
+        timm.create_model("nat_mini", pretrained=True, pretrained_cfg_overlay=dict(state_dict=checkpoint))
+
+
+def test_every_variant_is_tested_and_named_like_no_model_of_timm():
+    modules = {
+        arch.split(".")[0]: timm.models._registry._model_to_module[arch.split(".")[0]] for arch in PUBLISHED.values()
+    }
+    ours = {arch for module in set(modules.values()) for arch in timm.list_models(module=module)}
+    assert ours == {arch.split(".")[0] for arch in PUBLISHED.values()}
+    for arch in timm.list_models(module=list(set(modules.values())), include_tags=True):
+        cfg = timm.models.get_pretrained_cfg(arch)
+        assert "." in arch and cfg.url and cfg.license and "no download was tried" in cfg.notes[0]
+
+
+@pytest.mark.parametrize("size", [(64, 96), (61, 47), (33, 130), (7, 7), (1, 1)], ids=str)
+def test_any_image_size(family, size):
+    model = family.build()
+    x = images(*size)
+    output, features = model(x), model.forward_intermediates(x, intermediates_only=True)
+    assert output.shape == (2, 10) and output.isfinite().all()
+    for info, feature in zip(model.feature_info, features, strict=True):
+        sides = tuple(math.ceil(side / info["reduction"]) for side in size)
+        assert feature.shape == (2, info["num_chs"], *sides)
+    torch.testing.assert_close(model(x[:1]), output[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_dtypes(family, dtype):
+    model, x = family.build(), images(48, 64)
+    exact = model.double()(x.double())
+    output = model.to(dtype)(x.to(dtype))
+    assert output.dtype == dtype
+    error = (output.double() - exact).norm() / exact.norm()
+    assert error <= {torch.bfloat16: 0.05, torch.float16: 0.01, torch.float64: 1e-12}[dtype]
+    made = family.build(dtype=dtype)
+    assert {p.dtype for p in made.parameters()} == {dtype}
+
+
+def test_autocast(family):
+    model, x = family.build().train(), images(48, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(x)
+    assert output.dtype == torch.bfloat16
+    output.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_torchscript_equals_eager_and_can_be_saved(family, tmp_path):
+    model, x = family.build(), images(48, 40).requires_grad_()
+    torch.jit.script(model).save(tmp_path / "model.pt")
+    scripted = torch.jit.load(tmp_path / "model.pt")
+    for size in ((48, 40), (31, 96)):
+        torch.testing.assert_close(scripted(images(*size)), model(images(*size)), rtol=1e-5, atol=1e-5)
+    want = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
+    got = torch.autograd.grad(scripted(x).square().sum(), [x, *scripted.parameters()])
+    for actual, expected in zip(got, want, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def test_scripted_features(family):
+    model = family.build(features_only=True, feature_cls="getter", out_indices=(0, 2))
+    x = images(48, 40)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
+@pytest.mark.slow
+def test_compiled_whole(family):
+    torch._dynamo.reset()
+    model, x = family.build(), images(48, 64)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")(x), model(x))
+
+
+@pytest.mark.slow
+def test_compiled_for_all_sizes():
+    torch._dynamo.reset()
+    model = FAMILIES["dinat"].build(depths=(2,), num_heads=(1,), dilations=((1, 2),))
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=graphs)
+    for size in ((48, 64), (64, 40), (96, 72)):
+        torch.testing.assert_close(compiled(images(*size)), model(images(*size)))
+    assert graphs.frame_count < 3
+
+
+def test_ways_to_features_agree(family):
+    x, whole = images(64, 48), family.build()
+    want = whole.forward_intermediates(x, indices=[0, 1, 2], intermediates_only=True)
+    for feature_cls in ("getter", "list", "fx"):
+        model = family.build(features_only=True, feature_cls=feature_cls, out_indices=(0, 1, 2))
+        assert model.feature_info.channels() == [info["num_chs"] for info in whole.feature_info[:3]]
+        missing = model.load_state_dict(renamed_for(feature_cls, whole.state_dict()), strict=False).missing_keys
+        assert not missing
+        got = [f if feature_cls == "getter" else f.permute(0, 3, 1, 2) for f in model(x)]
+        torch.testing.assert_close(got, want)
+
+
+def renamed_for(feature_cls, state_dict):
+    """timm's wrappers hold the model's modules under names of their own."""
+    if feature_cls == "list":
+        return {name.replace("stages.", "stages_", 1): t for name, t in state_dict.items()}
+    prefix = {"getter": "model.", "fx": "graph_module."}[feature_cls]
+    return {prefix + name: t for name, t in state_dict.items()}
+
+
+def test_intermediates_and_pruning(family):
+    model, x = family.build(), images(48, 64)
+    last, features = model.forward_intermediates(x)
+    torch.testing.assert_close(last, model.forward_features(x))
+    end = len(features) - 1
+    kept = copy.deepcopy(model)
+    assert kept.prune_intermediate_layers([end], prune_head=False) == [end]
+    torch.testing.assert_close(kept(x), model(x))
+    for i in range(end):
+        pruned = copy.deepcopy(model)
+        pruned.prune_intermediate_layers([i], prune_norm=True)
+        assert len(pruned.stages) == i + 1 and pruned.num_features == features[i].shape[1]
+        torch.testing.assert_close(pruned.forward_intermediates(x, [i], intermediates_only=True)[0], features[i])
+        pruned.reset_classifier(4, "avg")
+        assert pruned(x).shape == (2, 4)
+    normed = model.forward_intermediates(x, norm=True, intermediates_only=True)[-1]
+    torch.testing.assert_close(normed.permute(0, 2, 3, 1), last)
+
+
+def test_traced_by_fx(family):
+    model, x = family.build(), images(48, 64)
+    traced = create_feature_extractor(model, {"head.fc": "logits"})
+    torch.testing.assert_close(traced(x)["logits"], model(x))
+
+
+def test_gradient_checkpointing_changes_nothing(family):
+    model, x = family.build(drop_path_rate=0.5).train(), images(32, 48)
+
+    def gradients():
+        torch.manual_seed(0)
+        return torch.autograd.grad(model(x).square().sum(), list(model.parameters()), allow_unused=True)
+
+    want = gradients()
+    model.set_grad_checkpointing()
+    assert sum(getattr(m, "grad_checkpointing", False) for m in model.modules()) >= 3
+    torch.testing.assert_close(gradients(), want)
+
+
+def test_every_parameter_learns_with_drop_path(family):
+    model = family.build(drop_path_rate=0.5, drop_rate=0.1, proj_drop_rate=0.1).train()
+    rates = [m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"]
+    assert rates == sorted(rates) and rates[-1] == pytest.approx(0.5)
+    model(images(32, 48, batch=16)).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_heads(family):
+    model, x = family.build(), images(32, 48)
+    assert model.get_classifier() is model.head.fc
+    assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (2, model.head_hidden_size)
+    model.reset_classifier(3, "max")
+    assert model(x).shape == (2, 3) and model.global_pool == "max"
+    model.reset_classifier(0, "")
+    assert model(x).shape == model.forward_features(x).shape
+    assert family.build(num_classes=0)(x).shape == (2, model.num_features)
+
+
+def test_optimizer_groups(family):
+    model = family.build()
+    names = [name for name, _ in model.named_parameters()]
+    assert model.no_weight_decay() == {name for name in names if name.endswith(".rpb")}
+    fine = group_parameters(model, model.group_matcher(), reverse=True)
+    coarse = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+    assert set(fine) == set(coarse) == set(names)
+    assert fine["patch_embed.proj.weight" if "patch_embed.proj.weight" in fine else "patch_embed.proj.0.weight"] == 0
+    assert len(set(fine.values())) >= len(set(coarse.values())) > 3
+
+
+def test_made_empty_then_initialized(family):
+    torch.manual_seed(0)
+    model = timm.create_model(family.arch, **family.tiny, device="meta")
+    model.to_empty(device="cpu").init_weights()
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert model(images(32, 32)).isfinite().all()
+
+
+def test_bad_input(family):
+    model = family.build()
+    for shape in ((2, 4, 32, 32), (2, 1, 32, 32), (3, 32, 32), (2, 3, 0, 32)):
+        with pytest.raises(ValueError, match=rf"images must be \[B, 3, height, width\].*got shape \[{shape[0]}, "):
+            model(torch.zeros(shape))
+        with pytest.raises(ValueError, match="images must be"):
+            model.forward_intermediates(torch.zeros(shape))
+    with pytest.raises(ValueError, match="output_fmt must be 'NCHW', got 'NLC'"):
+        model.forward_intermediates(images(32, 32), output_fmt="NLC")
+    with pytest.raises(TypeError, match="windows"):
+        family.build(windows=7)
+    assert family.build(in_chans=5)(images(32, 32, channels=5)).shape == (2, 10)

@@ -1,0 +1,154 @@
+"""Checkpoints of backbones: the authors' layouts and transformers', wrappers, adaptation, refusals."""
+
+import re
+
+import pytest
+import timm
+import torch
+from backbone_families import FAMILIES
+from golden_case import mechanism
+from test_golden_backbones import CASES, build
+from transformers import DinatConfig
+from transformers.models.dinat import modeling_dinat
+
+from vision_attn.backbones import NAT
+
+TO_TRANSFORMERS = (
+    (r"^patch_embed\.proj\.", "dinat.embeddings.patch_embeddings.projection."),
+    (r"^patch_embed\.norm\.", "dinat.embeddings.norm."),
+    (r"^levels\.(\d+)\.blocks\.", r"dinat.encoder.levels.\1.layers."),
+    (r"^levels\.", "dinat.encoder.levels."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.attn\.rpb", ".attention.self.rpb"),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+    (r"^norm\.", "dinat.layernorm."),
+    (r"^head\.", "classifier."),
+)
+TINY = FAMILIES["nat"].tiny | dict(num_classes=10)
+
+
+def in_transformers_layout(official):
+    """Write the authors' names as transformers does, with query, key and value apart and layer scales together."""
+    layout = {}
+    for name, tensor in official.items():
+        new = name
+        for pattern, replacement in TO_TRANSFORMERS:
+            new = re.sub(pattern, replacement, new)
+        if ".attn.qkv." in new:
+            for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                layout[new.replace("attn.qkv", f"attention.self.{part}")] = piece
+        elif new.endswith("gamma1"):
+            pair = torch.stack([tensor, official[name.replace("gamma1", "gamma2")]])
+            layout[new.replace("gamma1", "layer_scale_parameters")] = pair
+        elif not new.endswith("gamma2"):
+            layout[new] = tensor
+    return layout
+
+
+def with_layer_scale(case):
+    """The open cases have no layer scale; add one that is not 1."""
+    official = dict(case["state_dict"])
+    for name in case["state_dict"]:
+        if name.endswith("norm2.bias"):
+            for i in (1, 2):
+                gamma = torch.linspace(0.5, 1.5, len(official[name])) * i
+                official[name.replace("norm2.bias", f"gamma{i}")] = gamma
+    case["cfg"]["ctor_kwargs"]["layer_scale"] = 1e-5
+    return dict(case, state_dict=official)
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "layer-scale"])
+@pytest.mark.parametrize("family", ["nat", "dinat"])
+def test_transformers_layout(family, scaled, monkeypatch):
+    case = mechanism(f"{family}/m_open")
+    case = with_layer_scale(case) if scaled else case
+    layout = in_transformers_layout(case["state_dict"])
+    ctor = case["cfg"]["ctor_kwargs"]
+    monkeypatch.setattr(modeling_dinat, "requires_backends", lambda *_: None)  # its attention needs NATTEN to run
+    config = DinatConfig(
+        **{name: ctor[name] for name in ("embed_dim", "depths", "num_heads", "kernel_size")},
+        mlp_ratio=float(ctor["mlp_ratio"]),
+        dilations=ctor.get("dilations") or [[1] * depth for depth in ctor["depths"]],
+        layer_scale_init_value=1e-5 if scaled else 0.0,
+        num_labels=ctor["num_classes"],
+    )
+    theirs = modeling_dinat.DinatForImageClassification(config).state_dict()
+    assert {name: t.shape for name, t in theirs.items()} == {name: t.shape for name, t in layout.items()}
+    x = case["inputs"]["x"]
+    want = build(family, case)(x)
+    if not scaled:
+        torch.testing.assert_close(want, case["output"], rtol=0, atol=case["cfg"]["suggested_atol"])
+    assert torch.equal(build(family, dict(case, state_dict=layout))(x), want)
+    as_nat = {name.replace("dinat.", "nat.", 1): t for name, t in layout.items()}
+    assert torch.equal(build(family, dict(case, state_dict=as_nat))(x), want)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.endswith("_open")])
+@pytest.mark.parametrize("wrap", ["module", "model", "state_dict", "own"])
+def test_wrapped_checkpoints(name, wrap):
+    family, case = name.split("/")[0], mechanism(name)
+    model = build(family, case)
+    state_dict = {
+        "module": {f"module.{key}": t for key, t in case["state_dict"].items()},
+        "model": {"model": case["state_dict"], "epoch": 300, "optimizer": {"state": {}}},
+        "state_dict": {"state_dict": {f"module.{key}": t for key, t in case["state_dict"].items()}},
+        "own": model.state_dict(),
+    }[wrap]
+    again = build(family, dict(case, state_dict=state_dict))
+    for key, t in model.state_dict().items():
+        assert torch.equal(t, again.state_dict()[key])
+
+
+def load(arch, state_dict, **arguments):
+    overlay = dict(state_dict=state_dict, num_classes=10)
+    return timm.create_model(arch, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_classes_channels_and_features(name):
+    family = FAMILIES[name]
+    whole = family.build()
+    adapted = load(family.arch, whole.state_dict(), **family.tiny, in_chans=1).eval()
+    first = whole.pretrained_cfg["first_conv"] + ".weight"
+    torch.testing.assert_close(adapted.state_dict()[first], whole.state_dict()[first].sum(1, keepdim=True))
+    fine_tuned = load(family.arch, whole.state_dict(), **family.tiny, num_classes=3)
+    assert fine_tuned.head.fc.out_features == 3
+    for key, t in whole.state_dict().items():
+        assert key.startswith("head.") or torch.equal(fine_tuned.state_dict()[key], t)
+    features = load(family.arch, whole.state_dict(), **family.tiny, features_only=True, out_indices=(0, 1))
+    x = torch.randn(1, 3, 48, 64)
+    want = whole.forward_intermediates(x, indices=[0, 1], intermediates_only=True)
+    for got, expected in zip(features.eval()(x), want, strict=True):
+        torch.testing.assert_close(got if got.shape == expected.shape else got.permute(0, 3, 1, 2), expected)
+
+
+REFUSED = {
+    "width": (dict(TINY, embed_dim=16, num_heads=(2, 4, 8, 16)), r"patch_embed.norm.bias is \[16\] instead of \[8\]"),
+    "depth": (dict(TINY, depths=(1, 2, 3, 1)), r"stages.2.blocks.2.attn.proj.bias \[32\] is unknown"),
+    "kernel": (dict(TINY, kernel_size=5), r"stages.0.blocks.0.attn.rpb is \[1, 9, 9\] instead of \[1, 5, 5\]"),
+    "layer-scale": ({**TINY, "layer_scale": None}, "stages.0.blocks.0.ls1.gamma is missing"),
+    "stem": (dict(TINY, patch_size=4), "patch_embed.proj.0.bias is missing"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", REFUSED.values(), ids=REFUSED)
+def test_another_variant_is_refused(arguments, message):
+    other = NAT(**arguments)
+    with pytest.raises(
+        ValueError, match=f"the checkpoint is of another model than nat_mini: .*{message}.* and .* more"
+    ):
+        load("nat_mini", other.state_dict(), **TINY)
+
+
+def test_another_family_is_refused():
+    with pytest.raises(ValueError, match="another model than nat_iso_small"):
+        load("nat_iso_small", FAMILIES["nat"].build().state_dict())
+
+
+@pytest.mark.parametrize("checkpoint", [{"epoch": 3}, {"model": {}}], ids=["no-tensors", "empty"])
+def test_no_tensors_are_refused(checkpoint):
+    with pytest.raises(ValueError, match="the checkpoint has no tensors"):
+        load("nat_mini", checkpoint, **TINY)

@@ -1,0 +1,116 @@
+"""Agent-*, LITv2 and RAVLT, recorded from the authors' code: outputs, features and gradients, and LITv2's merging.
+
+Cases are found by their files, as in `test_golden_backbones`. LITv2's case has a batch of one, for which torch's CPU
+kernel of `batch_norm` returns a shuffled gradient where the output went through the authors' `.flatten(2).transpose(1,
+2)` (torch 2.13, evaluation mode): what was recorded below the last merging is that. The merging is given the authors'
+layout to compare with it, and our own gradient is compared with differences of the output.
+"""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from golden_case import GOLDEN, TOLERANCE, mechanism
+from linear_families import ROWS
+from test_golden_backbones import assert_near, official_features
+
+from vision_attn.backbones.litv2_layers import DeformableMerging
+
+CASES = [f"{family}/{path.stem}" for family in ROWS for path in sorted((GOLDEN / family).glob("*.json"))]
+MERGINGS = [f"dcn_v1/{path.stem}" for path in sorted((GOLDEN / "dcn_v1").glob("*.json"))]
+
+
+def build(name, case):
+    """Build the case's model and load its weights the way timm loads a checkpoint."""
+    family = ROWS[name.split("/")[0]]
+    arguments = family.arguments(dict(case["cfg"]["ctor_kwargs"]))
+    size = (arguments.get("in_chans", 3), *case["inputs"]["x"].shape[2:])
+    overlay = dict(state_dict=case["state_dict"], num_classes=arguments.get("num_classes", 1000), input_size=size)
+    return timm.create_model(family.arch, pretrained=True, pretrained_cfg_overlay=overlay, **arguments).eval()
+
+
+def our_name(model, tensor):
+    """Return the parameter that holds this tensor of the checkpoint: all are random, so the values tell."""
+    flat = tensor.flatten()
+    holders = [name for name, p in model.named_parameters() if torch.equal(p.flatten(), flat)]
+    assert len(holders) == 1
+    return holders[0]
+
+
+def authors_layout(self, x):
+    y = self.act(self.norm(self.dconv(x.permute(0, 3, 1, 2))))
+    return y.flatten(2).transpose(1, 2).unflatten(1, y.shape[2:])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_backbone_equals_the_authors(name, monkeypatch):
+    case = mechanism(name)
+    cfg, x = case["cfg"], case["inputs"]["x"].requires_grad_()
+    share = cfg["suggested_atol"] / cfg["output_absmax"]
+    model = build(name, case)
+    output = model(x)
+    assert_near(output, case["output"], share, "output")
+
+    last, features = model.forward_intermediates(x)
+    recorded, pre_logits = official_features(name)
+    assert len(features) == len(recorded)
+    for i, (feature, want) in enumerate(zip(features, recorded, strict=True)):
+        ours = feature if want.dim() == 4 and name.startswith("ravlt") else feature.permute(0, 2, 3, 1)
+        cells = want[:, -ours[0, ..., 0].numel() :] if want.dim() == 3 else want  # without the class token
+        assert_near(ours.reshape(cells.shape), cells, share, f"feature {i}")
+    assert_near(model.forward_head(last, pre_logits=True), pre_logits.flatten(1), share, "pre_logits")
+
+    monkeypatch.setattr(DeformableMerging, "forward", authors_layout)
+    model(x).backward(case["cotangent"])
+    assert x.grad.norm().item() == pytest.approx(cfg["input_grad_l2"]["x"], rel=1e-4)
+    for official, norm in cfg["param_grad_l2"].items():
+        ours = our_name(model, case["state_dict"][official])
+        assert model.get_parameter(ours).grad.norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-6), official
+
+
+def test_every_family_has_a_case():
+    assert {name.split("/")[0] for name in CASES} == set(ROWS)
+    assert MERGINGS
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("litv2")])
+def test_gradient_of_litv2_is_that_of_its_output(name):
+    case = mechanism(name)
+    model = build(name, case).double()
+    x, cotangent = case["inputs"]["x"].double(), case["cotangent"].double()
+    (gradient,) = torch.autograd.grad((model(x.requires_grad_()) * cotangent).sum(), x)
+    direction = torch.randn_like(x)
+    with torch.no_grad():
+        change = ((model(x + 1e-6 * direction) - model(x - 1e-6 * direction)) * cotangent).sum() / 2e-6
+    assert (gradient * direction).sum().item() == pytest.approx(change.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", MERGINGS)
+def test_deformable_merging_equals_the_authors(name):
+    case = mechanism(name)
+    kwargs = case["cfg"]["ctor_kwargs"]
+    merging = DeformableMerging(kwargs["dim"]).eval()
+    merging.load_state_dict({key.replace("norm_layer.", "norm."): t for key, t in case["state_dict"].items()})
+    x = case["inputs"]["x"].requires_grad_()
+    o = merging(x.unflatten(1, tuple(kwargs["input_resolution"]))).flatten(1, 2)
+    torch.testing.assert_close(o, case["output"], **TOLERANCE)
+    o.backward(case["cotangent"])
+    torch.testing.assert_close(x.grad, case["grad_input"]["x"], **TOLERANCE)
+    for official, norm in case["cfg"]["param_grad_l2"].items():
+        ours = merging.get_parameter(official.replace("norm_layer.", "norm."))
+        assert ours.grad.norm().item() == pytest.approx(norm, rel=1e-4), official
+
+
+def test_merging_without_offsets_is_a_convolution():
+    merging, x = DeformableMerging(6).eval(), torch.randn(2, 5, 7, 6)
+    padded = F.pad(x, (0, 0, 0, 1, 0, 1)).permute(0, 3, 1, 2)
+    plain = F.conv2d(padded, merging.dconv.weight, merging.dconv.bias, stride=2)
+    torch.testing.assert_close(merging(x), merging.act(merging.norm(plain)).permute(0, 2, 3, 1))
+
+
+def test_a_wrong_model_is_caught():
+    case = mechanism("agent_swin/m_open")
+    model = build("agent_swin/m_open", case)
+    model.stages[0].blocks[0].attn.ha_bias.data.mul_(2)
+    error = (model(case["inputs"]["x"]) - case["output"]).abs().max().item()
+    assert error > 10 * case["cfg"]["suggested_atol"]

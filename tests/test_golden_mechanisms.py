@@ -1,0 +1,181 @@
+"""The attention layers of Agent, HiLo and RALA against what the authors' own modules returned.
+
+Cases are found by their files, and constructor arguments are mapped generally: a case with other arguments needs no
+change here. The tolerance is atol 1e-5, rtol 1e-4; the cases' own suggestions, 1e-5 of the largest output, are wider.
+"""
+
+import re
+from math import isqrt
+
+import pytest
+import torch
+from golden_case import GOLDEN, TOLERANCE, mechanism
+
+from vision_attn.backbones.agent_attention import AgentSelfAttention
+from vision_attn.backbones.cross_shaped_attention import AgentStripeAttention, StripeAttention
+from vision_attn.backbones.hilo_attention import HiLoSelfAttention
+from vision_attn.backbones.rala_attention import RALASelfAttention, rotary, rotary_frequencies
+from vision_attn.backbones.reduced_attention import AgentReducedAttention, ReducedAttention
+from vision_attn.processors.hilo import low_heads
+
+FAMILIES = [f"attn_agent_{name}" for name in ("deit", "pvt", "swin", "cswin", "dynamic")] + ["attn_hilo", "attn_rala"]
+CASES = sorted(f"{family}/{path.stem}" for family in FAMILIES for path in (GOLDEN / family).glob("*.json"))
+ROTARY = [name for name in CASES if mechanism(name)["cfg"]["upstream_class"] == "RoPE"]
+LAYERS = [name for name in CASES if name not in ROTARY]
+
+
+def pair(value):
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def called_size(case):
+    """Height and width that a case was called with, from the text of its `call`; None where it names none."""
+    call = case["cfg"]["call"]
+    found = re.search(r"H=(\d+), W=(\d+)", call) or re.search(r"hw_shape=\((\d+), (\d+)\)", call)
+    return tuple(map(int, found.groups())) if found else None
+
+
+def agent_layer(case):
+    """DeiT, PVT and Swin: a layer on tokens `[B, N, C]`."""
+    kwargs = dict(case["cfg"]["ctor_kwargs"])
+    patches, resolution = kwargs.pop("num_patches", None), kwargs.pop("input_resolution", None)
+    size = kwargs.pop("window", None) or kwargs.pop("window_size", None) or resolution
+    size = pair(isqrt(patches) if patches else size) if patches or size else None
+    agent_grid = kwargs.pop("downstream_agent_shape", None)
+    kwargs["qkv_bias"] = any(name in case["state_dict"] for name in ("qkv.bias", "q.bias"))
+    reduced = "q.weight" in case["state_dict"]
+    if "agent_num" not in kwargs:
+        layer = ReducedAttention(**kwargs)
+    else:
+        kwargs |= dict(size=size, agent_grid=agent_grid and pair(agent_grid))
+        if not reduced:
+            kwargs["class_token"] = "ac_bias" in case["state_dict"]
+        layer = (AgentReducedAttention if reduced else AgentSelfAttention)(**kwargs)
+    if reduced:
+        return layer, lambda x: layer(x.unflatten(1, called_size(case) or size)).flatten(1, 2)
+    return layer, lambda x: layer(x, called_size(case) or size)
+
+
+def stripe_layer(case):
+    kwargs = dict(case["cfg"]["ctor_kwargs"])
+    kwargs["resolution"] = pair(kwargs["resolution"])
+    layer = (AgentStripeAttention if "agent_num" in kwargs else StripeAttention)(**kwargs)
+    return layer, lambda qkv: layer(qkv, kwargs["resolution"])
+
+
+def hilo_layer(case):
+    bias = any(name in case["state_dict"] for name in ("l_q.bias", "h_qkv.bias"))
+    layer = HiLoSelfAttention(**(dict(case["cfg"]["ctor_kwargs"]) | dict(qkv_bias=bias)))
+    return layer, lambda x: layer(x.unflatten(1, called_size(case))).flatten(1, 2)
+
+
+def rala_layer(case):
+    kwargs = case["cfg"]["ctor_kwargs"]
+    layer = RALASelfAttention(**kwargs, linear=case["cfg"]["upstream_class"] != "VanillaSelfAttention")
+    return layer, lambda x: layer(x, rotary(x, kwargs["dim"] // kwargs["num_heads"]))
+
+
+def build(name):
+    """Return a case, the layer with the authors' weights, and a function of the case's input."""
+    case = mechanism(name)
+    family = name.split("/")[0]
+    special = {"attn_agent_cswin": stripe_layer, "attn_hilo": hilo_layer, "attn_rala": rala_layer}
+    layer, call = special.get(family, agent_layer)(case)
+    layer.load_state_dict(case["state_dict"])
+    return case, layer, call
+
+
+def test_all_mechanisms_have_cases():
+    assert {name.split("/")[0] for name in LAYERS} == set(FAMILIES)
+    assert ROTARY
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_equals_the_authors(name):
+    case, layer, call = build(name)
+    ((key, x),) = case["inputs"].items()
+    o = call(x.requires_grad_())
+    torch.testing.assert_close(o, case["output"], **TOLERANCE)
+    o.backward(case["cotangent"])
+    torch.testing.assert_close(x.grad, case["grad_input"][key], **TOLERANCE)
+    norms = case["cfg"]["param_grad_l2"]
+    assert {parameter for parameter, _ in layer.named_parameters()} == set(norms)
+    for parameter, norm in norms.items():
+        assert layer.get_parameter(parameter).grad.norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-5), parameter
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_rotary_equals_the_authors(name):
+    case = mechanism(name)
+    kwargs, size = case["cfg"]["ctor_kwargs"], re.search(r"RoPE\(\((\d+), (\d+)\)\)", case["cfg"]["call"]).groups()
+    head_dim = kwargs["embed_dim"] // kwargs["num_heads"]
+    cos, sin = rotary(torch.zeros(1, 1, *map(int, size)), head_dim)
+    torch.testing.assert_close(torch.stack([sin, cos]), case["output"], **TOLERANCE)
+    if "angle" in case["state_dict"]:
+        torch.testing.assert_close(rotary_frequencies(head_dim), case["state_dict"]["angle"], rtol=1e-3, atol=1e-5)
+
+
+def test_a_wrong_layer_is_caught():
+    case, layer, call = build("attn_agent_swin/win_open")
+    layer.ah_bias.data, layer.aw_bias.data = layer.aw_bias.data.mT.contiguous(), layer.ah_bias.data.mT.contiguous()
+    assert not torch.allclose(call(case["inputs"]["x"]), case["output"], **TOLERANCE)
+
+
+MAPS = [
+    pytest.param(lambda: AgentSelfAttention(16, 2, 4, (4, 4), class_token=True), (5, 7), id="agent-class-token"),
+    pytest.param(lambda: AgentReducedAttention(16, 2, 4, (4, 4), sr_ratio=2), (5, 7), id="agent-reduced"),
+    pytest.param(lambda: ReducedAttention(16, 2, sr_ratio=2), (5, 7), id="reduced"),
+    pytest.param(lambda: AgentStripeAttention(16, (4, 4), 0, 2, 2, agent_num=4), (3, 5), id="agent-stripe"),
+    pytest.param(lambda: StripeAttention(16, (4, 4), 1, 2, 2), (5, 3), id="stripe"),
+    pytest.param(lambda: HiLoSelfAttention(16, 4, alpha=0.5), (5, 3), id="hilo"),
+]
+
+
+@pytest.mark.parametrize(("make", "size"), MAPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_map_runs_forward_and_backward(make, size, dtype):
+    layer = make().to(dtype)
+    tokens = size[0] * size[1] + getattr(layer, "class_token", False)
+    x = torch.randn(2, tokens, 16, dtype=dtype, requires_grad=True)
+    if isinstance(layer, HiLoSelfAttention | ReducedAttention):
+        o = layer(x.unflatten(1, size)).flatten(1, 2)
+    else:
+        o = layer(torch.stack([x] * 3) if isinstance(layer, StripeAttention) else x, size)
+    assert o.shape == x.shape and o.dtype == dtype
+    o.float().square().sum().backward()
+    assert x.grad.isfinite().all() and x.grad.any()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_stripes_that_do_not_divide_the_map_are_stripes_of_a_smaller_map():
+    layer = StripeAttention(8, (4, 4), 0, 2, 2)
+    qkv = torch.randn(3, 2, 4 * 5, 8)
+    image = qkv.unflatten(2, (4, 5))
+    parts = [layer(image[..., i : i + 2, :].flatten(2, 3), (4, len(range(5)[i : i + 2]))) for i in (0, 2, 4)]
+    expected = torch.cat([part.unflatten(1, (4, -1)) for part in parts], 2).flatten(1, 2)
+    torch.testing.assert_close(layer(qkv, (4, 5)), expected)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.2, 0.9, 1.0])
+def test_hilo_has_the_projections_of_its_heads(alpha):
+    layer = HiLoSelfAttention(24, 12, alpha=alpha)
+    low = low_heads(12, alpha, 2)
+    groups = {name.split("_")[0] for name in layer.state_dict()}
+    assert groups == {"l"} if low == 12 else groups == {"h"} if low == 0 else groups == {"l", "h"}
+
+
+WRONG = [
+    (lambda: AgentSelfAttention(16, 3, 4, (4, 4)), "dim 16 is not a multiple of num_heads 3"),
+    (lambda: AgentSelfAttention(16, 2, 5, (4, 4)), "agent_num must be a square number, got 5"),
+    (lambda: ReducedAttention(16, 0), "num_heads 0"),
+    (lambda: StripeAttention(16, (4, 4), 2, 2, 2), "idx must be -1, 0 or 1, got 2"),
+    (lambda: HiLoSelfAttention(16, 4, alpha=1.5), "alpha must be between 0 and 1"),
+    (lambda: HiLoSelfAttention(16, 3), "num_heads 3"),
+    (lambda: RALASelfAttention(16, 8), r"dim 16 is not a multiple of 4 \* num_heads 8"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), WRONG)
+def test_bad_arguments_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,178 @@
+"""Agent-*, LITv2 and RAVLT in timm's registry: all that `test_backbones` asks, and what is their own."""
+
+import copy
+import gzip
+import json
+import math
+
+import pytest
+import timm
+import torch
+from golden_case import GOLDEN
+from linear_families import ROWS
+from test_backbones import (  # noqa: F401 - run here as well, for the families of this file
+    images,
+    test_any_image_size,
+    test_autocast,
+    test_compiled_whole,
+    test_dtypes,
+    test_every_parameter_learns_with_drop_path,
+    test_gradient_checkpointing_changes_nothing,
+    test_heads,
+    test_scripted_features,
+    test_torchscript_equals_eager_and_can_be_saved,
+    test_traced_by_fx,
+)
+from timm.models import group_parameters
+
+COUNTS = json.loads((GOLDEN / "manifests" / "params_macs.json").read_text())
+SHAPES = json.loads(gzip.decompress((GOLDEN / "manifests" / "state_dict_shapes.json.gz").read_bytes()))
+PUBLISHED = {name: ours for family in ROWS.values() for name, ours in family.published.items()}
+
+
+@pytest.fixture(params=ROWS)
+def family(request):
+    return ROWS[request.param]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    checkpoint = {key: torch.empty(shape, device="meta") for key, shape in SHAPES[name].items()}
+    overlay = dict(state_dict=dict(model=checkpoint))
+    model = timm.create_model(PUBLISHED[name], pretrained=True, pretrained_cfg_overlay=overlay, device="meta")
+    assert sum(p.numel() for p in model.parameters()) == COUNTS[name]["params"]
+    size = COUNTS[name]["res"]
+    assert model.pretrained_cfg["input_size"] == (3, size, size)
+
+
+def test_all_published_variants_are_here_and_have_addresses():
+    prefixes = ("agent_", "litv2_", "ravlt_")
+    assert {name for name in COUNTS if name.startswith(prefixes)} == set(PUBLISHED)
+    ours = [name for name in timm.list_models() if name.startswith(prefixes)]
+    assert set(ours) == set(PUBLISHED.values())
+    for name in ours:
+        cfg = timm.models.get_pretrained_cfg(name)
+        assert cfg.tag and cfg.url and cfg.license and "no download was tried" in cfg.notes[0]
+
+
+def test_features_have_their_channels_and_reductions(family):
+    whole, x = family.build(), images(64, 48)
+    model = family.build(features_only=True, feature_cls="getter", out_indices=(0, 2))
+    model.load_state_dict({f"model.{name}": t for name, t in whole.state_dict().items()}, strict=False)
+    features = model(x)
+    torch.testing.assert_close(features, whole.forward_intermediates(x, [0, 2], intermediates_only=True))
+    for i, feature in enumerate(features):
+        channels, reduction = model.feature_info.channels()[i], model.feature_info.reduction()[i]
+        assert feature.shape == (2, channels, math.ceil(64 / reduction), math.ceil(48 / reduction))
+
+
+def test_intermediates_and_pruning(family):
+    model, x = family.build(), images(48, 64)
+    last, features = model.forward_intermediates(x)
+    torch.testing.assert_close(last, model.forward_features(x))
+    end = len(features) - 1
+    kept = copy.deepcopy(model)
+    assert kept.prune_intermediate_layers([end], prune_head=False) == [end]
+    torch.testing.assert_close(kept(x), model(x))
+    for i in range(end):
+        pruned = copy.deepcopy(model)
+        pruned.prune_intermediate_layers([i], prune_norm=True)
+        assert len(pruned.stages) == i + 1 and pruned.num_features == features[i].shape[1]
+        torch.testing.assert_close(pruned.forward_intermediates(x, [i], intermediates_only=True)[0], features[i])
+        pruned.reset_classifier(4, "avg")
+        assert pruned(x).shape == (2, 4)
+
+
+def test_optimizer_groups(family):
+    model = family.build()
+    names = [name for name, _ in model.named_parameters()]
+    assert model.no_weight_decay() == {
+        name
+        for name in names
+        if name.endswith(("_bias", "pos_embed", "cls_token", "bias_table")) and not name.endswith(".bias")
+    }
+    fine = group_parameters(model, model.group_matcher(), reverse=True)
+    coarse = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+    assert set(fine) == set(coarse) == set(names)
+    assert len(set(fine.values())) >= len(set(coarse.values())) > 3
+
+
+def test_made_empty_then_initialized(family):
+    model = timm.create_model(family.arch, **family.tiny, device="meta")
+    model.to_empty(device="cpu").init_weights()
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert all(0 < model.get_parameter(name).abs().max() < 0.2 for name in model.no_weight_decay())
+    assert model.eval()(images(32, 32)).isfinite().all()
+
+
+def test_bad_input(family):
+    model = family.build()
+    for shape in ((2, 4, 32, 32), (3, 32, 32), (2, 3, 0, 32)):
+        for run in (model, model.forward_intermediates):
+            with pytest.raises(ValueError, match=rf"images must be \[B, 3, height, width\].*got shape \[{shape[0]}, "):
+                run(torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"output_fmt must be 'NCHW'.*, got 'NHWC'"):
+        model.forward_intermediates(images(32, 32), output_fmt="NHWC")
+    with pytest.raises(TypeError, match="windows"):
+        family.build(windows=7)
+    assert family.build(in_chans=5)(images(32, 32, channels=5)).shape == (2, 10)
+
+
+REFUSED = {
+    "agent_deit": (dict(agent_nums=(4, 4, 4)), "agent_nums must be four numbers"),
+    "agent_pvt": (dict(attn_types="AAC"), "one value per stage"),
+    "agent_swin": (dict(attn_types="AAM"), "attn_types must be 4 letters A, B or M"),
+    "agent_cswin": (dict(split_sizes=(1, 2)), "one value per stage"),
+    "litv2": (dict(window_sizes=(0, 0, 2)), "must fit each other"),
+    "ravlt": (dict(num_heads=(1, 2, 5, 8)), r"not a multiple of 4 \* num_heads"),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_bad_arguments(name):
+    arguments, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        ROWS[name].build(**arguments)
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name.startswith("agent")])
+def test_weights_of_another_size_are_resized(name):
+    small, x = ROWS[name].build(), images(64, 64)
+    larger = dict(img_size=96)
+    if name == "agent_swin":
+        larger["window_size"] = 24
+    overlay = dict(state_dict=small.state_dict(), num_classes=10)
+    arguments = ROWS[name].tiny | larger
+    if name == "agent_cswin":
+        arguments["agent_split_sizes"] = (24, 4, 4, 3)
+    model = timm.create_model(
+        ROWS[name].arch, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=10, **arguments
+    )
+    assert any(p.shape != small.state_dict()[key].shape for key, p in model.named_parameters())
+    assert model.eval()(images(96, 96)).isfinite().all()
+    again = dict(state_dict=model.state_dict(), num_classes=10)
+    back = timm.create_model(
+        ROWS[name].arch, pretrained=True, pretrained_cfg_overlay=again, num_classes=10, **ROWS[name].tiny
+    ).eval()
+    assert (back(x) - small(x)).norm() < 0.5 * small(x).norm()
+
+
+def test_another_variant_is_refused(family):
+    checkpoint = family.build().state_dict()
+    name = next(name for name in checkpoint if name.endswith("fc1.weight"))
+    checkpoint[name] = checkpoint[name][:-1]
+    missing = next(reversed([key for key in checkpoint if "fc2" in key]))
+    del checkpoint[missing]
+    with pytest.raises(ValueError, match=f"another model than {family.arch}: .*{name} is .* instead of"):
+        family.build(pretrained=True, pretrained_cfg_overlay=dict(state_dict=checkpoint, num_classes=10))
+
+
+@pytest.mark.parametrize(("name", "best", "other"), [("agent_cswin", "state_dict_ema", "model"),
+                                                     ("ravlt", "model_ema", "model")])  # fmt: skip
+def test_the_moving_average_is_taken(name, best, other):
+    good = ROWS[name].build().state_dict()
+    bad = {key: torch.zeros_like(t) for key, t in good.items()}
+    overlay = dict(state_dict={other: bad, best: good}, num_classes=10)
+    loaded = ROWS[name].arch, dict(pretrained=True, pretrained_cfg_overlay=overlay, num_classes=10)
+    model = timm.create_model(loaded[0], **loaded[1], **ROWS[name].tiny)
+    assert all(torch.equal(t, good[key]) for key, t in model.state_dict().items())

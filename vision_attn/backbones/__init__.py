@@ -1,0 +1,42 @@
+"""Image backbones in timm's registry, which load their authors' weights: importing this package registers them.
+
+    import vision_attn.backbones  # first: it also lets timm load beside a CPU build of torch
+    import timm
+
+    model = timm.create_model("nat_tiny.shi_in1k", pretrained=True)
+
+A family is one file: a class over `Backbone`, its `checkpoint_filter_fn`, its `default_cfgs`, its table of variants and
+a call of `register`. Its name is added here.
+"""
+
+from vision_attn.torchvision_stub import ensure_torchvision
+
+ensure_torchvision()
+
+from vision_attn.backbones import (  # noqa: E402
+    agent_cswin,
+    agent_deit,
+    agent_pvt,
+    agent_swin,
+    dinat,
+    dinat_s,
+    litv2,
+    nat,
+    nat_isotropic,
+    ravlt,
+)
+from vision_attn.backbones.backbone import Backbone  # noqa: E402
+
+__all__ = [
+    "Backbone",
+    "agent_cswin",
+    "agent_deit",
+    "agent_pvt",
+    "agent_swin",
+    "dinat",
+    "dinat_s",
+    "litv2",
+    "nat",
+    "nat_isotropic",
+    "ravlt",
+]

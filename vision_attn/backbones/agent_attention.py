@@ -1,0 +1,216 @@
+"""Agent attention with its own projections, under the parameter names of the authors' checkpoints.
+
+    o = proj(agents(q, k, v, B_1, B_2) + dwc(v))
+
+See `vision_attn.processors.agent` for the formula. The biases are resized bilinearly to the map at hand and, if wanted,
+to another grid of agents, as the authors do for detection: any height x width works with one set of weights.
+
+Paper: 'Agent Attention: On the Integration of Softmax and Linear Attention' - https://arxiv.org/abs/2312.08874
+"""
+
+from math import isqrt
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+
+from vision_attn.backbones.scripted import operator
+from vision_attn.grid import Grid
+from vision_attn.kernels.agent import Agents, agent_attention
+from vision_attn.kernels.window import from_cells, inside_cells, to_cells
+from vision_attn.processors.agent import AgentBiases, pool_agents, position_biases
+from vision_attn.processors.positional import add_depthwise
+
+Size = tuple[int, int]
+
+
+def attend(qkv: list[Tensor], tables: list[Tensor], weight: Tensor, bias: Tensor | None, sizes: list[int]) -> Tensor:
+    """Attend through agents inside every cell of the grid and add the convolution of the values.
+
+    Args:
+        qkv: Queries `[B, N, H, D]`, keys and values `[B, M, H, D]`, after one class token if there are eight tables.
+        tables: `AgentBiases.tables`, and ac_bias `[1, H, A, 1]`, ca_bias `[1, H, 1, A]` for a class token.
+        weight: Of the convolution `[C, 1, 3, 3]`.
+        bias: Of the convolution `[C]`.
+        sizes: Height and width of the queries' grid, of the keys' grid and of a cell, rows and columns of the agents;
+            the grids are equal if there is more than one cell.
+
+    Returns:
+        `[B, N, C]`.
+    """
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return torch.ops.vision_attn.attend_through_agents(qkv, tables, weight, bias, sizes)
+    return attend_through_agents(qkv, tables, weight, bias, sizes)
+
+
+@operator("attend_through_agents(Tensor[] qkv, Tensor[] tables, Tensor weight, Tensor? bias, SymInt[] sizes) -> Tensor")
+def attend_through_agents(
+    qkv: list[Tensor], tables: list[Tensor], weight: Tensor, bias: Tensor | None, sizes: list[int]
+) -> Tensor:
+    """Compute `attend`."""
+    q, k, v = qkv
+    assert bias is not None  # a convolution's type allows None
+    local = (weight, bias)
+    size, key_size, cell, agents = ((sizes[i], sizes[i + 1]) for i in (0, 2, 4, 6))
+    if cell == size:
+        return _attend(q, k, v, tables, local, (size, key_size, agents), None).flatten(2)
+    grid, batch = Grid(*size), q.shape[0]
+    inside = inside_cells(grid, cell, q.device)
+    seen = None if inside is None else inside.repeat(batch, 1)
+    q, k, v = (to_cells(t, grid, cell).flatten(0, 1) for t in (q, k, v))
+    o = _attend(q, k, v, tables, local, (cell, cell, agents), seen)
+    return from_cells(o.unflatten(0, (batch, -1)), grid, cell).flatten(2)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: list[Tensor],
+    local: tuple[Tensor, Tensor],
+    sizes: tuple[Size, Size, Size],
+    seen: Tensor | None,
+) -> Tensor:
+    size, key_size, agents = sizes
+    side = isqrt(tables[0].shape[1])
+    key_bias, query_bias = position_biases(tables[:6], ((side, side), agents), size, key_size)
+    prefix = 0
+    if len(tables) > 6:
+        ac, ca = (t[0] for t in tables[6:])
+        key_bias, query_bias, prefix = torch.cat([ac, key_bias], -1), torch.cat([ca, query_bias], 1), 1
+    grid = Grid(*size, prefix=prefix)
+    tokens = pool_agents(q[:, grid.image], grid, agents)
+    o = agent_attention(q, k, v, Agents(tokens, key_bias, query_bias), seen=seen)
+    if size != key_size:
+        image = v.flatten(2).transpose(1, 2).unflatten(2, key_size)
+        image = F.interpolate(image, size, mode="bilinear")
+        v = image.flatten(2).transpose(1, 2).unflatten(2, v.shape[2:])
+    return add_depthwise(o, v, grid, *local)
+
+
+def add_biases(
+    layer: nn.Module,
+    num_heads: int,
+    agent_num: int,
+    size: Size,
+    *,
+    key_size: Size | None = None,
+    class_token: bool = False,
+    **dd: Any,
+) -> None:
+    """Give a layer the biases of its agents as parameters of its own.
+
+    Args:
+        layer: The layer, which must have a `reset_parameters` of its own that calls `reset_biases`.
+        num_heads: H.
+        agent_num: Agents that the biases are for, a square number.
+        size: Height and width of the map that the biases are for.
+        key_size: The same of the keys' map, `size` if None.
+        class_token: Whether there are biases ac_bias, ca_bias of a class token.
+        **dd: Device and dtype of the parameters.
+
+    Raises:
+        ValueError: If `agent_num` is not a square number.
+    """
+    side = isqrt(max(agent_num, 0))
+    if side < 1 or side**2 != agent_num:
+        raise ValueError(f"agent_num must be a square number, got {agent_num}")
+    biases = AgentBiases(num_heads, (side, side), size, key_size or size, **dd)
+    for name, table in biases.named_parameters():
+        layer.register_parameter(name, table)
+    shapes = dict(ac_bias=(1, num_heads, agent_num, 1), ca_bias=(1, num_heads, 1, agent_num))
+    for name, shape in shapes.items():
+        layer.register_parameter(name, nn.Parameter(torch.zeros(shape, **dd)) if class_token else None)
+    reset_biases(layer)
+
+
+def reset_biases(layer: nn.Module) -> None:
+    """Draw the biases of a layer anew, as the authors do."""
+    for table in layer.parameters(recurse=False):
+        trunc_normal_(table, std=0.02)
+
+
+def agent_grid_of(agent_num: int, agent_grid: Size | None) -> Size:
+    """Return rows and columns of the agents at use."""
+    return agent_grid or (isqrt(agent_num), isqrt(agent_num))
+
+
+def refuse_heads(dim: int, num_heads: int) -> None:
+    """Refuse heads that do not divide the channels.
+
+    Raises:
+        ValueError: If `dim` is not a multiple of `num_heads`.
+    """
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
+
+
+@register_notrace_module
+class AgentSelfAttention(nn.Module):
+    """Agent attention over all tokens of a map, with one class token or none.
+
+    Args:
+        dim: Channels C.
+        num_heads: H.
+        agent_num: Agents that the biases are for, a square number.
+        size: Height and width of the map that the biases are for.
+        class_token: Whether one token precedes those of the map.
+        agent_grid: Rows and columns of the agents at use, the square root of `agent_num` each if None.
+        window: Height and width of windows that attend each on its own; None for the whole map.
+        qkv_bias: Whether the projection to q, k and v has a bias.
+        proj_drop: Dropout rate of the output.
+        **dd: Device and dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        agent_num: int,
+        size: Size,
+        *,
+        class_token: bool = False,
+        agent_grid: Size | None = None,
+        window: Size | None = None,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        **dd: Any,
+    ) -> None:
+        super().__init__()
+        refuse_heads(dim, num_heads)
+        self.num_heads, self.class_token, self.window = num_heads, class_token, window
+        self.agents = agent_grid_of(agent_num, agent_grid)
+        add_biases(self, num_heads, agent_num, size, class_token=class_token, **dd)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def reset_parameters(self) -> None:
+        """Draw the biases anew."""
+        reset_biases(self)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Return the attended tokens, of the shape of `x`.
+
+        Args:
+            x: A map `[B, height, width, C]`, or the tokens `[B, N, C]` of a map of `size`.
+            size: Height and width of the map, None for a map.
+        """
+        shape = x.shape
+        if size is None:
+            size = (shape[1], shape[2])
+            x = x.flatten(1, 2)
+        qkv = self.qkv(x).unflatten(2, [3, self.num_heads, -1]).unbind(2)
+        tables = [self.an_bias, self.na_bias, self.ah_bias, self.aw_bias, self.ha_bias, self.wa_bias]
+        if self.ac_bias is not None and self.ca_bias is not None:
+            tables += [self.ac_bias, self.ca_bias]
+        cell = size
+        if self.window is not None:
+            cell = (min(self.window[0], size[0]), min(self.window[1], size[1]))
+        sizes = [size[0], size[1], size[0], size[1], cell[0], cell[1], self.agents[0], self.agents[1]]
+        o = attend(qkv, tables, self.dwc.weight, self.dwc.bias, sizes)  # type: ignore[arg-type]
+        return self.proj_drop(self.proj(o)).reshape(shape)

@@ -1,0 +1,145 @@
+"""Agent-CSwin: agent attention over the whole map in the first stages, cross-shaped stripes in the last.
+
+Weights of the authors (https://github.com/LeapLabTHU/Agent-Attention) load in their layout, those of the moving average
+before the raw ones. Any image size runs: the agents' biases are resized to the map.
+
+Paper: 'Agent Attention: On the Integration of Softmax and Linear Attention' - https://arxiv.org/abs/2312.08874
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import calculate_drop_path_rates
+from timm.models import generate_default_cfgs
+from torch import nn
+
+from vision_attn.backbones.agent_family import AgentBackbone, agent_cfg, checkpoint_filter
+from vision_attn.backbones.blocks import Stage
+from vision_attn.backbones.checkpoints import Rule
+from vision_attn.backbones.cswin_layers import ConvEmbed, CSwinBlock, NormedConv, branches
+from vision_attn.backbones.pyramid import last_layers, levels_of, map_size
+from vision_attn.backbones.registry import register
+
+
+class AgentCSwin(AgentBackbone):
+    """Agents and cross-shaped stripes in stages.
+
+    Args:
+        img_size: Height and width of the images, or one number for both, that the biases are made for; other sizes run
+            as well.
+        patch_size: Pixels per side of a cell of the first map, which the stem's windows overlap.
+        in_chans: Channels of an image.
+        num_classes: Classes of the head, 0 for none.
+        global_pool: How the last map is pooled.
+        embed_dim: Channels of the first stage.
+        depths: Blocks of each stage.
+        num_heads: Heads of each stage.
+        split_sizes: Width of the stripes of softmax attention in each stage.
+        agent_split_sizes: The same of agent attention; a stage whose map is as wide for `img_size`, and the last stage,
+            attend over the whole map.
+        attn_types: A letter per stage: 'A' agent attention, 'B' softmax attention.
+        agent_nums: Agents of each stage, square numbers.
+        mlp_ratio: Hidden channels of an MLP over its channels.
+        qkv_bias: Whether queries, keys and values have a bias.
+        drop_rate: Dropout before the classifier.
+        proj_drop_rate: Dropout of attention and MLP outputs.
+        drop_path_rate: Share of samples that skip a branch of the last block; it falls linearly towards the first.
+        device: Where parameters are made.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: If the arguments of the stages do not fit each other.
+    """
+
+    def __init__(  # noqa: PLR0913, PLR0917 - timm builds models from flat arguments
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 64,
+        depths: Sequence[int] = (2, 4, 18, 1),
+        num_heads: Sequence[int] = (2, 4, 8, 16),
+        split_sizes: Sequence[int] = (1, 2, 7, 7),
+        agent_split_sizes: Sequence[int] = (56, 28, 14, 7),
+        attn_types: str = "AABB",
+        agent_nums: Sequence[int] = (9, 16, 49, 49),
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.2,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
+        given: dict[str, Any] = dict(num_heads=num_heads, split_sizes=split_sizes, agent_split_sizes=agent_split_sizes)
+        given |= dict(attn_types=attn_types, agent_nums=agent_nums)
+        if any(len(values) != len(depths) for values in given.values()) or set(attn_types) - {"A", "B"}:
+            raise ValueError(f"there must be one value per stage of depths={depths}, 'A' or 'B', got {given}")
+        dims = [embed_dim * 2**i for i in range(len(depths))]
+        skips = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        stages = []
+        for i, dim in enumerate(dims):
+            height, width = map_size(img_size, patch_size * 2**i)
+            agents = agent_nums[i] if attn_types[i] == "A" else None
+            split = (split_sizes if agents is None else agent_split_sizes)[i]
+            whole = i == len(dims) - 1 or (height <= split and width <= split)
+            blocks = [
+                CSwinBlock(
+                    dim,
+                    branches(dim, (height, width), num_heads[i], None if whole else split, agent_num=agents, **dd),
+                    mlp_ratio=mlp_ratio,
+                    qkv_bias=qkv_bias,
+                    proj_drop=proj_drop_rate,
+                    drop_path=next(skips),
+                    **dd,
+                )
+                for _ in range(depths[i])
+            ]
+            stages.append(Stage(NormedConv(dims[i - 1], dim, **dd) if i else nn.Identity(), blocks))
+        super().__init__(
+            ConvEmbed(in_chans, embed_dim, patch_size, **dd),
+            stages,
+            *last_layers(dims[-1], num_classes, global_pool, drop_rate, **dd),
+            in_chans=in_chans,
+            num_classes=num_classes,
+            levels=levels_of(dims, patch_size),
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    (r"^stage1_conv_embed\.0\.", "patch_embed.proj."),
+    (r"^stage1_conv_embed\.2\.", "patch_embed.norm."),
+    (r"^merge(\d)\.", r"stages.\1.downsample."),
+    (r"^stage(\d)\.", lambda match: f"stages.{int(match[1]) - 1}.blocks."),
+)
+
+default_cfgs = generate_default_cfgs(
+    {
+        "agent_cswin_tiny.leaplab_in1k": agent_cfg("8c562a74441e46d5902b"),
+        "agent_cswin_small.leaplab_in1k": agent_cfg("30eb8af675bc4b7a8747"),
+        "agent_cswin_base.leaplab_in1k": agent_cfg("c8035b0839b2410c8c9f"),
+        "agent_cswin_base_384.leaplab_in1k": agent_cfg("1239be0df44b47719432", 384, 1.0),
+    }
+)
+
+_DEEP = (3, 6, 29, 2)
+_BASE = dict(embed_dim=96, depths=_DEEP, num_heads=(4, 8, 16, 32), drop_path_rate=0.5)
+_AT_384 = dict(img_size=384, split_sizes=(1, 2, 12, 12), agent_split_sizes=(96, 48, 24, 12), drop_path_rate=0.7)
+
+register(
+    __name__,
+    AgentCSwin,
+    dict(
+        agent_cswin_tiny={},
+        agent_cswin_small=dict(depths=_DEEP, drop_path_rate=0.4),
+        agent_cswin_base=_BASE,
+        agent_cswin_base_384=_BASE | _AT_384,
+    ),
+    checkpoint_filter(RULES, ("state_dict_ema", "model", "state_dict")),
+    out_indices=(0, 1, 2, 3),
+    flatten_sequential=True,
+)

@@ -1,0 +1,54 @@
+"""What the Agent-* families share: undecayed parameters, reading checkpoints, and the configuration of the weights."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vision_attn.backbones.backbone import Backbone
+from vision_attn.backbones.checkpoints import Rule, refuse_mismatch, rename, unwrap
+from vision_attn.backbones.position import position_names, resize_for
+from vision_attn.backbones.registry import cfg
+
+BUFFERS = ("relative_position_index", "attn_mask")
+
+
+class AgentBackbone(Backbone):
+    """A `Backbone` whose biases and embeddings of positions are not decayed."""
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters that are not decayed."""
+        return position_names(self)
+
+
+def checkpoint_filter(
+    rules: Sequence[Rule], wrappers: Sequence[str] = ("model", "state_dict")
+) -> Callable[[Mapping[str, Any], nn.Module], dict[str, Tensor]]:
+    """Return a function that turns a checkpoint of the authors, or of this package, into a model's own.
+
+    It resizes embeddings and biases of positions to the size that the model was made for, and raises a ValueError that
+    names differences if the checkpoint is of another variant.
+
+    Args:
+        rules: The authors' names and ours.
+        wrappers: Names of the wrapped dictionary, the best weights first.
+    """
+    head = (r"^head\.(weight|bias)$", r"head.fc.\1")
+
+    def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+        state_dict = rename(unwrap(checkpoint, wrappers), (*rules, head))
+        state_dict = {name: t for name, t in state_dict.items() if not name.endswith(BUFFERS)}
+        state_dict = resize_for(state_dict, model)
+        refuse_mismatch(state_dict, model)
+        return state_dict
+
+    return checkpoint_filter_fn
+
+
+def agent_cfg(share: str, size: int = 224, crop_pct: float = 0.875, **fields: Any) -> dict[str, Any]:
+    """Return the configuration of weights that the authors share under that key; images are squashed to a square."""
+    url = f"https://cloud.tsinghua.edu.cn/f/{share}/?dl=1"
+    fields = dict(first_conv="patch_embed.proj", license="unknown", paper_ids="arXiv:2312.08874") | fields
+    return cfg(url, size, crop_pct=crop_pct, crop_mode="squash", **fields)

@@ -1,0 +1,151 @@
+"""Agent-PVT: the Pyramid Vision Transformer with agent attention in the place of spatial reduction.
+
+Weights of the authors (https://github.com/LeapLabTHU/Agent-Attention) load in their layout. Any image size runs:
+position embeddings and biases are resized to the map.
+
+Paper: 'Agent Attention: On the Integration of Softmax and Linear Attention' - https://arxiv.org/abs/2312.08874
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import ClassifierHead, calculate_drop_path_rates
+from timm.models import generate_default_cfgs
+from torch import nn
+
+from vision_attn.backbones.agent_family import AgentBackbone, agent_cfg, checkpoint_filter
+from vision_attn.backbones.blocks import PreNormBlock
+from vision_attn.backbones.checkpoints import Rule
+from vision_attn.backbones.nat import patches
+from vision_attn.backbones.pvt_layers import MapPatches, PositionedStage, Positions
+from vision_attn.backbones.pyramid import levels_of, map_size
+from vision_attn.backbones.reduced_attention import AgentReducedAttention, ReducedAttention
+from vision_attn.backbones.registry import register
+
+
+class AgentPVT(AgentBackbone):
+    """Agent attention in a pyramid of stages.
+
+    Args:
+        img_size: Height and width of the images, or one number for both, that position embeddings and biases are made
+            for; other sizes run as well.
+        patch_size: Pixels per side of a patch.
+        in_chans: Channels of an image.
+        num_classes: Classes of the head, 0 for none.
+        global_pool: How the last map is pooled.
+        embed_dims: Channels of each stage.
+        depths: Blocks of each stage.
+        num_heads: Heads of each stage.
+        mlp_ratios: Hidden channels of an MLP over its channels, of each stage.
+        attn_types: A letter per stage: 'A' agent attention, 'B' softmax attention.
+        agent_nums: Agents of each stage, square numbers.
+        agent_sr_ratios: How many times keys are fewer per side under agent attention.
+        sr_ratios: The same under softmax attention.
+        agent_grids: Rows and columns of the agents of each stage, the square roots of `agent_nums` if None.
+        qkv_bias: Whether queries, keys and values have a bias.
+        drop_rate: Dropout before the classifier.
+        proj_drop_rate: Dropout of attention and MLP outputs.
+        drop_path_rate: Share of samples that skip a branch of the last block; it falls linearly towards the first.
+        device: Where parameters are made.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: If the arguments of the stages do not fit each other.
+    """
+
+    def __init__(  # noqa: PLR0913, PLR0917 - timm builds models from flat arguments
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dims: Sequence[int] = (64, 128, 320, 512),
+        depths: Sequence[int] = (2, 2, 2, 2),
+        num_heads: Sequence[int] = (1, 2, 5, 8),
+        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+        attn_types: str = "AAAA",
+        agent_nums: Sequence[int] = (9, 16, 49, 49),
+        agent_sr_ratios: Sequence[int] = (1, 1, 1, 1),
+        sr_ratios: Sequence[int] = (8, 4, 2, 1),
+        agent_grids: Sequence[tuple[int, int]] | None = None,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
+        given: dict[str, Any] = dict(depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, attn_types=attn_types)
+        given |= dict(agent_nums=agent_nums, agent_sr_ratios=agent_sr_ratios, sr_ratios=sr_ratios)
+        if any(len(values) != len(embed_dims) for values in given.values()) or set(attn_types) - {"A", "B"}:
+            raise ValueError(f"there must be one value per stage of embed_dims={embed_dims}, 'A' or 'B', got {given}")
+        skips = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        stages = []
+        for i, dim in enumerate(embed_dims):
+            size = map_size(img_size, patch_size * 2**i)
+            options: dict[str, Any] = dict(qkv_bias=qkv_bias, proj_drop=proj_drop_rate, **dd)
+            grid = None if agent_grids is None else agent_grids[i]
+            blocks = []
+            for _ in range(depths[i]):
+                attn: nn.Module
+                if attn_types[i] == "B":
+                    attn = ReducedAttention(dim, num_heads[i], sr_ratio=sr_ratios[i], **options)
+                else:
+                    place = (dim, num_heads[i], agent_nums[i], size)
+                    attn = AgentReducedAttention(*place, sr_ratio=agent_sr_ratios[i], agent_grid=grid, **options)
+                block = PreNormBlock(
+                    dim, attn, mlp_ratio=mlp_ratios[i], proj_drop=proj_drop_rate, drop_path=next(skips), **dd
+                )
+                block.norm1.eps = block.norm2.eps = 1e-6  # only in the authors' blocks
+                blocks.append(block)
+            merging = MapPatches(embed_dims[i - 1], dim, **dd) if i else nn.Identity()
+            stages.append(PositionedStage(merging, Positions(dim, size, **dd), blocks))
+        super().__init__(
+            patches(in_chans, embed_dims[0], patch_size, **dd),
+            stages,
+            nn.Identity(),
+            ClassifierHead(
+                embed_dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC", **dd
+            ),
+            in_chans=in_chans,
+            num_classes=num_classes,
+            levels=levels_of(embed_dims, patch_size),
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    (r"^patch_embed1\.", "patch_embed."),
+    (r"^patch_embed([2-9])\.", lambda match: f"stages.{int(match[1]) - 1}.downsample."),
+    (r"^pos_embed(\d)$", lambda match: f"stages.{int(match[1]) - 1}.positions.pos_embed"),
+    (r"^block(\d)\.", lambda match: f"stages.{int(match[1]) - 1}.blocks."),
+)
+
+default_cfgs = generate_default_cfgs(
+    {
+        "agent_pvt_tiny.leaplab_in1k": agent_cfg("13fdf0e0a7c5498c934f"),
+        "agent_pvt_small.leaplab_in1k": agent_cfg("36b8be9a8863456685a3"),
+        "agent_pvt_medium.leaplab_in1k": agent_cfg("4d00ecacf18b45f9b88c"),
+        "agent_pvt_medium_256.leaplab_in1k": agent_cfg("654df734121643b19c52", 256),
+        "agent_pvt_large.leaplab_in1k": agent_cfg("040cfe0cfbbe4762ad09"),
+    }
+)
+
+_MEDIUM = dict(depths=(3, 4, 18, 3), drop_path_rate=0.3)
+
+register(
+    __name__,
+    AgentPVT,
+    dict(
+        agent_pvt_tiny=dict(depths=(2, 2, 2, 2)),
+        agent_pvt_small=dict(depths=(3, 4, 6, 3)),
+        agent_pvt_medium=_MEDIUM,
+        agent_pvt_medium_256=_MEDIUM | dict(img_size=256),
+        agent_pvt_large=dict(depths=(3, 8, 27, 3), drop_path_rate=0.3),
+    ),
+    checkpoint_filter(RULES),
+    out_indices=(0, 1, 2, 3),
+    flatten_sequential=True,
+)

@@ -1,0 +1,108 @@
+"""NAT's attention layer: each cell of a map attends to the window around it, with a relative position bias.
+
+    o_i = proj( sum_j softmax_j( scale * q_i . k_j + rpb[h, j - i] ) v_j ),    j in window(i)
+
+Where the map is smaller than `kernel_size * dilation` it is padded with zeros after the norm and before the projection,
+as the released models were trained (NATTEN 0.14): a padded cell is a key and a value equal to the projection's bias.
+
+Papers: 'Neighborhood Attention Transformer' - https://arxiv.org/abs/2204.07143,
+'Dilated Neighborhood Attention Transformer' - https://arxiv.org/abs/2209.15001
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+
+from vision_attn.backbones.scripted import operator
+from vision_attn.grid import Grid
+from vision_attn.kernels.local import local_attention
+from vision_attn.kernels.local_window import Window
+
+
+@register_notrace_module
+class NeighborhoodAttention(nn.Module):
+    """Neighborhood attention of a map `[B, height, width, C]`, which may have any size.
+
+    Args:
+        dim: Channels C.
+        num_heads: Heads, a divisor of `dim`.
+        kernel_size: Side of the window in cells.
+        dilation: Distance between the window's cells.
+        qkv_bias: Whether queries, keys and values have a bias.
+        scale: Factor of the logits, `(dim / num_heads) ** -0.5` if None or 0.
+        proj_drop: Dropout of the output.
+        device: Where parameters are made.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: If `num_heads` does not divide `dim`, or the window is empty.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: int = 7,
+        *,
+        dilation: int = 1,
+        qkv_bias: bool = True,
+        scale: float | None = None,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_heads(dim, num_heads)
+        _ = Window(kernel_size=kernel_size, dilation=dilation).steps
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
+        self.num_heads, self.kernel_size, self.dilation = num_heads, kernel_size, dilation
+        self.scale = scale or (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.rpb = nn.Parameter(torch.empty(num_heads, 2 * kernel_size - 1, 2 * kernel_size - 1, **dd))
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the position bias anew; the linear layers do so themselves."""
+        trunc_normal_(self.rpb, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a map of the shape of `x`."""
+        B, height, width, C = x.shape
+        least = self.kernel_size * self.dilation
+        padded = height < least or width < least
+        if padded:  # not by zero otherwise: a compiler keeps sizes simple
+            x = F.pad(x, (0, 0, 0, max(0, least - width), 0, max(0, least - height)))
+        rows, columns = x.shape[1], x.shape[2]
+        qkv = self.qkv(x).reshape(B, rows * columns, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.unbind(2)
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            o = torch.ops.vision_attn.neighborhood(q, k, v, self.rpb, rows, columns, self.dilation, self.scale)
+        else:
+            o = neighborhood(q, k, v, self.rpb, rows, columns, self.dilation, self.scale)
+        o = o.reshape(B, rows, columns, C)
+        if padded:
+            o = o[:, :height, :width]
+        return self.proj_drop(self.proj(o))
+
+
+def check_heads(dim: int, num_heads: int) -> None:
+    """Refuse a number of heads that does not divide the channels."""
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(f"num_heads must divide the {dim} channels, got {num_heads}")
+
+
+@operator(
+    "neighborhood(Tensor q, Tensor k, Tensor v, Tensor rpb, int height, int width, int dilation, float scale) -> Tensor"
+)
+def neighborhood(
+    q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, height: int, width: int, dilation: int, scale: float
+) -> Tensor:
+    """Attend from every cell to its window; the bias `[H, 2 * kernel_size - 1, 2 * kernel_size - 1]` tells its side."""
+    window = Window(kernel_size=(rpb.shape[1] + 1) // 2, dilation=dilation, bias=rpb)
+    return local_attention(q, k, v, Grid(height, width), window, scale=scale)

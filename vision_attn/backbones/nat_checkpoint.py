@@ -1,0 +1,76 @@
+"""Reads the checkpoints of all NAT families: the authors' three layouts and that of transformers."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vision_attn.backbones.checkpoints import Rule, refuse_mismatch, rename, unwrap
+
+
+def _next_stage(match: re.Match[str]) -> str:
+    """The authors downsample at the end of a level, timm at the start of the next stage."""
+    return f"stages.{int(match[1]) + 1}.downsample."
+
+
+OFFICIAL: tuple[Rule, ...] = (
+    (r"^(?:levels|layers)\.(\d+)\.downsample\.", _next_stage),
+    (r"^(?:levels|layers)\.", "stages."),
+    (r"\.gamma([12])$", r".ls\1.gamma"),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+)
+TRANSFORMERS: tuple[Rule, ...] = (
+    (r"^(?:nat|dinat)\.", ""),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^embeddings\.norm\.", "patch_embed.norm."),
+    (r"^encoder\.levels\.(\d+)\.downsample\.", _next_stage),
+    (r"^encoder\.levels\.(\d+)\.layers\.", r"stages.\1.blocks."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.self\.", ".attn."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"^layernorm\.", "norm."),
+    (r"^classifier\.", "head.fc."),
+)
+
+
+def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Turn a checkpoint of any layout into the model's own.
+
+    Args:
+        checkpoint: Tensors by name as the authors, transformers or this package save them, or a wrapper around them.
+        model: The model that is to hold them.
+
+    Returns:
+        The tensors under the model's names.
+
+    Raises:
+        ValueError: If the checkpoint is of another variant; the first few differences are named.
+    """
+    state_dict = unwrap(checkpoint)
+    if any(".layernorm_before." in name for name in state_dict):
+        state_dict = _joined(rename(state_dict, TRANSFORMERS))
+    else:
+        state_dict = rename(state_dict, OFFICIAL)
+    state_dict = {name: t for name, t in state_dict.items() if not name.endswith(".relative_position_index")}
+    refuse_mismatch(state_dict, model)
+    return state_dict
+
+
+def _joined(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Join query, key and value, and split the pair of layer scales."""
+    joined = {}
+    for name, tensor in state_dict.items():
+        if ".attn.query." in name:
+            parts = [tensor, *(state_dict.get(name.replace("query", part), tensor[:0]) for part in ("key", "value"))]
+            joined[name.replace("query", "qkv")] = torch.cat(parts)
+        elif name.endswith(".layer_scale_parameters"):
+            for i, gamma in enumerate(tensor, start=1):
+                joined[name.replace("layer_scale_parameters", f"ls{i}.gamma")] = gamma
+        elif ".attn.key." not in name and ".attn.value." not in name:
+            joined[name] = tensor
+    return joined

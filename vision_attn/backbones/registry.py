@@ -1,0 +1,74 @@
+"""Registers the variants of a family with timm, from a table."""
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, register_model
+from torch import nn
+
+UNTESTED = "The address is the authors'; no download was tried where this package is developed."
+
+
+def cfg(url: str = "", size: int = 224, **fields: Any) -> dict[str, Any]:
+    """Return a pretrained configuration: ImageNet's mean and deviation, bicubic, 1000 classes.
+
+    Args:
+        url: Where the authors keep the weights.
+        size: Side of the square image in pixels that the weights are for.
+        fields: What differs; `first_conv` always, `pool_size` unless a map's cell is 32 pixels wide.
+    """
+    return dict(
+        url=url,
+        num_classes=1000,
+        input_size=(3, size, size),
+        pool_size=(size // 32, size // 32),
+        crop_pct=0.875 if size == 224 else 1.0,
+        interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        classifier="head.fc",
+        notes=(UNTESTED,) if url else (),
+    ) | dict(fields)
+
+
+def register(
+    module: str,
+    model: type[nn.Module],
+    variants: Mapping[str, Mapping[str, Any]],
+    filter_fn: Callable[[dict[str, Any], nn.Module], dict[str, Any]],
+    **feature_cfg: Any,
+) -> None:
+    """Register one entry point of timm per variant, and make it a function of the module.
+
+    Args:
+        module: Name of the family's module, which has its `default_cfgs`. timm knows a module by the last part of its
+            name, so no module of timm may bear that.
+        model: The family's class.
+        variants: Name to constructor arguments.
+        filter_fn: Turns a checkpoint of any layout into the model's own.
+        feature_cfg: How `features_only=True` finds features, `out_indices` at least.
+    """
+    for name, arguments in variants.items():
+        entry = _entry_point(name, model, dict(arguments), filter_fn, feature_cfg)
+        entry.__name__ = entry.__qualname__ = name
+        entry.__module__ = module
+        entry.__doc__ = f"Build {name}; keyword arguments go to timm's builder and to `{model.__name__}`."
+        setattr(sys.modules[module], name, register_model(entry))
+
+
+def _entry_point(
+    name: str, model: type[nn.Module], arguments: dict[str, Any], filter_fn: Callable, feature_cfg: dict[str, Any]
+) -> Callable[..., nn.Module]:
+    def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return build_model_with_cfg(
+            model,
+            name,
+            pretrained,
+            pretrained_filter_fn=filter_fn,
+            feature_cfg=dict(feature_cfg),
+            **{**arguments, **kwargs},
+        )
+
+    return entry

@@ -1,0 +1,158 @@
+"""The parts of a vision transformer with a class token, which hand on the size of the map: stem, block, head."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp, global_pool_nlc, trunc_normal_
+from timm.models import checkpoint, register_notrace_module
+from torch import Tensor, nn
+
+from vision_attn.backbones.backbone import checked_image
+from vision_attn.backbones.position import resized_positions
+from vision_attn.backbones.reduced_attention import attend_densely
+
+
+@register_notrace_module
+class TokenEmbed(nn.Module):
+    """Patches of an image, a class token before them, and position embeddings, resized (bicubic) for other sizes.
+
+    Args:
+        in_chans: Channels of an image.
+        dim: Channels C.
+        patch_size: Pixels per side of a patch; the image goes on with zeros to whole patches.
+        size: Height and width of the map that the position embeddings are for.
+        **dd: Device and dtype of the parameters.
+    """
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int, size: tuple[int, int], **dd: Any) -> None:
+        super().__init__()
+        self.patch_size, self.size = patch_size, size
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, **dd)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim, **dd))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + size[0] * size[1], dim, **dd))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw class token and position embeddings anew."""
+        trunc_normal_(self.cls_token, std=0.02)
+        trunc_normal_(self.pos_embed, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return tokens `[B, 1 + N, C]` of images `[B, in_chans, height, width]`."""
+        x = checked_image(x, self.proj.in_channels)
+        x = F.pad(x, [0, -x.shape[3] % self.patch_size, 0, -x.shape[2] % self.patch_size])
+        x = self.proj(x).permute(0, 2, 3, 1)
+        x = x + resized_positions(self.pos_embed[:, 1:], self.size, (x.shape[1], x.shape[2]), "bicubic")
+        token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+        return torch.cat([token, x.flatten(1, 2)], 1)
+
+
+@register_notrace_module
+class TokenAttention(nn.Module):
+    """Softmax attention over all tokens; it takes the size of the map only for the interface."""
+
+    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True, proj_drop: float = 0.0, **dd: Any) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the attended tokens `[B, N, C]`."""
+        q, k, v = self.qkv(x).unflatten(2, [3, self.num_heads, -1]).unbind(2)
+        return self.proj_drop(self.proj(attend_densely(q, k, v).flatten(2)))
+
+
+class TokenBlock(nn.Module):
+    """Attention and an MLP, each behind a norm, on tokens of a map of a size that comes along.
+
+    Args:
+        dim: Channels C.
+        attn: From tokens and the map's size to tokens.
+        mlp_ratio: Hidden channels of the MLP over C.
+        proj_drop: Dropout of the MLP.
+        drop_path: Share of samples that skip a branch in training.
+        **dd: Device and dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        *,
+        mlp_ratio: float = 4.0,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        **dd: Any,
+    ) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.attn = attn
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return tokens of the shape of `x`."""
+        if self.grad_checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return checkpoint(self._forward, x, size)
+        return self._forward(x, size)
+
+    def _forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        x = x + self.drop_path1(self.attn(self.norm1(x), size))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
+class TokenPool(nn.Module):
+    """Pools tokens `[B, 1 + N, C]`: 'token' is the class token, 'avg' and 'max' are of the others, '' leaves them."""
+
+    def __init__(self, pool_type: str) -> None:
+        super().__init__()
+        if pool_type not in ("token", "avg", "max", "avgmax", ""):
+            raise ValueError(f"global_pool must be 'token', 'avg', 'max', 'avgmax' or '', got {pool_type!r}")
+        self.pool_type = pool_type
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `[B, C]`."""
+        return global_pool_nlc(x, pool_type=self.pool_type, num_prefix_tokens=1)
+
+
+class TokenHead(nn.Module):
+    """timm's `ClassifierHead` for tokens.
+
+    Args:
+        in_features: Channels C.
+        num_classes: Classes, 0 for none.
+        pool_type: See `TokenPool`.
+        drop_rate: Dropout before the classifier.
+        **dd: Device and dtype of the parameters.
+    """
+
+    def __init__(
+        self, in_features: int, num_classes: int, pool_type: str = "token", drop_rate: float = 0.0, **dd: Any
+    ) -> None:
+        super().__init__()
+        self.global_pool = TokenPool(pool_type)
+        self.drop = nn.Dropout(drop_rate)
+        self.fc: nn.Module = nn.Identity()
+        self.in_features = self.num_features = in_features
+        self.reset(num_classes, **dd)
+
+    def reset(
+        self, num_classes: int, pool_type: str | None = None, *, in_features: int | None = None, **dd: Any
+    ) -> None:
+        """Put a new classifier in place; None leaves the pooling, or the channels, as they are."""
+        if pool_type is not None:
+            self.global_pool = TokenPool(pool_type)
+        self.in_features = self.num_features = in_features or self.in_features
+        self.fc = nn.Linear(self.in_features, num_classes, **dd) if num_classes else nn.Identity()
+        self.train(self.training)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool and classify tokens; with `pre_logits` only pool them."""
+        x = self.drop(self.global_pool(x))
+        return x if pre_logits else self.fc(x)
