@@ -19,6 +19,7 @@ from linear_families import ROWS
 HERE = Path(__file__).parent
 TESTS = os.environ.get("TIMM_TESTS")
 PARTS = ("forward", "backward", "default_cfgs", "torchscript", "forward_features", "intermediates", "prune", "fx")
+TOKEN_ARCH = "agent_deit_tiny"
 ARCHS = [family.arch for family in (FAMILIES | ROWS).values()]
 
 
@@ -41,4 +42,6 @@ def test_timms_tests_pass(arch: str) -> None:
     passed = re.findall(r"^PASSED \S+::(\w+)", done.stdout, re.MULTILINE)
     print(arch, done.stdout.splitlines()[-1])
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert all(any(part in test for test in passed) for part in PARTS), passed
+    missing = [part for part in PARTS if not any(part in test for test in passed)]
+    # timm has no such test of models whose features are tokens
+    assert missing == (["forward_features"] if arch == TOKEN_ARCH else []), passed
