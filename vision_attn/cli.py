@@ -18,6 +18,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--steps", type=int, default=10, help="denoising steps at 128 px")
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
+    inspect = commands.add_parser("inspect", help="what a conversion needs of a model at a size, and where it pays")
+    inspect.add_argument("model", help="folder or hub name of a diffusers pipeline or model, or a timm model's name")
+    inspect.add_argument("--height", type=int, required=True, help="of the image in pixels")
+    inspect.add_argument("--width", type=int, required=True)
+    inspect.add_argument(
+        "--processor", default="clear", help="name of a processor, fields after a colon: clear:radius=8"
+    )
+    inspect.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="whose rates decide where it pays")
+    inspect.add_argument("--picture", type=Path, help="also draw which tokens the middle token of the first layer sees")
+    inspect.set_defaults(run=_inspect)
     bench = commands.add_parser("bench", help="check and time operators beside their peers, or show stored results")
     bench.add_argument("what", help="an entry (kernels_local), a group of entries (kernels), or 'table'")
     bench.add_argument("file", type=Path, nargs="?", help="with 'table': a stored result to show as Markdown")
@@ -27,9 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_argument("--candidates", help="comma-separated names, as in the table; all by default")
     bench.add_argument("--quick", action="store_true", help="fewer cases and samples")
     bench.set_defaults(run=_bench)
-    options = parser.parse_args(arguments)
+    distill = commands.add_parser("distill", add_help=False, help="train a converted model: its own --help says more")
+    distill.add_argument("arguments", nargs=argparse.REMAINDER)
+    given = list(sys.argv[1:] if arguments is None else arguments)
     # Threads that spin while they wait make a shared CPU ten times slower. It must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if given[:1] == ["distill"]:  # its settings are no arguments of argparse
+        return _distill(given[1:])
+    options = parser.parse_args(given)
     try:
         options.run(options)
     except (ValueError, TypeError, OSError) as error:
@@ -66,6 +81,27 @@ def _bench(options: argparse.Namespace) -> None:
         quick=options.quick, say=lambda line: print(line, flush=True),
     ):  # fmt: skip
         print(f"\n{table_of(path)}\nStored in {path}")
+
+
+def _distill(arguments: Sequence[str]) -> int:
+    from vision_attn.distill.command import main as distill  # noqa: PLC0415
+
+    return distill(arguments)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from vision_attn.estimate import estimate  # noqa: PLC0415
+    from vision_attn.inspection import attended, load_target, picture  # noqa: PLC0415
+    from vision_attn.processors import spec_of_text  # noqa: PLC0415
+
+    spec = spec_of_text(options.processor)
+    found = estimate(load_target(options.model), options.height, options.width, spec, device=options.device)
+    print(found)
+    if options.picture is not None:
+        grid = found.layers[0].grid
+        middle = (grid.height // 2, grid.width // 2)
+        picture(attended(spec, grid, *middle), *middle).save(options.picture)
+        print(f"{found.layers[0].name}, token {middle}: {options.picture}")
 
 
 if __name__ == "__main__":
