@@ -88,7 +88,7 @@ def test_a_case_is_stored_once_in_the_order_of_the_entry():
     [
         (["kernel"], "no benchmark 'kernel': there is 'kernels'"),
         (["kernels", "--device", "tpu"], "device must be 'cpu' or 'cuda', got 'tpu'"),
-        (["kernels", "--device", "cpu", "--only", "disk-*"], "no case 'disk-*': there is disc-64"),
+        (["kernels", "--device", "cpu", "--only", "disk-*"], "no case 'disk-*': there is linear-64"),
         (["kernels", "--device", "cpu", "--candidates", "cudnn"], "no candidate 'cudnn': there is 'ours'"),
         (["table"], "needs a FILE"),
         (["kernels", "results.json"], "needs a FILE, and only it does"),

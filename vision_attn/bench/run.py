@@ -91,7 +91,9 @@ def run_benchmarks(
     measurement = Measurement(where, rounds=2 if quick else 4, chosen=candidates)
     found = find_entries(name)
     check_candidates(found, candidates)
-    chosen = {entry: choose(entry.cases(where, quick), only) for entry in found}
+    every = {entry: entry.cases(where, quick) for entry in found}
+    wanted = {case.name for case in choose([case for cases in every.values() for case in cases], only)}
+    chosen = {entry: mine for entry, cases in every.items() if (mine := [c for c in cases if c.name in wanted])}
     options = [f"--only={pattern}" for pattern in only] + ["--quick"] * quick
     options += [f"--candidates={','.join(candidates)}"] * bool(candidates)
     command = shlex.join(["vision-attn", "bench", name, f"--device={where.type}", *options])

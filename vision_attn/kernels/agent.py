@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vision_attn.kernels._agent_triton import agent_attention_triton
+from vision_attn.kernels._linear_triton import linear_reasons
 from vision_attn.kernels.backend import Implementation, pick
 from vision_attn.kernels.dense import dense_attention
 from vision_attn.kernels.precision import full_precision, refuse_unlike
@@ -67,17 +69,22 @@ def agent_attention(
         seen: Bool `[B, M]` (or batch 1): False hides a key from the agents.
         direct: Further keys that the queries see, in one softmax with the agents.
         scale: Factor of the logits, `D ** -0.5` if None.
-        backend: 'torch' (any device), 'reference' (dense, small inputs), or 'auto' for the fastest that can run.
+        backend: 'triton' (CUDA, fused), 'torch' (any device), 'reference' (dense, small inputs), or 'auto' for the
+            fastest that can run.
 
     Returns:
         `[B, N, H, D]` in the dtype of `q`.
 
     Raises:
         TypeError: If dtypes differ or are not floating point.
-        ValueError: If shapes or devices do not fit each other, or a named backend cannot run.
+        ValueError: If shapes or devices do not fit each other, or a named backend cannot run (every reason is listed).
     """
     _check(q, k, v, agents, seen, direct)
-    implementations = {"torch": Implementation(_torch), "reference": Implementation(_reference)}
+    implementations = {
+        "triton": Implementation(agent_attention_triton, linear_reasons(q, auto=backend == "auto")),
+        "torch": Implementation(_torch),
+        "reference": Implementation(_reference),
+    }
     run = pick("agent_attention", backend, implementations)
     return run(q, k, v, agents, seen, direct, q.shape[-1] ** -0.5 if scale is None else scale)
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vision_attn.kernels._linear_triton import feature_mean_triton, linear_attention_triton, linear_reasons
 from vision_attn.kernels.backend import Implementation, pick
 from vision_attn.kernels.precision import full_precision, refuse_unlike
 
@@ -81,19 +82,66 @@ def linear_attention(
         key_weight: Weights w `[B, M, H]`, not negative, broadcasting; 0 hides a key.
         global_query: g `[B, H, F]`: multiply the weights by `M * softmax_j(g . phi(k_j))`.
         eps: Added to the normaliser's mean over keys.
-        backend: 'torch' (any device), 'reference' (dense, small inputs), or 'auto' for the fastest that can run.
+        backend: 'triton' (CUDA, fused), 'torch' (any device), 'reference' (dense, small inputs), or 'auto' for the
+            fastest that can run.
 
     Returns:
         `[B, N, H, D]` in the dtype of `q`.
 
     Raises:
         TypeError: If dtypes differ or are not floating point.
-        ValueError: If shapes or devices do not fit each other, or a named backend cannot run.
+        ValueError: If shapes or devices do not fit each other, or a named backend cannot run (every reason is listed).
     """
     _check(q, k, v, features, key_weight, global_query)
-    implementations = {"torch": Implementation(_torch), "reference": Implementation(_reference)}
+    reasons = linear_reasons(q, v, constants=features.rotary or (), auto=backend == "auto")
+    implementations = {
+        "triton": Implementation(linear_attention_triton, reasons),
+        "torch": Implementation(_torch),
+        "reference": Implementation(_reference),
+    }
     run = pick("linear_attention", backend, implementations)
     return run(q, k, v, features, key_weight, global_query, eps)
+
+
+def feature_mean(
+    q: Tensor, *, features: Features = Features(), weight: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """Return the mean of phi(q) over the tokens, weighed.
+
+        m = sum_i w_i phi(q_i) / sum_i w_i
+
+    Args:
+        q: Queries `[B, N, H, F]`, any strides.
+        features: The feature map; its rotation has no part in this.
+        weight: Weights w `[B, N, H]`, not negative, broadcasting.
+        backend: 'triton' (CUDA, one pass), 'torch' or 'reference', which are the same here, or 'auto' for the fastest
+            that can run.
+
+    Returns:
+        `[B, H, F]`, in float32 at least.
+
+    Raises:
+        TypeError: If the dtype is not floating point.
+        ValueError: If the weights do not fit, or a named backend cannot run (every reason is listed).
+    """
+    refuse_unlike(q)
+    if weight is not None and (weight.dim() != 3 or not _broadcasts(weight, tuple(q.shape[:3]))):
+        raise ValueError(f"weight must be [B, N, H] = {tuple(q.shape[:3])}, got {tuple(weight.shape)}")
+    implementations = {
+        "triton": Implementation(feature_mean_triton, linear_reasons(q, auto=backend == "auto")),
+        "torch": Implementation(_mean),
+        "reference": Implementation(_mean),
+    }
+    return pick("feature_mean", backend, implementations)(q, features, weight)
+
+
+@full_precision
+def _mean(q: Tensor, features: Features, weight: Tensor | None) -> Tensor:
+    phi = features.of(q.to(torch.promote_types(q.dtype, torch.float32)))
+    if weight is None:
+        return phi.mean(1)
+    weight = weight.to(phi.dtype)[..., None]
+    return (phi * weight).sum(1) / weight.expand(*phi.shape[:3], 1).sum(1)
 
 
 def _check(

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vision_attn.grid import Grid
+from vision_attn.kernels._linear_triton import linear_reasons
+from vision_attn.kernels._window_triton import window_attention_triton
 from vision_attn.kernels.backend import Implementation, pick
 from vision_attn.kernels.dense import dense_attention, seen_keys
 from vision_attn.kernels.local import check_inputs, check_mask
@@ -47,19 +49,25 @@ def window_attention(
         window_size: Side of a cell in tokens, or a (height, width) pair.
         mask: Bool `[B, prefix + suffix]` (or batch 1): False hides a key outside the grid from all queries.
         scale: Factor of the logits, `D ** -0.5` if None.
-        backend: 'torch' (any device), 'reference' (dense, small inputs), or 'auto' for the fastest that can run.
+        backend: 'triton' (CUDA, fused), 'torch' (any device), 'reference' (dense, small inputs), or 'auto' for the
+            fastest that can run.
 
     Returns:
         `[B, N, H, D]` in the dtype of `q`.
 
     Raises:
         TypeError: If dtypes differ or are not floating point.
-        ValueError: If shapes, devices and the grid do not fit each other, or a named backend cannot run.
+        ValueError: If shapes, devices and the grid do not fit each other, or a named backend cannot run
+            (every reason is listed).
     """
     check_inputs(q, k, v, grid)
     check_mask(q, grid, mask)
     cell = per_axis(window_size, "window_size", 1)
-    implementations = {"torch": Implementation(_torch), "reference": Implementation(_reference)}
+    implementations = {
+        "triton": Implementation(window_attention_triton, linear_reasons(q, auto=backend == "auto")),
+        "torch": Implementation(_torch),
+        "reference": Implementation(_reference),
+    }
     run = pick("window_attention", backend, implementations)
     return run(q, k, v, grid, cell, mask, q.shape[-1] ** -0.5 if scale is None else scale)
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vision_attn.grid import Grid
-from vision_attn.kernels.linear import Features, linear_attention
-from vision_attn.kernels.precision import full_precision
+from vision_attn.kernels.linear import Features, feature_mean, linear_attention
 from vision_attn.processors.base import AttnSpec, Layer, Processor
 from vision_attn.processors.linfusion import key_weight
 from vision_attn.processors.positional import DepthwiseBranch
@@ -100,17 +99,12 @@ def rank_augmented_attention(
 ) -> Tensor:
     """Return y of the formula above for `[B, N, H, D]`; see `linear_attention` for the arguments."""
     features = Features("elu", rotary)
-    g = _global_query(q, key_weight, q.shape[-1] ** -0.5 if scale is None else scale)
+    g = _global_query(q, key_weight, q.shape[-1] ** -0.5 if scale is None else scale, backend)
     return linear_attention(
         q, k, v, features=features, key_weight=key_weight, global_query=g, eps=1e-6, backend=backend
     )
 
 
-@full_precision
-def _global_query(q: Tensor, weight: Tensor | None, scale: float) -> Tensor:
+def _global_query(q: Tensor, weight: Tensor | None, scale: float, backend: str) -> Tensor:
     """The scaled mean of phi(q) over the tokens `[B, H, D]`, in float32 at least."""
-    phi = Features("elu").of(q.to(torch.promote_types(q.dtype, torch.float32)))
-    if weight is None:
-        return phi.mean(1) * scale
-    weight = weight.to(phi.dtype)[..., None]
-    return (phi * weight).sum(1) / weight.sum(1) * scale
+    return feature_mean(q, features=Features("elu"), weight=weight, backend=backend) * scale

@@ -1,0 +1,206 @@
+"""Check the Triton backends of linear, agent and window attention on a GPU against float64, and tune their launches.
+
+    PYTHONPATH=. python tests/gpu/check_linear.py [--dtypes bf16,fp16,fp32] [--only TEXT] [--skip-large] [--out FILE]
+    PYTHONPATH=. python tests/gpu/check_linear.py --tune [--only TABLE] [--wide]
+
+Every row of the CPU test's table and rows for every tuned configuration: output and all gradients, in three dtypes, as
+shares of the error budget; then 1M tokens, more than 2^31 elements, peak memory, `opcheck`, repeats, CUDA graphs and
+`compile`. `--tune` times a list of launches for every entry of a table and prints them, the fastest first.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import time
+import traceback
+from concurrent.futures import as_completed
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from test_operators import CASES, Case, call, inputs_of
+from tune_linear import drawn, operators, pool, tune
+
+from vision_attn.grid import Grid
+
+DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
+OPERATORS = ("linear", "agent", "window")
+
+
+def row(operator, id, **options):
+    return Case(operator, id, options)
+
+
+TUNED = [
+    *(row("linear", f"d{D}", N=2111, M=2111, H=3, D=D, F=D) for D in (16, 32, 40, 64, 72, 80, 128, 144, 256)),
+    *(row("linear", f"hedgehog-d{D}", N=1500, M=1500, H=2, D=D, F=2 * D, map="none") for D in (40, 64, 128)),
+    *(row("linear", f"weights-d{D}", N=1500, M=1900, H=2, D=D, F=D, weight=True, hidden=True) for D in (64, 128)),
+    *(row("linear", f"rala-d{D}", N=1501, M=1501, H=2, D=D, F=D, globals=True, weight=True) for D in (32, 64, 128)),
+    *(row("linear", f"rotary-d{D}", N=1501, M=1501, H=2, D=D, F=D, rotary=True) for D in (32, 64, 128, 256)),
+    *(row("linear", f"strided-d{D}", N=1501, M=1501, H=2, D=D, F=D, strided=True) for D in (64, 128)),
+    *(row("agent", f"a{A}-d{D}", N=1500, M=2100, A=A, H=2, D=D) for A in (1, 49, 256) for D in (40, 64, 128, 256)),
+    *(row("agent", f"biases-a{A}", N=1500, M=1501, A=A, H=2, D=64, biases=True, direct=77) for A in (9, 49, 144)),
+    row("agent", "hidden", N=1500, M=2100, A=49, H=2, D=64, direct=77, seen=True, biases=True, query_scale=0.2),
+    *(row("window", f"w{w}-d{D}", grid=Grid(37, 50), size=w, H=2, D=D) for w in (2, 4, 7, 8, 16) for D in (64, 128)),
+    *(row("window", f"text-d{D}", grid=Grid(37, 50, prefix=77), size=8, H=2, D=D) for D in (40, 64, 256)),
+    row("window", "text-w2", grid=Grid(37, 50, prefix=77), size=2, H=2, D=64),
+    row("window", "stripe", grid=Grid(32, 48, prefix=3, suffix=5), size=(32, 2), H=2, D=64, mask=True),
+]  # fmt: skip
+
+
+def names_of(case):
+    return ["o", *(name for name, t in inputs_of(case).items() if t is not None and t.requires_grad)]
+
+
+def results(case, t, backend):
+    t = {name: x if x is None else x.cuda().detach().requires_grad_(x.requires_grad) for name, x in t.items()}
+    with torch.device("cuda"):
+        o = call(case, t, backend)
+    leaves = [x for x in t.values() if x is not None and x.requires_grad]
+    cotangent = torch.cos(0.7 * torch.arange(o.numel(), dtype=torch.float64, device="cuda")).view_as(o).to(o.dtype)
+    return [o, *torch.autograd.grad(o, leaves, cotangent)]
+
+
+def shares(names, ours, plain, exact, dtype):
+    """Errors as shares of twice the error of plain PyTorch and one rounding of the largest value."""
+    found = {}
+    for name, a, p, e in zip(names, ours, plain, exact, strict=True):
+        budget = 2 * ((p - e).abs().max() + torch.finfo(dtype).eps * e.abs().max() + 1e-6)
+        found[name] = round(((a - e).abs().max() / budget).item(), 2)
+    return found
+
+
+def check(case, dtype):
+    exact = results(case, inputs_of(case), "reference")
+    plain, ours = (results(case, inputs_of(case, dtype), backend) for backend in ("reference", "triton"))
+    return shares(names_of(case), ours, plain, exact, dtype)
+
+
+def gradients(function, leaves, do):
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    o = function(*leaves)
+    return [o.detach(), *torch.autograd.grad(o, leaves, do)]
+
+
+def million(dtype=torch.bfloat16):
+    """Return the shares of 1M tokens against float64, two heads."""
+    q, k, v, do = drawn(1 << 20, 2, 64, dtype)
+    found = {}
+    for name in ("linear", "rala"):
+        f = operators(1 << 20, 2, 64)[name]
+        ours = gradients(f, (q, k, v), do)
+        exact = gradients(lambda *t: f(*t, backend="torch"), [t.double() for t in (q, k, v)], do.double())  # noqa: B023
+        plain = gradients(lambda *t: f(*t, backend="torch"), (q, k, v), do)  # noqa: B023
+        found[name] = shares("oqkv", ours, plain, exact, dtype)
+    return found
+
+
+def million_fp32():
+    return million(torch.float32)
+
+
+def large():
+    """Return the errors against one batch entry alone where B * N * H * D is above 2^31: offsets need 64 bits."""
+    N, H, D = 512 * 512, 24, 128
+    found = {}
+    for name, f in operators(N, H, D, B=1).items():
+        if name == "agent":
+            continue  # its agents have batch 1
+        q, k, v, do = drawn(N, H, D, B=3)
+        whole, last = gradients(f, (q, k, v), do), gradients(f, (q[2:], k[2:], v[2:]), do[2:])
+        pairs = zip(whole, last, strict=True)
+        found[name] = [round(((a[2:] - b).abs().max() / b.abs().max()).item(), 4) for a, b in pairs]
+    return found
+
+
+def memory():
+    """Return the peaks above inputs and outputs as shares of them, forward and with the backward."""
+    found = {}
+    for name, f in operators(256 * 256, 10, 64).items():
+        q, k, v, do = drawn(256 * 256, 10, 64)
+        leaves = [t.requires_grad_() for t in (q, k, v)]
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        o = f(*leaves)
+        forward = torch.cuda.max_memory_allocated() - before - o.nbytes
+        torch.autograd.grad(o, leaves, do)
+        both = torch.cuda.max_memory_allocated() - before - 4 * o.nbytes
+        found[name] = [round(forward / (4 * q.nbytes), 4), round(both / (8 * q.nbytes), 4)]
+    return found
+
+
+def modes():
+    """Return whether results repeat bit for bit, and are the same compiled and in a replayed CUDA graph."""
+    found = {}
+    for name, f in operators(41 * 40, 4, 64).items():
+        q, k, v, do = drawn(41 * 40, 4, 64)
+        leaves = [t.requires_grad_() for t in (q, k, v)]
+
+        def both(function, leaves=leaves, do=do):
+            o = function(*leaves)
+            return [o, *torch.autograd.grad(o, leaves, do)]
+
+        both(f)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = both(f)
+        with torch.no_grad():
+            for t in (*leaves, do):
+                t.normal_()
+        graph.replay()
+        torch.cuda.synchronize()
+        torch._dynamo.reset()
+        same = dict(repeats=both(f), graph=captured, compiled=both(torch.compile(f, fullgraph=True)))
+        found[name] = {key: all(map(torch.equal, both(f), value)) for key, value in same.items()}
+    from vision_attn.kernels._linear_triton import _linear
+
+    torch.library.opcheck(_linear, (*leaves, None, None, None, None, "elu", 1e-6))
+    return found
+
+
+def attempt(function, *args):
+    start = time.time()
+    try:
+        return function(*args), round(time.time() - start, 1)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:300]} @ {traceback.format_exc().splitlines()[-4:-1]}", 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dtypes", default="bf16,fp16,fp32")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--wide", action="store_true", help="tune float32 and 256 channels too")
+    parser.add_argument("--skip-large", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "check_linear.json")
+    args = parser.parse_args()
+    if args.tune:
+        tune(args.only, args.wide)
+        return
+    import triton
+
+    result = dict(device=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__, check={})
+    rows = [case for case in CASES + TUNED if case.operator in OPERATORS and args.only in str(case)]
+    with pool() as workers:
+        every = itertools.product(args.dtypes.split(","), rows)
+        jobs = {workers.submit(attempt, check, case, DTYPES[name]): f"{name} {case}" for name, case in every}
+        for job in as_completed(jobs):
+            found, seconds = job.result()
+            result["check"][jobs[job]] = found
+            bad = isinstance(found, str) or not all(share <= 1 for share in found.values())
+            print("FAIL" if bad else "ok  ", jobs[job], found, f"{seconds}s", flush=True)
+    args.out.write_text(json.dumps(result, indent=1))
+    for function in (million, million_fp32, memory, modes, *(() if args.skip_large else (large,))):
+        result[function.__name__] = attempt(function)[0]
+        print(function.__name__, result[function.__name__], flush=True)
+    args.out.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

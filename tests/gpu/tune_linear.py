@@ -1,0 +1,174 @@
+"""Times launches of the linear, agent and window kernels on a GPU: `check_linear.py --tune`."""
+
+import importlib
+import itertools
+import os
+import statistics
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+
+import torch
+
+from vision_attn.grid import Grid
+from vision_attn.kernels._linear_tiles_triton import Launch
+from vision_attn.kernels.agent import Agents, agent_attention
+from vision_attn.kernels.linear import Features, feature_mean, linear_attention
+from vision_attn.kernels.window import window_attention
+
+# Module, table, operator, whether the backward is timed.
+TABLES = {
+    "linear_state": ("linear_forward", "_STATE", "linear", False),
+    "linear_output": ("linear_forward", "_OUTPUT", "linear", False),
+    "linear_queries": ("linear_backward", "_QUERIES", "linear", True),
+    "linear_keys": ("linear_backward", "_KEYS", "linear", True),
+    "agent_forward": ("agent_forward", "_FORWARD", "agent", False),
+    "agent_queries": ("agent_backward", "_QUERIES", "agent", True),
+    "agent_keys": ("agent_backward", "_KEYS", "agent", True),
+    "window": ("window_kernels", "_TILES", "window", False),
+    "window_backward": ("window_kernels", "_TILES", "window", True),
+}
+SIZES = {64: ((64 * 64, 10), (256 * 256, 10)), 128: ((256 * 256, 24),), 256: ((128 * 128, 8),)}
+
+
+def operators(N, H, D, dtype=torch.bfloat16, B=1):
+    """Return each operator as a function of q, k, v, with 49 agents, windows of 2 and a prefix for windows."""
+    side = int(N**0.5)
+    agents = torch.randn(B, 49, H, D, device="cuda", dtype=dtype)
+    grid = Grid(side, N // side, suffix=N - side * (N // side))
+    features = Features("elu")
+    return {
+        "linear": lambda q, k, v, backend="triton": linear_attention(q, k, v, features=features, backend=backend),
+        "rala": lambda q, k, v, backend="triton": linear_attention(
+            q, k, v, global_query=feature_mean(q, backend=backend) * D**-0.5, backend=backend
+        ),
+        "agent": lambda q, k, v, backend="triton": agent_attention(q, k, v, Agents(agents), backend=backend),
+        "window": lambda q, k, v, backend="triton": window_attention(q, k, v, grid, 2, backend=backend),
+    }
+
+
+def drawn(N, H, D, dtype=torch.bfloat16, B=1):
+    generator = torch.Generator("cuda").manual_seed(0)
+    return [torch.randn(B, N, H, D, generator=generator, device="cuda", dtype=dtype) for _ in range(4)]
+
+
+def timed(function, repeats=30):
+    """Return the median milliseconds of a CUDA graph's replays."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            function()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            function()
+        for _ in range(5):
+            graph.replay()
+        samples = []
+        for _ in range(repeats):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            samples.append(begin.elapsed_time(end))
+    return statistics.median(samples)
+
+
+def module_of(name):
+    """Return the module that a table is in."""
+    return f"vision_attn.kernels._{TABLES[name][0]}_triton"
+
+
+def launches(start, many):
+    """Return the launches to try for an entry, the table's own first."""
+    if isinstance(start, tuple):
+        return [start, *(((rows, warps),) * 3 for rows in (16, 32, 64, 128) for warps in (2, 4, 8))]
+    programs = (4, 8, 16) if many else (1, 2, 4)
+    every = list(itertools.product((16, 32, 64, 128), (4, 8, 16), (1, 2, 3, 4), programs))
+    if isinstance(start, Launch):
+        return [start, *(Launch(*numbers) for numbers in every)]
+    found = [(rows, numbers) for rows in (32, 64, 128) for numbers in every if numbers[0] >= 32 and numbers[1] <= 8]
+    return [start, *(replace(start, rows=rows, launch=Launch(*numbers)) for rows, numbers in found)]
+
+
+def one_launch(name, key, size, launch):
+    """Return a call with a launch in the place of the table's entry; the first call compiles."""
+    _, table, operator, backward = TABLES[name]
+    module = importlib.import_module(module_of(name))
+    setattr(module, table, getattr(module, table) | {key: launch})  # the caller puts it back
+    dtype = torch.bfloat16 if key[0] == 2 else torch.float32
+    q, k, v, do = drawn(*size, key[1], dtype)
+    return passes(operators(*size, key[1], dtype)[operator], (q, k, v), do, backward)()
+
+
+def warm(name, key, launch):
+    """Compile a launch, and say whether it runs."""
+    module, table = importlib.import_module(module_of(name)), TABLES[name][1]
+    original = getattr(module, table)
+    try:
+        one_launch(name, key, (2048, 2), launch)()
+        torch.cuda.synchronize()
+    except Exception:
+        return False
+    finally:
+        setattr(module, table, original)
+    return True
+
+
+def without_programs(launch):
+    """Return what of a launch is compiled for."""
+    if isinstance(launch, tuple):
+        return launch
+    if isinstance(launch, Launch):
+        return replace(launch, programs=0)
+    return replace(launch, launch=replace(launch.launch, programs=0))
+
+
+def tune(only, wide):
+    """Compile every launch in parallel, then time them one by one; one that does not run is left out."""
+    with pool() as workers:
+        for name, (_, table, _, backward) in TABLES.items():
+            module = importlib.import_module(module_of(name))
+            original = getattr(module, table)
+            keys = [key for key in original if wide or (key[0] == 2 and key[1] <= 128)]
+            for key in keys if only in name else ():
+                tried = launches(original[key], name.endswith(("output", "keys")))
+                distinct = {without_programs(launch): launch for launch in tried}
+                jobs = {one: workers.submit(warm, name, key, launch) for one, launch in distinct.items()}
+                tried = [launch for launch in tried if jobs[without_programs(launch)].result()]
+                for size in SIZES[key[1]]:
+                    found = []
+                    for launch in tried:
+                        try:
+                            found.append((timed(one_launch(name, key, size, launch)), launch))
+                        except RuntimeError:
+                            torch.cuda.synchronize()
+                    setattr(module, table, original)
+                    moved = (7 if backward else 4) * size[0] * size[1] * key[1] * key[0] / 1e9
+                    best = sorted(found, key=lambda pair: pair[0])[:5]
+                    lines = "; ".join(f"{ms * 1e3:.1f} us {moved / ms:.2f} TB/s {launch}" for ms, launch in best)
+                    first = f"{found[0][0] * 1e3:.1f} us {found[0][1]}" if found else "nothing runs"
+                    print(f"{name} {key} N, H {size}: first {first}; best {lines}", flush=True)
+
+
+def pool():
+    """Return processes that compile side by side."""
+    workers = max(1, min(14, (os.cpu_count() or 2) - 2))
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+
+
+def passes(function, tensors, do, backward):
+    """Return what makes a call to time: the forward, or the backward of a forward that was just run."""
+
+    def forward():
+        with torch.no_grad():
+            function(*tensors)
+
+    def make():
+        if not backward:
+            return forward
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        o = function(*leaves)
+        return lambda: torch.autograd.grad(o, leaves, do, retain_graph=True)
+
+    return make

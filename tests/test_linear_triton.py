@@ -1,0 +1,208 @@
+"""The Triton backends of linear, agent and window attention in Triton's interpreter; this file: linear attention.
+
+bf16 is silently wrong in the interpreter and the launches are checked on a GPU: `tests/gpu/check_linear.py`.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_operators import CASES, Case, call, inputs_of, run
+
+from vision_attn.kernels._linear_triton import linear_reasons
+from vision_attn.kernels.linear import Features, feature_mean, linear_attention
+
+INTERPRETED = "VISION_ATTN_INTERPRETED"
+inside = pytest.mark.skipif(INTERPRETED not in os.environ, reason="run by test_in_the_interpreter")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+FILES = ("linear_triton", "agent_triton", "window_triton")
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: tests/gpu/check_linear.py")
+@pytest.mark.skipif(INTERPRETED in os.environ, reason="this is that process")
+@pytest.mark.parametrize("speed", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_in_the_interpreter(speed):
+    """Triton reads TRITON_INTERPRET when it is imported, and torch imports it: so a process of its own."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", INTERPRETED: "1"}
+    here = Path(__file__).parent
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", speed]
+    command = [sys.executable, "-m", "pytest", *options, *(str(here / f"test_{name}.py") for name in FILES)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=here.parent)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch):
+    """Tiles that an interpreter walks quickly; their sizes are no matter of correctness."""
+    if INTERPRETED in os.environ:
+        tiles(monkeypatch, 64)
+
+
+def tiles(monkeypatch, length, programs=1):
+    from vision_attn.kernels import _linear_backward_triton, _linear_forward_triton, _linear_mean_triton
+    from vision_attn.kernels._linear_tiles_triton import Launch
+
+    table = {(size, 256, 256): Launch(length, 1, 1, programs) for size in (2, 4)}
+    for module, name in (
+        (_linear_forward_triton, "_STATE"),
+        (_linear_forward_triton, "_OUTPUT"),
+        (_linear_backward_triton, "_QUERIES"),
+        (_linear_backward_triton, "_KEYS"),
+    ):
+        monkeypatch.setattr(module, name, table)
+    monkeypatch.setattr(_linear_mean_triton, "_MEAN", {256: table[2, 256, 256]})
+
+
+def one_head(case):
+    return Case(case.operator, case.id, case.options | dict(H=1))
+
+
+def shares(ours, plain, exact, dtype):
+    """Errors as shares of the budget: twice the error of plain PyTorch and one rounding of the largest value."""
+    for o, p, e in zip(ours, plain, exact, strict=True):
+        assert o.dtype == dtype and o.shape == e.shape
+        budget = 2 * ((p - e).abs().max() + torch.finfo(dtype).eps * e.abs().max() + 1e-6)
+        yield ((o - e).abs().max() / budget).item()
+
+
+def check_case(case, dtype):
+    exact = run(case, inputs_of(case), "reference")
+    ours, plain = (run(case, inputs_of(case, dtype), backend) for backend in ("triton", "reference"))
+    assert max(shares(ours, plain, exact, dtype)) <= 1
+
+
+LINEAR = [one_head(case) for case in CASES if case.operator == "linear"]
+WIDE = Case("linear", "wide", dict(N=70, M=70, H=1, D=144, F=160))
+ROWS = [
+    *((case, torch.float32) for case in LINEAR),
+    *((case, torch.float16) for case in LINEAR if case.id in ("elu", "weights", "rala-hidden", "one-token")),
+    (WIDE, torch.float32),
+    (Case("linear", "wide-rala", WIDE.options | dict(rotary=True, globals=True, weight=True)), torch.float16),
+]
+SLOW = [
+    *((case, torch.float16) for case in LINEAR if case.id != "rala"),
+    *((Case("linear", "wider", WIDE.options | dict(D=256, F=256)), dtype) for dtype in (torch.float16, torch.float32)),
+    *((Case("linear", f"d{D}", WIDE.options | dict(D=D, F=D)), torch.float16) for D in (72, 80, 128)),
+]
+
+
+@inside
+@pytest.mark.parametrize(("case", "dtype"), [*ROWS, *(pytest.param(*r, marks=pytest.mark.slow) for r in SLOW)], ids=str)
+def test_error_is_within_the_budget(case, dtype):
+    check_case(case, dtype)
+
+
+@inside
+@pytest.mark.parametrize("id", ["elu", "rala-hidden"])
+def test_parts_of_the_sequence_add_up(id, monkeypatch):
+    tiles(monkeypatch, 16, 4)
+    monkeypatch.setattr("vision_attn.kernels._linear_forward_triton.cut", lambda tokens, *rest: (-(-tokens // 16), 16))
+    monkeypatch.setattr("vision_attn.kernels._linear_backward_triton.cut", lambda tokens, *rest: (-(-tokens // 16), 16))
+    case = next(case for case in LINEAR if case.id == id)
+    check_case(Case(case.operator, case.id, case.options | dict(N=50, M=150)), torch.float32)
+
+
+def draw(*shape, dtype=torch.float32, scale=1.0):
+    return (torch.randn(shape) * scale).to(dtype).requires_grad_()
+
+
+EDGES = {
+    "near-zero-denominators": lambda dtype: (draw(1, 40, 2, 16, dtype=dtype), draw(1, 40, 2, 16, dtype=dtype), -9.0),
+    "large": lambda dtype: (draw(1, 40, 2, 16, dtype=dtype, scale=40), draw(1, 40, 2, 16, dtype=dtype, scale=40), 0.0),
+    "batch-0": lambda dtype: (draw(0, 40, 2, 16, dtype=dtype), draw(0, 40, 2, 16, dtype=dtype), 0.0),
+    "no-queries": lambda dtype: (draw(1, 0, 2, 16, dtype=dtype), draw(1, 9, 2, 16, dtype=dtype), 0.0),
+    "no-keys": lambda dtype: (draw(1, 9, 2, 16, dtype=dtype), draw(1, 0, 2, 16, dtype=dtype), 0.0),
+}
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("edge", EDGES)
+def test_edges(edge, dtype):
+    q, k, shift = EDGES[edge](dtype)
+    v = draw(*k.shape[:3], 24, dtype=dtype)
+    t = [(x.detach() + s).requires_grad_() for x, s in ((q, 0), (k, shift), (v, 0))]
+    results = []
+    for backend, wide in (("triton", dtype), ("reference", dtype), ("reference", torch.float64)):
+        leaves = [x.detach().to(wide).requires_grad_() for x in t]
+        o = linear_attention(*leaves, backend=backend)
+        cotangent = torch.cos(torch.arange(o.numel(), dtype=torch.float64)).view_as(o).to(wide)
+        results.append([o, *torch.autograd.grad(o, leaves, cotangent)])
+    if not t[0].numel() or not t[1].numel():
+        assert all(torch.equal(a, torch.zeros_like(a)) for a in results[0])
+    else:
+        assert max(shares(*results, dtype)) <= 1
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("weight", [False, True], ids=["mean", "weighted"])
+def test_mean_of_features(weight, dtype):
+    results = []
+    for backend, wide in (("triton", dtype), ("torch", dtype), ("torch", torch.float64)):
+        torch.manual_seed(1)
+        q = torch.randn(2, 1, 150, 24).to(dtype).to(wide).transpose(1, 2).requires_grad_()
+        w = torch.rand(2, 150, 1).to(dtype).to(wide).requires_grad_() if weight else None
+        m = feature_mean(q, weight=w, backend=backend)
+        cotangent = torch.cos(torch.arange(m.numel(), dtype=torch.float64)).view_as(m).to(m.dtype)
+        results.append(list(torch.autograd.grad(m, [q, *([w] if weight else [])], cotangent)))
+        if backend == "triton":
+            mean = m
+    torch.testing.assert_close(mean.double(), m, atol=1e-6, rtol=1e-6)
+    assert max(shares(*results, dtype)) <= 1
+
+
+@inside
+def test_views_and_channels_that_are_not_neighbours():
+    """Gradients of views land in the whole tensor, and q with strided channels is read as it is seen."""
+    leaf = torch.randn(1, 60, 3, 2, 16).requires_grad_()
+    o = [linear_attention(leaf[:, :, 0], leaf[:, :, 1], leaf[:, :, 2], backend=b) for b in ("triton", "reference")]
+    for a, b in zip(*(torch.autograd.grad(t.square().sum(), leaf) for t in o), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    q = torch.randn(1, 60, 16, 2).transpose(2, 3)
+    ours, exact = (linear_attention(q, q, q, backend=backend) for backend in ("triton", "reference"))
+    torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
+
+
+@inside
+def test_opcheck_and_compile():
+    """PyTorch's rules hold (schema, fake kernels, autograd), and one graph holds the operator."""
+    from vision_attn.kernels._linear_triton import _linear, _mean
+
+    q, k, v = (draw(1, 40, 1, 16) for _ in range(3))
+    cos, sin = torch.randn(40, 16), torch.randn(40, 16)
+    weight, query = torch.rand(1, 40, 1).requires_grad_(), draw(1, 1, 16)
+    torch.library.opcheck(_linear, (q, k, v, cos, sin, weight, query, "elu", 1e-6))
+    torch.library.opcheck(_linear, (q, k, v, None, None, None, None, "relu", 1e-6))
+    torch.library.opcheck(_mean, (q, weight, "elu"))
+    compiled = torch.compile(linear_attention, fullgraph=True, backend="aot_eager")
+    options = dict(features=Features("elu", (cos, sin)), key_weight=weight, global_query=query, backend="triton")
+    o = [f(q, k, v, **options) for f in (compiled, linear_attention)]
+    for a, b in zip(*(torch.autograd.grad(t.square().sum(), (q, k, v, weight, query)) for t in o), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@inside
+def test_a_wrong_formula_is_caught():
+    case = next(case for case in LINEAR if case.id == "weights")
+    t = inputs_of(case)
+    exact, low = call(case, t, "reference"), inputs_of(case, torch.float32)
+    wrong = linear_attention(low["q"], low["k"], low["v"], backend="triton")
+    assert next(shares([wrong], [exact.float()], [exact], torch.float32)) > 100
+
+
+def test_every_reason_is_listed(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    q, v = torch.zeros(1, 4, 1, 320, dtype=torch.float64), torch.zeros(1, 4, 1, 8)
+    reasons = linear_reasons(q, v, constants=(v.requires_grad_(),))
+    assert "q is on cpu, not on cuda" in reasons
+    assert "head_dim 320 is above 256" in reasons
+    assert "dtype torch.float64 is none of float32, float16, bfloat16" in reasons
+    assert "rotary needs a gradient" in reasons
+    with pytest.raises(ValueError, match=r"triton.*cuda.*320"):
+        linear_attention(q, q, q, backend="triton")

@@ -1,0 +1,88 @@
+"""Agent attention in Triton: the operator of both stages, its gradient, and the two calls.
+
+The kernels are in `_agent_forward_triton.py` and `_agent_backward_triton.py`; triton is imported when they first run.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def agent_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, agents: Any, seen: Tensor | None, direct: Any, scale: float
+) -> Tensor:
+    """Run `agent_attention` on checked inputs."""
+    a = agents.tokens
+    A, M = a.shape[1], k.shape[1]
+    gathered = _attend(a, k, v, agents.key_bias, seen, M, [scale, scale])[0]
+    first = scale if agents.query_scale is None else agents.query_scale
+    if direct is None:
+        return _attend(q, a, gathered, agents.query_bias, None, A, [first, first])[0]
+    both = direct.seen
+    if both is not None:
+        both = torch.cat([both.new_ones(len(both), A), both], 1)
+    keys, values = torch.cat([a, direct.k], 1), torch.cat([gathered, direct.v], 1)
+    return _attend(q, keys, values, agents.query_bias, both, A, [first, scale])[0]
+
+
+@torch.library.custom_op("vision_attn::few_triton", mutates_args=())
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seen: Tensor | None, first: int, scales: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp in base 2; the first keys have a bias `[H, N, first]` and a scale of their own."""
+    from vision_attn.kernels._agent_forward_triton import forward  # noqa: PLC0415
+
+    return forward(_pairs(q, k, v, bias, seen, first, scales))
+
+
+@_attend.register_fake
+def _(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    B, N, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, N), dtype=torch.float32)
+
+
+@torch.library.custom_op("vision_attn::few_triton_backward", mutates_args=())
+def _attend_backward(
+    do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seen: Tensor | None,
+    first: int, scales: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v and bias; empty for what is None."""
+    from vision_attn.kernels._agent_backward_triton import backward  # noqa: PLC0415
+    from vision_attn.kernels._linear_tiles_triton import packed  # noqa: PLC0415
+
+    return backward(_pairs(q, k, v, bias, seen, first, scales), packed(do), o, lse)
+
+
+@_attend_backward.register_fake
+def _(
+    do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *args: object
+) -> tuple[Tensor, ...]:
+    return *(t.new_empty(t.shape) for t in (q, k, v)), q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+
+
+def _pairs(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seen: Tensor | None, first: int, scales: Sequence[float]
+) -> Any:
+    from vision_attn.kernels._agent_forward_triton import Pairs  # noqa: PLC0415
+    from vision_attn.kernels._linear_tiles_triton import packed  # noqa: PLC0415
+
+    if seen is not None:
+        seen = seen.contiguous().view(torch.uint8)
+    return Pairs(packed(q), packed(k), packed(v), bias, seen, first, (scales[0], scales[1]))
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5], *output)
+    ctx.rest = inputs[5:]
+
+
+def _backward(ctx: Any, do: Tensor | None, unused: object) -> tuple:
+    q, k, v, bias, seen, o, lse = ctx.saved_tensors
+    do = torch.zeros_like(o) if do is None else do
+    dq, dk, dv, dbias = _attend_backward(do, o, lse, q, k, v, bias, seen, *ctx.rest)
+    return dq, dk, dv, None if bias is None else dbias, None, None, None
+
+
+_attend.register_autograd(_backward, setup_context=_save)

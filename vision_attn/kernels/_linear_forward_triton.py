@@ -1,0 +1,331 @@
+"""The forward of linear attention in Triton: partial states of keys and values, their merge, and the output.
+
+Three launches. The first reads k and v once and leaves a float32 state for each part of the keys; the second adds the
+parts in a fixed order and divides (see `_linear_tiles_triton.py`); the third reads q once and writes o once.
+"""
+
+# ruff: noqa: ANN001, ANN202, PLR0915  # the compiler of a kernel reads no annotations
+# mypy: disable-error-code="no-untyped-def"
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vision_attn.kernels._linear_tiles_triton import (
+    LANES,
+    LOWEST,
+    Launch,
+    block_of,
+    centred,
+    cut,
+    divisor,
+    lane_sums,
+    mapped,
+    power,
+    precision_of,
+    put_rows,
+    token_rows,
+    turned,
+    value_block,
+    weighed,
+)
+
+# Not tuned: chosen offline by registers and shared memory for sm_90 with triton 3.7.1.
+# Keys: bytes of an element, channels of the features and of the values at most.
+_STATE: dict[tuple[int, int, int], Launch] = {
+    (2, 64, 64): Launch(64, 4, 3, 4),
+    (2, 128, 128): Launch(64, 8, 3, 2),
+    (2, 256, 256): Launch(64, 8, 2, 1),
+    (4, 64, 64): Launch(32, 4, 3, 4),
+    (4, 128, 128): Launch(32, 8, 2, 2),
+    (4, 256, 256): Launch(32, 8, 2, 1),
+}
+_OUTPUT: dict[tuple[int, int, int], Launch] = {
+    (2, 64, 64): Launch(64, 4, 3, 12),
+    (2, 128, 128): Launch(64, 8, 2, 6),
+    (2, 256, 256): Launch(64, 8, 2, 4),
+    (4, 64, 64): Launch(32, 4, 2, 12),
+    (4, 128, 128): Launch(32, 4, 2, 8),
+    (4, 256, 256): Launch(32, 8, 1, 4),
+}
+_FEATURES = 4  # rows of the state that one program merges
+
+
+@dataclass(frozen=True)
+class Call:
+    """The inputs of one call, checked; see `linear_attention`. `weight` is `[B, M, H]`, `query` float32 `[B, H, F]`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
+    weight: Tensor | None
+    query: Tensor | None
+    map: str
+    eps: float
+
+    @property
+    def floor(self) -> float:
+        """The least divisor of the state."""
+        return max(self.eps, 1e-30)
+
+    @property
+    def blocks(self) -> tuple[int, int, int]:
+        """Channels of tiles of features and values, and of values that one program takes."""
+        f, d = block_of(self.k.shape[-1]), block_of(self.v.shape[-1])
+        return f, d, value_block(f, d, self.q.element_size())
+
+    def rotary(self) -> tuple[Any, Any, int]:
+        """Cosine, sine and the stride of a token."""
+        return (self.q, self.q, 0) if self.cos is None else (self.cos, self.sin, self.cos.stride(0))
+
+    def constants(self) -> dict[str, Any]:
+        """What all kernels are compiled for."""
+        f, _, d = self.blocks
+        return dict(
+            MAP=self.map, ROTARY=self.cos is not None, F=self.k.shape[-1], BLOCK_F=f, D=self.v.shape[-1], BLOCK_D=d,
+            PRECISION=precision_of(self.q),
+        )  # fmt: skip
+
+
+def config(call: Call, table: dict[tuple[int, int, int], Launch]) -> Launch:
+    """Return the first entry that fits dtype and channels."""
+    f, d, _ = call.blocks
+    size = call.q.element_size()
+    return next(c for (b, most_f, most_d), c in table.items() if b == size and f <= most_f and d <= most_d)
+
+
+@triton.jit
+def _state(
+    k, v, weight, sum_weight, query, cos, sin, part, part_sum, part_top,
+    k_b, k_n, k_h, v_b, v_n, v_h, w_b, w_n, w_h, cos_n, tokens, heads, batch_heads, length,
+    WEIGHT: tl.constexpr, SUM_WEIGHT: tl.constexpr, GLOBAL: tl.constexpr, SCALED: tl.constexpr,
+    LEN: tl.constexpr, STAGES: tl.constexpr, LANES: tl.constexpr, MAP: tl.constexpr, ROTARY: tl.constexpr,
+    F: tl.constexpr, BLOCK_F: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sum r phi(k) v^T and phi(k) over a part of the keys, each weighed.
+
+    Heads are neighbours in the launch, as they are in memory. `SUM_WEIGHT` weighs the second sum by another factor.
+    """
+    pid = tl.program_id(0)
+    bh = pid % batch_heads
+    D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    block = pid // batch_heads % D_BLOCKS
+    slice_ = pid // batch_heads // D_BLOCKS
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    k += b * k_b + h * k_h
+    v += b * v_b + h * v_h
+    weight += b * w_b + h * w_h
+    sum_weight += b * w_b + h * w_h
+    f = tl.arange(0, BLOCK_F)
+    g = tl.load(query + bh * F + f, mask=f < F, other=0.0) if GLOBAL else 0.0
+    acc = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
+    sums = tl.zeros([LANES, BLOCK_F], tl.float32)
+    top, total = tl.full((), LOWEST, tl.float32), tl.full((), 0.0, tl.float32)
+    stop = tl.minimum(tokens, (slice_ + 1) * length)
+    for j in tl.range(slice_ * length, stop, LEN, num_stages=STAGES):
+        row = j + tl.arange(0, LEN)
+        phi = mapped(token_rows(k, row, stop, k_n, 0, F, BLOCK_F), MAP)
+        values = token_rows(v, row, stop, v_n, block * BLOCK_D, D, BLOCK_D)
+        w, logit = weighed(phi, row, stop, g, weight, w_n, WEIGHT, GLOBAL)
+        if GLOBAL:
+            high = tl.maximum(top, tl.max(logit, 0))
+            share = power(logit - high)
+            shrink = power(top - high)
+            total = total * shrink + tl.sum(share, 0)
+            acc *= shrink
+            sums *= shrink
+            w *= share
+            top = high
+        plain = phi
+        phi *= w[:, None]
+        if not SUM_WEIGHT:
+            plain = phi
+        if ROTARY:
+            phi = turned(phi, cos, sin, row, stop, cos_n, F, BLOCK_F, False)
+        most = 1.0
+        if SCALED:  # float16 has no range for features that are all small or all large
+            most = tl.max(tl.max(tl.abs(phi), 1), 0)
+            most = tl.where(most > 0.0, most, 1.0)
+            phi = phi * (1.0 / most)
+        low = phi.to(values.dtype)
+        # a fresh product for each tile: adding a long sequence inside the tensor cores would lose what float32 has
+        acc += tl.dot(tl.trans(low), values, input_precision=PRECISION) * most
+        if SUM_WEIGHT:
+            other = tl.load(sum_weight + row.to(tl.int64) * w_n, mask=row < stop, other=0.0)
+            sums += lane_sums(plain * other[:, None], LANES)
+        elif ROTARY:
+            sums += lane_sums(plain, LANES)
+        else:  # rounded alike, equal values have equal means over all features
+            sums += lane_sums(low.to(tl.float32) * most, LANES)
+    place = slice_.to(tl.int64) * batch_heads + bh
+    put_rows(part + place * F * D, f, F, D, block * BLOCK_D, acc, D, BLOCK_D)
+    if block == 0:
+        tl.store(part_sum + place * F + f, tl.sum(sums, 0), mask=f < F)
+        if GLOBAL:
+            tl.store(part_top + place * 2, top)
+            tl.store(part_top + place * 2 + 1, total)
+
+
+@triton.jit
+def _merge(
+    part, part_sum, part_top, norm, state, sums, tops, parts, batch_heads, factor, floor,
+    GLOBAL: tl.constexpr, KIND: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, ROTARY: tl.constexpr,
+    F: tl.constexpr, BLOCK_F: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Add the parts of some rows of one head's state.
+
+    `KIND` 'means' divides by c, for the forward; 'times' multiplies by c and 'sums' does neither, for gradients.
+    """
+    bh = tl.program_id(0).to(tl.int64)
+    f = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)
+    s = tl.arange(0, PARTS)
+    top, total = tl.full((), LOWEST, tl.float32), tl.full((), 0.0, tl.float32)
+    if GLOBAL:
+        for first in tl.range(0, parts, PARTS):
+            place = (first + s) * batch_heads + bh
+            some = tl.load(part_top + place * 2, mask=first + s < parts, other=LOWEST)
+            totals = tl.load(part_top + place * 2 + 1, mask=first + s < parts, other=0.0)
+            high = tl.maximum(top, tl.max(some, 0))
+            total = total * power(top - high) + tl.sum(totals * power(some - high), 0)
+            top = high
+        total = tl.maximum(total, 1e-30)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    added = tl.zeros([ROWS], tl.float32)
+    for first in tl.range(0, parts, PARTS):
+        place = (first + s) * batch_heads + bh
+        there = first + s < parts
+        weight = tl.full([PARTS], factor, tl.float32)
+        if GLOBAL:
+            weight = power(tl.load(part_top + place * 2, mask=there, other=LOWEST) - top) / total
+        rows = place[:, None] * F + f[None, :]
+        keep = there[:, None] & (f < F)[None, :]
+        added += tl.sum(tl.load(part_sum + rows, mask=keep, other=0.0) * weight[:, None], 0)
+        tile = tl.load(part + rows[:, :, None] * D + d, mask=keep[:, :, None] & (d < D), other=0.0)
+        acc += tl.sum(tile * weight[:, None, None], 0)
+    z = added
+    if KIND == "times":
+        z = tl.load(norm + bh * F + f, mask=f < F, other=0.0)
+    c = z
+    if ROTARY:
+        if KIND == "times":
+            other = tl.load(norm + bh * F + (f ^ 1), mask=f < F, other=0.0)
+        else:
+            z0, z1 = tl.split(z.reshape(ROWS // 2, 2))
+            other = tl.join(z1, z0).reshape(ROWS)
+        c = z + other
+    c = tl.maximum(c, floor)
+    if KIND == "means":
+        acc = acc * (1.0 / c)[:, None]
+    elif KIND == "times":
+        acc, added = acc * c[:, None], added * c
+    put_rows(state + bh * F * D, f, F, D, 0, acc, D, BLOCK_D)
+    tl.store(sums + bh * F + f, added, mask=f < F)
+    if GLOBAL:
+        tl.store(tops + bh * 2, top, mask=tl.program_id(1) == 0)
+        tl.store(tops + bh * 2 + 1, total, mask=tl.program_id(1) == 0)
+
+
+@triton.jit
+def _output(
+    q, state, norm, cos, sin, o, q_b, q_n, q_h, cos_n, tokens, heads, batch_heads, length, eps, floor,
+    LEN: tl.constexpr, STAGES: tl.constexpr, MAP: tl.constexpr, ROTARY: tl.constexpr,
+    F: tl.constexpr, BLOCK_F: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Read the state with some queries."""
+    pid = tl.program_id(0)
+    bh = pid % batch_heads
+    D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    block = pid // batch_heads % D_BLOCKS
+    slice_ = pid // batch_heads // D_BLOCKS
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    q += b * q_b + h * q_h
+    o += (b * tokens * heads + h) * D
+    norm += bh * F
+    z, c = divisor(norm, floor, F, BLOCK_F, ROTARY)
+    state += bh.to(tl.int64) * F * D
+    s, mean = centred(state, z, block * BLOCK_D, q.dtype.element_ty, F, BLOCK_F, D, BLOCK_D, ROTARY)
+    stop = tl.minimum(tokens, (slice_ + 1) * length)
+    for j in tl.range(slice_ * length, stop, LEN, num_stages=STAGES):
+        row = j + tl.arange(0, LEN)
+        phi = mapped(token_rows(q, row, stop, q_n, 0, F, BLOCK_F), MAP)
+        inverse = 1.0 / (tl.sum(phi * z[None, :], 1) + eps)
+        p = phi * c[None, :]
+        if ROTARY:
+            p = turned(p, cos, sin, row, stop, cos_n, F, BLOCK_F, False)
+        p = p * inverse[:, None]
+        rows = tl.dot(p.to(s.dtype), s, input_precision=PRECISION)
+        if not ROTARY:
+            rows += tl.sum(p, 1)[:, None] * mean[None, :]
+        put_rows(o, row, stop, heads * D, block * BLOCK_D, rows, D, BLOCK_D)
+
+
+def state_parts(
+    call: Call, k: Tensor, v: Tensor, weight: Tensor | None, sum_weight: Tensor | None, query: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return partial sums `[parts, B, H, F, D]`, `[parts, B, H, F]`, and maximum and total `[parts, B, H, 2]`."""
+    B, M, H, F = k.shape
+    D = v.shape[-1]
+    launch, constants = config(call, _STATE), call.constants()
+    blocks = math.ceil(D / constants["BLOCK_D"])
+    parts, length = cut(M, B * H * blocks, launch, k, 4)
+    options: Any = dict(dtype=torch.float32, device=k.device)
+    part, part_sum = torch.empty(parts, B, H, F, D, **options), torch.empty(parts, B, H, F, **options)
+    part_top = torch.empty(parts, B, H, 2, **options) if query is not None else part
+    cos, sin, cos_n = call.rotary()
+    w = part if weight is None else weight
+    _state[(parts * blocks * B * H,)](
+        k, v, w, w if sum_weight is None else sum_weight, part if query is None else query, cos, sin,
+        part, part_sum, part_top, *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if weight is None else weight.stride()),
+        cos_n, M, H, B * H, length, WEIGHT=weight is not None, SUM_WEIGHT=sum_weight is not None,
+        GLOBAL=query is not None, SCALED=k.dtype == torch.float16, LEN=launch.length, STAGES=launch.stages, LANES=LANES,
+        num_warps=launch.warps, **constants,
+    )  # fmt: skip
+    return part, part_sum, part_top
+
+
+def merged(
+    call: Call, parts: tuple[Tensor, Tensor, Tensor | None], kind: str, norm: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the state `[B, H, F, D]`, its sums `[B, H, F]`, and maximum and total of the logits `[B, H, 2]`."""
+    part, part_sum, part_top = parts
+    count, B, H, F, D = part.shape
+    state, sums = part.new_empty((B, H, F, D), dtype=dtype), part.new_empty((B, H, F))
+    tops = part.new_empty((B, H, 2) if part_top is not None else (0,))
+    f, d, _ = call.blocks
+    _merge[(B * H, math.ceil(F / _FEATURES))](
+        part, part_sum, part if part_top is None else part_top, sums if norm is None else norm, state, sums, tops,
+        count, B * H, 1.0 / call.k.shape[1] if kind == "means" else 1.0, call.floor,
+        GLOBAL=part_top is not None, KIND=kind, PARTS=16 if d <= 64 else 8 if d <= 128 else 4, ROWS=_FEATURES,
+        ROTARY=call.cos is not None, F=F, BLOCK_F=f, D=D, BLOCK_D=d, num_warps=4,
+    )  # fmt: skip
+    return state, sums, tops
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the output `[B, N, H, D]`, the state, its norm z, and maximum and total of the global query's logits."""
+    q, k, v = call.q, call.k, call.v
+    B, N, H, F = q.shape
+    D = v.shape[-1]
+    o = q.new_empty((B, N, H, D))
+    if not o.numel() or not k.shape[1]:
+        state, norm = (q.new_zeros(shape, dtype=torch.float32) for shape in ((B, H, F, D), (B, H, F)))
+        return o.zero_(), state, norm, norm.new_zeros((B, H, 2) if call.query is not None else (0,))
+    part, part_sum, part_top = state_parts(call, k, v, call.weight, None, call.query)
+    some = None if call.query is None else part_top
+    state, norm, tops = merged(call, (part, part_sum, some), "means", None, torch.float32)
+    launch, constants = config(call, _OUTPUT), call.constants()
+    blocks = math.ceil(D / constants["BLOCK_D"])
+    parts, length = cut(N, B * H * blocks, launch, q, 1)
+    _output[(parts * blocks * B * H,)](
+        q, state, norm, *call.rotary()[:2], o, *q.stride()[:3], call.rotary()[2], N, H, B * H, length, call.eps,
+        call.floor, LEN=launch.length, STAGES=launch.stages, num_warps=launch.warps, **constants,
+    )  # fmt: skip
+    return o, state, norm, tops

@@ -1,0 +1,129 @@
+"""The mean of mapped features over tokens in Triton: one pass over q, and one for its gradient.
+
+m = sum_i w_i phi(q_i) / sum_i w_i
+"""
+
+# ruff: noqa: ANN001, ANN202  # the compiler of a kernel reads no annotations
+# mypy: disable-error-code="no-untyped-def"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vision_attn.kernels._linear_tiles_triton import (
+    LANES,
+    Launch,
+    block_of,
+    cut,
+    lane_sums,
+    mapped,
+    put_rows,
+    slope,
+    token_rows,
+)
+
+# Not tuned: chosen offline by registers for sm_90 with triton 3.7.1. By channels at most.
+_MEAN: dict[int, Launch] = {64: Launch(64, 4, 3, 8), 128: Launch(32, 4, 3, 8), 256: Launch(16, 4, 3, 8)}
+
+
+@triton.jit
+def _sums(
+    q, weight, part, part_total, q_b, q_n, q_h, w_b, w_n, w_h, tokens, heads, batch_heads, length,
+    WEIGHT: tl.constexpr, LEN: tl.constexpr, STAGES: tl.constexpr, LANES: tl.constexpr, MAP: tl.constexpr,
+    F: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """Sum features and weights over a part of the tokens."""
+    pid = tl.program_id(0)
+    bh = pid % batch_heads
+    slice_ = pid // batch_heads
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    q += b * q_b + h * q_h
+    weight += b * w_b + h * w_h
+    sums = tl.zeros([LANES, BLOCK_F], tl.float32)
+    total = tl.zeros([LEN], tl.float32)
+    stop = tl.minimum(tokens, (slice_ + 1) * length)
+    for j in tl.range(slice_ * length, stop, LEN, num_stages=STAGES):
+        row = j + tl.arange(0, LEN)
+        w = tl.where(row < stop, 1.0, 0.0)
+        if WEIGHT:
+            w = tl.load(weight + row.to(tl.int64) * w_n, mask=row < stop, other=0.0).to(tl.float32)
+        phi = mapped(token_rows(q, row, stop, q_n, 0, F, BLOCK_F), MAP)
+        sums += lane_sums(phi * w[:, None], LANES)
+        total += w
+    f = tl.arange(0, BLOCK_F)
+    place = slice_.to(tl.int64) * batch_heads + bh
+    tl.store(part + place * F + f, tl.sum(sums, 0), mask=f < F)
+    tl.store(part_total + place, tl.sum(total, 0))
+
+
+@triton.jit
+def _sums_gradient(
+    q, weight, mean, total, dmean, dq, dweight, q_b, q_n, q_h, w_b, w_n, w_h, tokens, heads, batch_heads, length,
+    WEIGHT: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr, LEN: tl.constexpr, STAGES: tl.constexpr, MAP: tl.constexpr,
+    F: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """dq_i = w_i phi'(q_i) dm / sum w,    dw_i = (phi(q_i) - m) . dm / sum w."""
+    pid = tl.program_id(0)
+    bh = pid % batch_heads
+    slice_ = pid // batch_heads
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    q += b * q_b + h * q_h
+    weight += b * w_b + h * w_h
+    dq += (b * tokens * heads + h) * F
+    dweight += b * tokens * heads + h
+    f = tl.arange(0, BLOCK_F)
+    m = tl.load(mean + bh * F + f, mask=f < F, other=0.0)
+    g = tl.load(dmean + bh * F + f, mask=f < F, other=0.0) / tl.load(total + bh)
+    stop = tl.minimum(tokens, (slice_ + 1) * length)
+    for j in tl.range(slice_ * length, stop, LEN, num_stages=STAGES):
+        row = j + tl.arange(0, LEN)
+        x = token_rows(q, row, stop, q_n, 0, F, BLOCK_F)
+        phi = mapped(x, MAP)
+        change = g[None, :] * slope(x.to(tl.float32), phi, MAP)
+        if WEIGHT:
+            w = tl.load(weight + row.to(tl.int64) * w_n, mask=row < stop, other=0.0).to(tl.float32)
+            change *= w[:, None]
+        if WEIGHT_GRADIENT:
+            inner = tl.sum((phi - m[None, :]) * g[None, :], 1)
+            tl.store(dweight + row.to(tl.int64) * heads, inner.to(dweight.dtype.element_ty), mask=row < stop)
+        put_rows(dq, row, stop, heads * F, 0, change, F, BLOCK_F)
+
+
+def feature_sums(q: Tensor, weight: Tensor | None, map_: str) -> tuple[Tensor, Tensor]:
+    """Return the mean `[B, H, F]` and the sum of the weights `[B, H]`, in float32; `weight` is `[B, N, H]`."""
+    B, N, H, F = q.shape
+    block = block_of(F)
+    launch = next(c for most, c in _MEAN.items() if block <= most)
+    if not q.numel():
+        return q.new_zeros((B, H, F), dtype=torch.float32), q.new_zeros((B, H), dtype=torch.float32)
+    parts, length = cut(N, B * H, launch, q, 4)
+    part, totals = (q.new_empty((parts, B, H, *rest), dtype=torch.float32) for rest in ((F,), ()))
+    _sums[(parts * B * H,)](
+        q, q if weight is None else weight, part, totals, *q.stride()[:3],
+        *((0, 0, 0) if weight is None else weight.stride()), N, H, B * H, length, WEIGHT=weight is not None,
+        LEN=launch.length, STAGES=launch.stages, LANES=LANES, MAP=map_, F=F, BLOCK_F=block, num_warps=launch.warps,
+    )  # fmt: skip
+    total = totals.sum(0)
+    return part.sum(0) / total[..., None], total
+
+
+def feature_sums_gradient(
+    q: Tensor, weight: Tensor | None, mean: Tensor, total: Tensor, dmean: Tensor, map_: str, weight_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of q and of the weights; the latter is empty if it is not wanted."""
+    B, N, H, F = q.shape
+    block = block_of(F)
+    launch = next(c for most, c in _MEAN.items() if block <= most)
+    dq = q.new_empty(q.shape)
+    dweight = q.new_empty((B, N, H) if weight_gradient else (0,), dtype=q.dtype if weight is None else weight.dtype)
+    if not q.numel():
+        return dq, dweight
+    parts, length = cut(N, B * H, launch, q, 1)
+    _sums_gradient[(parts * B * H,)](
+        q, q if weight is None else weight, mean, total, dmean.contiguous(), dq, dweight, *q.stride()[:3],
+        *((0, 0, 0) if weight is None else weight.stride()), N, H, B * H, length, WEIGHT=weight is not None,
+        WEIGHT_GRADIENT=weight_gradient, LEN=launch.length, STAGES=launch.stages, MAP=map_, F=F, BLOCK_F=block,
+        num_warps=launch.warps,
+    )  # fmt: skip
+    return dq, dweight

@@ -1,0 +1,191 @@
+"""Linear attention in Triton: the operators, their gradients, and when they can run.
+
+The kernels are in `_linear_forward_triton.py`, `_linear_backward_triton.py` and `_linear_mean_triton.py`; triton is
+imported when they first run.
+"""
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# No GPU has checked these kernels yet (tests/gpu/check_linear.py): until then 'auto' does not take them.
+CHECKED_ON_GPU = False
+
+
+def linear_reasons(q: Tensor, *others: Tensor, constants: tuple[Tensor, ...] = (), auto: bool = False) -> list[str]:
+    """List why the Triton backend cannot run; empty if it can.
+
+    Args:
+        q: Queries; dtype and device are theirs.
+        others: All tensors whose last axis is channels of a head.
+        constants: Tensors that must need no gradient.
+        auto: Whether it would be chosen rather than asked for.
+    """
+    reasons = []
+    if not _HAS_TRITON:
+        reasons.append("triton is not installed")
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        reasons.append(f"q is on {q.device}, not on cuda")
+    if q.dtype not in _DTYPES:
+        reasons.append(f"dtype {q.dtype} is none of float32, float16, bfloat16")
+    reasons += [f"head_dim {D} is above 256" for D in sorted({t.shape[-1] for t in (q, *others)}) if D > 256]
+    if any(t.requires_grad for t in constants) and torch.is_grad_enabled():
+        reasons.append("rotary needs a gradient")
+    if auto and not q.is_cuda:
+        reasons.append("on a CPU it is interpreted")
+    if auto and not CHECKED_ON_GPU:
+        reasons.append("no GPU has checked it yet: ask for it by name")
+    return reasons
+
+
+def linear_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, features: Any, key_weight: Tensor | None, global_query: Tensor | None, eps: float
+) -> Tensor:
+    """Run `linear_attention` on checked inputs."""
+    cos, sin = features.rotary or (None, None)
+    if key_weight is not None:
+        key_weight = _narrow(key_weight).expand(k.shape[:3])
+    if global_query is not None:
+        global_query = global_query.float().contiguous()
+    return _linear(q, k, v, cos, sin, key_weight, global_query, features.map, eps)[0]
+
+
+def feature_mean_triton(q: Tensor, features: Any, weight: Tensor | None) -> Tensor:
+    """Run `feature_mean` on checked inputs."""
+    if weight is not None:
+        weight = _narrow(weight).expand(q.shape[:3])
+    return _mean(q, weight, features.map)[0]
+
+
+def _narrow(weight: Tensor) -> Tensor:
+    return weight if weight.dtype in _DTYPES else weight.float()
+
+
+@torch.library.custom_op("vision_attn::linear_triton", mutates_args=())
+def _linear(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, weight: Tensor | None,
+    query: Tensor | None, map_: str, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Output; for the backward the state `[B, H, F, D]`, its norm `[B, H, F]`, and `[B, H, 2]` of the global query."""
+    from vision_attn.kernels._linear_forward_triton import forward  # noqa: PLC0415
+
+    return forward(_call(q, k, v, cos, sin, weight, query, map_, eps))
+
+
+@_linear.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, weight: Tensor | None,
+    query: Tensor | None, *args: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    (B, N, H, F), D = q.shape, v.shape[-1]
+    norm = q.new_empty((B, H, F), dtype=torch.float32)
+    tops = norm.new_empty((B, H, 2) if query is not None else (0,))
+    return q.new_empty((B, N, H, D)), norm.new_empty((B, H, F, D)), norm, tops
+
+
+@torch.library.custom_op("vision_attn::linear_triton_backward", mutates_args=())
+def _linear_backward(
+    do: Tensor, state: Tensor, norm: Tensor, tops: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None,
+    sin: Tensor | None, weight: Tensor | None, query: Tensor | None, map_: str, eps: float, weight_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v, weight and query; empty for what is None or not wanted."""
+    from vision_attn.kernels._linear_backward_triton import backward  # noqa: PLC0415
+    from vision_attn.kernels._linear_tiles_triton import packed  # noqa: PLC0415
+
+    return backward(_call(q, k, v, cos, sin, weight, query, map_, eps), packed(do), state, norm, tops, weight_gradient)
+
+
+@_linear_backward.register_fake
+def _(
+    do: Tensor, state: Tensor, norm: Tensor, tops: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None,
+    sin: Tensor | None, weight: Tensor | None, query: Tensor | None, map_: str, eps: float, weight_gradient: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    dtype = q.dtype if weight is None else weight.dtype
+    dweight = q.new_empty(k.shape[:3] if weight_gradient else (0,), dtype=dtype)
+    dquery = norm.new_empty(norm.shape if query is not None else (0,))
+    return *(t.new_empty(t.shape) for t in (q, k, v)), dweight, dquery
+
+
+def _call(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, weight: Tensor | None,
+    query: Tensor | None, map_: str, eps: float,
+) -> Any:  # fmt: skip
+    from vision_attn.kernels._linear_forward_triton import Call  # noqa: PLC0415
+    from vision_attn.kernels._linear_tiles_triton import packed  # noqa: PLC0415
+
+    q, k, v = (packed(t) for t in (q, k, v))
+    cos, sin = (None if t is None else t.contiguous() for t in (cos, sin))
+    return Call(q, k, v, cos, sin, weight, query, map_, eps)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:7], *output[1:])
+    ctx.rest = inputs[7:]
+
+
+def _backward(ctx: Any, do: Tensor | None, *unused: object) -> tuple:
+    q, k, v, cos, sin, weight, query, state, norm, tops = ctx.saved_tensors
+    if do is None:
+        do = v.new_zeros((*q.shape[:3], v.shape[-1]))
+    wanted = ctx.needs_input_grad[5]
+    inputs = (q, k, v, cos, sin, weight, query)
+    dq, dk, dv, dweight, dquery = _linear_backward(do, state, norm, tops, *inputs, *ctx.rest, wanted)
+    return dq, dk, dv, None, None, dweight if wanted else None, dquery if query is not None else None, None, None
+
+
+_linear.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("vision_attn::feature_mean_triton", mutates_args=())
+def _mean(q: Tensor, weight: Tensor | None, map_: str) -> tuple[Tensor, Tensor]:
+    """Mean `[B, H, F]` and sum of the weights `[B, H]`."""
+    from vision_attn.kernels._linear_mean_triton import feature_sums  # noqa: PLC0415
+    from vision_attn.kernels._linear_tiles_triton import packed  # noqa: PLC0415
+
+    return feature_sums(packed(q), weight, map_)
+
+
+@_mean.register_fake
+def _(q: Tensor, weight: Tensor | None, map_: str) -> tuple[Tensor, Tensor]:
+    B, _, H, F = q.shape
+    return tuple(q.new_empty((B, H, *rest), dtype=torch.float32) for rest in ((F,), ()))  # type: ignore[return-value]
+
+
+@torch.library.custom_op("vision_attn::feature_mean_triton_backward", mutates_args=())
+def _mean_backward(
+    dmean: Tensor, mean: Tensor, total: Tensor, q: Tensor, weight: Tensor | None, map_: str, weight_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of q and weight; empty for what is not wanted."""
+    from vision_attn.kernels._linear_mean_triton import feature_sums_gradient  # noqa: PLC0415
+    from vision_attn.kernels._linear_tiles_triton import packed  # noqa: PLC0415
+
+    return feature_sums_gradient(packed(q), weight, mean, total, dmean, map_, weight_gradient)
+
+
+@_mean_backward.register_fake
+def _(
+    dmean: Tensor, mean: Tensor, total: Tensor, q: Tensor, weight: Tensor | None, map_: str, weight_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    dtype = q.dtype if weight is None else weight.dtype
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3] if weight_gradient else (0,), dtype=dtype)
+
+
+def _save_mean(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:2], *output)
+    ctx.map = inputs[2]
+
+
+def _mean_gradient(ctx: Any, dmean: Tensor | None, unused: object) -> tuple:
+    q, weight, mean, total = ctx.saved_tensors
+    dmean = torch.zeros_like(mean) if dmean is None else dmean
+    wanted = ctx.needs_input_grad[1]
+    dq, dweight = _mean_backward(dmean, mean, total, q, weight, ctx.map, wanted)
+    return dq, dweight if wanted else None, None
+
+
+_mean.register_autograd(_mean_gradient, setup_context=_save_mean)

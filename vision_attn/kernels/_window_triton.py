@@ -1,0 +1,95 @@
+"""Window attention in Triton: the operator on the grid's tokens, its gradient, and the dense rows of the others.
+
+The kernels are in `_window_kernels_triton.py`; triton is imported when they first run.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vision_attn.grid import Grid
+from vision_attn.kernels.dense import dense_attention, seen_keys
+
+
+def window_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, cell: tuple[int, int], mask: Tensor | None, scale: float
+) -> Tensor:
+    """Run `window_attention` on checked inputs."""
+    image, size = grid.image, [grid.height, grid.width]
+    small = [min(c, s) for c, s in zip(cell, size, strict=True)]
+    if not grid.prefix + grid.suffix:
+        return _window(q, k, v, None, None, None, size, small, scale)[0]
+    shared = [torch.cat([t[:, : grid.prefix], t[:, image.stop :]], 1) for t in (k, v)]
+    o = _window(q[:, image], k[:, image], v[:, image], *shared, mask, size, small, scale)[0]
+    rest = torch.cat([q[:, : grid.prefix], q[:, image.stop :]], 1)
+    rest = dense_attention(rest, k, v, seen=seen_keys(mask, grid), scale=scale)
+    return torch.cat([rest[:, : grid.prefix], o, rest[:, grid.prefix :]], 1)
+
+
+@torch.library.custom_op("vision_attn::window_triton", mutates_args=())
+def _window(
+    q: Tensor, k: Tensor, v: Tensor, shared_k: Tensor | None, shared_v: Tensor | None, seen: Tensor | None,
+    size: Sequence[int], cell: Sequence[int], scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output and log-sum-exp in base 2 of the grid's tokens."""
+    from vision_attn.kernels._window_kernels_triton import forward  # noqa: PLC0415
+
+    return forward(_call(q, k, v, shared_k, shared_v, seen, size, cell, scale))
+
+
+@_window.register_fake
+def _(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    B, N, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, N), dtype=torch.float32)
+
+
+@torch.library.custom_op("vision_attn::window_triton_backward", mutates_args=())
+def _window_backward(
+    do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, shared_k: Tensor | None,
+    shared_v: Tensor | None, seen: Tensor | None, size: Sequence[int], cell: Sequence[int], scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v, shared_k and shared_v; empty for what is None."""
+    from vision_attn.kernels._linear_tiles_triton import packed  # noqa: PLC0415
+    from vision_attn.kernels._window_kernels_triton import backward  # noqa: PLC0415
+
+    return backward(_call(q, k, v, shared_k, shared_v, seen, size, cell, scale), packed(do), o, lse)
+
+
+@_window_backward.register_fake
+def _(
+    do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, shared_k: Tensor | None,
+    shared_v: Tensor | None, *args: object,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    shared = (q.new_empty((0,) if t is None else t.shape) for t in (shared_k, shared_v))
+    return *(t.new_empty(t.shape) for t in (q, k, v)), *shared
+
+
+def _call(
+    q: Tensor, k: Tensor, v: Tensor, shared_k: Tensor | None, shared_v: Tensor | None, seen: Tensor | None,
+    size: Sequence[int], cell: Sequence[int], scale: float,
+) -> Any:  # fmt: skip
+    from vision_attn.kernels._linear_tiles_triton import packed  # noqa: PLC0415
+    from vision_attn.kernels._window_kernels_triton import Cells  # noqa: PLC0415
+
+    k_out, v_out = (None if t is None else packed(t) for t in (shared_k, shared_v))
+    if seen is not None:
+        seen = seen.contiguous().view(torch.uint8)
+    return Cells(packed(q), packed(k), packed(v), k_out, v_out, seen, (size[0], size[1]), (cell[0], cell[1]), scale)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:6], *output)
+    ctx.rest = inputs[6:]
+
+
+def _backward(ctx: Any, do: Tensor | None, unused: object) -> tuple:
+    q, k, v, shared_k, shared_v, seen, o, lse = ctx.saved_tensors
+    do = torch.zeros_like(o) if do is None else do
+    grads = _window_backward(do, o, lse, q, k, v, shared_k, shared_v, seen, *ctx.rest)
+    both = (None, None) if shared_k is None else grads[3:]
+    return *grads[:3], *both, None, None, None, None
+
+
+_window.register_autograd(_backward, setup_context=_save)
