@@ -1,0 +1,233 @@
+"""Settings, images, captions, the cache and the order of the data; all that can be wrong with them."""
+
+import json
+import shutil
+import tarfile
+
+import pytest
+import torch
+import yaml
+from distill_case import WORDS, arguments, settings, write_images
+from PIL import Image
+from safetensors import safe_open
+
+from vision_attn.cli import main
+from vision_attn.distill.cache import write_cache
+from vision_attn.distill.config import read_config
+from vision_attn.distill.data import CachedData, Order
+from vision_attn.distill.generate import generate
+from vision_attn.distill.images import find_items, nearest_size
+
+NAMES = ("emoji:nano", "FluxTransformer2DModel")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--run.step=3"], "run.step"),
+        (["--optimizer.name=sgd"], "sgd"),
+        (["--student.processor=Clera"], "known are agent"),
+        (["--student.processor=Clear", "--student.fields={radiu: 3}"], "has no field radiu"),
+        (["--run.steps=0"], "run.steps must be at least 1"),
+        (["--loss.attention=-1"], "loss.attention must be at least 0"),
+        (["--loss.attention=0", "--loss.prediction=0"], "all weights are zero"),
+        (["--data.sizes=[[0, 8]]"], "data.sizes"),
+        (["--student.init=random", "--student.trainable=new"], "random projections must be trained"),
+        (["--model.dtype=bfloat16"], "run.precision must be 'bf16'"),
+        (["--student.projections=[q, w]"], "'w'"),
+        (["--optimizer.ema=1"], "below 1"),
+        (["--eval.sigmas=[2]"], "between 0 and 1"),
+    ],
+)
+def test_wrong_settings(wrong, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        read_config([*arguments(tmp_path), *wrong], "test")
+
+
+def test_a_file_and_values_that_have_the_last_word(tmp_path, capsys):
+    file = tmp_path / "a.yaml"
+    text = read_config([*arguments(tmp_path), "--print-config"], "test")
+    file.write_text(text)
+    assert read_config(["--config", str(file)], "test") == settings(tmp_path)
+    changed = read_config(["--config", str(file), "--student.fields.mid_dim=8", "--run.steps=9"], "test")
+    assert changed.student.fields == {"mid_dim": 8, "feature_map": "hedgehog"} and changed.run.steps == 9
+    assert main(["distill", "train", "--config", str(file), "--print-config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["run"]["steps"] == 4
+    file.write_text(text.replace("processor:", "proccessor:"))
+    assert main(["distill", "--config", str(file)]) == 2
+    assert "proccessor" in capsys.readouterr().err
+    for wrong, message in (
+        (["tarin"], "'tarin' is none of train"),
+        (["--config", "no.yaml"], "no.yaml does not exist"),
+    ):
+        assert main(["distill", *wrong]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["distill", "--help"]) == 0
+
+
+def test_commands_say_what_is_missing(tmp_path, capsys):
+    for action, message in (
+        ("cache", "images does not exist"),
+        ("generate", "data.prompts are needed"),
+        ("train", "holds no cache"),
+        ("eval", "train first"),
+    ):
+        assert main(["distill", action, *arguments(tmp_path)]) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "images").mkdir()
+    assert main(["distill", "cache", *arguments(tmp_path)]) == 2
+    assert "nothing in" in capsys.readouterr().err
+
+
+def test_a_folder_and_a_tar_hold_the_same(tmp_path):
+    folder = tmp_path / "images"
+    write_images(folder, count=3)
+    (folder / "2.txt").unlink()
+    (folder / "2.json").write_text(json.dumps({"caption": "rocket"}))
+    (folder / "alone.png").write_bytes((folder / "0.png").read_bytes())  # without a caption
+    with tarfile.open(tmp_path / "data.tar", "w") as tar:
+        for path in sorted(folder.iterdir()):
+            tar.add(path, path.name)
+    for place in (folder, tmp_path / "data.tar", tmp_path):
+        items = [item for item in find_items(place) if ("tar" in item.key) == (place.suffix == ".tar")][:3]
+        assert [item.caption() for item in items] == list(WORDS[:3])
+        assert items[1].open().size == (32, 32)
+    (tmp_path / "data.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(ValueError, match="no uncompressed tar"):
+        find_items(tmp_path / "data.tar")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        find_items(tmp_path / "nowhere")
+
+
+def test_transparent_images_lie_on_white(tmp_path):
+    write_images(tmp_path, count=1)
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "0.png")
+    assert find_items(tmp_path)[0].open().getpixel((3, 3)) == (255, 255, 255)
+
+
+def test_the_nearest_size():
+    sizes = [(64, 64), (32, 64), (128, 128)]
+    assert nearest_size(300, 290, sizes) == (128, 128) and nearest_size(60, 50, sizes) == (64, 64)
+    assert nearest_size(200, 100, sizes) == (32, 64)
+
+
+def test_damaged_images_are_skipped_counted_and_listed_and_the_cache_goes_on(tmp_path, monkeypatch):
+    write_images(tmp_path / "images", sizes=((32, 32), (32, 48)), count=8)
+    whole = (tmp_path / "images" / "0.png").read_bytes()
+    (tmp_path / "images" / "0.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "images" / "1.png").write_bytes(b"")
+    (tmp_path / "images" / "2.json").write_text('{"no": "caption"}')
+    (tmp_path / "images" / "2.txt").unlink()
+    config = settings(tmp_path, data__sizes=[[32, 32], [32, 48]], data__shard_size=2)
+    found = write_cache(config)
+    assert found["samples"] == 5 and found["skipped"] == 3
+    listed = (tmp_path / "cache" / "skipped.txt").read_text()
+    assert [line.split(":")[0] for line in listed.splitlines()] == ["0.png", "1.png", "2.png"]
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.safetensors")}
+    removed = sorted(times)[1]
+    removed.unlink()
+    assert write_cache(config) == found
+    assert {p for p in times if p != removed and p.stat().st_mtime_ns != times[p]} == set()
+    data = CachedData(tmp_path / "cache", *NAMES)
+    assert len(data) == 5 and set(data.buckets) == {(32, 32), (32, 48)}
+    write_images(tmp_path / "images", count=12)
+    with pytest.raises(ValueError, match="made of other images"):
+        write_cache(config)
+
+
+def test_nothing_but_damage(tmp_path):
+    write_images(tmp_path / "images", count=1)
+    (tmp_path / "images" / "0.png").write_bytes(b"?")
+    with pytest.raises(ValueError, match="none of the 1 images"):
+        write_cache(settings(tmp_path))
+
+
+def test_a_cached_sample_is_what_the_pipeline_would_give(tmp_path):
+    from vision_attn.demo import load_teacher
+
+    write_images(tmp_path / "images", count=3)
+    config = settings(tmp_path)
+    write_cache(config)
+    data = CachedData(tmp_path / "cache", *NAMES)
+    batch = data[[(0, 2), (0, 0)]]
+    pipe = load_teacher("nano")
+    embeds, pooled, _ = pipe.encode_prompt([WORDS[2], WORDS[0]])
+    torch.testing.assert_close(batch.tensors["encoder_hidden_states"], embeds)
+    torch.testing.assert_close(batch.tensors["pooled_projections"], pooled)
+    assert batch.tensors["img_ids"].shape == (64, 3) and batch.size == (32, 32)
+    image = Image.open(tmp_path / "images" / "2.png")
+    first = batch.latents[0].unflatten(0, (8, 8))[0, 0]  # a token of 4 x 4 pixels
+    assert first.std(0, unbiased=False).max() < 2
+    red = image.getpixel((0, 0))[0] / 127.5 - 1
+    assert any(abs(first - (red - 0.6) * 1.6).flatten() < 1e-5)
+    null = batch.without_prompts(torch.tensor([True, False]))
+    torch.testing.assert_close(null["pooled_projections"], torch.stack([pipe.encode_prompt("")[1][0], pooled[1]]))
+
+
+@pytest.mark.parametrize("damage", ["model", "denoiser", "index", "shard", "empty", "format"])
+def test_a_cache_that_does_not_fit(damage, tmp_path):
+    write_images(tmp_path / "images", count=2)
+    write_cache(settings(tmp_path))
+    shard, index = next((tmp_path / "cache").glob("*.safetensors")), tmp_path / "cache" / "index.json"
+    names, message = list(NAMES), {"model": "base", "index": "damaged", "shard": "damaged", "empty": "no samples"}
+    if damage in ("model", "denoiser"):
+        names[damage == "denoiser"] = "another"
+    elif damage == "index":
+        index.write_text("{")
+    elif damage == "format":
+        index.write_text("{}")
+    elif damage == "shard":
+        shard.write_bytes(shard.read_bytes()[:50])
+    else:
+        shard.unlink()
+    with pytest.raises(ValueError, match=message.get(damage, damage)):
+        CachedData(tmp_path / "cache", *names)
+    if damage == "model":
+        with pytest.raises(ValueError, match="holds another cache"):
+            write_cache(settings(tmp_path, model__base="emoji:unet"))
+
+
+def test_all_processes_get_one_size_at_a_time_and_the_order_goes_on():
+    buckets = {(32, 32): [(0, i) for i in range(7)], (32, 48): [(1, i) for i in range(4)], (8, 8): [(2, 0)]}
+
+    def take(rank, start=0, count=12, seed=0):
+        order = iter(Order(buckets, batch_size=2, rank=rank, world=2, seed=seed, start=start))
+        return [next(order) for _ in range(count)]
+
+    first, second = take(0), take(1)
+    for mine, others in zip(first, second, strict=True):
+        assert len(mine) == len(others) == 2
+        assert len({sample[0] for sample in mine + others}) == 1
+        assert mine[0][0] == 2 or len(set(mine + others)) == 4
+    assert take(0, start=5, count=7) == first[5:]
+    assert take(0, seed=1) != first
+    assert {s for batch in take(0, count=60) + take(1, count=60) for s in batch} == {
+        s for b in buckets.values() for s in b
+    }
+
+
+def test_the_teacher_draws_its_own_data_and_goes_on(tmp_path):
+    (tmp_path / "prompts.txt").write_text("octopus\n\nred apple\nrocket\n")
+    config = settings(tmp_path, data__prompts=tmp_path / "prompts.txt", data__steps=1)
+    assert generate(config) == {"drawn": 3, "before": 0}
+    second = tmp_path / "images" / "00000001.png"
+    before = second.read_bytes()
+    second.unlink()
+    assert generate(config) == {"drawn": 1, "before": 2}
+    assert second.read_bytes() == before  # alone as in its batch
+    assert second.with_suffix(".txt").read_text() == "red apple\n"
+    assert write_cache(config)["samples"] == 3
+    shutil.rmtree(tmp_path / "images")
+    assert [generate(config, rank=rank, world=2)["drawn"] for rank in range(2)] == [2, 1]
+    (tmp_path / "prompts.txt").write_text("\n")
+    with pytest.raises(ValueError, match="has no prompts"):
+        generate(config)
+
+
+def test_nothing_is_pickled(tmp_path):
+    write_images(tmp_path / "images", count=2)
+    write_cache(settings(tmp_path))
+    files = sorted(path.name for path in (tmp_path / "cache").iterdir())
+    assert files == ["32x32-00000.safetensors", "index.json", "skipped.txt"]
+    with safe_open(tmp_path / "cache" / files[0], "pt") as file:
+        assert "cond.pooled_projections" in file.keys() and json.loads(file.metadata()["captions"]) == list(WORDS[:2])  # noqa: SIM118

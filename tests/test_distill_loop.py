@@ -1,0 +1,207 @@
+"""The training loop on the nano teacher: it learns, saves, goes on exactly, and says what is wrong."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from accelerate.state import AcceleratorState
+from distill_case import metrics, settings, with_run, write_images
+from PIL import Image
+
+import vision_attn
+from vision_attn.demo import load_teacher
+from vision_attn.distill import checkpoint, loop
+from vision_attn.distill.cache import write_cache
+from vision_attn.distill.loop import train
+from vision_attn.distill.nonfinite import NonFiniteError
+
+
+@pytest.fixture(autouse=True)
+def _new_accelerator():
+    """Accelerate keeps the precision of the first accelerator of a process."""
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    """Images and a cache of two sizes, for all tests."""
+    root = tmp_path_factory.mktemp("distill")
+    write_images(root / "images", sizes=((32, 32), (32, 48)), count=8)
+    write_cache(settings(root, data__sizes=[[32, 32], [32, 48]]))
+    return root
+
+
+@pytest.fixture
+def root(cached, tmp_path):
+    shutil.copytree(cached / "cache", tmp_path / "cache")
+    return tmp_path
+
+
+def numbers(root):
+    return {line["step"]: line["total"] for line in metrics(root)}
+
+
+def adapter(root):
+    return safetensors.torch.load_file(root / "out" / "adapter" / "vision_attn.safetensors")
+
+
+def test_the_loss_falls_and_the_adapter_loads(root):
+    folder = train(settings(root, run__steps=24, run__save_every=0, optimizer__ema=0.9))
+    frozen = settings(root, run__steps=24, run__out=root / "frozen" / "out", optimizer__learning_rate=0)
+    train(frozen)  # the same samples and noise, and nothing learned
+    learned, same = (np.mean([line["prediction"] for line in metrics(place)[-8:]]) for place in (root, root / "frozen"))
+    assert learned < 0.7 * same
+    assert {"step", "prediction", "attention", "total", "norm", "learning_rate"} == set(metrics(root)[0])
+    pipe = load_teacher("nano")
+    conversion = vision_attn.load(pipe, folder)
+    assert isinstance(conversion.spec, vision_attn.LinFusion)
+    assert [path.name for path in (root / "out").glob("checkpoint-*")] == ["checkpoint-00000024"]
+    sheet = Image.open(root / "out" / "sheets" / "step-00000024.png")
+    assert sheet.size[1] in (64, 64) and sheet.size[0] % 16 == 0
+
+
+@pytest.mark.parametrize("extra", [dict(optimizer__ema=0.9, optimizer__schedule="cosine", optimizer__warmup=2), dict(
+    run__accumulate=2, transfer__steps=2, run__checkpointing="true", data__workers=1
+)], ids=["ema", "accumulate"])  # fmt: skip
+def test_a_run_that_was_stopped_goes_on_exactly(root, extra, monkeypatch):
+    config = settings(root, run__steps=5, run__save_every=2, **extra)
+    train(config)
+    whole, tensors = metrics(root), adapter(root)
+    shutil.rmtree(root / "out")
+
+    real, calls = loop.Metrics.log, []
+
+    def stop(self, step, rate):
+        calls.append(step)
+        real(self, step, rate)
+        if step == 3 and len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.Metrics, "log", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    assert [line["step"] for line in metrics(root)] == [1, 2, 3]
+    train(config)
+    assert calls == [1, 2, 3, 3, 4, 5]
+    assert metrics(root) == whole
+    again = adapter(root)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in tensors.items())
+
+
+def test_checkpoints_are_rotated_and_a_half_written_one_is_passed_over(root):
+    config = settings(root, run__steps=5, run__save_every=1, run__keep=2)
+    train(config)
+    names = sorted(path.name for path in (root / "out").glob("checkpoint-*"))
+    assert names == ["checkpoint-00000004", "checkpoint-00000005"]
+    before = numbers(root)
+    shutil.rmtree(root / "out" / "checkpoint-00000005")
+    (root / "out" / "checkpoint-00000005.part").mkdir()
+    with (root / "out" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "tot')
+    train(config)
+    assert numbers(root) == before
+
+
+@pytest.mark.parametrize("where", ["parameters", "optimizer"])
+def test_a_full_disk_leaves_the_last_checkpoint(root, where, monkeypatch):
+    config = settings(root, run__steps=4, run__save_every=2)
+    real = checkpoint.save_file, torch.save
+
+    def full(*args, **kwargs):
+        if len(list((root / "out").glob("checkpoint-*[0-9]"))) == 1:
+            raise OSError(28, "No space left on device") if where == "parameters" else RuntimeError("write failed")
+        return real[where == "optimizer"](*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(*((checkpoint, "save_file", full) if where == "parameters" else (torch, "save", full)))
+        with pytest.raises(OSError, match=r"step 4 could not be written.*complete one: checkpoint-00000002"):
+            train(config)
+    assert [path.name for path in (root / "out").glob("checkpoint-*")] == ["checkpoint-00000002"]
+    assert train(config).exists()
+    assert [line["step"] for line in metrics(root)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_a_number_that_is_not_finite_stops_with_step_and_layer(root, broken):
+    pipe = load_teacher("nano")
+    layer = pipe.transformer.single_transformer_blocks[1]
+    calls = []
+
+    def poison(module, args, output):
+        calls.append(output)
+        if len(calls) < 4:  # the second step
+            return None
+        if broken == "loss":
+            return output * float("nan")
+        output.register_hook(lambda gradient: gradient * float("nan"))
+        return None
+
+    layer.norm.linear.requires_grad_(False)
+    pipe.transformer.single_transformer_blocks[1].proj_out.register_forward_hook(
+        lambda module, args, output: poison(module, args, output) if output.requires_grad else None
+    ) if broken == "gradient" else layer.proj_mlp.register_forward_hook(poison)
+    named = "single_transformer_blocks.1.proj_mlp" if broken == "loss" else "gradients are those of .*to_q"
+    with pytest.raises(NonFiniteError, match=rf"step [2-4]: the {broken} is not finite.*{named}"):
+        train(settings(root, run__steps=6), pipe=pipe)
+
+
+def test_other_settings_in_the_same_folder_are_refused(root):
+    config = settings(root, run__steps=1)
+    train(config)
+    with pytest.raises(ValueError, match=r"other settings: optimizer.learning_rate was 0.001, is 0.1"):
+        train(settings(root, run__steps=1, optimizer__learning_rate=0.1))
+    train(with_run(config, steps=2, keep=1))  # but it may go on for longer
+    assert [line["step"] for line in metrics(root)] == [1, 2]
+
+
+def test_an_adapter_with_lora_is_the_student(root):
+    pipe = load_teacher("nano")
+    config = settings(
+        root, student__trainable="lora", student__rank=2, run__save_dtype="float32", data__sizes=[[32, 32]]
+    )
+    train(config, pipe=pipe)
+    assert not any("lora" in name or "base_layer" in name for name in adapter(root))
+    assert any(name.endswith("to_q.weight") for name in adapter(root))
+    other = load_teacher("nano")
+    vision_attn.load(other, root / "out" / "adapter")
+    call = dict(height=32, width=32, num_inference_steps=2, output_type="np")
+    pictures = [p("octopus", generator=torch.Generator().manual_seed(0), **call).images for p in (pipe, other)]
+    np.testing.assert_allclose(*pictures, atol=1e-5)
+
+
+def test_random_start_is_worse_and_half_precision_halves(root):
+    first = {}
+    for init in ("inherited", "random"):
+        config = settings(root, run__steps=1, student__init=init, run__out=root / init, run__save_dtype="float16")
+        first[init] = json.loads((train(config).parent / "metrics.jsonl").read_text())["prediction"]
+    assert first["random"] > first["inherited"]
+    tensors = safetensors.torch.load_file(root / "random" / "adapter" / "vision_attn.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(student__processor="Clear", student__fields={"radius": 4}, student__trainable="new"), "no parameters of"),
+        (dict(student__processor="Clear", student__fields={"radius": 4}, transfer__steps=1), "no parameters of"),
+        (dict(optimizer__name="prodigy"), "pip install prodigyopt"),
+        (dict(run__trackers=["wandb"]), "wandb"),
+        (dict(loss__layers="blocks.*"), "none of the converted layers"),
+        (dict(model__base="emoji:base"), "made for the base 'emoji:nano', not for 'emoji:base'"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_fit(root, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(settings(root, **changes))
+
+
+def test_bf16_keeps_what_is_trained_in_fp32(root):
+    config = settings(root, model__dtype="bfloat16", run__precision="bf16", run__steps=2, data__sizes=[[32, 32]])
+    train(config)
+    state = safetensors.torch.load_file(root / "out" / "checkpoint-00000002" / "trained.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert all(np.isfinite(line["total"]) for line in metrics(root))

@@ -1,0 +1,54 @@
+"""The parameters that are evaluated and saved: their exponential mean, or what a schedule-free optimiser averages."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from vision_attn.distill.config import OptimizerConfig
+
+
+class Averaging:
+    """Keeps the mean of parameters over the updates, if one is wanted.
+
+    Args:
+        config: `ema` is used.
+        parameters: Trained, on their device.
+        optimizer: Of these parameters.
+
+    Attributes:
+        ema: The mean, None if none is kept.
+    """
+
+    def __init__(self, config: OptimizerConfig, parameters: list[nn.Parameter], optimizer: Any) -> None:
+        from diffusers.training_utils import EMAModel  # noqa: PLC0415, diffusers is optional
+
+        self.parameters, self.inner = parameters, getattr(optimizer, "optimizer", optimizer)
+        self.ema = EMAModel(parameters, decay=config.ema, use_ema_warmup=True, power=0.75) if config.ema else None
+        if self.ema is not None:
+            self.ema.to(parameters[0].device)
+
+    def begin(self) -> None:
+        """An update begins: a schedule-free optimiser wants the parameters that learn."""
+        if hasattr(self.inner, "train"):
+            self.inner.train()
+
+    def update(self) -> None:
+        """An update is done."""
+        if self.ema is not None:
+            self.ema.step(self.parameters)
+
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """Have the mean in the model inside the `with` block."""
+        if hasattr(self.inner, "eval"):
+            self.inner.eval()
+        if self.ema is not None:
+            self.ema.store(self.parameters)
+            self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            if self.ema is not None:
+                self.ema.restore(self.parameters)

@@ -1,0 +1,166 @@
+"""Cached samples in batches of one size each, in an order that depends on the seed and the step alone."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vision_attn.distill.cache import read_index
+from vision_attn.distill.hosts import Interface
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one size.
+
+    Attributes:
+        size: (height, width) in pixels.
+        latents: Clean, as the denoiser gets them.
+        tensors: The denoiser's other tensors by name.
+        null: Its tensors with one row per sample, for the empty prompt, `[1, ...]`.
+    """
+
+    size: tuple[int, int]
+    latents: Tensor
+    tensors: dict[str, Tensor]
+    null: dict[str, Tensor]
+
+    def to(self, device: Any, dtype: torch.dtype) -> "Batch":
+        """Move to a device; what has a row per sample gets the model's dtype, latents stay float32."""
+
+        def move(name: str, value: Tensor) -> Tensor:
+            fitting = name in self.null and value.is_floating_point()
+            return value.to(device, dtype if fitting else value.dtype, non_blocking=True)
+
+        tensors = {name: move(name, value) for name, value in self.tensors.items()}
+        null = {name: move(name, value) for name, value in self.null.items()}
+        return Batch(self.size, self.latents.to(device, torch.float32, non_blocking=True), tensors, null)
+
+    def without_prompts(self, chosen: Tensor) -> dict[str, Tensor]:
+        """Return the tensors with the empty prompt in the rows where `chosen` `[B]` is true."""
+        rows = chosen.to(self.latents.device)
+        return {
+            name: torch.where(rows.view(-1, *[1] * (value.dim() - 1)), self.null[name], value)
+            if name in self.null
+            else value
+            for name, value in self.tensors.items()
+        }
+
+
+class CachedData(Dataset[Batch]):
+    """What `distill cache` wrote. An index is a list of samples `(shard, row)` of one size.
+
+    Args:
+        folder: Of the cache.
+        base: Name of the pipeline that is trained.
+        denoiser: Name of its denoiser's class.
+
+    Raises:
+        FileNotFoundError: If there is no cache.
+        ValueError: If it is empty, damaged or of another model.
+    """
+
+    def __init__(self, folder: Path, base: str, denoiser: str) -> None:
+        index = read_index(folder)
+        for name, wanted in (("base", base), ("denoiser", denoiser)):
+            if index[name] != wanted:
+                raise ValueError(f"data.cache: {folder} was made for the {name} {index[name]!r}, not for {wanted!r}")
+        self.interface = Interface.from_config(index["interface"])
+        self.shards = sorted(folder.glob("*.safetensors"))
+        self.captions: dict[tuple[int, int], str] = {}
+        self.buckets: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+        self.files: dict[int, Any] = {}
+        for number, path in enumerate(self.shards):
+            try:
+                with safe_open(path, "pt") as file:
+                    metadata = file.metadata()
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"data.cache: {path} is damaged: {error}; delete it and cache again") from None
+            for row, caption in enumerate(json.loads(metadata["captions"])):
+                self.captions[number, row] = caption
+                self.buckets[tuple(json.loads(metadata["size"]))].append((number, row))
+        if not self.captions:
+            raise ValueError(f"data.cache: {folder} has no samples: make them with 'vision-attn distill cache'")
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "files": {}}  # each worker opens its own
+
+    def _open(self, number: int) -> Any:
+        if number not in self.files:
+            self.files[number] = safe_open(self.shards[number], "pt")
+        return self.files[number]
+
+    def __getitem__(self, samples: list[tuple[int, int]]) -> Batch:
+        parts: dict[str, list[Tensor]] = defaultdict(list)
+        for number, row in samples:
+            file = self._open(number)
+            for name in file.keys():  # noqa: SIM118, it is no dictionary
+                if name == "latents" or name.startswith("cond."):
+                    parts[name].append(file.get_slice(name)[row : row + 1])
+        file = self._open(samples[0][0])
+        rest = {name: file.get_tensor(name) for name in file.keys() if name.startswith(("shared.", "null."))}  # noqa: SIM118
+        rows = {name.removeprefix("cond."): torch.cat(tensors) for name, tensors in parts.items()}
+        latents = rows.pop("latents")
+        shared = {name.removeprefix("shared."): t for name, t in rest.items() if name.startswith("shared.")}
+        null = {name.removeprefix("null."): t for name, t in rest.items() if name.startswith("null.")}
+        size = tuple(json.loads(file.metadata()["size"]))
+        return Batch(size, latents, {**rows, **shared}, null)
+
+
+class Order:
+    """Which samples each process gets in each batch: all get one size at a time; what fills no batch waits an epoch.
+
+    Args:
+        buckets: Samples by size.
+        batch_size: Per process.
+        rank: Of this process.
+        world: Number of processes.
+        seed: Of the order.
+        start: Batches to leave out, for training that goes on.
+    """
+
+    def __init__(
+        self,
+        buckets: dict[tuple[int, int], list[tuple[int, int]]],
+        *,
+        batch_size: int,
+        rank: int,
+        world: int,
+        seed: int,
+        start: int = 0,
+    ) -> None:
+        self.buckets, self.batch_size, self.rank, self.world = buckets, batch_size, rank, world
+        self.seed, self.start = seed, start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        together, done, epoch = self.batch_size * self.world, 0, 0
+        while True:
+            batches = []
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            for _, samples in sorted(self.buckets.items()):
+                places = torch.randperm(len(samples), generator=generator).tolist()
+                places *= -(-together // len(places))  # a size with few samples repeats them
+                whole = range(0, len(places) - together + 1, together)
+                batches += [[samples[p] for p in places[first : first + together]] for first in whole]
+            for place in torch.randperm(len(batches), generator=generator).tolist():
+                if done >= self.start:
+                    yield batches[place][self.rank * self.batch_size :][: self.batch_size]
+                done += 1
+            epoch += 1
+
+
+def batches_of(data: CachedData, order: Order, workers: int) -> Iterator[Batch]:
+    """Yield batches without end."""
+    ahead = 2 if workers else None
+    loader: Any = DataLoader(data, sampler=order, batch_size=None, num_workers=workers, prefetch_factor=ahead)
+    return iter(loader)

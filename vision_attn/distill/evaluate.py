@@ -1,0 +1,136 @@
+"""`distill eval`: how near a student is to its teacher, and what its pictures are worth."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from vision_attn.distill.config import Config
+from vision_attn.distill.data import Batch, CachedData
+from vision_attn.distill.generate import read_prompts
+from vision_attn.distill.hosts import denoiser_of
+from vision_attn.distill.losses import Noising, Outputs
+from vision_attn.distill.measures import agreement, copies, kernel_distance, retrieval
+
+_SAMPLES = 16  # of the cache, for the error of predictions
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a model gives for the fixed prompts, noise and noise levels.
+
+    Attributes:
+        pictures: `[N, 3, height, width]` in [0, 1].
+        predictions: By noise level.
+    """
+
+    pictures: Tensor
+    predictions: dict[float, Tensor]
+
+
+class Evaluation:
+    """Draws with a pipeline and compares what it drew.
+
+    Args:
+        config: `model`, `data`, `run.seed` and `eval` are used.
+        pipe: The pipeline, on its device.
+    """
+
+    def __init__(self, config: Config, pipe: Any) -> None:
+        self.config, self.pipe = config, pipe
+        self.name, model = denoiser_of(pipe)
+        self.data = CachedData(config.data.cache, config.model.base, type(model).__name__)
+        known = list(dict.fromkeys(self.data.captions.values()))
+        prompts = read_prompts(config.eval.prompts, "eval.prompts") if config.eval.prompts else known
+        self.prompts = prompts[: config.eval.count]
+        self.size = config.eval.size or config.data.sizes[0]
+        self.truth = read_truth(config.eval.truth) if config.eval.truth else None
+
+    def draw(self, label: str) -> Drawn:
+        """Draw all prompts, and predict from noisy samples of the cache, with the pipeline as it is."""
+        pictures, count = [], self.config.eval.batch_size
+        steps = {"num_inference_steps": self.config.eval.steps} if self.config.eval.steps else {}
+        with tqdm(total=len(self.prompts), desc=label, unit="image", disable=self.config.run.quiet) as bar:
+            for first in range(0, len(self.prompts), count):
+                part = self.prompts[first : first + count]
+                seeds = [torch.Generator().manual_seed(self.config.run.seed + first + i) for i in range(len(part))]
+                height, width = self.size
+                call = dict(height=height, width=width, generator=seeds, output_type="pt", **steps)
+                pictures.append(self.pipe(part, **call).images.float().cpu())
+                bar.update(len(part))
+        return Drawn(torch.cat(pictures), {sigma: self._predict(sigma) for sigma in self.config.eval.sigmas})
+
+    def _predict(self, sigma: float) -> Tensor:
+        """Predict from the first samples of the cache at a noise level."""
+        model: Any = denoiser_of(self.pipe)[1]
+        parameter = next(model.parameters())
+        noising = Noising(self.pipe.scheduler)
+        samples = max(self.data.buckets.values(), key=len)[:_SAMPLES]
+        generator = torch.Generator().manual_seed(self.config.run.seed)
+        found = []
+        for first in range(0, len(samples), self.config.eval.batch_size):
+            batch: Batch = self.data[samples[first : first + self.config.eval.batch_size]]
+            batch = batch.to(parameter.device, parameter.dtype)
+            noise = torch.randn(batch.latents.shape, generator=generator).to(batch.latents)
+            timesteps = noising.at_level(sigma).expand(len(noise))
+            noisy = noising.add(batch.latents, noise, timesteps)
+            call = self.data.interface.arguments(noisy.to(parameter.dtype), timesteps, batch.tensors)
+            with torch.no_grad():
+                found.append(Outputs.of(model(**call)[0], noisy, {}).prediction.float().cpu())
+        return torch.cat(found)
+
+    def compare(self, student: Drawn, teacher: Drawn) -> dict[str, Any]:
+        """Return the measures of a student beside its teacher, by name."""
+        error = {
+            str(sigma): ((student.predictions[sigma] - v).square().mean() / v.square().mean()).item()
+            for sigma, v in teacher.predictions.items()
+        }
+        features = self.config.eval.features
+        measures: dict[str, Any] = {"kd_error": error, "kd_error_mean": sum(error.values()) / len(error)}
+        measures |= agreement(student.pictures, teacher.pictures)
+        if len(self.prompts) > 1:
+            measures[f"kid_{features}_x1000"] = kernel_distance(student.pictures, teacher.pictures, features)
+        return measures | self.describe(student)
+
+    def describe(self, drawn: Drawn) -> dict[str, Any]:
+        """Return the measures that need no teacher: copies, and with icons to compare with, retrieval and PSNR."""
+        measures: dict[str, Any] = {"copies": float(np.mean([copies(picture) for picture in drawn.pictures]))}
+        if self.truth is None:
+            return measures
+        names, icons = self.truth
+        slugs = ["-".join(prompt.lower().split()) for prompt in self.prompts]
+        known = [i for i, slug in enumerate(slugs) if slug in names]
+        if not known:
+            raise ValueError(f"eval.truth: none of the prompts is an icon's name, such as {names[0]!r}")
+        right = [names.index(slugs[i]) for i in known]
+        pictures = drawn.pictures[known]
+        at_size = F.interpolate(icons[right].float() / 255, pictures.shape[-2:], mode="area")
+        small = torch.cat([F.interpolate(part.float() / 255, (64, 64), mode="area") for part in icons.split(64)])
+        measures |= {f"retrieval_{key}": value for key, value in retrieval(pictures, small, right).items()}
+        measures["truth_psnr_db"] = agreement(pictures, at_size)["psnr_db"]
+        measures["truth_copies"] = float(np.mean([copies(picture) for picture in at_size]))
+        return measures
+
+
+def read_truth(path: Path) -> tuple[list[str], Tensor]:
+    """Read the npz of `examples/emoji/rasterise.py`: names, and icons `[icons, 3, side, side]` uint8.
+
+    Raises:
+        FileNotFoundError: If it does not exist.
+    """
+    import io  # noqa: PLC0415
+
+    from PIL import Image  # noqa: PLC0415, optional
+
+    if not path.is_file():
+        raise FileNotFoundError(f"eval.truth: {path} does not exist: examples/emoji/rasterise.py makes it")
+    pack = np.load(path)
+    files: Sequence[Any] = np.split(pack["data"], np.cumsum(pack["len"])[:-1])
+    images = np.stack([np.array(Image.open(io.BytesIO(file.tobytes())).convert("RGB")) for file in files])
+    return [str(name) for name in pack["names"]], torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,46 @@
+"""The accelerator: processes, precision, sharding and trackers, by `accelerate launch` and the settings."""
+
+from typing import Any
+
+import torch
+
+from vision_attn.distill.config import Config
+
+
+def make_accelerator(config: Config) -> Any:
+    """Return the accelerator of a run, its trackers begun.
+
+    Raises:
+        ValueError: If accelerate or a tracker is not installed.
+    """
+    try:
+        from accelerate import Accelerator, DistributedDataParallelKwargs  # noqa: PLC0415, of the extra 'distill'
+        from accelerate.tracking import get_available_trackers  # noqa: PLC0415
+        from accelerate.utils import ProjectConfiguration  # noqa: PLC0415
+    except ModuleNotFoundError:
+        raise ValueError("training needs accelerate: pip install 'vision_attn[distill]'") from None
+    known = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
+    missing = [tracker for tracker in config.run.trackers if tracker not in known]
+    if missing:
+        raise ValueError(f"run.trackers: {', '.join(missing)} cannot be had: pip install it, or leave it out")
+    config.run.out.mkdir(parents=True, exist_ok=True)
+    # cuDNN attention's backward ends in an illegal memory access for short sequences (264 tokens, D=64, H200)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # layers that stay dense on small grids have processors without gradients
+    unused = DistributedDataParallelKwargs(find_unused_parameters=config.student.min_tokens > 0)
+    accelerator = Accelerator(
+        mixed_precision=config.run.precision,
+        gradient_accumulation_steps=config.run.accumulate,
+        log_with=config.run.trackers or None,
+        project_config=ProjectConfiguration(project_dir=str(config.run.out), logging_dir=str(config.run.out / "logs")),
+        kwargs_handlers=[unused],
+        step_scheduler_with_optimizer=False,
+    )
+    if config.run.trackers:
+        accelerator.init_trackers("vision_attn_distill")
+    return accelerator
+
+
+def is_sharded(accelerator: Any) -> bool:
+    """Whether the model's parameters are spread over the processes (FSDP, DeepSpeed)."""
+    return str(accelerator.distributed_type).rpartition(".")[2] in ("FSDP", "DEEPSPEED")

@@ -1,0 +1,138 @@
+"""The losses of a distillation, and the noise that the student learns to remove, as the scheduler defines them.
+
+    loss = task * |student - target|^2 + prediction * |student - teacher|^2
+           + attention * mean over layers of |a_student - a_teacher|^2 + variance * |var_student - var_teacher|^2
+
+with mean squares. Flow matching: x_t = (1 - s) x_0 + s e, target e - x_0. Diffusion: x_t = sqrt(a) x_0 + sqrt(1 - a) e,
+target e, v = sqrt(a) e - sqrt(1 - a) x_0, or x_0, by the scheduler's `prediction_type`.
+
+Papers: 'CLEAR' - https://arxiv.org/abs/2412.16112, 'LinFusion' - https://arxiv.org/abs/2409.02097 (1, 0.5, 0.5),
+'LiT' - https://arxiv.org/abs/2501.12976 (the variance)
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vision_attn.distill.config_sections import LossConfig
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one forward of a denoiser gave.
+
+    Attributes:
+        prediction: Like the latents.
+        variance: The learned variances, None if the model has none.
+        attention: Outputs of the compared layers by name.
+    """
+
+    prediction: Tensor
+    variance: Tensor | None
+    attention: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, output: Tensor, latents: Tensor, attention: Mapping[str, Tensor]) -> "Outputs":
+        """Part what a denoiser gave for `latents`; twice the channels means that half of them are variances."""
+        if output.dim() == 4 and output.shape[1] == 2 * latents.shape[1]:
+            prediction, variance = output.chunk(2, dim=1)
+            return cls(prediction, variance, attention)
+        return cls(output, None, attention)
+
+
+def distillation_losses(student: Outputs, teacher: Outputs, target: Tensor, weights: LossConfig) -> dict[str, Tensor]:
+    """Return all losses by name, unweighted, and their weighted sum as 'total'; those of weight 0 are left out.
+
+    Args:
+        student: With gradients.
+        teacher: Without.
+        target: What the scheduler wants predicted.
+        weights: Of the sum.
+    """
+    losses: dict[str, Tensor] = {}
+    if weights.task:
+        losses["task"] = _mse(student.prediction, target)
+    if weights.prediction:
+        losses["prediction"] = _mse(student.prediction, teacher.prediction)
+    if weights.attention and student.attention:
+        pairs = [(student.attention[name], teacher.attention[name]) for name in student.attention]
+        losses["attention"] = torch.stack([_mse(*pair) for pair in pairs]).mean()
+    if weights.variance and student.variance is not None and teacher.variance is not None:
+        losses["variance"] = _mse(student.variance, teacher.variance)
+    total = torch.stack([getattr(weights, name) * loss for name, loss in losses.items()]).sum()
+    return {**losses, "total": total}
+
+
+def _mse(a: Tensor, b: Tensor) -> Tensor:
+    return F.mse_loss(a.float(), b.float())
+
+
+class Noising:
+    """Adds noise as the scheduler of a pipeline defines it, on its own grid of timesteps.
+
+    Args:
+        scheduler: Of flow matching, or with `alphas_cumprod`; it is not changed.
+
+    Raises:
+        ValueError: If the scheduler's prediction is none that is known.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        fresh = type(scheduler).from_config(scheduler.config)  # the grid of training, not that of the last call
+        self.flow = hasattr(fresh, "scale_noise")
+        self.kind = "flow" if self.flow else fresh.config.get("prediction_type", "epsilon")
+        if self.kind not in ("flow", "epsilon", "v_prediction", "sample"):
+            raise ValueError(f"no loss is known for a scheduler whose prediction_type is {self.kind!r}")
+        if self.flow:
+            self.timesteps, self.levels = fresh.timesteps.float().cpu(), fresh.sigmas[: len(fresh.timesteps)].cpu()
+        else:
+            alphas = fresh.alphas_cumprod.double().cpu()
+            self.timesteps = torch.arange(len(alphas) - 1, -1, -1)
+            noise, picture = (1 - alphas).sqrt().flip(0), alphas.sqrt().flip(0)
+            self.levels, self.alphas = noise / (noise + picture), alphas
+
+    def draw(self, batch_size: int, how: str, generator: torch.Generator) -> Tensor:
+        """Draw timesteps `[B]`: see `LossConfig.noise_levels`."""
+        from diffusers.training_utils import compute_density_for_timestep_sampling  # noqa: PLC0415, optional
+
+        u = compute_density_for_timestep_sampling(
+            how, batch_size, logit_mean=0.0, logit_std=1.0, mode_scale=1.29, generator=generator
+        )
+        return self.timesteps[(u * len(self.timesteps)).long().clamp(max=len(self.timesteps) - 1)]
+
+    def at_level(self, level: float) -> Tensor:
+        """Return the timestep `[1]` whose noise level s, of noise to 1 - s of picture, is nearest."""
+        return self.timesteps[(self.levels - level).abs().argmin()][None]
+
+    def _parts(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the factors of picture and noise, `[B, 1, ...]`."""
+        timesteps = timesteps.cpu()
+        if self.flow:
+            place = (self.timesteps - timesteps[:, None].to(self.timesteps)).abs().argmin(1)
+            noise = self.levels[place].double()
+            picture = 1 - noise
+        else:
+            alpha = self.alphas[timesteps.long()]
+            picture, noise = alpha.sqrt(), (1 - alpha).sqrt()
+        shape = (-1, *[1] * (like.dim() - 1))
+        return picture.to(like).view(shape), noise.to(like).view(shape)
+
+    def add(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return the noisy latents."""
+        picture_part, noise_part = self._parts(timesteps, clean)
+        return picture_part * clean + noise_part * noise
+
+    def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return what the denoiser is to predict."""
+        if self.kind == "flow":
+            return noise - clean
+        if self.kind == "epsilon":
+            return noise
+        if self.kind == "sample":
+            return clean
+        picture_part, noise_part = self._parts(timesteps, clean)
+        return picture_part * noise - noise_part * clean

@@ -1,0 +1,123 @@
+"""Measures of pictures `[B, 3, height, width]` in [0, 1], with torchmetrics where it has them."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _torchmetrics() -> Any:
+    try:
+        import torchmetrics  # noqa: PLC0415, of the extra 'distill'
+    except ModuleNotFoundError:
+        raise ValueError("evaluation needs torchmetrics: pip install 'vision_attn[distill]'") from None
+    return torchmetrics
+
+
+def agreement(pictures: Tensor, others: Tensor) -> dict[str, float]:
+    """Return the mean PSNR in dB and SSIM of pictures to others, each to its own."""
+    functional = _torchmetrics().functional.image
+    error = (pictures - others).square().mean((1, 2, 3)).clamp(min=1e-10)
+    ssim = functional.structural_similarity_index_measure(pictures, others, data_range=1.0)
+    return {"psnr_db": (-10 * error.log10()).mean().item(), "ssim": ssim.item()}
+
+
+def kernel_distance(pictures: Tensor, others: Tensor, features: str = "pixels") -> float:
+    """Return the kernel distance (KID, times 1000) of two sets of pictures.
+
+    Args:
+        pictures: One set.
+        others: The other.
+        features: 'pixels' for means over a 16 x 16 grid, or the name of a timm model with pretrained weights.
+
+    Raises:
+        ValueError: If the model's weights cannot be had.
+    """
+    _torchmetrics()
+    from torchmetrics.image.kid import KernelInceptionDistance  # noqa: PLC0415
+
+    size = min(len(pictures), len(others), 1000)
+    module = _Pixels() if features == "pixels" else _Timm(features)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of the memory that all features need
+        kid = KernelInceptionDistance(
+            module, subsets=50 if size < len(pictures) else 1, subset_size=size, normalize=True
+        )
+    kid.update(pictures, real=False)
+    kid.update(others, real=True)
+    return 1000 * kid.compute()[0].item()
+
+
+class _Pixels(nn.Module):
+    num_features = 768
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return means over a 16 x 16 grid of bytes `[B, 3, height, width]`, scaled to unit size."""
+        return F.adaptive_avg_pool2d(images.float() / 127.5 - 1, 16).flatten(1)
+
+
+class _Timm(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        import timm  # noqa: PLC0415, optional
+
+        try:
+            self.model = timm.create_model(name, pretrained=True, num_classes=0).eval()
+        except Exception as error:  # hub, network and name errors have no common class
+            raise ValueError(f"eval.features: timm's {name!r} cannot be had: {error}") from None
+        self.config: Any = timm.data.resolve_model_data_config(self.model)
+        self.num_features = int(self.model.num_features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the model's pooled features of bytes `[B, 3, height, width]`."""
+        mean, std = (torch.tensor(self.config[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+        x = F.interpolate(images.float() / 255, self.config["input_size"][-2:], mode="bicubic", antialias=True)
+        with torch.no_grad():
+            return self.model((x - mean) / std)
+
+
+def retrieval(pictures: Tensor, gallery: Tensor, right: Sequence[int]) -> dict[str, float]:
+    """Return how often the right one of a gallery is the nearest to a picture, and among the five nearest.
+
+    Args:
+        pictures: What was drawn.
+        gallery: `[G, 3, height, width]`; distances are of pixels at 64 px.
+        right: Places in the gallery.
+    """
+    small, all_small = (F.interpolate(t, (64, 64), mode="area").flatten(1) for t in (pictures, gallery))
+    order = torch.cdist(small, all_small).argsort(1)
+    hits = order == torch.as_tensor(list(right))[:, None]
+    return {f"top{n}": hits[:, :n].any(1).float().mean().item() for n in (1, 5)}
+
+
+def copies(picture: Tensor) -> float:
+    """Count how often a picture `[3, height, width]` repeats itself: 1 if it does not, about 4 for four copies.
+
+    k equal copies correlate, shifted onto each other, by (pairs at that shift) / k, which sums to k - 1 over all
+    shifts. So the count is 1 plus the sum of the peaks of the autocorrelation of the edges, above 0.2 and further out
+    than an eighth of the side.
+    """
+    grey = picture.float().mean(0)
+    height, width = grey.shape
+    edges = torch.stack([F.pad(grey.diff(dim=0), (0, 0, 0, 1)), F.pad(grey.diff(dim=1), (0, 1))])
+    spectrum = torch.fft.rfft2(edges, s=(2 * height, 2 * width)).abs().square().sum(0)
+    correlation = torch.fft.fftshift(torch.fft.irfft2(spectrum, s=(2 * height, 2 * width)))
+    correlation = correlation / correlation.max().clamp(min=1e-12)
+    smooth = (
+        F.avg_pool2d(correlation[None, None], 3, 1, 1) * 9 / _lobe(correlation)
+    )  # copies are off by parts of pixels
+    near = min(height, width) // 8
+    peak = smooth == F.max_pool2d(smooth, 2 * (near // 2) + 1, 1, near // 2)
+    rows, columns = (torch.arange(2 * side) - side for side in (height, width))
+    far = rows[:, None] ** 2 + columns**2 > near**2
+    values = smooth[0, 0][peak[0, 0] & far]
+    return 1 + values[values > 0.2].sum().item()
+
+
+def _lobe(correlation: Tensor) -> Tensor:
+    """Return the sum of the 3 x 3 values around the middle, where a picture correlates with itself."""
+    row, column = (side // 2 for side in correlation.shape)
+    return correlation[row - 1 : row + 2, column - 1 : column + 2].sum().clamp(min=1e-6)
