@@ -26,9 +26,13 @@ from vision_attn.backbones import (  # noqa: E402
     ravlt,
 )
 from vision_attn.backbones.backbone import Backbone  # noqa: E402
+from vision_attn.backbones.nat import NAT  # noqa: E402
+from vision_attn.backbones.nat_isotropic import NATIsotropic  # noqa: E402
 
 __all__ = [
+    "NAT",
     "Backbone",
+    "NATIsotropic",
     "agent_cswin",
     "agent_deit",
     "agent_pvt",
