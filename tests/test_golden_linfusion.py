@@ -1,15 +1,18 @@
 """Tiny SD 1.5 and SDXL UNets with LinFusion's released format, recorded from the authors' code."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from golden_case import GOLDEN, TOLERANCE, tensors
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from vision_attn import LinFusion, load
+from vision_attn.grid import Grid
+from vision_attn.intercept import is_rerouted, state_of
 from vision_attn.published import export_linfusion
 
 CASES = sorted(path.parent.name for path in (GOLDEN / "linfusion").glob("*/meta.json"))
@@ -80,32 +83,24 @@ def test_sharp_attention(name):
             torch.testing.assert_close(first(x), io["op_sharp.out"], **TOLERANCE)
 
 
+@contextmanager
 def _grid(unet, tokens):
     """Let a layer run by itself: LinFusion's tokens have no order, so any grid of that many will do."""
-    from contextlib import contextmanager
-
-    from vision_attn.grid import Grid
-    from vision_attn.intercept import is_rerouted, state_of
-
-    @contextmanager
-    def fixed():
-        contexts = [state_of(m).context for m in unet.modules() if is_rerouted(m)]
-        for context in contexts:
-            context.fixed = Grid(1, tokens)
-        yield
-        for context in contexts:
-            context.fixed = None
-
-    return fixed()
+    contexts = [state_of(m).context for m in unet.modules() if is_rerouted(m)]
+    for context in contexts:
+        context.fixed = Grid(1, tokens)
+    yield
+    for context in contexts:
+        context.fixed = None
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_losses_and_gradients(name):
     meta, io, unet, released = read(name)
-    conversion = load(unet, released)
+    load(unet, released)
     kept, _ = attention_outputs(unet, meta["modules"])
     inputs = arguments(io, "loss.", "noisy", "timesteps")
-    with torch.no_grad(), conversion.bypassed():
+    with torch.no_grad():
         teacher = read(name)[2]
         teacher_kept, _ = attention_outputs(teacher, meta["modules"])
         prediction_teacher = teacher(**inputs, return_dict=False)[0]
@@ -145,8 +140,6 @@ def test_export_writes_the_released_format(name, tmp_path):
 
 @pytest.mark.parametrize("damage", ["missing", "unexpected", "shape", "module", "truncated"])
 def test_a_file_for_another_model_is_refused(damage, tmp_path):
-    from safetensors.torch import save_file
-
     _, _, unet, released = read(CASES[0])
     config, weights = (tmp_path / name for name in ("config.json", "diffusion_pytorch_model.safetensors"))
     content, tensor = json.loads((released / "config.json").read_text()), load_file(released / weights.name)
@@ -168,3 +161,11 @@ def test_a_file_for_another_model_is_refused(damage, tmp_path):
     with pytest.raises(ValueError, match=message):
         load(unet, tmp_path)
     assert all(torch.equal(value, before[key]) for key, value in unet.state_dict().items())
+
+
+def test_a_repository_tells_its_own_spec():
+    _, _, unet, released = read(CASES[0])
+    with pytest.raises(ValueError, match="leave spec= away"):
+        load(unet, released, spec=LinFusion(mid_dim=8))
+    with pytest.raises(TypeError, match="spec must be"):
+        load(unet, released, spec=[LinFusion()])

@@ -218,9 +218,9 @@ def test_rotation_turns_pairs():
     torch.testing.assert_close(rotate_pairs(x, quarter.cos(), quarter.sin()), want)
 
 
-@pytest.mark.parametrize("wrong", ["no-eps", "no-weights", "other-cell", "no-bias"])
+@pytest.mark.parametrize("wrong", ["no-weights", "other-cell", "no-bias"])
 def test_a_wrong_formula_is_caught(wrong):
-    ids = {"no-eps": "zero-keys", "no-weights": "weights", "other-cell": "2x2", "no-bias": "biases"}
+    ids = {"no-weights": "weights", "other-cell": "2x2", "no-bias": "biases"}
     case = next(case for case in CASES if case.id == ids[wrong])
     t = inputs_of(case)
     exact = call(case, t, "reference")
@@ -230,7 +230,7 @@ def test_a_wrong_formula_is_caught(wrong):
         ours = agent_attention(t["q"], t["k"], t["v"], Agents(t["agents"], None, t["query_bias"]))
     else:
         ours = linear_attention(t["q"], t["k"], t["v"], features=Features(case.options.get("map", "elu")))
-    assert (ours - exact).abs().max() > 1e-3 or not torch.isfinite(ours).all() or wrong == "no-eps"
+    assert (ours - exact).abs().max() > 1e-3
 
 
 def some(*shape, dtype=torch.float32):

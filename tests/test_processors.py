@@ -10,7 +10,20 @@ from test_hosts import distance, run, size_of, stock
 from tiny_hosts import HOST, HOSTS, HostCase
 from torch import nn
 
-from vision_attn import RALA, Agent, Clear, HiLo, LinearLocal, LinFusion, Neighborhood, Softmax, convert, load
+from vision_attn import (
+    RALA,
+    Agent,
+    Clear,
+    Grid,
+    HiLo,
+    Host,
+    LinearLocal,
+    LinFusion,
+    Neighborhood,
+    Softmax,
+    convert,
+    load,
+)
 from vision_attn.intercept import is_rerouted, state_of
 from vision_attn.processors import SPECS, AgentSD, Schedule
 
@@ -97,7 +110,7 @@ def test_low_precision_stays_finite_and_keeps_its_dtype(name: str, host_id: str,
 @pytest.mark.parametrize("host_id", ["flux", "sd15-unet", "vit", "sd3", "flux2", "eva02", "lumina2"])
 def test_a_residual_network_changes_queries_and_keys_where_the_host_projects_them(host_id: str) -> None:
     """Once f is not zero, the output must follow it, and the host alone, bypassed, must not."""
-    case = HOST.get(host_id) or next(c for c in HOSTS if host_id[:3] in c.id)
+    case = HOST[host_id]
     model = case.build()
     conversion = convert(model, LinFusion())
     before = run(case, model, *size_of(case))
@@ -155,3 +168,39 @@ def test_a_schedule_is_refused_where_there_is_no_timestep() -> None:
 def test_bad_fields_are_refused(make: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+def test_softmax_leaves_a_layer_alone_that_never_calls_attention() -> None:
+    """Sliced attention computes what Softmax() is: that is a status. For others it is an error (test_refusals)."""
+    case = HOST["sd15-unet"]
+    model = case.build()
+    conversion = convert(model, Softmax())
+    model.set_attention_slice("max")  # type: ignore[operator]
+    torch.testing.assert_close(run(case, model, *size_of(case)), stock(case.id), rtol=0, atol=1e-5)
+    assert set(conversion.status().values()) == {"dense: the host's own code computed it"}
+
+
+def test_a_bypassed_layer_does_not_keep_its_blocks_input() -> None:
+    case = HOST["sd15-unet"]
+    model = case.build()
+    with convert(model, AgentSD()).bypassed():
+        run(case, model, *size_of(case))
+    assert all(state_of(m).block_input is None for m in model.modules() if is_rerouted(m))
+
+
+def test_a_residual_network_on_a_module_that_tells_only_heads_and_head_dim() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads, self.head_dim = 2, 4
+            self.to_q, self.to_k, self.to_v = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (p(x).unflatten(-1, (2, 4)).transpose(1, 2) for p in (self.to_q, self.to_k, self.to_v))
+            return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    model = nn.Sequential(Attention())
+    host = Host(layers=("0",), probe=lambda module, inputs: Grid(3, 4))
+    conversion = convert(model, LinFusion(), host=host)
+    assert model(torch.randn(2, 12, 8)).shape == (2, 12, 8)
+    assert set(conversion.status().values()) == {"rerouted"}

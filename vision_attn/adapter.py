@@ -133,7 +133,7 @@ def _read_folder(folder: Path, spec: AttnSpec | None) -> Adapter:
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG} is damaged: {error}") from None
     if isinstance(config, dict) and is_linfusion(config):
-        return _read_linfusion(folder, config)
+        return _read_linfusion(folder, config, spec)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(f"{folder / CONFIG} is no vision_attn adapter: its format is not {FORMAT!r}")
     try:
@@ -142,7 +142,9 @@ def _read_folder(folder: Path, spec: AttnSpec | None) -> Adapter:
         raise ValueError(f"{folder / CONFIG} is damaged: {type(error).__name__} {error}") from None
 
 
-def _read_linfusion(folder: Path, config: dict[str, Any]) -> Adapter:
+def _read_linfusion(folder: Path, config: dict[str, Any], spec: AttnSpec | None) -> Adapter:
+    if spec is not None:
+        raise ValueError(f"{folder} is a LinFusion repository, which tells the spec of each layer: leave spec= away")
     tensors = read_tensors(folder / LINFUSION_WEIGHTS)
     try:
         return Adapter(str(folder), "unet", *linfusion_adapter(str(folder), config, tensors))

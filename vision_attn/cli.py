@@ -60,7 +60,7 @@ def _demo(options: argparse.Namespace) -> None:
 
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
-    print("Drawing at 128 px and redrawing at 256 px with each attention; two cores need about six minutes.")
+    print("Drawing at 128 px and redrawing at 256 px with each attention; two cores need about five minutes.")
     results, page = compare(
         options.out, options.prompt or PROMPTS, teacher=options.teacher, steps=options.steps, seed=options.seed
     )

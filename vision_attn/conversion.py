@@ -49,7 +49,8 @@ def convert(
         components: Names of the pipeline's components to convert, `unet`, `transformer`, `transformer_2` and `prior`
             unless given.
         only_if_faster: Layers run their own attention on grids that are too small for the processor to pay, by the
-            measured rates of `estimate`; their status says so.
+            measured rates of `estimate` for the device that the model is on now; their status says so. It is about
+            this machine, so `Conversion.save` does not keep it.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -128,15 +129,17 @@ def load(
 ) -> Conversion:
     """Convert a model or pipeline as a saved adapter says, and load its weights.
 
-    Reads what `Conversion.save` wrote, and the released CLEAR weights (`clear_local_{8,16,32}[_down_4].safetensors`) as
-    they are. The model is changed only if every tensor has its place.
+    Reads what `Conversion.save` wrote, and as they are the released CLEAR weights
+    (`clear_local_{8,16,32}[_down_4].safetensors`) and LinFusion's repositories. The model is changed only if every
+    tensor has its place.
 
     Args:
         target: What `convert` takes.
         source: A folder, a safetensors file, or the name of a repository on the Hugging Face hub.
         weight_name: File of the folder or repository, if it is not an adapter's.
         spec: Instead of the one that was saved, with the same parameters: `Clear(radius=16, native_tokens=4608)` for
-            sizes above the training size. A released file whose name does not tell its radius needs it.
+            sizes above the training size. A released file of CLEAR whose name does not tell its radius needs it;
+            LinFusion's repositories tell theirs and take none.
         host: For a model that is not known, as for `convert`.
         backend: How the processors' operators run.
         hub: `revision`, `subfolder`, `token`, ... of `huggingface_hub`.
@@ -145,8 +148,8 @@ def load(
         FileNotFoundError: If there is no such folder, file or repository.
         ValueError: If the file does not fit the model; missing and unexpected tensors are named.
     """
-    if spec is not None:
-        check_specs(spec)
+    if spec is not None and not isinstance(spec, AttnSpec):
+        raise TypeError(f"spec must be a processor's spec such as Clear(radius=16), got {spec!r}")
     _check(host, backend)
     models, plans = {}, []
     for adapter in read_adapter(source, weight_name, spec, **hub):

@@ -72,6 +72,7 @@ def rerouted_class(base: Any) -> type[nn.Module]:
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             state: LayerState = self.__dict__[STATE]
             if state.shared.bypassed:
+                state.block_input = None
                 return super().forward(*args, **kwargs)
             if getattr(getattr(self, "processor", None), "_parallel_config", None) is not None:
                 raise ValueError(f"{state.name} runs with context parallelism, which cuts the grid: revert() first")

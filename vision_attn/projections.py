@@ -76,9 +76,9 @@ def _table(module: nn.Module) -> list[tuple[Tensor, list[_Rows]]]:
         for name in (f"to_{role}", f"{role}_proj"):
             found += [(weight, [_Rows(role)]) for weight in _weights_on_input(getattr(module, name, None))]
     for name in ("to_qkv", "to_qkv_mlp_proj", "qkv"):
-        weights = _weights_on_input(getattr(module, name, None))
-        inner = _inner_dim(module)
-        found += [(weight, [_Rows("q", 0, inner), _Rows("k", inner, 2 * inner)]) for weight in weights[:1]]
+        for weight in _weights_on_input(getattr(module, name, None))[:1]:
+            inner = _inner_dim(module)
+            found.append((weight, [_Rows("q", 0, inner), _Rows("k", inner, 2 * inner)]))
     return found
 
 
@@ -94,4 +94,5 @@ def _weights_on_input(projection: nn.Module | None) -> list[Tensor]:
 
 def _inner_dim(module: Any) -> int:
     inner = getattr(module, "inner_dim", None)
-    return int(inner if inner is not None else module.num_heads * module.head_dim)
+    heads = getattr(module, "heads", None) or getattr(module, "num_heads", None)
+    return int(inner if inner is not None else heads * module.head_dim)
