@@ -52,12 +52,14 @@ def drawn(N, H, D, dtype=torch.bfloat16, B=1):
     return [torch.randn(B, N, H, D, generator=generator, device="cuda", dtype=dtype) for _ in range(4)]
 
 
-def timed(function, repeats=30):
-    """Return the median milliseconds of a CUDA graph's replays."""
+def timed(make, repeats=20):
+    """Return the median milliseconds of a CUDA graph's replays of what `make` returns."""
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream):  # a backward runs on the stream of its forward
+        function = make()
         for _ in range(2):
             function()
+        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             function()
@@ -72,6 +74,10 @@ def timed(function, repeats=30):
             end.synchronize()
             samples.append(begin.elapsed_time(end))
     return statistics.median(samples)
+
+
+def timed_launch(name, key, size, launch):
+    return timed(lambda: one_launch(name, key, size, launch))
 
 
 def module_of(name):
@@ -102,17 +108,17 @@ def one_launch(name, key, size, launch):
 
 
 def warm(name, key, launch):
-    """Compile a launch, and say whether it runs."""
+    """Compile a launch, and return why it does not run, if so."""
     module, table = importlib.import_module(module_of(name)), TABLES[name][1]
     original = getattr(module, table)
     try:
         one_launch(name, key, (2048, 2), launch)()
         torch.cuda.synchronize()
-    except Exception:
-        return False
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:200]}"
     finally:
         setattr(module, table, original)
-    return True
+    return ""
 
 
 def without_programs(launch):
@@ -135,12 +141,14 @@ def tune(only, wide):
                 tried = launches(original[key], name.endswith(("output", "keys")))
                 distinct = {without_programs(launch): launch for launch in tried}
                 jobs = {one: workers.submit(warm, name, key, launch) for one, launch in distinct.items()}
-                tried = [launch for launch in tried if jobs[without_programs(launch)].result()]
+                if all(reasons := [job.result() for job in jobs.values()]):
+                    print(f"{name} {key}: nothing runs: {reasons[0]}", flush=True)
+                tried = [launch for launch in tried if not jobs[without_programs(launch)].result()]
                 for size in SIZES[key[1]]:
                     found = []
                     for launch in tried:
                         try:
-                            found.append((timed(one_launch(name, key, size, launch)), launch))
+                            found.append((timed_launch(name, key, size, launch), launch))
                         except RuntimeError:
                             torch.cuda.synchronize()
                     setattr(module, table, original)

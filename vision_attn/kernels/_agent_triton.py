@@ -50,7 +50,7 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and bias; empty for what is None."""
     from vision_attn.kernels._agent_backward_triton import backward  # noqa: PLC0415
-    from vision_attn.kernels._linear_tiles_triton import packed  # noqa: PLC0415
+    from vision_attn.kernels._local_call_triton import packed  # noqa: PLC0415
 
     return backward(_pairs(q, k, v, bias, seen, first, scales), packed(do), o, lse)
 
@@ -66,7 +66,7 @@ def _pairs(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seen: Tensor | None, first: int, scales: Sequence[float]
 ) -> Any:
     from vision_attn.kernels._agent_forward_triton import Pairs  # noqa: PLC0415
-    from vision_attn.kernels._linear_tiles_triton import packed  # noqa: PLC0415
+    from vision_attn.kernels._local_call_triton import packed  # noqa: PLC0415
 
     if seen is not None:
         seen = seen.contiguous().view(torch.uint8)
@@ -74,6 +74,7 @@ def _pairs(
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:5], *output)
     ctx.rest = inputs[5:]
 

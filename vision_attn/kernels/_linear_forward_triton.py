@@ -1,14 +1,14 @@
 """The forward of linear attention in Triton: partial states of keys and values, their merge, and the output.
 
 Three launches. The first reads k and v once and leaves a float32 state for each part of the keys; the second adds the
-parts in a fixed order and divides (see `_linear_tiles_triton.py`); the third reads q once and writes o once.
+parts in a fixed order (see `_linear_tiles_triton.py`); the third reads q once and writes o once.
 """
 
 # ruff: noqa: ANN001, ANN202, PLR0915  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,36 +24,38 @@ from vision_attn.kernels._linear_tiles_triton import (
     centred,
     cut,
     divisor,
+    feature_sums,
     lane_sums,
     mapped,
     power,
     precision_of,
     put_rows,
+    steps,
     token_rows,
     turned,
+    unit_of,
     value_block,
     weighed,
 )
 
-# Not tuned: chosen offline by registers and shared memory for sm_90 with triton 3.7.1.
+# 16 bits up to 128 channels: tuned on an H200 with triton 3.6; else chosen by registers and shared memory.
 # Keys: bytes of an element, channels of the features and of the values at most.
 _STATE: dict[tuple[int, int, int], Launch] = {
     (2, 64, 64): Launch(64, 4, 3, 4),
-    (2, 128, 128): Launch(64, 8, 3, 2),
+    (2, 128, 128): Launch(64, 4, 3, 2),
     (2, 256, 256): Launch(64, 8, 2, 1),
     (4, 64, 64): Launch(32, 4, 3, 4),
     (4, 128, 128): Launch(32, 8, 2, 2),
     (4, 256, 256): Launch(32, 8, 2, 1),
 }
 _OUTPUT: dict[tuple[int, int, int], Launch] = {
-    (2, 64, 64): Launch(64, 4, 3, 12),
-    (2, 128, 128): Launch(64, 8, 2, 6),
+    (2, 64, 64): Launch(64, 4, 1, 4),
+    (2, 128, 128): Launch(64, 4, 1, 2),
     (2, 256, 256): Launch(64, 8, 2, 4),
     (4, 64, 64): Launch(32, 4, 2, 12),
     (4, 128, 128): Launch(32, 4, 2, 8),
     (4, 256, 256): Launch(32, 8, 1, 4),
 }
-_FEATURES = 4  # rows of the state that one program merges
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,11 @@ class Call:
         return max(self.eps, 1e-30)
 
     @property
+    def scaled(self) -> bool:
+        """Whether products need factors that keep them in range."""
+        return self.q.dtype == torch.float16
+
+    @property
     def blocks(self) -> tuple[int, int, int]:
         """Channels of tiles of features and values, and of values that one program takes."""
         f, d = block_of(self.k.shape[-1]), block_of(self.v.shape[-1])
@@ -95,15 +102,18 @@ class Call:
 
 
 def config(call: Call, table: dict[tuple[int, int, int], Launch]) -> Launch:
-    """Return the first entry that fits dtype and channels."""
+    """Return the first entry that fits dtype and channels, without the pipeline where the rotation is loaded too."""
     f, d, _ = call.blocks
     size = call.q.element_size()
-    return next(c for (b, most_f, most_d), c in table.items() if b == size and f <= most_f and d <= most_d)
+    launch = next(c for (b, most_f, most_d), c in table.items() if b == size and f <= most_f and d <= most_d)
+    if call.cos is None:
+        return launch
+    return replace(launch, length=launch.length if f <= 64 else min(launch.length, 32), stages=1)
 
 
 @triton.jit
 def _state(
-    k, v, weight, sum_weight, query, cos, sin, part, part_sum, part_top,
+    k, v, weight, sum_weight, query, cos, sin, part, part_top,
     k_b, k_n, k_h, v_b, v_n, v_h, w_b, w_n, w_h, cos_n, tokens, heads, batch_heads, length,
     WEIGHT: tl.constexpr, SUM_WEIGHT: tl.constexpr, GLOBAL: tl.constexpr, SCALED: tl.constexpr,
     LEN: tl.constexpr, STAGES: tl.constexpr, LANES: tl.constexpr, MAP: tl.constexpr, ROTARY: tl.constexpr,
@@ -111,7 +121,7 @@ def _state(
 ):  # fmt: skip
     """Sum r phi(k) v^T and phi(k) over a part of the keys, each weighed.
 
-    Heads are neighbours in the launch, as they are in memory. `SUM_WEIGHT` weighs the second sum by another factor.
+    Heads are neighbours in the launch, as they are in memory. `SUM_WEIGHT` weighs the second sum once more.
     """
     pid = tl.program_id(0)
     bh = pid % batch_heads
@@ -119,20 +129,22 @@ def _state(
     block = pid // batch_heads % D_BLOCKS
     slice_ = pid // batch_heads // D_BLOCKS
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
-    k += b * k_b + h * k_h
-    v += b * v_b + h * v_h
+    k += (b * k_b + h * k_h) * unit_of(k)
+    v += (b * v_b + h * v_h) * unit_of(v)
     weight += b * w_b + h * w_h
     sum_weight += b * w_b + h * w_h
     f = tl.arange(0, BLOCK_F)
     g = tl.load(query + bh * F + f, mask=f < F, other=0.0) if GLOBAL else 0.0
+    ALIKE: tl.constexpr = v.dtype.element_ty != tl.float32 and not ROTARY
     acc = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
     sums = tl.zeros([LANES, BLOCK_F], tl.float32)
+    columns = tl.zeros([BLOCK_F, LANES], tl.float32)
     top, total = tl.full((), LOWEST, tl.float32), tl.full((), 0.0, tl.float32)
     stop = tl.minimum(tokens, (slice_ + 1) * length)
     for j in tl.range(slice_ * length, stop, LEN, num_stages=STAGES):
         row = j + tl.arange(0, LEN)
-        phi = mapped(token_rows(k, row, stop, k_n, 0, F, BLOCK_F), MAP)
-        values = token_rows(v, row, stop, v_n, block * BLOCK_D, D, BLOCK_D)
+        phi = mapped(token_rows(k, row, stop, k_n * unit_of(k), 0, F, BLOCK_F), MAP)
+        values = token_rows(v, row, stop, v_n * unit_of(v), block * BLOCK_D, D, BLOCK_D)
         w, logit = weighed(phi, row, stop, g, weight, w_n, WEIGHT, GLOBAL)
         if GLOBAL:
             high = tl.maximum(top, tl.max(logit, 0))
@@ -141,12 +153,12 @@ def _state(
             total = total * shrink + tl.sum(share, 0)
             acc *= shrink
             sums *= shrink
+            columns *= shrink
             w *= share
             top = high
+        if WEIGHT or GLOBAL or not ALIKE:
+            phi *= w[:, None]
         plain = phi
-        phi *= w[:, None]
-        if not SUM_WEIGHT:
-            plain = phi
         if ROTARY:
             phi = turned(phi, cos, sin, row, stop, cos_n, F, BLOCK_F, False)
         most = 1.0
@@ -157,17 +169,23 @@ def _state(
         low = phi.to(values.dtype)
         # a fresh product for each tile: adding a long sequence inside the tensor cores would lose what float32 has
         acc += tl.dot(tl.trans(low), values, input_precision=PRECISION) * most
+        other = tl.where(row < stop, 1.0, 0.0)
         if SUM_WEIGHT:
             other = tl.load(sum_weight + row.to(tl.int64) * w_n, mask=row < stop, other=0.0)
-            sums += lane_sums(plain * other[:, None], LANES)
-        elif ROTARY:
+        if ALIKE:  # rounded alike, equal values have equal means over all features
+            columns += feature_sums(low, other, SUM_WEIGHT, SCALED, LANES) * most
+        else:
+            if not ROTARY:
+                plain = low.to(tl.float32)
+            if SUM_WEIGHT:
+                plain *= other[:, None]
             sums += lane_sums(plain, LANES)
-        else:  # rounded alike, equal values have equal means over all features
-            sums += lane_sums(low.to(tl.float32) * most, LANES)
     place = slice_.to(tl.int64) * batch_heads + bh
-    put_rows(part + place * F * D, f, F, D, block * BLOCK_D, acc, D, BLOCK_D)
+    part += place * (F * D + F)
+    put_rows(part, f, F, D, block * BLOCK_D, acc, D, BLOCK_D)
     if block == 0:
-        tl.store(part_sum + place * F + f, tl.sum(sums, 0), mask=f < F)
+        added = tl.sum(columns, 1) if ALIKE else tl.sum(sums, 0)
+        tl.store(part + F * D + f, added, mask=f < F)
         if GLOBAL:
             tl.store(part_top + place * 2, top)
             tl.store(part_top + place * 2 + 1, total)
@@ -175,17 +193,13 @@ def _state(
 
 @triton.jit
 def _merge(
-    part, part_sum, part_top, norm, state, sums, tops, parts, batch_heads, factor, floor,
-    GLOBAL: tl.constexpr, KIND: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, ROTARY: tl.constexpr,
-    F: tl.constexpr, BLOCK_F: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    part, part_top, state, norm, tops, parts, batch_heads, factor,
+    GLOBAL: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Add the parts of some rows of one head's state.
-
-    `KIND` 'means' divides by c, for the forward; 'times' multiplies by c and 'sums' does neither, for gradients.
-    """
+    """Add the parts of some numbers of one head's state and norm."""
     bh = tl.program_id(0).to(tl.int64)
-    f = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    d = tl.arange(0, BLOCK_D)
+    WIDTH: tl.constexpr = F * D + F
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     s = tl.arange(0, PARTS)
     top, total = tl.full((), LOWEST, tl.float32), tl.full((), 0.0, tl.float32)
     if GLOBAL:
@@ -197,46 +211,28 @@ def _merge(
             total = total * power(top - high) + tl.sum(totals * power(some - high), 0)
             top = high
         total = tl.maximum(total, 1e-30)
-    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    added = tl.zeros([ROWS], tl.float32)
+        if tl.program_id(1) == 0:
+            tl.store(tops + bh * 2, top)
+            tl.store(tops + bh * 2 + 1, total)
+    acc = tl.zeros([COLUMNS], tl.float32)
     for first in tl.range(0, parts, PARTS):
         place = (first + s) * batch_heads + bh
         there = first + s < parts
-        weight = tl.full([PARTS], factor, tl.float32)
+        rows = tl.load(
+            part + place[:, None] * WIDTH + column[None, :], mask=there[:, None] & (column < WIDTH)[None, :], other=0.0
+        )
         if GLOBAL:
-            weight = power(tl.load(part_top + place * 2, mask=there, other=LOWEST) - top) / total
-        rows = place[:, None] * F + f[None, :]
-        keep = there[:, None] & (f < F)[None, :]
-        added += tl.sum(tl.load(part_sum + rows, mask=keep, other=0.0) * weight[:, None], 0)
-        tile = tl.load(part + rows[:, :, None] * D + d, mask=keep[:, :, None] & (d < D), other=0.0)
-        acc += tl.sum(tile * weight[:, None, None], 0)
-    z = added
-    if KIND == "times":
-        z = tl.load(norm + bh * F + f, mask=f < F, other=0.0)
-    c = z
-    if ROTARY:
-        if KIND == "times":
-            other = tl.load(norm + bh * F + (f ^ 1), mask=f < F, other=0.0)
-        else:
-            z0, z1 = tl.split(z.reshape(ROWS // 2, 2))
-            other = tl.join(z1, z0).reshape(ROWS)
-        c = z + other
-    c = tl.maximum(c, floor)
-    if KIND == "means":
-        acc = acc * (1.0 / c)[:, None]
-    elif KIND == "times":
-        acc, added = acc * c[:, None], added * c
-    put_rows(state + bh * F * D, f, F, D, 0, acc, D, BLOCK_D)
-    tl.store(sums + bh * F + f, added, mask=f < F)
-    if GLOBAL:
-        tl.store(tops + bh * 2, top, mask=tl.program_id(1) == 0)
-        tl.store(tops + bh * 2 + 1, total, mask=tl.program_id(1) == 0)
+            rows *= power(tl.load(part_top + place * 2, mask=there, other=LOWEST) - top)[:, None]
+        acc += tl.sum(rows, 0)
+    acc *= factor / total if GLOBAL else factor
+    tl.store(state + bh * F * D + column, acc.to(state.dtype.element_ty), mask=column < F * D)
+    tl.store(norm + bh * F + column - F * D, acc, mask=(column >= F * D) & (column < WIDTH))
 
 
 @triton.jit
 def _output(
     q, state, norm, cos, sin, o, q_b, q_n, q_h, cos_n, tokens, heads, batch_heads, length, eps, floor,
-    LEN: tl.constexpr, STAGES: tl.constexpr, MAP: tl.constexpr, ROTARY: tl.constexpr,
+    SCALED: tl.constexpr, LEN: tl.constexpr, STAGES: tl.constexpr, MAP: tl.constexpr, ROTARY: tl.constexpr,
     F: tl.constexpr, BLOCK_F: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Read the state with some queries."""
@@ -246,67 +242,72 @@ def _output(
     block = pid // batch_heads % D_BLOCKS
     slice_ = pid // batch_heads // D_BLOCKS
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
-    q += b * q_b + h * q_h
+    q += (b * q_b + h * q_h) * unit_of(q)
     o += (b * tokens * heads + h) * D
     norm += bh * F
     z, c = divisor(norm, floor, F, BLOCK_F, ROTARY)
     state += bh.to(tl.int64) * F * D
-    s, mean = centred(state, z, block * BLOCK_D, q.dtype.element_ty, F, BLOCK_F, D, BLOCK_D, ROTARY)
+    s, mean = centred(
+        state, z, c, block * BLOCK_D, q.dtype.element_ty, F, BLOCK_F, D, BLOCK_D, ROTARY, SCALED
+    )  # fmt: skip
     stop = tl.minimum(tokens, (slice_ + 1) * length)
+    first = slice_ * length + tl.arange(0, LEN)
+    following = token_rows(q, first, stop, q_n * unit_of(q), 0, F, BLOCK_F)
     for j in tl.range(slice_ * length, stop, LEN, num_stages=STAGES):
         row = j + tl.arange(0, LEN)
-        phi = mapped(token_rows(q, row, stop, q_n, 0, F, BLOCK_F), MAP)
-        inverse = 1.0 / (tl.sum(phi * z[None, :], 1) + eps)
-        p = phi * c[None, :]
+        x = following
+        # on its way while this tile is computed
+        following = token_rows(q, row + LEN, stop, q_n * unit_of(q), 0, F, BLOCK_F)
+        p = mapped(x, MAP)
+        norms = tl.sum(p * z[None, :], 1)
+        share = 1.0 / (norms + eps)
+        p *= share[:, None]
+        if SCALED:
+            p *= c[None, :]
         if ROTARY:
             p = turned(p, cos, sin, row, stop, cos_n, F, BLOCK_F, False)
-        p = p * inverse[:, None]
         rows = tl.dot(p.to(s.dtype), s, input_precision=PRECISION)
         if not ROTARY:
-            rows += tl.sum(p, 1)[:, None] * mean[None, :]
+            rows += (norms * share)[:, None] * mean[None, :]
         put_rows(o, row, stop, heads * D, block * BLOCK_D, rows, D, BLOCK_D)
 
 
 def state_parts(
     call: Call, k: Tensor, v: Tensor, weight: Tensor | None, sum_weight: Tensor | None, query: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return partial sums `[parts, B, H, F, D]`, `[parts, B, H, F]`, and maximum and total `[parts, B, H, 2]`."""
+) -> tuple[Tensor, Tensor | None]:
+    """Return state and norm of parts `[parts, B, H, F * D + F]`; for `query` maximum and total `[parts, B, H, 2]`."""
     B, M, H, F = k.shape
     D = v.shape[-1]
     launch, constants = config(call, _STATE), call.constants()
     blocks = math.ceil(D / constants["BLOCK_D"])
     parts, length = cut(M, B * H * blocks, launch, k, 4)
-    options: Any = dict(dtype=torch.float32, device=k.device)
-    part, part_sum = torch.empty(parts, B, H, F, D, **options), torch.empty(parts, B, H, F, **options)
-    part_top = torch.empty(parts, B, H, 2, **options) if query is not None else part
+    part = torch.empty(parts, B, H, F * D + F, dtype=torch.float32, device=k.device)
+    part_top = None if query is None else part.new_empty(parts, B, H, 2)
     cos, sin, cos_n = call.rotary()
     w = part if weight is None else weight
     _state[(parts * blocks * B * H,)](
         k, v, w, w if sum_weight is None else sum_weight, part if query is None else query, cos, sin,
-        part, part_sum, part_top, *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if weight is None else weight.stride()),
-        cos_n, M, H, B * H, length, WEIGHT=weight is not None, SUM_WEIGHT=sum_weight is not None,
-        GLOBAL=query is not None, SCALED=k.dtype == torch.float16, LEN=launch.length, STAGES=launch.stages, LANES=LANES,
-        num_warps=launch.warps, **constants,
+        part, part if part_top is None else part_top, *steps(k), *steps(v),
+        *((0, 0, 0) if weight is None else weight.stride()), cos_n, M, H, B * H, length,
+        WEIGHT=weight is not None, SUM_WEIGHT=sum_weight is not None, GLOBAL=query is not None, SCALED=call.scaled,
+        LEN=launch.length, STAGES=launch.stages, LANES=LANES, num_warps=launch.warps, **constants,
     )  # fmt: skip
-    return part, part_sum, part_top
+    return part, part_top
 
 
 def merged(
-    call: Call, parts: tuple[Tensor, Tensor, Tensor | None], kind: str, norm: Tensor | None, dtype: torch.dtype
+    call: Call, part: Tensor, part_top: Tensor | None, dtype: torch.dtype, factor: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the state `[B, H, F, D]`, its sums `[B, H, F]`, and maximum and total of the logits `[B, H, 2]`."""
-    part, part_sum, part_top = parts
-    count, B, H, F, D = part.shape
-    state, sums = part.new_empty((B, H, F, D), dtype=dtype), part.new_empty((B, H, F))
+    """Return `factor` times state `[B, H, F, D]` and norm `[B, H, F]`; maximum and total of the logits `[B, H, 2]`."""
+    count, B, H, _ = part.shape
+    F, D = call.k.shape[-1], call.v.shape[-1]
+    state, norm = part.new_empty((B, H, F, D), dtype=dtype), part.new_empty((B, H, F))
     tops = part.new_empty((B, H, 2) if part_top is not None else (0,))
-    f, d, _ = call.blocks
-    _merge[(B * H, math.ceil(F / _FEATURES))](
-        part, part_sum, part if part_top is None else part_top, sums if norm is None else norm, state, sums, tops,
-        count, B * H, 1.0 / call.k.shape[1] if kind == "means" else 1.0, call.floor,
-        GLOBAL=part_top is not None, KIND=kind, PARTS=16 if d <= 64 else 8 if d <= 128 else 4, ROWS=_FEATURES,
-        ROTARY=call.cos is not None, F=F, BLOCK_F=f, D=D, BLOCK_D=d, num_warps=4,
+    _merge[(B * H, math.ceil((F * D + F) / 128))](
+        part, part if part_top is None else part_top, state, norm, tops, count, B * H, factor,
+        GLOBAL=part_top is not None, PARTS=16, COLUMNS=128, F=F, D=D, num_warps=1,
     )  # fmt: skip
-    return state, sums, tops
+    return state, norm, tops
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -318,14 +319,14 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not o.numel() or not k.shape[1]:
         state, norm = (q.new_zeros(shape, dtype=torch.float32) for shape in ((B, H, F, D), (B, H, F)))
         return o.zero_(), state, norm, norm.new_zeros((B, H, 2) if call.query is not None else (0,))
-    part, part_sum, part_top = state_parts(call, k, v, call.weight, None, call.query)
-    some = None if call.query is None else part_top
-    state, norm, tops = merged(call, (part, part_sum, some), "means", None, torch.float32)
+    part, part_top = state_parts(call, k, v, call.weight, None, call.query)
+    factor = 1.0 / k.shape[1] if call.query is None else 1.0
+    state, norm, tops = merged(call, part, part_top, torch.float32, factor)
     launch, constants = config(call, _OUTPUT), call.constants()
     blocks = math.ceil(D / constants["BLOCK_D"])
     parts, length = cut(N, B * H * blocks, launch, q, 1)
     _output[(parts * blocks * B * H,)](
-        q, state, norm, *call.rotary()[:2], o, *q.stride()[:3], call.rotary()[2], N, H, B * H, length, call.eps,
-        call.floor, LEN=launch.length, STAGES=launch.stages, num_warps=launch.warps, **constants,
+        q, state, norm, *call.rotary()[:2], o, *steps(q), call.rotary()[2], N, H, B * H, length, call.eps,
+        call.floor, SCALED=call.scaled, LEN=launch.length, STAGES=launch.stages, num_warps=launch.warps, **constants,
     )  # fmt: skip
     return o, state, norm, tops

@@ -20,11 +20,13 @@ from vision_attn.kernels._linear_tiles_triton import (
     mapped,
     put_rows,
     slope,
+    steps,
     token_rows,
+    unit_of,
 )
 
-# Not tuned: chosen offline by registers for sm_90 with triton 3.7.1. By channels at most.
-_MEAN: dict[int, Launch] = {64: Launch(64, 4, 3, 8), 128: Launch(32, 4, 3, 8), 256: Launch(16, 4, 3, 8)}
+# By channels at most. Up to 128: tuned on an H200 with triton 3.6.
+_MEAN: dict[int, Launch] = {64: Launch(64, 4, 3, 4), 128: Launch(64, 4, 3, 4), 256: Launch(16, 4, 3, 8)}
 
 
 @triton.jit
@@ -38,7 +40,7 @@ def _sums(
     bh = pid % batch_heads
     slice_ = pid // batch_heads
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
-    q += b * q_b + h * q_h
+    q += (b * q_b + h * q_h) * unit_of(q)
     weight += b * w_b + h * w_h
     sums = tl.zeros([LANES, BLOCK_F], tl.float32)
     total = tl.zeros([LEN], tl.float32)
@@ -48,13 +50,31 @@ def _sums(
         w = tl.where(row < stop, 1.0, 0.0)
         if WEIGHT:
             w = tl.load(weight + row.to(tl.int64) * w_n, mask=row < stop, other=0.0).to(tl.float32)
-        phi = mapped(token_rows(q, row, stop, q_n, 0, F, BLOCK_F), MAP)
+        phi = mapped(token_rows(q, row, stop, q_n * unit_of(q), 0, F, BLOCK_F), MAP)
         sums += lane_sums(phi * w[:, None], LANES)
         total += w
     f = tl.arange(0, BLOCK_F)
     place = slice_.to(tl.int64) * batch_heads + bh
     tl.store(part + place * F + f, tl.sum(sums, 0), mask=f < F)
     tl.store(part_total + place, tl.sum(total, 0))
+
+
+@triton.jit
+def _mean(
+    part, part_total, mean, total, parts, batch_heads, PARTS: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr
+):  # fmt: skip
+    """Add the parts of one head and divide."""
+    bh = tl.program_id(0).to(tl.int64)
+    f = tl.arange(0, BLOCK_F)
+    sums = tl.zeros([BLOCK_F], tl.float32)
+    weights = tl.full((), 0.0, tl.float32)
+    for first in tl.range(0, parts, PARTS):
+        s = first + tl.arange(0, PARTS)
+        place = s * batch_heads + bh
+        sums += tl.sum(token_rows(part + bh * F, s, parts, batch_heads * F, 0, F, BLOCK_F), 0)
+        weights += tl.sum(tl.load(part_total + place, mask=s < parts, other=0.0), 0)
+    tl.store(mean + bh * F + f, sums / weights, mask=f < F)
+    tl.store(total + bh, weights)
 
 
 @triton.jit
@@ -68,7 +88,7 @@ def _sums_gradient(
     bh = pid % batch_heads
     slice_ = pid // batch_heads
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
-    q += b * q_b + h * q_h
+    q += (b * q_b + h * q_h) * unit_of(q)
     weight += b * w_b + h * w_h
     dq += (b * tokens * heads + h) * F
     dweight += b * tokens * heads + h
@@ -78,9 +98,9 @@ def _sums_gradient(
     stop = tl.minimum(tokens, (slice_ + 1) * length)
     for j in tl.range(slice_ * length, stop, LEN, num_stages=STAGES):
         row = j + tl.arange(0, LEN)
-        x = token_rows(q, row, stop, q_n, 0, F, BLOCK_F)
+        x = token_rows(q, row, stop, q_n * unit_of(q), 0, F, BLOCK_F)
         phi = mapped(x, MAP)
-        change = g[None, :] * slope(x.to(tl.float32), phi, MAP)
+        change = g[None, :] * slope(x, MAP)
         if WEIGHT:
             w = tl.load(weight + row.to(tl.int64) * w_n, mask=row < stop, other=0.0).to(tl.float32)
             change *= w[:, None]
@@ -100,12 +120,13 @@ def feature_sums(q: Tensor, weight: Tensor | None, map_: str) -> tuple[Tensor, T
     parts, length = cut(N, B * H, launch, q, 4)
     part, totals = (q.new_empty((parts, B, H, *rest), dtype=torch.float32) for rest in ((F,), ()))
     _sums[(parts * B * H,)](
-        q, q if weight is None else weight, part, totals, *q.stride()[:3],
+        q, q if weight is None else weight, part, totals, *steps(q),
         *((0, 0, 0) if weight is None else weight.stride()), N, H, B * H, length, WEIGHT=weight is not None,
         LEN=launch.length, STAGES=launch.stages, LANES=LANES, MAP=map_, F=F, BLOCK_F=block, num_warps=launch.warps,
     )  # fmt: skip
-    total = totals.sum(0)
-    return part.sum(0) / total[..., None], total
+    mean, total = part.new_empty((B, H, F)), part.new_empty((B, H))
+    _mean[(B * H,)](part, totals, mean, total, parts, B * H, PARTS=64, F=F, BLOCK_F=block, num_warps=8)
+    return mean, total
 
 
 def feature_sums_gradient(
@@ -121,7 +142,7 @@ def feature_sums_gradient(
         return dq, dweight
     parts, length = cut(N, B * H, launch, q, 1)
     _sums_gradient[(parts * B * H,)](
-        q, q if weight is None else weight, mean, total, dmean.contiguous(), dq, dweight, *q.stride()[:3],
+        q, q if weight is None else weight, mean, total, dmean.contiguous(), dq, dweight, *steps(q),
         *((0, 0, 0) if weight is None else weight.stride()), N, H, B * H, length, WEIGHT=weight is not None,
         WEIGHT_GRADIENT=weight_gradient, LEN=launch.length, STAGES=launch.stages, MAP=map_, F=F, BLOCK_F=block,
         num_warps=launch.warps,

@@ -1,13 +1,13 @@
 """Triton pieces that the kernels of linear attention share: tiles of tokens, features, rotation, launch sizes.
 
-For range and precision in 16 bits the state is kept as weighted means of the values, one for each feature f:
+The state of a head is S, the mean over the keys of features times values, and its norm z, that of the features alone:
 
-    S'_f = S_f / c_f,    p_if = phi_f(q_i) c_f / (phi(q_i) . z + eps),    o_i = sum_f p_if S'_f
+    o_i = phi(q_i)^T S / den_i,    den_i = phi(q_i) . z + eps
 
-with z the mean of the weighted features of the keys, S the mean of features times values and c = max(z, eps): then
-0 <= p <= 1, and S' is no larger than the values. Where channels are rotated in pairs, c is the sum of the pair; where
-they are not, products take S' without its mean over the features, which would otherwise drown the differences that make
-up the gradients of q and k.
+Where channels are not rotated, products take S - z m^T instead, and m is added afterwards: with m the mean of the
+values, what is left are the differences that make up the gradients of q and k, which rounding S would drown. float16
+has no range for S: there features are multiplied by c = max(z, eps), and S is divided by it, so that phi c / den is at
+most one and S / c no larger than the values. Of channels that are rotated in pairs, c is the sum of the pair.
 """
 
 # ruff: noqa: ANN001, ANN202, SIM108  # the compiler of a kernel reads no annotations
@@ -39,6 +39,12 @@ class Launch:
 
 
 @triton.jit
+def unit_of(base):
+    """Elements in 16 bytes; see `steps`."""
+    return 128 // base.dtype.element_ty.primitive_bitwidth
+
+
+@triton.jit
 def token_rows(base, row, stop, stride, first, D: tl.constexpr, BLOCK: tl.constexpr):
     """Channels `first .. first + BLOCK - 1` of tokens `row`; zero from `stop` and from D on, `[len(row), BLOCK]`."""
     d = first + tl.arange(0, BLOCK)
@@ -67,18 +73,24 @@ def state_block(base, first, F: tl.constexpr, BLOCK_F: tl.constexpr, D: tl.const
 
 @triton.jit
 def centred(
-    state, z, first, dtype: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    ROTARY: tl.constexpr,
+    state, z, c, first, dtype: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr, D: tl.constexpr,
+    BLOCK: tl.constexpr, ROTARY: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Columns `first ..` of one head's state in `dtype` less their mean over the features, and the mean `[BLOCK]`."""
+    """Columns `first ..` of S - z m^T in `dtype`, divided by c if `SCALED`, and m `[BLOCK]`; m is zero if `ROTARY`."""
     s = state_block(state, first, F, BLOCK_F, D, BLOCK)
-    if ROTARY:
-        mean = tl.zeros([BLOCK], tl.float32)
-    else:
-        share = z / tl.maximum(tl.sum(z, 0), 1e-30)
-        mean = tl.sum(s * share[:, None], 0)
-        s = tl.where((tl.arange(0, BLOCK_F) < F)[:, None], s - mean[None, :], 0.0)
+    mean = tl.zeros([BLOCK], tl.float32)
+    if not ROTARY:
+        mean = tl.sum(s, 0) / tl.maximum(tl.sum(z, 0), 1e-30)
+        s = s - z[:, None] * mean[None, :]
+    if SCALED:
+        s = s * inverse(c)[:, None]
     return s.to(dtype), mean
+
+
+@triton.jit
+def inverse(c):
+    """1 / c; zero for features that there are not."""
+    return tl.where(c > 0.0, 1.0 / tl.where(c > 0.0, c, 1.0), 0.0)
 
 
 @triton.jit
@@ -88,25 +100,32 @@ def power(x):
 
 
 @triton.jit
+def _decay(x):
+    """e^x up to 1."""
+    return tl.math.exp2(tl.minimum(x * LOG2E, 0.0))
+
+
+@triton.jit
 def mapped(x, MAP: tl.constexpr):
     """phi(x) in float32."""
     x = x.to(tl.float32)
     if MAP == "elu":
-        x = tl.where(x > 0.0, x + 1.0, power(tl.minimum(x, 0.0)))
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + _decay(x)
     elif MAP == "relu":
-        x = tl.maximum(x, 0.0)
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return x
 
 
 @triton.jit
-def slope(x, phi, MAP: tl.constexpr):
+def slope(x, MAP: tl.constexpr):
     """phi'(x)."""
+    x = x.to(tl.float32)
     if MAP == "elu":
-        change = tl.where(x > 0.0, 1.0, phi)
+        change = _decay(x)
     elif MAP == "relu":
         change = tl.where(x > 0.0, 1.0, 0.0)
     else:
-        change = tl.full(phi.shape, 1.0, tl.float32)
+        change = tl.full(x.shape, 1.0, tl.float32)
     return change
 
 
@@ -144,6 +163,30 @@ def divisor(norm, floor, F: tl.constexpr, BLOCK_F: tl.constexpr, ROTARY: tl.cons
 def lane_sums(x, LANES: tl.constexpr):
     """Add rows that one thread holds, to `[LANES, columns]`."""
     return tl.sum(x.reshape(x.shape[0] // LANES, LANES, x.shape[1]), 0)
+
+
+@triton.jit
+def column(x, LANES: tl.constexpr):
+    """X as the first of `LANES` columns, the others zero: what a product takes beside its matrix."""
+    return tl.where(tl.arange(0, LANES)[None, :] == 0, x[:, None], 0.0)
+
+
+@triton.jit
+def feature_sums(phi, other, EXACT: tl.constexpr, SCALED: tl.constexpr, LANES: tl.constexpr):
+    """Sum 16-bit features over tokens, each times `other`, by a product: its columns `[features, LANES]` add up to it.
+
+    `EXACT` takes `other` in two parts, for one would be rounded too coarsely.
+    """
+    most = 1.0
+    if EXACT and SCALED:
+        most = tl.max(tl.abs(other), 0)
+        most = tl.where(most > 0.0, most, 1.0)
+        other *= 1.0 / most
+    factors = column(other, LANES)
+    if EXACT:
+        high = other.to(phi.dtype).to(tl.float32)
+        factors = tl.where(tl.arange(0, LANES)[None, :] == 1, (other - high)[:, None], column(high, LANES))
+    return tl.dot(tl.trans(phi), factors.to(phi.dtype)) * most
 
 
 @triton.jit
@@ -191,10 +234,23 @@ def cut(tokens: int, rows: int, launch: Launch, t: Tensor, least: int) -> tuple[
 
 
 def precision_of(t: Tensor) -> str:
-    """Three TF32 products keep float32's accuracy on tensor cores; other dtypes ignore it."""
-    return "tf32x3" if t.dtype == torch.float32 else "tf32"
+    """Three TF32 products keep float32's accuracy on tensor cores up to 128 channels; other dtypes ignore it."""
+    if t.dtype != torch.float32:
+        return "tf32"
+    return "tf32x3" if t.shape[-1] <= 128 else "ieee"
 
 
-def packed(t: Tensor) -> Tensor:
-    """`t` with neighbouring channels in memory; a copy only where they are not."""
-    return t if t.stride(-1) == 1 else t.contiguous()
+def aligned(t: Tensor) -> Tensor:
+    """`t` with channels that lie side by side from a multiple of 16 bytes on; a copy only where they do not."""
+    unit = 16 // t.element_size()
+    whole = all(s % unit == 0 for n, s in zip(t.shape[:-1], t.stride()[:-1], strict=True) if n > 1)
+    if t.stride(-1) == 1 and whole and t.data_ptr() % 16 == 0:
+        return t
+    padded = t.new_empty((*t.shape[:-1], math.ceil(t.shape[-1] / unit) * unit))
+    return padded[..., : t.shape[-1]].copy_(t)
+
+
+def steps(t: Tensor) -> tuple[int, ...]:
+    """Strides of an `aligned` tensor's batch, tokens and heads in units of 16 bytes: so many are loaded at once."""
+    unit = 16 // t.element_size()
+    return tuple(0 if n == 1 else s // unit for n, s in zip(t.shape[:3], t.stride()[:3], strict=True))

@@ -13,8 +13,6 @@ from torch import Tensor
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# No GPU has checked these kernels yet (tests/gpu/check_linear.py): until then 'auto' does not take them.
-CHECKED_ON_GPU = False
 
 
 def linear_reasons(q: Tensor, *others: Tensor, constants: tuple[Tensor, ...] = (), auto: bool = False) -> list[str]:
@@ -38,8 +36,6 @@ def linear_reasons(q: Tensor, *others: Tensor, constants: tuple[Tensor, ...] = (
         reasons.append("rotary needs a gradient")
     if auto and not q.is_cuda:
         reasons.append("on a CPU it is interpreted")
-    if auto and not CHECKED_ON_GPU:
-        reasons.append("no GPU has checked it yet: ask for it by name")
     return reasons
 
 
@@ -95,9 +91,9 @@ def _linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, weight and query; empty for what is None or not wanted."""
     from vision_attn.kernels._linear_backward_triton import backward  # noqa: PLC0415
-    from vision_attn.kernels._linear_tiles_triton import packed  # noqa: PLC0415
+    from vision_attn.kernels._linear_tiles_triton import aligned  # noqa: PLC0415
 
-    return backward(_call(q, k, v, cos, sin, weight, query, map_, eps), packed(do), state, norm, tops, weight_gradient)
+    return backward(_call(q, k, v, cos, sin, weight, query, map_, eps), aligned(do), state, norm, tops, weight_gradient)
 
 
 @_linear_backward.register_fake
@@ -116,14 +112,15 @@ def _call(
     query: Tensor | None, map_: str, eps: float,
 ) -> Any:  # fmt: skip
     from vision_attn.kernels._linear_forward_triton import Call  # noqa: PLC0415
-    from vision_attn.kernels._linear_tiles_triton import packed  # noqa: PLC0415
+    from vision_attn.kernels._linear_tiles_triton import aligned  # noqa: PLC0415
 
-    q, k, v = (packed(t) for t in (q, k, v))
+    q, k, v = (aligned(t) for t in (q, k, v))
     cos, sin = (None if t is None else t.contiguous() for t in (cos, sin))
     return Call(q, k, v, cos, sin, weight, query, map_, eps)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:7], *output[1:])
     ctx.rest = inputs[7:]
 
@@ -145,9 +142,9 @@ _linear.register_autograd(_backward, setup_context=_save)
 def _mean(q: Tensor, weight: Tensor | None, map_: str) -> tuple[Tensor, Tensor]:
     """Mean `[B, H, F]` and sum of the weights `[B, H]`."""
     from vision_attn.kernels._linear_mean_triton import feature_sums  # noqa: PLC0415
-    from vision_attn.kernels._linear_tiles_triton import packed  # noqa: PLC0415
+    from vision_attn.kernels._linear_tiles_triton import aligned  # noqa: PLC0415
 
-    return feature_sums(packed(q), weight, map_)
+    return feature_sums(aligned(q), weight, map_)
 
 
 @_mean.register_fake
@@ -162,9 +159,9 @@ def _mean_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of q and weight; empty for what is not wanted."""
     from vision_attn.kernels._linear_mean_triton import feature_sums_gradient  # noqa: PLC0415
-    from vision_attn.kernels._linear_tiles_triton import packed  # noqa: PLC0415
+    from vision_attn.kernels._linear_tiles_triton import aligned  # noqa: PLC0415
 
-    return feature_sums_gradient(packed(q), weight, mean, total, dmean, map_, weight_gradient)
+    return feature_sums_gradient(aligned(q), weight, mean, total, dmean, map_, weight_gradient)
 
 
 @_mean_backward.register_fake
@@ -176,6 +173,7 @@ def _(
 
 
 def _save_mean(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:2], *output)
     ctx.map = inputs[2]
 
