@@ -91,7 +91,7 @@ def test_a_case_is_stored_once_in_the_order_of_the_entry():
         (["kernels", "--device", "cpu", "--only", "disk-*"], "no case 'disk-*': there is linear-64"),
         (["kernels", "--device", "cpu", "--candidates", "cudnn"], "no candidate 'cudnn': there is 'ours'"),
         (["table"], "needs a FILE"),
-        (["kernels", "results.json"], "needs a FILE, and only it does"),
+        (["kernels", "results.json"], "needs a FILE, and only they do"),
         (["table", str(Path(__file__))], "is not JSON"),
     ],
 )

@@ -9,6 +9,10 @@
 `ratio` is a candidate's median over the subject's in the same run: how many times faster the subject is. `errors` are
 shares of the budget; `reason` says why a candidate was left out; `ready_s` went into compiling and checking it. All
 candidates of a row were timed in one run.
+
+A row of whole models has no subject (null), no `needed_flop` and no `errors`. It has `musts`, a list of {text, value,
+needed, holds}, see `musts.py`; and its PASS has `batch`, `speedup` over the row's reference, and `memory`, which is
+{bytes, above}: the peak, and the part of it above the weights.
 """
 
 import json
@@ -19,7 +23,8 @@ from typing import Any
 SCHEMA = 1
 _NUMBER = (int, float)
 _DOCUMENT = dict(schema=int, entry=str, title=str, device=str, versions=dict, timing=str, rows=list)
-_ROW = dict(case=str, label=str, group=str, shape=dict, date=str, command=str, subject=str, candidates=list)
+_NAME = (str, type(None))
+_ROW = dict(case=str, label=str, group=str, shape=dict, date=str, command=str, subject=_NAME, candidates=list)
 _CANDIDATE = dict(name=str, computes=str)
 _PASS = dict(median_ms=_NUMBER, min_ms=_NUMBER, iqr_ms=_NUMBER, samples=int, launch=str)
 

@@ -1,4 +1,4 @@
-"""What a call allocates above its inputs and outputs."""
+"""What a call allocates above its inputs and outputs, or above all that lay there before."""
 
 from collections.abc import Callable
 
@@ -42,3 +42,25 @@ def extra_memory(
     made = sum(t.nbytes for t in outputs)
     extra = max(torch.cuda.max_memory_allocated(device) - before - made, 0)
     return dict(bytes=extra, share=extra / (given + made))
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> dict[str, int] | None:
+    """Return what one call needs.
+
+    Args:
+        call: Has run before, so that no compilation is in the figure.
+        device: Where it runs.
+
+    Returns:
+        `bytes`, the peak of the whole process, and `above`, the part of it that was allocated during the call. None on
+        a CPU, where nothing is counted.
+    """
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated(device)
+    return dict(bytes=peak, above=peak - before)

@@ -107,7 +107,8 @@ def run_benchmarks(
         run = dict(date=today(), command=command)
         for case in cases:
             rows.append(entry.row(case, measurement) | run)
-            write_document(path, dict(**place, timing=_TIMING, rows=merged(stored, rows, order)))
+            timing = getattr(entry, "TIMING", _TIMING)
+            write_document(path, dict(**place, timing=timing, rows=merged(stored, rows, order)))
             say(describe(rows[-1]))
         failed += [f"{row['case']}: {reason}" for row in rows if (reason := subject_reason(row))]
         written.append(path)
@@ -131,10 +132,12 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def table_of(path: Path, groups: Sequence[str] = ()) -> str:
-    """Return a stored result as Markdown, see `markdown`.
+    """Return a stored result as Markdown, by its entry's own `table` or else by `markdown`.
 
     Raises:
         OSError: If it cannot be read.
         ValueError: If it is not a result, or has no such group.
     """
-    return markdown(read_document(path), groups)
+    document = read_document(path)
+    entry = find_entries(document["entry"])[0] if document["entry"] in entry_names() else None
+    return getattr(entry, "table", markdown)(document, groups)

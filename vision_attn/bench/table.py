@@ -22,14 +22,9 @@ def markdown(document: dict[str, Any], groups: Sequence[str] = ()) -> str:
     Raises:
         ValueError: If a group is not in the document.
     """
-    names = list(dict.fromkeys(row["group"] for row in document["rows"]))
-    if unknown := [group for group in groups if group not in names]:
-        raise ValueError(f"no group {', '.join(map(repr, unknown))}; there is {', '.join(map(repr, names))}")
-    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items() if version)
-    dates = sorted({row["date"] for row in document["rows"]})
-    when = " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "no rows"
-    parts = [f"{document['title']}.", f"{document['device']}, {versions}, {when}. {document['timing']} {_LEGEND}"]
-    for group in groups or names:
+    head, chosen = heading(document, groups)
+    parts = [f"{head} {_LEGEND}"]
+    for group in chosen:
         rows = [row for row in document["rows"] if row["group"] == group]
         for which in ("forward", "backward"):
             if timed := [row for row in rows if any(c.get(which) for c in row["candidates"])]:
@@ -37,6 +32,22 @@ def markdown(document: dict[str, Any], groups: Sequence[str] = ()) -> str:
         if reasons := _reasons(rows):
             parts.append("\n".join(reasons))
     return "\n\n".join(parts) + "\n"
+
+
+def heading(document: dict[str, Any], groups: Sequence[str] = ()) -> tuple[str, list[str]]:
+    """Return what was measured where and how, in two paragraphs, and the groups to show.
+
+    Raises:
+        ValueError: If a group is not in the document.
+    """
+    names = list(dict.fromkeys(row["group"] for row in document["rows"]))
+    if unknown := [group for group in groups if group not in names]:
+        raise ValueError(f"no group {', '.join(map(repr, unknown))}; there is {', '.join(map(repr, names))}")
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items() if version)
+    dates = sorted({row["date"] for row in document["rows"]})
+    when = " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "no rows"
+    about = f"{document['title']}.\n\n{document['device']}, {versions}, {when}. {document['timing']}"
+    return about, list(groups or names)
 
 
 def _table(rows: Sequence[Row], which: str) -> str:

@@ -45,6 +45,7 @@ class Launch:
             stream.
         device: Where it runs.
         setup: Runs before every call, untimed: the forward that a backward consumes.
+        graph: Whether a CUDA graph is tried: a whole model is timed as its users run it, without.
 
     Attributes:
         kind: 'graph', 'eager' (on a GPU, and could not be captured) or 'cpu'.
@@ -52,7 +53,12 @@ class Launch:
     """
 
     def __init__(
-        self, call: Callable[[], object], device: torch.device, setup: Callable[[], object] | None = None
+        self,
+        call: Callable[[], object],
+        device: torch.device,
+        setup: Callable[[], object] | None = None,
+        *,
+        graph: bool = True,
     ) -> None:
         # Graphs hold addresses alone: what the functions reach must live as long as the graphs are replayed.
         self._functions = self._steps = [call] if setup is None else [setup, call]
@@ -60,7 +66,7 @@ class Launch:
         self._once()
         if device.type == "cuda":
             torch.cuda.synchronize()
-            self.kind = "graph" if self._capture() else "eager"
+            self.kind = "graph" if graph and self._capture() else "eager"
         self.estimate_ms = self._burst(1)[0]
         if self.estimate_ms < _SLOW_MS:
             self.estimate_ms = self._burst(1)[0]

@@ -7,5 +7,10 @@ An entry is a module with
     def cases(device: torch.device, quick: bool)     # objects with a `name`, in the order of the tables
     def row(case, measurement: Measurement)          # a row of `document.py`'s schema
 
+and, where the rows are not of functions that are compared with a subject,
+
+    TIMING: str                                      # how the times were taken
+    def table(document, groups=())                   # the stored result as Markdown
+
 A file `kernels_x.py` belongs to the group `kernels`: `vision-attn bench kernels` runs all of a group.
 """

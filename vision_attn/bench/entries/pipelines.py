@@ -1,0 +1,84 @@
+"""Denoisers of released pipelines, FLUX.1-dev to SD1.5, at 512 to 16384 px: seconds per step and memory."""
+
+from typing import Any
+
+import torch
+
+from vision_attn.bench.measure import Measurement
+from vision_attn.bench.musts import Must
+from vision_attn.bench.overview import steps_table
+from vision_attn.bench.pipelines.architectures import ARCHITECTURES
+from vision_attn.bench.pipelines.attention import STOCK, WAYS
+from vision_attn.bench.pipelines.case import PipelineCase
+from vision_attn.bench.pipelines.measure import pipeline_row
+
+TITLE = (
+    "One denoising step at full size with random weights in bf16: one forward of the denoiser, batch 1 (guidance by a "
+    "second forward, as in SD and SDXL, doubles all times alike). `stock` is diffusers as it is: PyTorch's choice of a "
+    "native attention, and cuDNN's wherever it can run. `flex` is CLEAR the way its authors run it"
+)
+TIMING = (
+    "Candidates one after another in one run, on one model: a warm-up, then medians of 5 steps below 0.5 s, 3 below "
+    "2 s, 2 below 6 s, else one. A step above 15 s is extrapolated: one block of each kind is timed in its place, and "
+    "counted as often as the model has it. Compiled is `torch.compile` of the repeated blocks. Speed-ups "
+    "refer to the faster stock of the same table. Memory is the peak with all weights, and the part above what lay "
+    "there before the step; the blocks run one after another, so that of an extrapolated step is seen with one of each."
+)
+CANDIDATES = tuple(WAYS.values())
+table = steps_table
+
+_LOCAL = ("clear r16", "clear r8", "neighborhood k33")
+_LINEAR = ("linfusion", "linear local", "agent", "hilo", "rala")
+_UNET = ("clear r8", "neighborhood k13", *_LINEAR)
+_FAST = ("clear r16", "linfusion")
+
+_EAGER = {1024: 1.0, 2048: 1.38, 4096: 2.8, 8192: 8.5}
+_COMPILED = {2048: 1.6, 4096: 3.8, 8192: 11.0}
+MUSTS: dict[str, tuple[Must, ...]] = {
+    **{f"flux-{pixels}": (Must("clear r16", STOCK, factor),) for pixels, factor in _EAGER.items()},
+    **{f"flux-{pixels}-compiled": (Must("clear r16", STOCK, factor),) for pixels, factor in _COMPILED.items()},
+    "sdxl-4096": (Must("linfusion", STOCK, 2.0),),
+    "sdxl-16384": (Must("linfusion"),),
+}
+MUSTS["flux-8192"] += (Must("clear r16", ("flex r16",), 1.5),)
+
+
+def _case(architecture: str, pixels: int, ways: tuple[str, ...], compiled: bool = False) -> PipelineCase:
+    name = PipelineCase(architecture, pixels, (), compiled).name
+    return PipelineCase(architecture, pixels, (*STOCK, *ways), compiled, MUSTS.get(name, ()))
+
+
+def cases(device: torch.device, quick: bool = False) -> list[PipelineCase]:
+    """Return the cases for a device, the most important first; a CPU gets small twins in float32."""
+    if device.type == "cpu":
+        return _on_cpu(quick)
+    flux = [_case("flux", pixels, ("flex r16", *_LOCAL, *_LINEAR)) for pixels in (1024, 2048)]
+    flux += [_case("flux", pixels, ("flex r16", *_LOCAL, "linfusion")) for pixels in (4096, 8192)]
+    sdxl = [_case("sdxl", pixels, _UNET) for pixels in (1024, 4096)] + [_case("sdxl", 16384, ("linfusion",))]
+    if quick:
+        return [flux[0], sdxl[0]]
+    compiled = [_case("flux", pixels, ("clear r16",), True) for pixels in (1024, 2048, 4096, 8192)]
+    others = [_case("sdxl", 2048, _UNET), _case("sdxl", 8192, ("clear r8", "linfusion"))]
+    others += [_case("sd15", pixels, _UNET) for pixels in (512, 1024, 2048)] + [_case("sd15", 4096, ("linfusion",))]
+    others += [_case("pixart", pixels, (*_LOCAL, *_LINEAR)) for pixels in (1024, 2048)]
+    others += [_case("pixart", pixels, _FAST) for pixels in (4096, 8192)]
+    # SD3.5's table of positions ends at 6144 px
+    others += [_case("sd35", pixels, (*_LOCAL, *_LINEAR)) for pixels in (1024, 2048)] + [_case("sd35", 4096, _FAST)]
+    return [*flux, *compiled, *sdxl, *others]
+
+
+def _on_cpu(quick: bool) -> list[PipelineCase]:
+    """Small twins: every architecture, and FLUX at two sizes and compiled."""
+    ways = (*STOCK, "clear r16", "linfusion")
+    every = [
+        PipelineCase("flux", 64, (*ways, "flex r16"), small=True),
+        PipelineCase("flux", 128, ways, small=True),
+        PipelineCase("flux", 64, ways, True, small=True),
+    ]
+    every += [PipelineCase(name, 64, ways, small=True) for name in ARCHITECTURES if name != "flux"]
+    return every[:2] if quick else every
+
+
+def row(case: PipelineCase, measurement: Measurement) -> dict[str, Any]:
+    """Measure one case; see `pipeline_row`."""
+    return pipeline_row(case, measurement.device, chosen=measurement.chosen)

@@ -1,0 +1,1 @@
+"""Denoisers of real pipelines as candidates of the benchmarks: architectures, ways to attend, and steps."""

@@ -1,0 +1,112 @@
+"""The ways in which a denoiser attends: stock diffusers on two native backends, FlexAttention, and our processors.
+
+Each is a context manager over a model that is built once: inside it the model attends that way, afterwards it is as it
+was.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vision_attn.bench.candidate import AbsentError
+from vision_attn.bench.pipelines.flex_clear import FlexClear
+from vision_attn.conversion import Conversion, convert
+from vision_attn.grid import Grid
+from vision_attn.processors import (
+    RALA,
+    Agent,
+    AttnSpec,
+    Clear,
+    HiLo,
+    LinearLocal,
+    LinFusion,
+    Neighborhood,
+    Softmax,
+)
+
+_CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A candidate.
+
+    Args:
+        name: Short and stable.
+        computes: What it computes, in words.
+        use: From the model, the grid of its finest attention and the device to a context in which the model attends
+            this way; it yields the conversion if there is one. Raises `AbsentError` if it cannot.
+        spec: By which its time is estimated.
+        min_tokens: Layers with fewer tokens keep the host's attention.
+    """
+
+    name: str
+    computes: str
+    use: Callable[[nn.Module, Grid, torch.device], AbstractContextManager[Conversion | None]]
+    spec: AttnSpec
+    min_tokens: int = 0
+
+
+@contextmanager
+def _stock(model: nn.Module, grid: Grid, device: torch.device) -> Iterator[None]:
+    yield None
+
+
+@contextmanager
+def _cudnn(model: nn.Module, grid: Grid, device: torch.device) -> Iterator[None]:
+    if device.type != "cuda":
+        raise AbsentError("cuDNN attention runs on CUDA only")
+    with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
+        yield None
+
+
+@contextmanager
+def _converted(spec: AttnSpec, least: int, model: nn.Module, grid: Grid, device: torch.device) -> Iterator[Conversion]:
+    conversion = convert(model, spec, min_tokens=least)
+    try:
+        yield conversion
+    finally:
+        conversion.revert()
+
+
+def _flex(radius: float, model: nn.Module, grid: Grid, device: torch.device) -> AbstractContextManager[Conversion]:
+    return _converted(FlexClear.on(grid, radius, device), 0, model, grid, device)
+
+
+def _ours(name: str, spec: AttnSpec, least: int = 0) -> Way:
+    return Way(name, str(spec), partial(_converted, spec, least), spec, least)
+
+
+def _square(side: int) -> Way:
+    """The window must fit: the coarse levels of a UNet keep their own attention."""
+    return _ours(f"neighborhood k{side}", Neighborhood(kernel_size=side), side**2)
+
+
+STOCK = ("stock sdpa", "stock cudnn")
+WAYS = {
+    way.name: way
+    for way in (
+        Way(STOCK[0], "dense attention, PyTorch's choice of backend", _stock, Softmax()),
+        Way(STOCK[1], "dense attention, cuDNN wherever it can", _cudnn, Softmax()),
+        Way("flex r16", "Clear(radius=16) by FlexAttention", partial(_flex, 16), Clear(radius=16)),
+        _ours("clear r16", Clear(radius=16)),
+        _ours("clear r8", Clear(radius=8)),
+        _square(33),
+        _square(13),
+        _ours("linfusion", LinFusion()),
+        _ours("linear local", LinearLocal()),
+        _ours("agent", Agent()),
+        _ours("hilo", HiLo()),
+        _ours("rala", RALA()),
+    )
+}
