@@ -3,9 +3,10 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 OUT ?= demo_out
+GALLERY ?= gallery_out
 WORKERS ?= 2
 
-.PHONY: demo test bench lint clean
+.PHONY: demo gallery test bench lint docs clean
 
 $(BIN)/.installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,6 +16,9 @@ $(BIN)/.installed: setup.cfg constraints.txt
 
 demo: $(BIN)/.installed
 	$(BIN)/vision-attn demo --out $(OUT)
+
+gallery: $(BIN)/.installed
+	$(BIN)/vision-attn gallery --out $(GALLERY)
 
 test: $(BIN)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS)
@@ -28,5 +32,8 @@ lint: $(BIN)/.installed
 	$(BIN)/mypy
 	$(BIN)/pylint vision_attn
 
+docs: $(BIN)/.installed
+	$(BIN)/python docs/api.py build/docs
+
 clean:
-	rm -rf $(VENV) $(OUT)
+	rm -rf $(VENV) $(OUT) $(GALLERY) build/docs

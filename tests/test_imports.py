@@ -31,7 +31,7 @@ ORDER = (
     "adapter",
     "layer_table",
     "targets",
-    "estimate",
+    "estimation",
     "converted",
     "conversion",
     "chunked_feed_forward",
@@ -41,9 +41,11 @@ ORDER = (
     "highres",
     "hosts",
     "demo",
+    "generation",
     "inspection",
     "distill",
     "bench",
+    "gallery",
     "cli",
 )
 

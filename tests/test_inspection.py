@@ -41,6 +41,11 @@ def test_a_pipeline_a_model_and_a_timm_name(tmp_path: Path, capsys: pytest.Captu
     text = capsys.readouterr().out
     assert "Clear(radius=3)" in text and "down_blocks.0.attentions.0" in text and "faster" in text
     assert Image.open(out).size == (16 * 6, 32 * 6)
+    corner = ["--picture", str(out), "--token", "0", "15"]
+    assert main(["inspect", str(tmp_path / "unet"), *size, "--processor", "clear:radius=3", *corner]) == 0
+    assert "token (0, 15)" in capsys.readouterr().out
+    drawn = Image.open(out)
+    assert drawn.getpixel((15 * 6, 0)) == (220, 30, 30) and drawn.getpixel((0, 0)) == (255, 255, 255)
     assert main(["inspect", "vit_tiny_patch16_224", *size, "--processor", "hilo:alpha=0.5"]) == 0
     assert "blocks.11.attn" in capsys.readouterr().out
     demo = Path(__file__).parent.parent / "vision_attn" / "demo" / "weights" / "flux_nano"
@@ -56,8 +61,10 @@ def test_a_pipeline_a_model_and_a_timm_name(tmp_path: Path, capsys: pytest.Captu
         (["vit_tiny_patch16_224", "--processor", "clear:radius"], "name=value"),
         (["vit_tiny_patch16_224", "--processor", "clear:diameter=3"], "diameter"),
         (["nobody/nothing"], "could not be loaded"),
+        (["vit_tiny_patch16_224", "--token", "1", "2"], "--token is for the --picture"),
+        (["vit_tiny_patch16_224", "--token", "1", "99", "--picture", "x.png"], "(1, 99) is not in a grid"),
     ],
-    ids=["model", "processor", "value", "field", "hub"],
+    ids=["model", "processor", "value", "field", "hub", "token", "token-outside"],
 )
 def test_bad_names_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", *arguments, "--height", "256", "--width", "256"]) == 2

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vision_attn.conversion import convert, load, use_grid
     from vision_attn.converted import Conversion
-    from vision_attn.estimate import estimate
+    from vision_attn.estimation import estimate
     from vision_attn.families import Host
     from vision_attn.grid import Grid
     from vision_attn.highres import generate_highres
@@ -27,7 +27,7 @@ _PUBLIC = {
     "RALA": "processors.rala",
     "Softmax": "processors.softmax",
     "convert": "conversion",
-    "estimate": "estimate",
+    "estimate": "estimation",
     "generate_highres": "highres",
     "load": "conversion",
     "use_grid": "conversion",

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,12 +27,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--processor", default="clear", help="name of a processor, fields after a colon: clear:radius=8"
     )
     inspect.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="whose rates decide where it pays")
-    inspect.add_argument("--picture", type=Path, help="also draw which tokens the middle token of the first layer sees")
+    inspect.add_argument("--picture", type=Path, help="also draw what a token of the first layer attends to")
+    inspect.add_argument("--token", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="of the picture, the middle one")
     inspect.set_defaults(run=_inspect)
+    _add_generate(commands)
+    _add_gallery(commands)
     bench = commands.add_parser("bench", help="check and time operators beside their peers, or show stored results")
-    bench.add_argument("what", help="an entry (kernels_local), a group of entries (kernels), or 'table'")
-    bench.add_argument("file", type=Path, nargs="?", help="with 'table': a stored result to show as Markdown")
-    bench.add_argument("--out", type=Path, default=Path("bench", "results"), help="folder for <entry>_<device>.json")
+    bench.add_argument("what", help="an entry (kernels_local), a group of entries (kernels), 'table' or 'plot'")
+    bench.add_argument("file", type=Path, nargs="?", help="with 'table' or 'plot': a stored result to show")
+    bench.add_argument("--out", type=Path, default=Path("bench", "results"), help="folder for results or pictures")
     bench.add_argument("--device", help="cpu or cuda; a GPU where there is one")
     bench.add_argument("--only", action="append", default=[], help="case such as 'disc-128-*'; may be given repeatedly")
     bench.add_argument("--candidates", help="comma-separated names, as in the table; all by default")
@@ -53,6 +57,74 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _add_generate(commands: Any) -> None:
+    generate = commands.add_parser("generate", help="draw one picture, with any attention, at any size")
+    generate.add_argument("model", help="folder or hub name of a pipeline; or emoji, emoji-nano, emoji-unet (offline)")
+    generate.add_argument("prompt")
+    generate.add_argument("--out", type=Path, default=Path("picture.png"), help="file of the picture")
+    generate.add_argument("--height", type=int, help="in pixels")
+    generate.add_argument("--width", type=int)
+    generate.add_argument("--attention", help="name of a processor, fields after a colon: clear:radius=8")
+    generate.add_argument("--adapter", help="folder, file or hub name of trained weights; it names its attention")
+    generate.add_argument("--min-tokens", type=int, default=0, help="layers with fewer keep their attention")
+    generate.add_argument("--highres", action="store_true", help="from coarse to fine, above the training size")
+    generate.add_argument("--level-steps", type=int, help="with --highres: steps of each level above the first")
+    generate.add_argument("--strength", type=float, nargs="+", help="with --highres: noise levels of those levels")
+    generate.add_argument("--rope", choices=("ntk", "interpolate", "none"), help="with --highres: FLUX's positions")
+    generate.add_argument("--steps", type=int, help="denoising steps, of the first level with --highres")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--set", action="append", default=[], help="any argument of the pipeline: guidance_scale=5")
+    generate.add_argument("--device", help="cpu or cuda; a GPU where there is one")
+    generate.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="bfloat16 on a GPU")
+    generate.set_defaults(run=_generate)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from vision_attn.generation import generate, load_pipeline, request_of  # noqa: PLC0415
+
+    request = request_of(options)
+    if not options.out.parent.is_dir() or options.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--out must be a .png, .jpg or .webp in a folder that exists, got {options.out}")
+    _quiet_diffusers()
+    image, note = generate(load_pipeline(options.model, device=options.device, dtype=options.dtype), request)
+    image.save(options.out)
+    print(f"{options.out}: {note}")
+
+
+def _quiet_diffusers() -> None:
+    """Drop what diffusers says while it loads; the bars of the denoising stay."""
+    import vision_attn.demo  # noqa: F401, PLC0415, I001, it comes before diffusers
+    import diffusers  # noqa: PLC0415
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+
+
+def _add_gallery(commands: Any) -> None:
+    gallery = commands.add_parser("gallery", help="run the example programs and build one page of what they draw")
+    gallery.add_argument("--out", type=Path, default=Path("gallery_out"), help="folder for the page")
+    gallery.add_argument("--examples", type=Path, help="folder of the programs; examples/gallery of a clone by default")
+    gallery.add_argument("--teacher", choices=("base", "nano", "unet"), default="base", help="what draws the emoji")
+    gallery.add_argument("--hub", action="store_true", help="also run those that load weights from the hub")
+    gallery.set_defaults(run=_gallery)
+
+
+def _gallery(options: argparse.Namespace) -> None:
+    from vision_attn.demo import load_teacher  # noqa: PLC0415
+    from vision_attn.gallery import build_gallery  # noqa: PLC0415
+    from vision_attn.gallery.example import find_examples  # noqa: PLC0415
+
+    find_examples(options.examples)  # before any work
+    _quiet_diffusers()
+    pipe = load_teacher(options.teacher)
+    pipe.set_progress_bar_config(disable=True)
+    print("Running the examples that need no download; two cores need about three minutes.")
+    page = build_gallery(
+        options.out, examples=options.examples, pipe=pipe, hub=options.hub, say=lambda line: print(line, flush=True)
+    )
+    print(f"Page: {page.resolve()}")
+
+
 def _demo(options: argparse.Namespace) -> None:
     from vision_attn.demo.compare import PROMPTS, compare  # noqa: PLC0415, I001, it comes before diffusers
     import diffusers  # noqa: PLC0415
@@ -70,8 +142,13 @@ def _demo(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> None:
     from vision_attn.bench.run import run_benchmarks, table_of  # noqa: PLC0415
 
-    if (options.what == "table") != (options.file is not None):
-        raise ValueError("'bench table' needs a FILE, and only it does")
+    if (options.what in ("table", "plot")) != (options.file is not None):
+        raise ValueError("'bench table' or 'bench plot' needs a FILE, and only they do")
+    if options.what == "plot":
+        from vision_attn.bench.plot import plot_document  # noqa: PLC0415
+
+        print("\n".join(str(path) for path in plot_document(options.file, options.out)))
+        return
     if options.what == "table":
         print(table_of(options.file), end="")
         return
@@ -90,18 +167,20 @@ def _distill(arguments: Sequence[str]) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from vision_attn.estimate import estimate  # noqa: PLC0415
+    from vision_attn.estimation import estimate  # noqa: PLC0415
     from vision_attn.inspection import attended, load_target, picture  # noqa: PLC0415
     from vision_attn.processors import spec_of_text  # noqa: PLC0415
 
+    if options.token is not None and options.picture is None:
+        raise ValueError("--token is for the --picture")
     spec = spec_of_text(options.processor)
     found = estimate(load_target(options.model), options.height, options.width, spec, device=options.device)
     print(found)
     if options.picture is not None:
         grid = found.layers[0].grid
-        middle = (grid.height // 2, grid.width // 2)
-        picture(attended(spec, grid, *middle), *middle).save(options.picture)
-        print(f"{found.layers[0].name}, token {middle}: {options.picture}")
+        token = tuple(options.token or (grid.height // 2, grid.width // 2))
+        picture(attended(spec, grid, *token), *token).save(options.picture)
+        print(f"{found.layers[0].name}, token {token}: {options.picture}")
 
 
 if __name__ == "__main__":
