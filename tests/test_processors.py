@@ -105,6 +105,7 @@ def test_low_precision_stays_finite_and_keeps_its_dtype(name: str, host_id: str,
     loss = output.float().square().mean()
     loss.backward()
     assert all(p.grad.isfinite().all() for p in own_parameters(model).values())  # type: ignore[union-attr]
+    assert {p.dtype for p in own_parameters(model).values()} <= {dtype}
 
 
 @pytest.mark.parametrize("host_id", ["flux", "sd15-unet", "vit", "sd3", "flux2", "eva02", "lumina2"])

@@ -89,7 +89,11 @@ class Conversion:
                 yield f"{name}.vision_attn.{inner}", parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters that the conversion added: what to train when the host is frozen."""
+        """Yield the parameters that the conversion added: what to train when the host is frozen.
+
+        They have the dtype of their layer. Of a 16-bit host, train them in float32 under autocast, as
+        `vision_attn.distill` does: `for p in conversion.parameters(): p.data = p.data.float()`.
+        """
         for _, parameter in self.named_parameters():
             yield parameter
 

@@ -157,9 +157,12 @@ class Plan:
 
 
 def _like(processor: Processor, module: nn.Module) -> Processor:
-    """Put a processor where its module is. Its parameters keep float32: they are few, and they may be trained."""
-    parameter = next(module.parameters(), None)
-    return processor if parameter is None or parameter.is_meta else processor.to(parameter.device)
+    """Put a processor where its module is, in the dtype of the module's first floating parameter."""
+    parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if parameter is None:
+        return processor
+    dtype = parameter.dtype if parameter.itemsize >= 2 else None  # not that of 8-bit weights
+    return processor.to(dtype=dtype) if parameter.is_meta else processor.to(parameter.device, dtype)
 
 
 def _refuse_other_attention(name: str, module: nn.Module) -> None:
