@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from vision_attn.cli import main
-from vision_attn.demo.compare import AT_LARGE, PROCESSORS
+from vision_attn.demo import load_teacher, shipped_adapters
+from vision_attn.demo.compare import AT_LARGE, PROCESSORS, entries_of
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +68,21 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error and error.startswith("vision-attn: ") and "Traceback" not in error
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("teacher", ["base", "unet"])
+def test_shipped_adapters_are_small_and_are_shown_as_distilled(teacher):
+    distilled = [entry for entry in entries_of(teacher) if entry.adapter]
+    assert distilled and {entry.training for entry in distilled} == {"distilled"}
+    assert len({entry.slug for entry in entries_of(teacher)}) == len(entries_of(teacher))
+    pipe = load_teacher(teacher)
+    for entry in distilled:
+        assert sum(file.stat().st_size for file in entry.adapter.iterdir()) <= 2e6
+        conversion = entry.put_into(pipe)
+        assert set(conversion.specs.values()) == {entry.spec}
+        conversion.revert()
+
+
+def test_adapters_of_no_teacher_are_refused():
+    with pytest.raises(ValueError, match="must be one of 'base', 'nano', 'unet', got 'flux'"):
+        shipped_adapters("flux")

@@ -33,6 +33,7 @@ NAMES = ("emoji:nano", "FluxTransformer2DModel")
         (["--loss.attention=0", "--loss.prediction=0"], "all weights are zero"),
         (["--data.sizes=[[0, 8]]"], "data.sizes"),
         (["--student.init=random", "--student.trainable=new"], "random projections must be trained"),
+        (["--student.init=random", "--student.adapter=a"], "student.adapter brings its own start"),
         (["--model.dtype=bfloat16"], "run.precision must be 'bf16'"),
         (["--student.projections=[q, w]"], "'w'"),
         (["--optimizer.ema=1"], "below 1"),

@@ -205,3 +205,18 @@ def test_bf16_keeps_what_is_trained_in_fp32(root):
     state = safetensors.torch.load_file(root / "out" / "checkpoint-00000002" / "trained.safetensors")
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
     assert all(np.isfinite(line["total"]) for line in metrics(root))
+
+
+@pytest.mark.parametrize("trainable", ["new", "attention"])
+def test_a_student_starts_from_an_adapter(root, trainable):
+    first = settings(root, student__trainable=trainable)
+    folder = train(first)
+    trained = safetensors.torch.load_file(folder / "vision_attn.safetensors")
+    again = settings(
+        root, student__trainable=trainable, student__adapter=folder, run__out=root / "more" / "out", run__steps=1,
+        optimizer__learning_rate=0,
+    )  # fmt: skip
+    same = safetensors.torch.load_file(train(again) / "vision_attn.safetensors")
+    assert set(same) == set(trained) and all(torch.equal(same[name], tensor) for name, tensor in trained.items())
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train(settings(root, student__adapter=root / "nowhere", run__out=root / "none" / "out"))

@@ -3,6 +3,8 @@
     python examples/distill/emoji_results.py runs/results --minutes 25 --icons emoji.npz      # one H200
     python examples/distill/emoji_results.py runs/toy --minutes 1 --teachers nano --students clear,hedgehog --toy
 
+    python examples/distill/emoji_results.py runs/more --steps 1500 --start runs/results/adapters    # goes on from these
+
 Writes OUT/results.json, OUT/results.md and OUT/adapters/TEACHER-STUDENT (those of at most 2 MB). A second run goes on
 with the students that are missing. Icons: examples/emoji/rasterise.py; without them the teacher draws its own data.
 """
@@ -24,7 +26,7 @@ from PIL import Image
 from vision_attn.conversion import load
 from vision_attn.distill.cache import write_cache
 from vision_attn.distill.config import Config, EvalConfig, OptimizerConfig, RunConfig
-from vision_attn.distill.config_sections import DataConfig, ModelConfig, StudentConfig
+from vision_attn.distill.config_sections import DataConfig, LossConfig, ModelConfig, StudentConfig
 from vision_attn.distill.evaluate import Evaluation, read_truth
 from vision_attn.distill.generate import generate, read_prompts
 from vision_attn.distill.loop import train
@@ -46,7 +48,7 @@ KNOWN = "red apple,octopus,rocket,house,alarm clock,pizza,cat face,sunflower,pen
 MEGABYTES = 2
 
 
-def settings(args, teacher: str, student: str, steps: int, minutes: float | None) -> Config:
+def settings(args, teacher: str, student: str, steps: int, minutes: float | None, start: Path | None = None) -> Config:
     processor, fields, init = STUDENTS[student]
     all_four = teacher == "unet" or init == "random"  # in a FLUX of this size they make 2.5 MB
     data = args.out / "data" / teacher
@@ -58,6 +60,7 @@ def settings(args, teacher: str, student: str, steps: int, minutes: float | None
             min_tokens=256,  # the smaller grids of the UNet stay dense
             init=init,
             projections=["q", "k", "v", "out"] if all_four else ["q", "k"],
+            adapter=None if start is None else str(start),
         ),
         data=DataConfig(
             cache=data / "cache",
@@ -67,7 +70,8 @@ def settings(args, teacher: str, student: str, steps: int, minutes: float | None
             batch_size=args.batch,
             steps=1 if args.toy else 0,
         ),
-        optimizer=OptimizerConfig(learning_rate=5e-4, warmup=20, ema=0.99),
+        loss=LossConfig(task=args.task),
+        optimizer=OptimizerConfig(learning_rate=args.rate, warmup=20, ema=0.99, schedule=args.schedule),
         run=RunConfig(
             args.out / "runs" / f"{teacher}-{student}",
             steps=steps,
@@ -102,7 +106,9 @@ def one(args, teacher: str, student: str, minutes: float, done: dict) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     equal = done.get(f"{teacher}-linfusion", {}).get("steps") if student == "linfusion_random" else None
     steps = equal or (args.steps or 1_000_000)
-    config = settings(args, teacher, student, steps, None if equal or args.steps else minutes)
+    start = args.start / f"{teacher}-{student}" if args.start else None
+    limit = None if equal or args.steps else minutes
+    config = settings(args, teacher, student, steps, limit)
     pipe = load_teacher(teacher).to(device)
     pipe.set_progress_bar_config(disable=True)
     make_data(args, config, pipe)
@@ -114,7 +120,7 @@ def one(args, teacher: str, student: str, minutes: float, done: dict) -> dict:
     untrained.conversion.revert()
     shutil.rmtree(config.run.out, ignore_errors=True)
     began = time.perf_counter()
-    adapter = train(config)
+    adapter = train(settings(args, teacher, student, steps, limit, start))
     seconds = time.perf_counter() - began
     fresh = load_teacher(teacher).to(device)
     load(fresh, adapter)
@@ -133,6 +139,9 @@ def one(args, teacher: str, student: str, minutes: float, done: dict) -> dict:
         "megabytes": round(size, 3),
         "spec": str(config.student.spec()),
         "init": config.student.init,
+        "start": None if start is None else str(start),
+        "batch": args.batch,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
     }
 
 
@@ -159,6 +168,10 @@ def main() -> None:
     parser.add_argument("--teachers", default="base,unet")
     parser.add_argument("--students", default=",".join(STUDENTS))
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--schedule", default="constant", choices=("constant", "cosine", "linear"))
+    parser.add_argument("--task", type=float, default=1.0, help="weight of the error to the data")
+    parser.add_argument("--start", type=Path, help="folder of adapters TEACHER-STUDENT to go on from")
     parser.add_argument("--count", type=int, default=12, help="prompts to draw")
     parser.add_argument("--pixels", type=int, default=128)
     parser.add_argument("--toy", action="store_true", help="few denoising steps at a small size: shows that it runs")

@@ -26,11 +26,13 @@ __all__ = [
     "PixelVAE",
     "WordEncoder",
     "load_teacher",
+    "shipped_adapters",
 ]
 
 for _pipeline in (EmojiPipeline, EmojiImg2ImgPipeline, EmojiUNetPipeline, EmojiUNetImg2ImgPipeline):
     setattr(diffusers, _pipeline.__name__, _pipeline)
 
+_HERE = Path(__file__).parent
 TEACHERS = {"base": "flux", "nano": "flux_nano", "unet": "unet"}  # and the folder of their weights
 
 
@@ -50,4 +52,17 @@ def load_teacher(name: str = "base") -> EmojiPipeline | EmojiUNetPipeline:
     if name not in TEACHERS:
         raise ValueError(f"the teacher must be one of {', '.join(map(repr, TEACHERS))}, got {name!r}")
     pipeline = EmojiUNetPipeline if name == "unet" else EmojiPipeline
-    return pipeline.from_pretrained(Path(__file__).parent / "weights" / TEACHERS[name])
+    return pipeline.from_pretrained(_HERE / "weights" / TEACHERS[name])
+
+
+def shipped_adapters(teacher: str = "base") -> list[Path]:
+    """Return the folders of the distilled adapters that come with a teacher, for `vision_attn.load`.
+
+    How they were trained and what they reach is in the repository's `docs/distill.json`.
+
+    Raises:
+        ValueError: If there is no teacher of that name.
+    """
+    if teacher not in TEACHERS:
+        raise ValueError(f"the teacher must be one of {', '.join(map(repr, TEACHERS))}, got {teacher!r}")
+    return sorted((_HERE / "adapters").glob(f"{teacher}-*"))

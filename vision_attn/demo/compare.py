@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from vision_attn.conversion import convert
-from vision_attn.demo import load_teacher
+from vision_attn.adapter import read_adapter
+from vision_attn.conversion import Conversion, convert, load
+from vision_attn.demo import load_teacher, shipped_adapters
 from vision_attn.demo.page import contact_sheet, write_page
 from vision_attn.processors import (
     RALA,
@@ -50,13 +51,54 @@ STRENGTH = 0.2  # of image-to-image: sharp edges, and still one object
 
 
 @dataclass(frozen=True)
+class Entry:
+    """One way to attend: an untrained conversion, or a distilled one of the same processor.
+
+    Args:
+        spec: The processor.
+        adapter: Its trained weights.
+    """
+
+    spec: AttnSpec
+    adapter: Path | None = None
+
+    @property
+    def training(self) -> str:
+        """How it was trained."""
+        if self.adapter is not None:
+            return "distilled"
+        return "none needed" if isinstance(self.spec, Softmax | Schedule) else "untrained"
+
+    @property
+    def slug(self) -> str:
+        """For names of files."""
+        return type(self.spec).__name__.lower() + "-distilled" * (self.adapter is not None)
+
+    def put_into(self, pipe: Any) -> Conversion:
+        """Convert a pipeline."""
+        if self.adapter is not None:
+            return load(pipe, self.adapter)
+        return convert(pipe, self.spec, min_tokens=MIN_TOKENS)
+
+
+def entries_of(teacher: str) -> list[Entry]:
+    """Return all processors untrained, each followed by its distilled twin; distilled ones of other fields come last."""
+    shipped = {path: next(iter(read_adapter(path)[0].layers.values())) for path in shipped_adapters(teacher)}
+    distilled = [Entry(spec, path) for path, spec in shipped.items()]
+    entries = []
+    for spec in PROCESSORS:
+        entries += [Entry(spec), *(entry for entry in distilled if entry.spec == spec)]
+    return entries + [entry for entry in distilled if entry.spec not in PROCESSORS]
+
+
+@dataclass(frozen=True)
 class Result:
     """One row of the demo's table.
 
     Attributes:
         pixels: Side of the images.
         processor: The spec.
-        training: 'none needed' or 'untrained'.
+        training: 'none needed', 'untrained' or 'distilled'.
         tokens: Image and text tokens of the first attention layer.
         attended: Mean share of those tokens that one token sees.
         seconds: For all prompts.
@@ -104,16 +146,18 @@ def compare(
     out.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
     large_steps = 2 * steps - int(2 * steps * (1 - STRENGTH))  # as diffusers counts them
-    large = [spec for spec in PROCESSORS if isinstance(spec, AT_LARGE)]
-    total = len(prompts) * (len(PROCESSORS) * steps + len(large) * large_steps)
+    entries = entries_of(teacher)
+    large = [entry for entry in entries if isinstance(entry.spec, AT_LARGE)]
+    total = len(prompts) * (len(entries) * steps + len(large) * large_steps)
     interval = 0.1 if sys.stderr.isatty() else 10
     with tqdm(total=total, unit="step", desc="128 px Softmax", mininterval=interval) as bar:
         native: list[Image.Image] = []
         for pixels in (NATIVE, LARGE):
             dense: list[Image.Image] = []
-            for spec in PROCESSORS if pixels == NATIVE else large:
+            for entry in entries if pixels == NATIVE else large:
+                spec = entry.spec
                 bar.set_description(f"{pixels} px {type(spec).__name__}")
-                conversion = convert(pipe, spec, min_tokens=MIN_TOKENS)
+                conversion = entry.put_into(pipe)
                 start, images = time.perf_counter(), []
                 for i, prompt in enumerate(prompts):
                     call: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed + i)}
@@ -126,8 +170,7 @@ def compare(
                 seconds = time.perf_counter() - start
                 dense = dense or images
                 row = conversion.layers[0]
-                files = tuple(f"{pixels}_{_slug(prompt)}_{type(spec).__name__.lower()}.png" for prompt in prompts)
-                training = "none needed" if isinstance(spec, Softmax | Schedule) else "untrained"
+                files = tuple(f"{pixels}_{_slug(prompt)}_{entry.slug}.png" for prompt in prompts)
                 for image, file in zip(images, files, strict=True):
                     image.save(out / file)
                 psnr = (
@@ -137,7 +180,7 @@ def compare(
                 )
                 name = "AgentSD.schedule()" if isinstance(spec, Schedule) else str(spec)
                 measured = (row.tokens or 0, row.attended or 1.0, seconds, psnr)
-                results.append(Result(pixels, name, training, *measured, files))
+                results.append(Result(pixels, name, entry.training, *measured, files))
                 conversion.revert()
             native = native or dense
     contact_sheet(out, list(prompts), results)

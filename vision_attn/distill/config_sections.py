@@ -41,6 +41,8 @@ class StudentConfig:
         trainable: 'new' parameters of the processor, 'attention' for those and projections, or 'lora' on projections.
         projections: Which of q, k, v, out train with 'attention' and 'lora'.
         rank: Of LoRA; its alpha is twice that.
+        adapter: Trained weights to start from: what `vision_attn.load` takes, of this processor. `where` and
+            `min_tokens` are those that it was saved with.
     """
 
     processor: str
@@ -51,6 +53,7 @@ class StudentConfig:
     trainable: Literal["new", "attention", "lora"] = "attention"
     projections: list[str] = field(default_factory=lambda: ["q", "k", "v", "out"])
     rank: int = 16
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         at_least("student", self, 0, "min_tokens")
@@ -59,6 +62,8 @@ class StudentConfig:
             one_of("student.projections", role, ("q", "k", "v", "out"))
         if self.init == "random" and self.trainable != "attention":
             raise ValueError(f"student.init: random projections must be trained: trainable is {self.trainable!r}")
+        if self.adapter is not None and (self.init == "random" or self.where is not None):
+            raise ValueError("student.adapter brings its own start and layers: it goes without init: random and where")
         self.spec()
 
     def spec(self) -> AttnSpec:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vision_attn.conversion import convert
+from vision_attn.conversion import convert, load
 from vision_attn.converted import Conversion
 from vision_attn.distill.config import Config
 from vision_attn.distill.hosts import denoiser_of
@@ -74,13 +74,18 @@ def make_student(config: Config, pipe: Any) -> Student:
 
     Raises:
         ValueError: If the processor does not fit, or nothing would be trained.
+        FileNotFoundError: If there is no such adapter.
     """
     name, model = denoiser_of(pipe)
     dtype = next(model.parameters()).dtype
     own = config.student.trainable == "attention"
     teacher = copy.deepcopy(model).requires_grad_(False).eval() if own else None
     student = config.student
-    conversion = convert(pipe, student.spec(), where=student.where, min_tokens=student.min_tokens, components=(name,))
+    if student.adapter is not None:
+        conversion = load(pipe, student.adapter, spec=student.spec())
+    else:
+        least = student.min_tokens
+        conversion = convert(pipe, student.spec(), where=student.where, min_tokens=least, components=(name,))
     if student.init == "random":
         randomise(conversion)
     parameters = choose_trainables(conversion, student)
