@@ -82,7 +82,63 @@ def demo() -> str:
     return table(["size", "attention", "tokens", "attended", "seconds", "PSNR to dense"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"discs": discs, "squares": squares, "demo": demo, "backbones": backbones}
+def linear() -> str:
+    """The linear family beside copies of the same tensors and the papers' formulas."""
+    rows = []
+    for row in stored("bench/results/kernels_linear_h200.json")["rows"]:
+        by_name = {c["name"]: c for c in row["candidates"] if not c["reason"]}
+        what = re.sub(r", floor .*", "", row["label"])
+        cells = [row["group"], what]
+        for which in ("forward", "backward"):
+            timed = {name: c[which]["median_ms"] for name, c in by_name.items() if c.get(which)}
+            mine = timed.get("ours")
+            cells.append(f"{mine:.3f} ms" if mine else "-")
+            cells.append(f"{timed['copy'] / mine:.0%}" if mine and "copy" in timed else "-")
+            if which == "forward":
+                peers = [f"{name} {timed[name] / mine:.1f}x" for name in ("compiled", "eager", "SDPA") if name in timed]
+                cells.append(", ".join(peers) or "-")
+        rows.append(cells)
+    head = ["attention", "shape", "forward", "of copying", "faster than", "backward", "of copying"]
+    return table(head, rows)
+
+
+def pipelines() -> str:
+    """Whole denoising steps."""
+    rows = []
+    for row in stored("bench/results/pipelines_h200.json")["rows"]:
+        label = row["label"].partition(",")[0]
+        for candidate in row["candidates"]:
+            timed = candidate["forward"]
+            if timed is None:
+                continue
+            memory = f"{timed['memory']['bytes'] / 2**30:.1f} GiB"
+            seconds = f"{timed['median_ms'] / 1e3:.3f} s{' (extrapolated)' * timed['extrapolated']}"
+            rows.append([row["group"], label, candidate["name"], seconds, f"{timed['speedup']:.2f}x", memory])
+    return table(["denoiser", "size", "attention", "one step", "against stock", "peak memory"], rows)
+
+
+def distilled() -> str:
+    """What a distillation changes."""
+    rows = []
+    for row in stored("docs/distill.json")["rows"]:
+        before, after = row["before"], row["after"]
+        keys = (("kd_error_mean", ".4f"), ("psnr_db", ".1f"), ("retrieval_top1", ".0%"), ("kid_pixels_x1000", ".3f"))
+        cells = [f"{before[key]:{form}} → {after[key]:{form}}" for key, form in keys]
+        start = " from random projections" * (row["init"] == "random")
+        rows.append([row["teacher_name"], f"`{row['spec']}`{start}", row["steps"], *cells])
+    head = ["teacher", "student", "steps", "KD error", "PSNR to the teacher", "retrieval", "KID x 1000"]
+    return table(head, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "discs": discs,
+    "squares": squares,
+    "linear": linear,
+    "pipelines": pipelines,
+    "distilled": distilled,
+    "demo": demo,
+    "backbones": backbones,
+}
 
 
 def filled(text: str) -> str:

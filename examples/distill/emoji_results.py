@@ -3,7 +3,7 @@
     python examples/distill/emoji_results.py runs/results --minutes 25 --icons emoji.npz      # one H200
     python examples/distill/emoji_results.py runs/toy --minutes 1 --teachers nano --students clear,hedgehog --toy
 
-    python examples/distill/emoji_results.py runs/more --steps 1500 --start runs/results/adapters    # goes on from these
+    python examples/distill/emoji_results.py runs/more --steps 1500 --start runs/results/adapters   # goes on
 
 Writes OUT/results.json, OUT/results.md and OUT/adapters/TEACHER-STUDENT (those of at most 2 MB). A second run goes on
 with the students that are missing. Icons: examples/emoji/rasterise.py; without them the teacher draws its own data.
