@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_distill_eval import write_truth
 
+from vision_attn import Clear, convert
+from vision_attn.demo import load_teacher
 from vision_attn.distill.config import read_config
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "distill"
@@ -48,3 +51,21 @@ def test_the_results_script_runs_at_toy_size(students, tmp_path, monkeypatch, ca
         assert result["steps"] == 2 and {"kd_error_mean", "psnr_db", "copies"} <= set(result["after"])
         assert result["megabytes"] <= 2 and (tmp_path / "out" / "adapters" / name / "config.json").exists()
     assert "| nano-clear | 2 |" in capsys.readouterr().out
+
+
+def test_the_script_of_large_pictures_runs_at_toy_size(tmp_path, monkeypatch, capsys):
+    write_truth(tmp_path / "icons.npz", ["octopus", "red-apple"])
+    adapters = tmp_path / "adapters"
+    convert(load_teacher("nano"), Clear(radius=3)).save(adapters / "nano-clear")
+    given = [str(tmp_path / "out"), "--icons", str(tmp_path / "icons.npz"), "--teachers", "nano", "--sizes", "160"]
+    given += ["--prompts", "octopus,red apple", "--steps", "2", "--level-steps", "1", "--adapters", str(adapters)]
+    monkeypatch.setattr(sys, "argv", ["highres_results.py", *given])
+    for _ in range(2):  # the second run finds everything done
+        runpy.run_path(str(EXAMPLES / "highres_results.py"), run_name="__main__")
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(r["attention"], r["way"]) for r in rows] == [
+        ("dense", "direct"), ("dense", "levels"), ("clear", "direct"), ("clear", "levels")
+    ]  # fmt: skip
+    assert all(r["copies"] >= 1 and r["truth_psnr_db"] > 0 and r["seconds"] > 0 for r in rows)
+    assert all((tmp_path / "out" / f"nano-{r['attention']}-{r['way']}-160.png").exists() for r in rows)
+    assert "| nano | clear | levels | 160 |" in capsys.readouterr().out

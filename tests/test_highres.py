@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vision_attn import Clear, Conversion, LinFusion, Softmax, generate_highres
 from vision_attn.chunked_feed_forward import chunked_feed_forward
+from vision_attn.demo import load_teacher
 from vision_attn.highres import Options
 from vision_attn.positions import position_ids, stretched_positions
 from vision_attn.redraw import Redraw, image_to_image, noise_level, schedule_for
@@ -241,3 +242,9 @@ def test_the_embedded_teachers(teacher: str) -> None:
     small, large = (level.images[0] for level in result.levels)
     shrunk = np.asarray(large.resize(small.size), np.float32)
     assert np.corrcoef(np.asarray(small, np.float32).ravel(), shrunk.ravel())[0, 1] > 0.9
+
+
+def test_what_the_levels_decide_is_refused():
+    pipe = load_teacher("nano")
+    with pytest.raises(ValueError, match="output_type, strength: the levels decide that"):
+        generate_highres(pipe, "octopus", 256, 256, strength=0.3, output_type="pt")

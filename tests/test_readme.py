@@ -3,9 +3,14 @@
 import importlib.util
 import json
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from vision_attn.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -80,3 +85,41 @@ def test_the_registrys_table_is_that_of_the_models():
         with torch.device("meta"):
             model = timm.create_model(row["name"])
         assert sum(p.numel() for p in model.parameters()) == row["params"]
+
+
+def test_the_first_block_imports_in_a_fresh_process():
+    """The suite has mended torchvision by now; a user has not."""
+    imports = [line for line in BLOCKS[0].splitlines() if "import " in line]
+    done = subprocess.run([sys.executable, "-c", "\n".join(imports)], capture_output=True, text=True, check=False)
+    assert imports and done.returncode == 0, done.stderr[-2000:]
+
+
+SHELL = [line.partition("  #")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+         for line in block.strip().splitlines()]  # fmt: skip
+SMALL = {  # what stands for what takes long
+    "vision-attn gallery": "vision-attn gallery --help",
+    "generate emoji ": "generate emoji-nano ",
+    "--height 512 --width 512": "--height 64 --width 64 --steps 2 --level-steps 1",
+    "vit_base_patch16_224 --height 1024 --width 1024": "vit_tiny_patch16_224 --height 256 --width 256",
+    "accelerate launch -m vision_attn.distill": "vision-attn distill train --print-config",
+}
+
+
+@pytest.mark.parametrize("line", SHELL, ids=lambda line: " ".join(line.split()[:3]))
+def test_every_command_runs(line, tmp_path, monkeypatch):
+    targets = (ROOT / "Makefile").read_text()
+    if line.startswith("make "):
+        assert f"\n{line.split()[1]}:" in targets
+        return
+    if line.startswith("pip install"):
+        assert re.search(rf"^{re.search(r'[[](.*)[]]', line)[1]} =", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
+        return
+    for text, small in SMALL.items():
+        line = line.replace(text, small)
+    arguments = [str(ROOT / word) if (ROOT / word).is_file() else word for word in shlex.split(line)]
+    assert arguments.pop(0) == "vision-attn"
+    monkeypatch.chdir(tmp_path)
+    try:
+        assert main(arguments) == 0
+    except SystemExit as stop:  # --help
+        assert stop.code == 0

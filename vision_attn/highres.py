@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from vision_attn.chunked_feed_forward import chunked_feed_forward
 from vision_attn.conversion import convert
-from vision_attn.highres_options import Options, shift_at, tokens_of, unit_of
+from vision_attn.highres_options import Options, refuse_taken, shift_at, tokens_of, unit_of
 from vision_attn.model_state import is_converted
 from vision_attn.positions import stretched_positions
 from vision_attn.processors.base import AttnSpec
@@ -95,8 +95,10 @@ def generate_highres(
         call: Further arguments of the pipeline's calls, such as `guidance_scale` or `negative_prompt`.
 
     Raises:
-        ValueError: If the size is no multiple of what the pipeline can draw, or options contradict each other.
+        ValueError: If the size is no multiple of what the pipeline can draw, options contradict each other, or `call`
+            has what the levels decide themselves.
     """
+    refuse_taken(call)
     options = options or Options()
     sizes = options.sizes(pipe, height, width)
     strengths = options.strengths(len(sizes))

@@ -1,8 +1,12 @@
 """How `generate_highres` makes its levels: their sizes, noise levels and what guides them."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+# Steps and strengths are in `Options`; a level goes on from the tensors of the one before, and pictures are PIL's.
+_TAKEN = {"num_inference_steps", "strength", "image", "latents", "output_type", "callback_on_step_end", "return_dict"}
 
 
 @dataclass(frozen=True)
@@ -109,3 +113,13 @@ def shift_at(pipe: Any, size: tuple[int, int], shift: float | str) -> float:
 def tokens_of(pipe: Any, size: tuple[int, int]) -> int:
     """Return the image tokens of a size in pixels."""
     return size[0] // unit_of(pipe) * (size[1] // unit_of(pipe))
+
+
+def refuse_taken(call: Mapping[str, Any]) -> None:
+    """Refuse arguments of a pipeline's call that the levels decide themselves.
+
+    Raises:
+        ValueError: If there are any; they are named.
+    """
+    if taken := sorted(_TAKEN & set(call)):
+        raise ValueError(f"{', '.join(taken)}: the levels decide that; see Options for steps and strengths")

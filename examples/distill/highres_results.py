@@ -15,6 +15,7 @@ from pathlib import Path
 from vision_attn.demo import load_teacher, shipped_adapters  # before diffusers: it repairs torchvision
 
 # isort: split
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -34,8 +35,8 @@ def draw(pipe, way: str, prompt: str, side: int, args):
         call = dict(num_inference_steps=args.steps, generator=noise, output_type="pt")
         return pipe(prompt, height=side, width=side, **call).images[0].float().cpu()
     options = Options(steps=args.steps, level_steps=args.level_steps, strength=(0.35, 0.25, 0.2))
-    drawn = generate_highres(pipe, prompt, side, side, options=options, generator=noise, output_type="pt")
-    return drawn.images[0].float().cpu()
+    image = generate_highres(pipe, prompt, side, side, options=options, generator=noise).images[0]
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
 
 
 def row(teacher: str, attention: str, way: str, side: int, args) -> dict:

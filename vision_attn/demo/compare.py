@@ -82,7 +82,7 @@ class Entry:
 
 
 def entries_of(teacher: str) -> list[Entry]:
-    """Return all processors untrained, each followed by its distilled twin; distilled ones of other fields come last."""
+    """Return all processors untrained, each before its distilled twin; distilled ones of other fields come last."""
     shipped = {path: next(iter(read_adapter(path)[0].layers.values())) for path in shipped_adapters(teacher)}
     distilled = [Entry(spec, path) for path, spec in shipped.items()]
     entries = []

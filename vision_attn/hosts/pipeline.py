@@ -9,10 +9,12 @@ from vision_attn.conversion import Conversion, reconvert
 from vision_attn.model_state import is_converted
 from vision_attn.processors import AttnSpec, make_spec
 from vision_attn.targets import COMPONENTS
+from vision_attn.torchvision_stub import ensure_torchvision
 
 
 def register() -> None:
     """Give `diffusers.DiffusionPipeline` its `set_attn_processor`, if it has none."""
+    ensure_torchvision()
     from diffusers import DiffusionPipeline  # noqa: PLC0415, diffusers is optional
 
     if not hasattr(DiffusionPipeline, "set_attn_processor"):
