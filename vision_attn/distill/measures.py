@@ -93,31 +93,27 @@ def retrieval(pictures: Tensor, gallery: Tensor, right: Sequence[int]) -> dict[s
     return {f"top{n}": hits[:, :n].any(1).float().mean().item() for n in (1, 5)}
 
 
+_COARSE = 32  # pixels
+
+
 def copies(picture: Tensor) -> float:
     """Count how often a picture `[3, height, width]` repeats itself: 1 if it does not, about 4 for four copies.
 
     k equal copies correlate, shifted onto each other, by (pairs at that shift) / k, which sums to k - 1 over all
     shifts. So the count is 1 plus the sum of the peaks of the autocorrelation of the edges, above 0.2 and further out
-    than an eighth of the side.
+    than an eighth of the side. Edges are of the picture at 32 px, where copies that differ in detail still correlate;
+    the more they differ, the more the count falls behind their number.
     """
-    grey = picture.float().mean(0)
-    height, width = grey.shape
-    edges = torch.stack([F.pad(grey.diff(dim=0), (0, 0, 0, 1)), F.pad(grey.diff(dim=1), (0, 1))])
+    scale = _COARSE / min(picture.shape[1:])
+    height, width = (round(side * scale) for side in picture.shape[1:])
+    coarse = F.interpolate(picture[None].float(), (height, width), mode="area")[0]
+    edges = torch.cat([F.pad(coarse.diff(dim=1), (0, 0, 0, 1)), F.pad(coarse.diff(dim=2), (0, 1))])
     spectrum = torch.fft.rfft2(edges, s=(2 * height, 2 * width)).abs().square().sum(0)
     correlation = torch.fft.fftshift(torch.fft.irfft2(spectrum, s=(2 * height, 2 * width)))
     correlation = correlation / correlation.max().clamp(min=1e-12)
-    smooth = (
-        F.avg_pool2d(correlation[None, None], 3, 1, 1) * 9 / _lobe(correlation)
-    )  # copies are off by parts of pixels
-    near = min(height, width) // 8
-    peak = smooth == F.max_pool2d(smooth, 2 * (near // 2) + 1, 1, near // 2)
+    near = _COARSE // 8
+    peak = correlation == F.max_pool2d(correlation[None, None], near + 1, 1, near // 2)[0, 0]
     rows, columns = (torch.arange(2 * side) - side for side in (height, width))
     far = rows[:, None] ** 2 + columns**2 > near**2
-    values = smooth[0, 0][peak[0, 0] & far]
+    values = correlation[peak & far]
     return 1 + values[values > 0.2].sum().item()
-
-
-def _lobe(correlation: Tensor) -> Tensor:
-    """Return the sum of the 3 x 3 values around the middle, where a picture correlates with itself."""
-    row, column = (side // 2 for side in correlation.shape)
-    return correlation[row - 1 : row + 2, column - 1 : column + 2].sum().clamp(min=1e-6)
