@@ -124,9 +124,10 @@ def distilled() -> str:
         before, after = row["before"], row["after"]
         keys = (("kd_error_mean", ".4f"), ("psnr_db", ".1f"), ("retrieval_top1", ".0%"), ("kid_pixels_x1000", ".3f"))
         cells = [f"{before[key]:{form}} → {after[key]:{form}}" for key, form in keys]
-        start = " from random projections" * (row["init"] == "random")
-        rows.append([row["teacher_name"], f"`{row['spec']}`{start}", row["steps"], *cells])
-    head = ["teacher", "student", "steps", "KD error", "PSNR to the teacher", "retrieval", "KID x 1000"]
+        start = " from random projections" * (row["init"] == "random") + ", further" * bool(row["start"])
+        steps = f"{row['steps']} of {row['batch']}"
+        rows.append([row["teacher_name"], f"`{row['spec']}`{start}", steps, *cells])
+    head = ["teacher", "student", "steps of batch", "KD error", "PSNR to the teacher", "retrieval", "KID x 1000"]
     return table(head, rows)
 
 
