@@ -131,12 +131,23 @@ def distilled() -> str:
     return table(head, rows)
 
 
+def highres() -> str:
+    """Pictures far above the training size."""
+    names = {"base": "FLUX type", "unet": "UNet"}
+    rows = [
+        [names[r["teacher"]], r["attention"], r["way"], f"{r['copies']:.1f}", f"{r['truth_psnr_db']:.1f} dB"]
+        for r in stored("docs/highres.json")["rows"]
+    ]
+    return table(["teacher", "distilled attention", "drawn", "copies counted", "PSNR to the icon"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "discs": discs,
     "squares": squares,
     "linear": linear,
     "pipelines": pipelines,
     "distilled": distilled,
+    "highres": highres,
     "demo": demo,
     "backbones": backbones,
 }
