@@ -31,7 +31,7 @@ def write(out: Path, names: Sequence[str]) -> None:
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*has already been added")  # a package brings its modules along
-        pdoc.pdoc(*names, output_directory=out)
+        pdoc.pdoc(*names, r"!.*\._.*", output_directory=out)  # private modules may need what is not installed
     for page in out.rglob("*.html"):
         page.write_text(unlinked(page.read_text()))
 
