@@ -206,3 +206,18 @@ def test_every_reason_is_listed(monkeypatch):
     assert "rotary needs a gradient" in reasons
     with pytest.raises(ValueError, match=r"triton.*cuda.*320"):
         linear_attention(q, q, q, backend="triton")
+
+
+@inside
+@pytest.mark.parametrize("F", [64, 40])
+def test_small_features_keep_their_precision_in_float16(F):
+    """A tile that tokens or channels do not fill is scaled by what is there: phi(0) = 1 would hide it."""
+    q, k, v = (torch.randn(1, 49, 1, F).half() for _ in range(3))
+    k = (k / 2 - 15.5).half()
+    results = []
+    for dtype, backend in ((torch.float64, "reference"), (torch.float16, "triton")):
+        leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+        o = linear_attention(*leaves, features=Features("elu"), eps=1e-12, backend=backend)
+        results.append([o, *torch.autograd.grad(o, leaves, torch.cos(torch.arange(o.numel())).view_as(o).to(dtype))])
+    for exact, ours in zip(*results, strict=True):
+        assert (ours - exact).abs().max() < 0.005 * exact.abs().max()

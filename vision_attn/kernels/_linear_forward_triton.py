@@ -163,6 +163,7 @@ def _state(
             phi = turned(phi, cos, sin, row, stop, cos_n, F, BLOCK_F, False)
         most = 1.0
         if SCALED:  # float16 has no range for features that are all small or all large
+            phi = tl.where((row < stop)[:, None] & (f < F)[None, :], phi, 0.0)  # elsewhere phi(0), which may be larger
             most = tl.max(tl.max(tl.abs(phi), 1), 0)
             most = tl.where(most > 0.0, most, 1.0)
             phi = phi * (1.0 / most)
