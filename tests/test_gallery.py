@@ -88,6 +88,7 @@ def test_it_has_everything_and_every_link_leads_somewhere(page: Path) -> None:
     assert set(EXAMPLES) | {"results"} <= found.names
     assert len(found.images) == sum(path.suffix == ".png" for path in page.parent.rglob("*"))
     assert "ours, ms" in text and "kernels_local_h200.json" in text and "check_local" not in text
+    assert "s/step" in text and "#### " not in text  # the table of the entry itself
     assert all(weights in text for example in EXAMPLES.values() for weights in example.weights)
     shown = "".join(found.shown)
     for example in EXAMPLES.values():

@@ -5,8 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from vision_attn.bench.document import read_document
-from vision_attn.bench.table import markdown
+from vision_attn.bench.run import table_of
 
 
 def results_html(paths: Sequence[Path]) -> str:
@@ -14,15 +13,15 @@ def results_html(paths: Sequence[Path]) -> str:
     parts = []
     for path in paths:
         try:
-            document = read_document(path)
+            text = table_of(path)
         except ValueError:
             continue
-        parts.append(f"<h3><code>{html.escape(path.name)}</code></h3>\n{html_of(markdown(document))}")
+        parts.append(f"<h3><code>{html.escape(path.name)}</code></h3>\n{html_of(text)}")
     return "\n".join(parts)
 
 
 def html_of(text: str) -> str:
-    """Turn the Markdown that `markdown` writes into HTML: paragraphs, lists and tables; each `###` can be opened."""
+    """Turn the Markdown of a result's tables into HTML: paragraphs, lists, tables; each `###` can be opened."""
     parts, opened = [], False
     for block in text.strip().split("\n\n"):
         lines = block.splitlines()
@@ -31,6 +30,8 @@ def html_of(text: str) -> str:
                 f"{'</details>' * opened}<details{' open' * (not opened)}><summary>{_inline(block[4:])}</summary>"
             )
             opened = True
+        elif block.startswith("#### "):
+            parts.append(f"<h4>{_inline(block[5:])}</h4>")
         elif block.startswith("|"):
             parts.append(_table(lines))
         elif block.startswith("- "):
@@ -54,4 +55,5 @@ def _table(lines: Sequence[str]) -> str:
 
 def _inline(text: str) -> str:
     """Escape, and show `code` as code."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
+    return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text)
