@@ -20,15 +20,22 @@ from vision_attn.distill.cache import write_cache
 from vision_attn.distill.loop import train
 
 
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["vision_attn.distill.loop", "vision_attn.demo", "accelerate.state"])
+
+
 class Forks:
-    """Two processes that have imported everything already, with the variables that torchrun sets."""
+    """Two processes that have imported everything already, with the variables that torchrun sets.
+
+    They are forks of a server that has only imported: a fork of this process, whose threads do not come with it,
+    can wait for one of them for ever.
+    """
 
     def __init__(self, config):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        fork = multiprocessing.get_context("fork")
-        self.processes = [fork.Process(target=self._run, args=(config, rank, port)) for rank in range(2)]
+        self.processes = [SERVER.Process(target=self._run, args=(config, rank, port)) for rank in range(2)]
         for process in self.processes:
             process.start()
 
