@@ -19,7 +19,6 @@ from distill_case import arguments, metrics, settings, write_images
 from vision_attn.distill.cache import write_cache
 from vision_attn.distill.loop import train
 
-
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["vision_attn.distill.loop", "vision_attn.demo", "accelerate.state"])
 
