@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from distill_case import arguments, metrics, settings, write_images
 
 from vision_attn.distill.cache import write_cache
@@ -38,12 +38,17 @@ class Forks:
         for process in self.processes:
             process.start()
 
-    @staticmethod
-    def _run(config, rank, port):
+    @classmethod
+    def _run(cls, config, rank, port):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
         AcceleratorState._reset_state(True)
+        cls.prepare()
         train(config)
+
+    @staticmethod
+    def prepare():
+        """Set what accelerate's configuration would."""
 
     def alive(self):
         return all(process.is_alive() for process in self.processes)
@@ -57,6 +62,16 @@ class Forks:
         for process in self.processes:
             process.join(120)
         assert [process.exitcode for process in self.processes] == [0, 0]
+
+
+class Sharded(Forks):
+    """Forks whose parameters are spread over both (FSDP 2). Accelerate does it for GPUs only: it is told of some."""
+
+    @staticmethod
+    def prepare():
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 class Launched:
@@ -84,7 +99,7 @@ class Launched:
 
 
 STEPS = 20
-CHANGES = dict(run__steps=STEPS, run__save_every=4, run__keep=9)
+CHANGES = dict(run__steps=STEPS, run__save_every=4, run__keep=9, run__sheet_every=6, optimizer__ema=0.8)
 
 
 def wait_for(root, step, running):
@@ -95,7 +110,7 @@ def wait_for(root, step, running):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("start", [Forks, pytest.param(Launched, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("start", [Forks, Sharded, pytest.param(Launched, marks=pytest.mark.slow)])
 def test_two_processes_learn_the_same_and_go_on_exactly_after_kill_9(start, tmp_path):
     root = tmp_path
     write_images(root / "images", count=8)
@@ -112,8 +127,10 @@ def test_two_processes_learn_the_same_and_go_on_exactly_after_kill_9(start, tmp_
     assert [line["step"] for line in stopped] == list(range(1, STEPS + 1))
     assert all(line["total"] == before[line["step"]] for line in stopped if line["step"] in before)
     for state in (json.loads(path.read_text()) for path in (root / "out").glob("checkpoint-*/state.json")):
-        assert state["processes"] == 2 and len(set(state["checksums"])) == 1
+        assert state["processes"] == 2 and len(set(state["checksums"])) == (2 if start is Sharded else 1)
     adapter = safetensors.torch.load_file(root / "out" / "adapter" / "vision_attn.safetensors")
+    roles = (".to_q.", ".to_k.", ".to_v.", ".to_out.", ".vision_attn.")  # what is trained, and nothing else
+    assert all(any(role in name for role in roles) for name in adapter)
     (root / "out").rename(root / "stopped")
     start(config).finish()
     assert metrics(root) == stopped  # to the last digit

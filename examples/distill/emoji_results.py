@@ -34,6 +34,7 @@ from vision_attn.distill.student import make_student
 
 STUDENTS = {  # processor, fields, where the projections start
     "clear": ("Clear", {"radius": 8}, "inherited"),
+    "clear_all": ("Clear", {"radius": 8}, "inherited"),  # all four projections, whatever its size
     "clear_pooled": ("Clear", {"radius": 4, "pool": 4}, "inherited"),
     "neighborhood": ("Neighborhood", {"kernel_size": 13}, "inherited"),
     "hilo": ("HiLo", {"window_size": 2, "alpha": 0.5}, "inherited"),
@@ -50,7 +51,7 @@ MEGABYTES = 2
 
 def settings(args, teacher: str, student: str, steps: int, minutes: float | None, start: Path | None = None) -> Config:
     processor, fields, init = STUDENTS[student]
-    all_four = teacher == "unet" or init == "random"  # in a FLUX of this size they make 2.5 MB
+    all_four = teacher == "unet" or init == "random" or student == "clear_all"  # in a FLUX of this size 2.5 MB
     data = args.out / "data" / teacher
     return Config(
         model=ModelConfig(f"emoji:{teacher}"),
@@ -78,7 +79,7 @@ def settings(args, teacher: str, student: str, steps: int, minutes: float | None
             minutes=minutes,
             save_every=0,
             save_dtype="float16",
-            precision="bf16" if torch.cuda.is_available() else "no",
+            precision=args.precision or ("bf16" if torch.cuda.is_available() else "no"),
         ),
         eval=EvalConfig(count=args.count, truth=args.icons, steps=2 if args.toy else 0, prompts=args.out / "known.txt"),
     )
@@ -171,6 +172,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--schedule", default="constant", choices=("constant", "cosine", "linear"))
     parser.add_argument("--task", type=float, default=1.0, help="weight of the error to the data")
+    parser.add_argument("--precision", choices=("bf16", "no"), help="bf16 on a GPU; on a CPU it pays with AMX")
     parser.add_argument("--start", type=Path, help="folder of adapters TEACHER-STUDENT to go on from")
     parser.add_argument("--count", type=int, default=12, help="prompts to draw")
     parser.add_argument("--pixels", type=int, default=128)

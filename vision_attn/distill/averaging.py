@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from vision_attn.distill.config import OptimizerConfig
+from vision_attn.distill.sharding import shard_like, whole
 
 
 class Averaging:
@@ -38,6 +39,16 @@ class Averaging:
         """An update is done."""
         if self.ema is not None:
             self.ema.step(self.parameters)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the mean for a checkpoint, whole if the model is sharded."""
+        state = self.ema.state_dict()
+        return {**state, "shadow_params": [whole(p) for p in state["shadow_params"]]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the mean of a checkpoint."""
+        pairs = zip(state["shadow_params"], self.parameters, strict=True)
+        self.ema.load_state_dict({**state, "shadow_params": [shard_like(p, like) for p, like in pairs]})
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:

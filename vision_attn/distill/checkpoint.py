@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vision_attn.distill.config import Config
-from vision_attn.distill.launch import is_sharded
+from vision_attn.distill.sharding import checksum, is_sharded
 
 STATE, TRAINED = "state.json", "trained.safetensors"
 _PREFIX = "checkpoint-"
@@ -85,8 +85,7 @@ class Checkpoints:
 
     def _checksums(self) -> list[float]:
         """Return a sum over the trained parameters for each process; they are equal, unless the model is sharded."""
-        own = torch.stack([p.detach().double().abs().sum() for p in self.parameters.values()]).sum()
-        sums = self.accelerator.gather(own.reshape(1)).tolist()
+        sums = self.accelerator.gather(checksum(self.parameters)).tolist()
         if len(set(sums)) > 1 and not is_sharded(self.accelerator):
             raise RuntimeError(f"the processes hold different parameters, whose sums are {sums}: this is a bug")
         return sums

@@ -8,8 +8,8 @@ import torch
 
 from vision_attn.distill.config import Config
 from vision_attn.distill.data import CachedData
-from vision_attn.distill.launch import is_sharded
 from vision_attn.distill.sampling import sample, save_sheet, to_images
+from vision_attn.distill.sharding import Shards
 from vision_attn.distill.student import Student
 from vision_attn.distill.trainables import merge_lora
 from vision_attn.published import export_clear, export_linfusion
@@ -17,47 +17,55 @@ from vision_attn.published import export_clear, export_linfusion
 _PICTURES = 6
 
 
-def save_adapter(config: Config, accelerator: Any, student: Student, model: Any) -> Path:
+def save_adapter(config: Config, accelerator: Any, student: Student, shards: Shards) -> Path:
     """Write the adapter, in `run.save_dtype`, and the export.
 
     Args:
         config: `run` is used.
         accelerator: Of the run.
         student: What was trained.
-        model: Its model as it is called; a sharded one is gathered.
+        shards: Of its model.
     """
-    folder = config.run.out / "adapter"
-    if is_sharded(accelerator):
-        gathered = accelerator.get_state_dict(model)
-        for name, parameter in student.parameters.items():
-            if accelerator.is_main_process:
-                parameter.data = gathered[name]
-    if accelerator.is_main_process:
-        dtype = getattr(torch, config.run.save_dtype)
-        before = {name: parameter.data for name, parameter in student.parameters.items()}
-        try:
-            if config.student.trainable == "lora":
-                merge_lora(student.model)
-            for parameter in student.parameters.values():
-                parameter.data = parameter.data.to(dtype)
-            part = folder.with_suffix(".part")
-            shutil.rmtree(part, ignore_errors=True)
-            student.conversion.save(part)
-            shutil.rmtree(folder, ignore_errors=True)
-            part.rename(folder)
-            if config.run.export == "clear":
-                export_clear(student.conversion, config.run.out / "export")
-            elif config.run.export == "linfusion":
-                export_linfusion(student.conversion, config.run.out / "export")
-        finally:
-            for name, parameter in student.parameters.items():
-                parameter.data = before[name]
+    with shards.gathered(accelerator.is_main_process):
+        if accelerator.is_main_process:
+            _save(config, student)
     accelerator.wait_for_everyone()
-    return folder
+    return config.run.out / "adapter"
 
 
-def write_sheet(config: Config, student: Student, data: CachedData, step: int) -> Path:
-    """Draw the first samples of the cache with the teacher and the student, from the same noise."""
+def _save(config: Config, student: Student) -> None:
+    folder = config.run.out / "adapter"
+    dtype = getattr(torch, config.run.save_dtype)
+    before = {name: parameter.data for name, parameter in student.parameters.items()}
+    try:
+        if config.student.trainable == "lora":
+            merge_lora(student.model)
+        for parameter in student.parameters.values():
+            parameter.data = parameter.data.to(dtype)
+        part = folder.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        student.conversion.save(part)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+        if config.run.export == "clear":
+            export_clear(student.conversion, config.run.out / "export")
+        elif config.run.export == "linfusion":
+            export_linfusion(student.conversion, config.run.out / "export")
+    finally:
+        for name, parameter in student.parameters.items():
+            parameter.data = before[name]
+
+
+def write_sheet(config: Config, student: Student, data: CachedData, step: int, *, main: bool = True) -> Path:
+    """Draw the first samples of the cache with the teacher and the student, from the same noise.
+
+    Args:
+        config: `run` is used.
+        student: Its model is run by all processes if it is sharded.
+        data: The cache.
+        step: Names the file.
+        main: Whether to write it.
+    """
     size, samples = max(data.buckets.items(), key=lambda bucket: len(bucket[1]))
     batch = data[samples[:_PICTURES]].to(next(student.model.parameters()).device, student.dtype)
     generator = torch.Generator().manual_seed(config.run.seed)
@@ -67,5 +75,6 @@ def write_sheet(config: Config, student: Student, data: CachedData, step: int) -
         rows.append(sample(teacher, student.pipe, data.interface, batch, noise, steps=config.run.sheet_steps))
     rows.append(sample(student.model, student.pipe, data.interface, batch, noise, steps=config.run.sheet_steps))
     path = config.run.out / "sheets" / f"step-{step:08d}.png"
-    save_sheet(path, [to_images(student.pipe, latents, size) for latents in rows])
+    if main:
+        save_sheet(path, [to_images(student.pipe, latents, size) for latents in rows])
     return path

@@ -3,6 +3,8 @@
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from vision_attn.distill.config import Config
 
@@ -36,11 +38,18 @@ def make_accelerator(config: Config) -> Any:
         kwargs_handlers=[unused],
         step_scheduler_with_optimizer=False,
     )
+    if str(accelerator.distributed_type).endswith("FSDP") and not accelerator.is_fsdp2:
+        raise ValueError("FSDP 1 hides the parameters that are trained: set fsdp_version: 2 in accelerate's config")
     if config.run.trackers:
         accelerator.init_trackers("vision_attn_distill")
     return accelerator
 
 
-def is_sharded(accelerator: Any) -> bool:
-    """Whether the model's parameters are spread over the processes (FSDP, DeepSpeed)."""
-    return str(accelerator.distributed_type).rpartition(".")[2] in ("FSDP", "DEEPSPEED")
+def leave_frozen(model: nn.Module) -> None:
+    """Have `DistributedDataParallel` neither send frozen parameters and buffers nor write to them.
+
+    All processes read them from the same files; what was written to would be saved as changed.
+    """
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    buffers = [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen + buffers)

@@ -12,10 +12,11 @@ from vision_attn.distill.config import Config
 from vision_attn.distill.data import Batch, CachedData, Order, batches_of
 from vision_attn.distill.finish import save_adapter, write_sheet
 from vision_attn.distill.hosts import load_pipeline
-from vision_attn.distill.launch import make_accelerator
+from vision_attn.distill.launch import leave_frozen, make_accelerator
 from vision_attn.distill.metrics import Metrics
 from vision_attn.distill.nonfinite import explain
 from vision_attn.distill.optimizers import make_optimizer, make_schedule
+from vision_attn.distill.sharding import Shards, is_sharded
 from vision_attn.distill.step import Step
 from vision_attn.distill.student import make_student
 from vision_attn.distill.transfer import transfer
@@ -44,11 +45,15 @@ def train(config: Config, *, pipe: Any = None) -> Path:  # noqa: PLR0915, it is 
     student.to(accelerator.device)
     data = CachedData(config.data.cache, config.model.base, type(student.model).__name__)
     computing = Step(config, student, data.interface)
+    leave_frozen(student.model)
+    shards = Shards(student)
+    optimizer = make_optimizer(config.optimizer, list(student.parameters.values()))
+    model, optimizer = accelerator.prepare(student.model, optimizer)
+    shards.look_up()
     parameters = list(student.parameters.values())
-    model, optimizer = accelerator.prepare(student.model, make_optimizer(config.optimizer, parameters))
     schedule = make_schedule(config.optimizer, optimizer, run.steps)
     averaging = Averaging(config.optimizer, parameters, optimizer)
-    accelerator.register_for_checkpointing(schedule, *([averaging.ema] if averaging.ema else []))
+    accelerator.register_for_checkpointing(schedule, *([averaging] if averaging.ema else []))
     checkpoints = Checkpoints(config, accelerator, student.parameters)
 
     start = checkpoints.resume()
@@ -61,9 +66,10 @@ def train(config: Config, *, pipe: Any = None) -> Path:  # noqa: PLR0915, it is 
     metrics = Metrics(config, accelerator, step)
 
     def sheet() -> None:
-        if accelerator.is_main_process:
+        if accelerator.is_main_process or is_sharded(accelerator):
             with averaging.evaluated():
-                write_sheet(config, student, data, step)
+                write_sheet(config, student, data, step, main=accelerator.is_main_process)
+                shards.reshard()
 
     while step < run.steps and not metrics.out_of_time:
         averaging.begin()
@@ -98,7 +104,7 @@ def train(config: Config, *, pipe: Any = None) -> Path:  # noqa: PLR0915, it is 
         checkpoints.save(step)
     sheet()
     with averaging.evaluated():
-        folder = save_adapter(config, accelerator, student, model)
+        folder = save_adapter(config, accelerator, student, shards)
     metrics.close()
     return folder
 

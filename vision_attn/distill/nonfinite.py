@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vision_attn.distill.sharding import holds_shards, own
 from vision_attn.distill.step import Noisy, Step
 
 
@@ -14,14 +15,17 @@ class NonFiniteError(ArithmeticError):
 
 def explain(step: int, what: str, computing: Step, noisy: Noisy) -> NonFiniteError:
     """Run the student once more on the batch and name the first layer whose output is not finite."""
-    model = computing.student.model
-    bad = [name for name, p in computing.student.parameters.items() if not torch.isfinite(p).all()]
-    layer = f"parameters are not finite: {', '.join(bad[:4])}" if bad else _first(model, noisy)
+    model, parameters = computing.student.model, computing.student.parameters
+    bad = [name for name, p in parameters.items() if not torch.isfinite(own(p)).all()]
+    if bad:
+        layer: str | None = f"parameters are not finite: {', '.join(bad[:4])}"
+    elif holds_shards(parameters):  # the other processes would have to run the model too
+        layer = "in which layer is not looked for in a sharded model"
+    else:
+        layer = _first(model, noisy)
     if layer is None:
         gradients = [
-            name
-            for name, p in computing.student.parameters.items()
-            if p.grad is not None and not torch.isfinite(p.grad).all()
+            name for name, p in parameters.items() if p.grad is not None and not torch.isfinite(own(p.grad)).all()
         ]
         named = f"its first non-finite gradients are those of {', '.join(gradients[:4])}"
         layer = f"the forward pass is finite; {named}" if gradients else "the forward pass is finite here"

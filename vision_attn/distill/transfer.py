@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from vision_attn.distill.config import Config
 from vision_attn.distill.data import Batch
-from vision_attn.distill.launch import is_sharded
 from vision_attn.distill.nonfinite import explain
+from vision_attn.distill.sharding import is_sharded
 from vision_attn.distill.step import Noisy, Step
 from vision_attn.distill.student import Student
 from vision_attn.model_state import model_state
