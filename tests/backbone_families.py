@@ -20,6 +20,7 @@ class Family:
         published: The full-size variants, as the manifests call them and as we do.
         tiny: Arguments that make `arch` small.
         layout: Of the golden features, 'NHWC' or 'NCHW'.
+        cuts: Whether sides are rounded down.
     """
 
     arch: str
@@ -27,6 +28,11 @@ class Family:
     published: Mapping[str, str]
     tiny: Mapping[str, Any]
     layout: str = "NHWC"
+    cuts: bool = False
+
+    def sides(self, size: tuple[int, int], reduction: int) -> tuple[int, ...]:
+        """Return height and width of the map of an image."""
+        return tuple(max(1, side // reduction) if self.cuts else -(-side // reduction) for side in size)
 
     def build(self, **arguments: Any) -> torch.nn.Module:
         """Return the tiny model, all of its parameters random, in evaluation mode."""

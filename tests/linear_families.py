@@ -123,6 +123,7 @@ ROWS = {
             agent_nums=(4, 4, 4, 4),
             drop_path_rate=0.0,
         ),
+        cuts=True,
     ),
     "ravlt": Family(
         "ravlt_tiny",

@@ -21,7 +21,7 @@ from vision_attn.intercept import CHILD, is_rerouted, state_of
 from vision_attn.model_state import ModelState
 from vision_attn.processors import from_config, to_config
 from vision_attn.processors.base import AttnSpec
-from vision_attn.published import LINFUSION_WEIGHTS, is_linfusion, linfusion_adapter, published_adapter
+from vision_attn.published import CLEAR_TRAINED, LINFUSION_WEIGHTS, is_linfusion, linfusion_adapter, published_adapter
 
 CONFIG, WEIGHTS = "config.json", "vision_attn.safetensors"
 FORMAT = "vision_attn.adapter.v1"
@@ -38,6 +38,7 @@ class Adapter:
         tensors: By name in the converted model.
         min_tokens: As given to `convert`.
         model_class: Name of the model's class, if known.
+        complete: Parts of names: of the model's parameters with one of them none may be missing.
     """
 
     source: str
@@ -46,13 +47,17 @@ class Adapter:
     tensors: Mapping[str, Tensor]
     min_tokens: int = 0
     model_class: str = ""
+    complete: tuple[str, ...] = ()
 
     def check(self, model: nn.Module) -> None:
-        """Refuse a model of another class than the one that was saved.
+        """Refuse a model of another class than the one that was saved, and a file that is not complete.
 
         Raises:
-            ValueError: If neither its class nor one that it derives from bears the name.
+            ValueError: If neither its class nor one that it derives from bears the name, or tensors are missing.
         """
+        wanted = [name for name, _ in model.named_parameters() if any(part in name for part in self.complete)]
+        if missing := [name for name in wanted if name not in self.tensors]:
+            raise ValueError(f"{self.source} is not complete; missing: {', '.join(missing[:8])}")
         if self.model_class and self.model_class not in [cls.__name__ for cls in type(model).__mro__]:
             raise ValueError(f"{self.source} is for a {self.model_class}, and this is a {type(model).__name__}")
 
@@ -115,7 +120,8 @@ def read_adapter(
     place = _fetch(source, weight_name, **hub)
     if place.is_file():
         _refuse_other_files(place)
-        return [Adapter(str(place), "transformer", *published_adapter(place.name, read_tensors(place), spec))]
+        layers, tensors = published_adapter(place.name, read_tensors(place), spec)
+        return [Adapter(str(place), "transformer", layers, tensors, complete=CLEAR_TRAINED)]
     if (place / CONFIG).exists():
         return [_read_folder(place, spec)]
     inner = sorted(path.parent for path in place.glob(f"*/{CONFIG}"))

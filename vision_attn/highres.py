@@ -7,7 +7,6 @@ drawn at the native size; each next level enlarges the picture, adds noise up to
 Papers: 'SDEdit' - https://arxiv.org/abs/2108.01073, 'DemoFusion' (the skip residual) - https://arxiv.org/abs/2311.16973
 """
 
-import dataclasses
 import inspect
 import math
 import time
@@ -23,11 +22,13 @@ from tqdm import tqdm
 
 from vision_attn.chunked_feed_forward import chunked_feed_forward
 from vision_attn.conversion import convert
+from vision_attn.grid import Grid
 from vision_attn.highres_options import Options, refuse_taken, shift_at, tokens_of, unit_of
 from vision_attn.model_state import is_converted
 from vision_attn.positions import stretched_positions
 from vision_attn.processors.base import AttnSpec
 from vision_attn.processors.clear import Clear
+from vision_attn.processors.schedule import Schedule
 from vision_attn.redraw import Redraw, decode, encode, image_to_image, is_flow, schedule_for, tiled, unpacked
 from vision_attn.targets import COMPONENTS
 
@@ -100,7 +101,7 @@ def generate_highres(
     """
     refuse_taken(call)
     options = options or Options()
-    sizes = options.sizes(pipe, height, width)
+    sizes = options.sizes(pipe, height, width, _cell_of(attn))
     strengths = options.strengths(len(sizes))
     specs = _specs_of(attn, len(sizes))
     redraw = image_to_image(pipe)
@@ -185,9 +186,32 @@ def _level(
                 restored.enter_context(chunked_feed_forward(model, _CHUNK))
         if spec is not None:
             if isinstance(spec, Clear) and spec.native_tokens is None:
-                spec = dataclasses.replace(spec, native_tokens=tokens_of(pipe, base))
+                spec = _Proportional(spec.radius, spec.pool, first=tokens_of(pipe, base))
             restored.callback(convert(pipe, spec).revert)
         yield
+
+
+@dataclass(frozen=True)
+class _Proportional(Clear):
+    """`Clear` whose native tokens are those of the first level: its image and the text at hand.
+
+    Args:
+        first: Image tokens of the first level.
+    """
+
+    first: int = 0
+
+    def scale(self, head_dim: int, grid: Grid, scale: float | None) -> float:
+        """Return the factor of the logits."""
+        native = self.first + grid.prefix + grid.suffix
+        return Clear(self.radius, self.pool, native).scale(head_dim, grid, scale)
+
+
+def _cell_of(attn: Any) -> int:
+    """Return the tokens that the sides of every level must be multiples of."""
+    given = [attn] if isinstance(attn, AttnSpec) else attn or []
+    specs = [s for spec in given for s in ([s for _, s in spec.stages] if isinstance(spec, Schedule) else [spec])]
+    return math.lcm(*(spec.pool for spec in specs if isinstance(spec, Clear)))
 
 
 def _specs_of(attn: Any, levels: int) -> list[AttnSpec | None]:

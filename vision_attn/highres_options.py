@@ -55,11 +55,22 @@ class Options:
         if isinstance(self.shift, str) and self.shift != "sqrt":
             raise ValueError(f"shift must be 'sqrt' or a number, got {self.shift!r}")
 
-    def sizes(self, pipe: Any, height: int, width: int) -> list[tuple[int, int]]:
-        """Return (height, width) of all levels."""
-        unit = unit_of(pipe)
+    def sizes(self, pipe: Any, height: int, width: int, cell: int = 1) -> list[tuple[int, int]]:
+        """Return (height, width) of all levels.
+
+        Args:
+            pipe: The pipeline.
+            height: Of the last level in pixels.
+            width: Of the last level in pixels.
+            cell: Tokens that the sides of all levels are multiples of: the processors' pooled cells.
+
+        Raises:
+            ValueError: If the sides are no such multiples, or `base` does not fit.
+        """
+        unit = unit_of(pipe) * cell
+        why = f" ({cell} tokens, a pooled cell)" if cell > 1 else ""
         if height % unit or width % unit or min(height, width) < unit:
-            raise ValueError(f"height and width must be multiples of {unit} pixels, got {height} x {width}")
+            raise ValueError(f"height and width must be multiples of {unit} pixels{why}, got {height} x {width}")
         base = self.base
         if base is None:
             side = native_side(pipe)
@@ -67,7 +78,7 @@ class Options:
             base = tuple(max(unit, int(s * shrink / unit + 1e-6) * unit) for s in (height, width))  # type: ignore
         assert base is not None
         if base[0] % unit or base[1] % unit or base[0] > height or base[1] > width:
-            raise ValueError(f"base must be multiples of {unit} pixels within {height} x {width}, got {base}")
+            raise ValueError(f"base must be multiples of {unit} pixels{why} within {height} x {width}, got {base}")
         sizes = [base]
         while sizes[-1] != (height, width):
             last = sizes[-1]

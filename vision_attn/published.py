@@ -6,7 +6,8 @@ query, key, value and output projections of FLUX.1's attention under FLUX's own 
 
 LinFusion (https://huggingface.co/Yuanshi/LinFusion-1-5, -2-1, -XL): `config.json` lists the modules, and
 `diffusion_pytorch_model.safetensors` holds for module i `{i}.to_q.weight`, `to_k`, `to_v`, `to_out.0`, and the residual
-networks `{i}.to_q_.{0,1,3}`, `{i}.to_k_.{0,1,3}`.
+networks `{i}.to_q_.{0,1,3}`, `{i}.to_k_.{0,1,3}`. Without them (`projection_mid_dim` -1) the authors' residual is the
+identity, W (x + x): the weights of q and k are doubled when read, and halved when written.
 """
 
 import json
@@ -27,7 +28,7 @@ from vision_attn.processors.linfusion import LinFusion
 LINFUSION_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _CLEAR = re.compile(r"clear_local_(\d+)(?:_down_(\d+))?\.safetensors$")
 _PUBLISHED_CHILD = ".attn.processor."
-_CLEAR_TRAINED = (".attn.to_q.", ".attn.to_k.", ".attn.to_v.", ".attn.to_out.")
+CLEAR_TRAINED = (".attn.to_q.", ".attn.to_k.", ".attn.to_v.", ".attn.to_out.")
 
 
 def published_adapter(
@@ -89,6 +90,8 @@ def linfusion_adapter(
         if key not in _linfusion_keys(int(number), module["projection_mid_dim"]):
             wrong.append(f"unexpected: {key}")
         child = f"{CHILD}." if rest.startswith(("to_q_.", "to_k_.")) else ""
+        if module["projection_mid_dim"] == -1 and rest in _QUERIES_AND_KEYS:
+            tensor = 2 * tensor  # noqa: PLW2901 - their f is the identity then: W (x + x)
         renamed[f"{module['module_name']}.{child}{rest}"] = tensor
     if wrong:
         raise ValueError(f"{source} is no complete LinFusion repository: {'; '.join(wrong[:8])}")
@@ -102,6 +105,7 @@ def _linfusion_keys(number: int, mid_dim: int | None) -> list[str]:
 
 
 _WB = ("weight", "bias")
+_QUERIES_AND_KEYS = ("to_q.weight", "to_k.weight")
 
 
 def export_clear(conversion: Any, folder: str | Path) -> Path:
@@ -129,7 +133,7 @@ def export_clear(conversion: Any, folder: str | Path) -> Path:
         raise ValueError(f"CLEAR's format has whole radii, and this is {spec.radius}")
     tensors = {}
     for key, tensor in model.state_dict().items():
-        if any(part in key for part in _CLEAR_TRAINED) or f".attn.{CHILD}." in key:
+        if any(part in key for part in CLEAR_TRAINED) or f".attn.{CHILD}." in key:
             name = key.replace(f".attn.{CHILD}.", _PUBLISHED_CHILD)
             tensors[name] = tensor.detach().to("cpu", torch.bfloat16).contiguous()
     name = f"clear_local_{int(spec.radius)}" + (f"_down_{spec.pool}" if spec.pool > 1 else "")
@@ -160,7 +164,10 @@ def export_linfusion(conversion: Any, folder: str | Path) -> Path:
         keys = [key.partition(".")[2] for key in _linfusion_keys(number, spec.mid_dim)]
         if set(own) != set(keys):
             raise ValueError(f"LinFusion's format has {', '.join(keys)}, and {state.name} has {', '.join(own)}")
-        tensors |= {f"{number}.{key}": own[key].detach().cpu().contiguous() for key in keys}
+        halved = _QUERIES_AND_KEYS if spec.mid_dim == -1 else ()
+        for key in keys:
+            tensor = own[key].detach().cpu().contiguous()
+            tensors[f"{number}.{key}"] = tensor / 2 if key in halved else tensor
         modules_list.append(
             {
                 "dim_n": module.to_q.in_features,

@@ -163,6 +163,9 @@ class AgentSelfAttention(nn.Module):
         qkv_bias: Whether the projection to q, k and v has a bias.
         proj_drop: Dropout rate of the output.
         **dd: Device and dtype of the parameters.
+
+    Attributes:
+        shift: Whether windows smaller than the map lie half a window lower and further right, around the map's edges.
     """
 
     def __init__(
@@ -181,7 +184,7 @@ class AgentSelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         refuse_heads(dim, num_heads)
-        self.num_heads, self.class_token, self.window = num_heads, class_token, window
+        self.num_heads, self.class_token, self.window, self.shift = num_heads, class_token, window, False
         self.agents = agent_grid_of(agent_num, agent_grid)
         add_biases(self, num_heads, agent_num, size, class_token=class_token, **dd)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
@@ -200,6 +203,13 @@ class AgentSelfAttention(nn.Module):
             x: A map `[B, height, width, C]`, or the tokens `[B, N, C]` of a map of `size`.
             size: Height and width of the map, None for a map.
         """
+        shape = x.shape
+        if self.window is not None and self.shift and size is None:
+            move = [-(w // 2) if w < s else 0 for w, s in zip(self.window, (shape[1], shape[2]), strict=True)]
+            return self._attend(x.roll(move, (1, 2))).roll([-m for m in move], (1, 2))
+        return self._attend(x, size)
+
+    def _attend(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         shape = x.shape
         if size is None:
             size = (shape[1], shape[2])

@@ -122,7 +122,7 @@ default_cfgs = generate_default_cfgs(
         "agent_cswin_tiny.leaplab_in1k": agent_cfg("8c562a74441e46d5902b"),
         "agent_cswin_small.leaplab_in1k": agent_cfg("30eb8af675bc4b7a8747"),
         "agent_cswin_base.leaplab_in1k": agent_cfg("c8035b0839b2410c8c9f"),
-        "agent_cswin_base_384.leaplab_in1k": agent_cfg("1239be0df44b47719432", 384, 1.0),
+        "agent_cswin_base_384.leaplab_in1k": agent_cfg("1239be0df44b47719432", 384),
     }
 )
 

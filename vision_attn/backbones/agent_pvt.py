@@ -1,7 +1,7 @@
 """Agent-PVT: the Pyramid Vision Transformer with agent attention in the place of spatial reduction.
 
 Weights of the authors (https://github.com/LeapLabTHU/Agent-Attention) load in their layout. Any image size runs:
-position embeddings and biases are resized to the map.
+position embeddings and biases are resized to the map. What is left of an image beside whole patches is cut off.
 
 Paper: 'Agent Attention: On the Integration of Softmax and Linear Attention' - https://arxiv.org/abs/2312.08874
 """
@@ -85,7 +85,7 @@ class AgentPVT(AgentBackbone):
         skips = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         stages = []
         for i, dim in enumerate(embed_dims):
-            size = map_size(img_size, patch_size * 2**i)
+            size = map_size(img_size, patch_size * 2**i, up=False)
             options: dict[str, Any] = dict(qkv_bias=qkv_bias, proj_drop=proj_drop_rate, **dd)
             grid = None if agent_grids is None else agent_grids[i]
             blocks = []
@@ -113,6 +113,7 @@ class AgentPVT(AgentBackbone):
             in_chans=in_chans,
             num_classes=num_classes,
             levels=levels_of(embed_dims, patch_size),
+            cut=patch_size,
         )
 
 

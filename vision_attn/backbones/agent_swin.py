@@ -139,6 +139,7 @@ class AgentSwin(AgentBackbone):
                 if letter == "A":
                     size = (min(height, window_size), min(width, window_size))
                     attn = AgentSelfAttention(dims[i], num_heads[i], agent_nums[i], size, **agents, **same)
+                    attn.shift = j % 2 == 1
                     blocks.append(PreNormBlock(dims[i], attn, drop_path=next(skips), **options, **dd))
                 else:
                     side = max(7, window_size // 8)

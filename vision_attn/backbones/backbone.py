@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 
 @register_notrace_function
-def checked_image(x: Tensor, in_chans: int) -> Tensor:
-    """Return the images, or refuse what is no batch of images with that many channels."""
+def checked_image(x: Tensor, in_chans: int, cut: int = 1) -> Tensor:
+    """Return the images, cut to a multiple, or refuse what is no batch of images with that many channels."""
     if x.dim() != 4 or x.shape[1] != in_chans or x.numel() == 0:
         raise ValueError(f"images must be [B, {in_chans}, height, width] and not empty, got shape {list(x.shape)}")
-    return x
+    if cut == 1:
+        return x
+    return x[:, :, : max(cut, x.shape[2] // cut * cut), : max(cut, x.shape[3] // cut * cut)]
 
 
 class Backbone(nn.Module):
@@ -35,6 +37,7 @@ class Backbone(nn.Module):
         num_classes: Classes of the head, 0 for none.
         levels: Channels and reduction (pixels per side of a map's cell) of each feature.
         output_fmt: Format of the maps, 'NHWC' or 'NCHW'.
+        cut: Pixels that height and width are cut to multiples of, where they are more; 1 for not at all.
     """
 
     def __init__(
@@ -48,9 +51,10 @@ class Backbone(nn.Module):
         num_classes: int,
         levels: Sequence[tuple[int, int]],
         output_fmt: str = "NHWC",
+        cut: int = 1,
     ) -> None:
         super().__init__()
-        self.in_chans, self.num_classes, self.output_fmt = in_chans, num_classes, output_fmt
+        self.in_chans, self.num_classes, self.output_fmt, self.cut = in_chans, num_classes, output_fmt, cut
         self.patch_embed = patch_embed
         self.stages = nn.Sequential(*stages)
         self.norm = norm
@@ -138,7 +142,7 @@ class Backbone(nn.Module):
         take, last_taken = feature_take_indices(len(self.stages), indices)
         last = len(self.stages) - 1
         features: list[Tensor] = []
-        x = self.patch_embed(checked_image(x, self.in_chans))
+        x = self.patch_embed(checked_image(x, self.in_chans, self.cut))
         fits = self.isotropic
         for i, stage in enumerate(self.stages):
             if not stop_early or i <= last_taken:
@@ -176,7 +180,7 @@ class Backbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the last map, not pooled, from images `[B, in_chans, height, width]`."""
-        x = self.patch_embed(checked_image(x, self.in_chans))
+        x = self.patch_embed(checked_image(x, self.in_chans, self.cut))
         return self.norm(self.stages(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 import torch.nn.functional as F
-from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor, nn
 
 
@@ -55,8 +54,8 @@ def resize_for(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
                 rows = tensor[0].float().permute(0, 3, 1, 2)
                 t = F.interpolate(rows, tuple(want[2:4]), mode="bilinear").permute(0, 2, 3, 1)[None]
             elif kind == "relative_position_bias_table" and tensor.shape[1] == want[1]:
-                side = (int(want[0] ** 0.5) + 1) // 2
-                t = resize_rel_pos_bias_table(tensor, (side, side), tuple(want))
+                old, new = int(tensor.shape[0] ** 0.5), int(want[0] ** 0.5)
+                t = resized_positions(tensor[None].float(), (old, old), (new, new), "bicubic")[0].flatten(0, 1)
             elif kind == "pos_embed" and tensor.shape[2] == want[2]:
                 t = _resize_embedding(tensor, want[1])
         resized[name] = t.to(tensor.dtype)

@@ -45,7 +45,10 @@ class Positions(nn.Module):
 
 
 class MapPatches(nn.Module):
-    """Joins 2 x 2 cells of a map `[B, height, width, C]`, which goes on with zeros if a side is odd."""
+    """Joins 2 x 2 cells of a map `[B, height, width, C]`.
+
+    An odd side loses its last cells, as with the authors; a side of one cell goes on with zeros.
+    """
 
     def __init__(
         self, dim: int, out_dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -55,8 +58,8 @@ class MapPatches(nn.Module):
         self.norm = nn.LayerNorm(out_dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `[B, ceil(height / 2), ceil(width / 2), out_dim]`."""
-        x = F.pad(x, [0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2])
+        """Return `[B, max(1, height // 2), max(1, width // 2), out_dim]`."""
+        x = F.pad(x, [0, 0, 0, 2 // (x.shape[2] + 1), 0, 2 // (x.shape[1] + 1)])  # 1 for a side of one cell
         return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 

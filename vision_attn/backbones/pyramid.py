@@ -20,7 +20,9 @@ def levels_of(dims: Sequence[int], patch_size: int) -> list[tuple[int, int]]:
     return [(dim, patch_size * 2**i) for i, dim in enumerate(dims)]
 
 
-def map_size(img_size: int | tuple[int, int], reduction: int) -> tuple[int, int]:
-    """Return height and width of the map of an image, rounded up."""
+def map_size(img_size: int | tuple[int, int], reduction: int, *, up: bool = True) -> tuple[int, int]:
+    """Return height and width of the map of an image, rounded up, or down to 1 at least."""
     height, width = to_2tuple(img_size)
-    return -(-height // reduction), -(-width // reduction)
+    if up:
+        return -(-height // reduction), -(-width // reduction)
+    return max(1, height // reduction), max(1, width // reduction)

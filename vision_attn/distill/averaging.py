@@ -42,11 +42,13 @@ class Averaging:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the mean for a checkpoint, whole if the model is sharded."""
+        assert self.ema is not None, "registered only with a mean"
         state = self.ema.state_dict()
         return {**state, "shadow_params": [whole(p) for p in state["shadow_params"]]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the mean of a checkpoint."""
+        assert self.ema is not None, "registered only with a mean"
         pairs = zip(state["shadow_params"], self.parameters, strict=True)
         self.ema.load_state_dict({**state, "shadow_params": [shard_like(p, like) for p, like in pairs]})
 

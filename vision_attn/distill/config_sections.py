@@ -84,7 +84,7 @@ class LossConfig:
         attention: Of the error of the outputs of attention layers to the teacher's.
         variance: Of the error of learned variances to the teacher's (LiT: 0.05); models without them have no such loss.
         layers: Pattern of the layers whose outputs are compared.
-        every: One in so many of these layers is.
+        every: One in so many converted layers is, the first among them, if it fits the pattern.
         noise_levels: 'none' for all alike, 'logit_normal' or 'mode' as in diffusers' scripts.
     """
 

@@ -57,15 +57,16 @@ class Student:
             yield model if self.copy is None else self.copy
 
     def compared(self, pattern: str, every: int) -> list[str]:
-        """Return the names of the layers whose outputs are compared.
+        """Return the names of the layers whose outputs are compared: one in `every` layers, if it fits the pattern.
 
         Raises:
             ValueError: If there are none.
         """
-        names = [name for name in self.conversion.specs if fnmatch.fnmatchcase(name, pattern)][::every]
+        names = [name for name in list(self.conversion.specs)[::every] if fnmatch.fnmatchcase(name, pattern)]
         if not names:
-            some = ", ".join(list(self.conversion.specs)[:4])
-            raise ValueError(f"loss.layers: {pattern!r} is none of the converted layers, such as {some}")
+            some = ", ".join(list(self.conversion.specs)[::every][:4])
+            one = f"one in {every} of " if every > 1 else ""
+            raise ValueError(f"loss.layers: {pattern!r} is none of {one}the converted layers, such as {some}")
         return names
 
 
