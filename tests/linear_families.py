@@ -4,24 +4,29 @@ from backbone_families import Family, same
 
 
 def litv2_arguments(official):
-    ours = dict(official)
+    """The authors' attention has alpha 0.5 by default, and no windows where `has_msa` is 0."""
+    ours = dict(alpha=0.5) | official
     for theirs, name in (("local_ws", "window_sizes"), ("drop_rate", "proj_drop_rate")):
         if theirs in ours:
             ours[name] = ours.pop(theirs)
+    if "has_msa" in ours and "window_sizes" in ours:
+        pairs = zip(ours["window_sizes"], ours["has_msa"], strict=True)
+        ours["window_sizes"] = [size if attends else 0 for size, attends in pairs]
     for name in ("img_size", "attn_drop_rate", "use_checkpoint", "has_msa", "ape", "patch_norm"):
         ours.pop(name, None)
     return ours
 
 
 def ravlt_arguments(official):
-    """The authors choose linear ('l') or softmax ('v') attention by `flagss`, per block."""
-    ours = dict(official)
+    """The authors choose linear ('l') or softmax ('v') attention by `flagss`, and scale no layers unasked."""
+    ours = dict(mlp_ratios=[3] * len(official["depths"])) | official
     flags = ours.pop("flagss", None)
     if flags is not None:
         ours["linear"] = [level[0] == "l" for level in flags]
     scales, values = ours.pop("layerscales", None), ours.pop("layer_init_values", None)
-    if values is not None:
-        ours["layer_scales"] = [v if s else None for s, v in zip(scales or [True] * 4, values, strict=True)]
+    scales = scales or [False] * len(ours["depths"])
+    values = values or [1e-6] * len(scales)
+    ours["layer_scales"] = [v if s else None for s, v in zip(scales, values, strict=True)]
     for name in ("in_chans", "use_checkpoints", "img_size"):
         if name != "in_chans":
             ours.pop(name, None)
@@ -67,7 +72,8 @@ def agent_swin_arguments(official):
 def agent_deit_arguments(official):
     ours = agent_arguments(official)
     if "agent_layer" in ours:
-        ours["agent_layers"] = ours.pop("agent_layer")
+        layers = ours.pop("agent_layer")
+        ours |= dict(agent_layers=layers) if layers > 0 else {}  # all of them otherwise
     for name in ("distilled", "representation_size", "weight_init"):
         ours.pop(name, None)
     return ours

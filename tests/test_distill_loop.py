@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from vision_attn.distill import checkpoint, loop
 from vision_attn.distill.cache import write_cache
 from vision_attn.distill.loop import train
 from vision_attn.distill.nonfinite import NonFiniteError
+from vision_attn.distill.student import Student
 
 
 @pytest.fixture(autouse=True)
@@ -220,3 +222,23 @@ def test_a_student_starts_from_an_adapter(root, trainable):
     assert set(same) == set(trained) and all(torch.equal(same[name], tensor) for name, tensor in trained.items())
     with pytest.raises(FileNotFoundError, match="nowhere"):
         train(settings(root, student__adapter=root / "nowhere", run__out=root / "none" / "out"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [("FSDP", "set fsdp_version: 2"), ("DEEPSPEED", "stage 3 parts the weights")]
+)
+def test_sharding_that_is_not_known_is_refused(kind, message, root, monkeypatch):
+    plugin = SimpleNamespace(zero_stage=3, deepspeed_config={})
+    fake = SimpleNamespace(distributed_type=kind, is_fsdp2=False, state=SimpleNamespace(deepspeed_plugin=plugin))
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: fake)
+    with pytest.raises(ValueError, match=message):
+        train(settings(root))
+
+
+def test_one_layer_in_several_is_compared():
+    pipe = load_teacher("nano")
+    names = list(vision_attn.convert(pipe, vision_attn.Clear(radius=4)).specs)
+    student = Student(pipe, pipe.transformer, vision_attn.Conversion.of(pipe), {}, None, torch.float32)
+    assert student.compared("single_*", 2) == [name for name in names[::2] if name.startswith("single_")]
+    with pytest.raises(ValueError, match="none of one in 99 of the converted layers"):
+        student.compared("single_*", 99)

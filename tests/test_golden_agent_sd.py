@@ -8,7 +8,9 @@ from diffusers import UNet2DConditionModel
 from golden_case import GOLDEN, TOLERANCE, tensors
 
 from vision_attn import convert
+from vision_attn.grid import Grid
 from vision_attn.processors import AgentSD
+from vision_attn.processors.token_merging import Matching
 
 CASES = sorted(path.parent.name for path in (GOLDEN / "agentsd").glob("*/meta.json"))
 
@@ -20,9 +22,8 @@ def read(name):
 
 
 def spec_of(patch, meta):
-    assert patch["sx"] == patch["sy"]
     return AgentSD(
-        cell=patch["sx"],
+        cell=patch["sx"] if patch["sx"] == patch["sy"] else (patch["sy"], patch["sx"]),
         ratio=patch["ratio"],
         agent_ratio=patch["agent_ratio"],
         k_scale=meta["k_scale2"],
@@ -66,3 +67,17 @@ def test_the_schedule_follows_the_timestep():
     for timestep, stage in ((981, early), (601, early), (600, late), (1, late)):  # of 50 steps of DDIM the 20th is 601
         assert torch.equal(run(schedule, timestep), run(stage, timestep))
     assert not torch.equal(run(early, 601), run(late, 601))
+
+
+@pytest.mark.parametrize("cell", [(2, 3), (3, 1)])
+def test_cells_that_are_not_square(cell):
+    """One token of each cell is kept, wherever it is drawn, and what is merged gets what it was merged into."""
+    grid = Grid(6, 6)
+    tokens = torch.nn.functional.normalize(torch.randn(2, 36, 8), dim=-1)
+    matching = Matching.of(tokens, grid, cell, torch.Generator().manual_seed(1))
+    rows, columns = matching.kept // 6 // cell[0], matching.kept % 6 // cell[1]
+    assert set(zip(rows.tolist(), columns.tolist(), strict=True)) == {
+        (y, x) for y in range(6 // cell[0]) for x in range(6 // cell[1])
+    }
+    t = tokens[:, :, None]
+    assert torch.equal(matching.unmerge(matching.merge(t, 0), 0), t)

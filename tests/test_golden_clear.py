@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import safetensors.torch
 import torch
 from diffusers import FluxTransformer2DModel
 from golden_case import GOLDEN, TOLERANCE, tensors
@@ -151,3 +152,18 @@ def test_export_writes_the_released_format(name, tmp_path):
     conversion.revert()
     with pytest.raises(ValueError, match="LinFusion"):
         export_clear(vision_attn.convert(teacher_of(name), vision_attn.LinFusion()), tmp_path)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("part", ["single_transformer_blocks.1.attn.to_q.", "blocks.0.attn.to_out."])
+def test_an_incomplete_file_is_refused(name, part, tmp_path):
+    *_, checkpoint = read(name)
+    tensors = safetensors.torch.load_file(checkpoint)
+    kept = {key: tensor for key, tensor in tensors.items() if part not in key}
+    assert len(kept) < len(tensors)
+    safetensors.torch.save_file(kept, tmp_path / checkpoint.name)
+    model = teacher_of(name)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"is not complete; missing: .*{part}"):
+        vision_attn.load(model, tmp_path / checkpoint.name)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())

@@ -169,3 +169,22 @@ def test_a_repository_tells_its_own_spec():
         load(unet, released, spec=LinFusion(mid_dim=8))
     with pytest.raises(TypeError, match="spec must be"):
         load(unet, released, spec=[LinFusion()])
+
+
+def test_no_networks_are_the_authors_identity(tmp_path):
+    """Their residual of width -1 is the identity: W (x + x)."""
+    _, _, unet, released = read(CASES[0])
+    config, weights = (tmp_path / name for name in ("config.json", "diffusion_pytorch_model.safetensors"))
+    content = json.loads((released / "config.json").read_text())
+    for module in content["modules_list"]:
+        module["projection_mid_dim"] = -1
+    kept = {k: t for k, t in load_file(released / weights.name).items() if ".to_q_." not in k and ".to_k_." not in k}
+    config.write_text(json.dumps(content))
+    save_file(kept, weights)
+    conversion = load(unet, tmp_path)
+    first = unet.get_submodule(content["modules_list"][0]["module_name"])
+    for role, factor in (("to_q", 2), ("to_k", 2), ("to_v", 1)):
+        assert torch.equal(getattr(first, role).weight, factor * kept[f"0.{role}.weight"].float())
+    export_linfusion(conversion, tmp_path / "export")
+    written = load_file(tmp_path / "export" / weights.name)
+    assert all(torch.equal(written[key].float(), tensor.float()) for key, tensor in kept.items())

@@ -28,6 +28,14 @@ def pair(value):
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
+def arguments(case):
+    """Constructor arguments without those that have no value, no effect, or one value in all of the authors' models."""
+    kwargs = {name: value for name, value in case["cfg"]["ctor_kwargs"].items() if value is not None}
+    for name, usual in (("attn_drop", 0), ("proj_drop", 0), ("drop", 0), ("kernel_size", 3), ("scale", -0.5)):
+        assert kwargs.pop(name, usual) == usual
+    return kwargs
+
+
 def called_size(case):
     """Height and width that a case was called with, from the text of its `call`; None where it names none."""
     call = case["cfg"]["call"]
@@ -37,7 +45,7 @@ def called_size(case):
 
 def agent_layer(case):
     """DeiT, PVT and Swin: a layer on tokens `[B, N, C]`."""
-    kwargs = dict(case["cfg"]["ctor_kwargs"])
+    kwargs = arguments(case)
     patches, resolution = kwargs.pop("num_patches", None), kwargs.pop("input_resolution", None)
     size = kwargs.pop("window", None) or kwargs.pop("window_size", None) or resolution
     size = pair(isqrt(patches) if patches else size) if patches or size else None
@@ -57,7 +65,7 @@ def agent_layer(case):
 
 
 def stripe_layer(case):
-    kwargs = dict(case["cfg"]["ctor_kwargs"])
+    kwargs = arguments(case)
     kwargs["resolution"] = pair(kwargs["resolution"])
     layer = (AgentStripeAttention if "agent_num" in kwargs else StripeAttention)(**kwargs)
     return layer, lambda qkv: layer(qkv, kwargs["resolution"])
@@ -65,12 +73,12 @@ def stripe_layer(case):
 
 def hilo_layer(case):
     bias = any(name in case["state_dict"] for name in ("l_q.bias", "h_qkv.bias"))
-    layer = HiLoSelfAttention(**(dict(case["cfg"]["ctor_kwargs"]) | dict(qkv_bias=bias)))
+    layer = HiLoSelfAttention(**(arguments(case) | dict(qkv_bias=bias)))
     return layer, lambda x: layer(x.unflatten(1, called_size(case))).flatten(1, 2)
 
 
 def rala_layer(case):
-    kwargs = case["cfg"]["ctor_kwargs"]
+    kwargs = arguments(case)
     layer = RALASelfAttention(**kwargs, linear=case["cfg"]["upstream_class"] != "VanillaSelfAttention")
     return layer, lambda x: layer(x, rotary(x, kwargs["dim"] // kwargs["num_heads"]))
 

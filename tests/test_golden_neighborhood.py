@@ -13,8 +13,9 @@ from vision_attn.kernels.local_window import Window
 CASES = sorted(path.stem for path in (GOLDEN / "attn_na2d").glob("*.json"))
 
 
-def neighborhood_layer(x, weights, num_heads, kernel_size, dilation, backend):
+def neighborhood_layer(x, weights, num_heads, kernel_size, dilation, backend, scale=None):
     """The layer of NATTEN 0.14 on `[B, height, width, C]`: it pads its input up to the window, then projects."""
+    dilation = dilation or 1
     B, height, width, C = x.shape
     least = kernel_size * dilation
     x = F.pad(x, (0, 0, 0, max(0, least - width), 0, max(0, least - height)))
@@ -22,7 +23,7 @@ def neighborhood_layer(x, weights, num_heads, kernel_size, dilation, backend):
     qkv = F.linear(x, weights["qkv.weight"], weights.get("qkv.bias"))
     q, k, v = qkv.reshape(B, grid.tokens, 3, num_heads, C // num_heads).unbind(2)
     window = Window(kernel_size=kernel_size, dilation=dilation, bias=weights.get("rpb"))
-    o = local_attention(q, k, v, grid, window, backend=backend)
+    o = local_attention(q, k, v, grid, window, scale=scale, backend=backend)
     o = o.reshape(B, grid.height, grid.width, C)[:, :height, :width]
     return F.linear(o, weights["proj.weight"], weights["proj.bias"])
 
@@ -38,7 +39,8 @@ def test_layer_equals_natten(name, backend):
     kwargs = case["cfg"]["ctor_kwargs"]
     weights = {name: t.requires_grad_() for name, t in case["state_dict"].items()}
     x = case["inputs"]["x"].requires_grad_()
-    o = neighborhood_layer(x, weights, kwargs["num_heads"], kwargs["kernel_size"], kwargs["dilation"], backend)
+    sizes = (kwargs["num_heads"], kwargs["kernel_size"], kwargs.get("dilation"))
+    o = neighborhood_layer(x, weights, *sizes, backend, kwargs.get("qk_scale"))
     torch.testing.assert_close(o, case["output"], **TOLERANCE)
     o.backward(case["cotangent"])
     torch.testing.assert_close(x.grad, case["grad_input"]["x"], **TOLERANCE)

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vision_attn import Clear, Conversion, LinFusion, Softmax, generate_highres
 from vision_attn.chunked_feed_forward import chunked_feed_forward
 from vision_attn.demo import load_teacher
-from vision_attn.highres import Options
+from vision_attn.grid import Grid
+from vision_attn.highres import Options, _Proportional
 from vision_attn.positions import position_ids, stretched_positions
 from vision_attn.redraw import Redraw, image_to_image, noise_level, schedule_for
 
@@ -248,3 +249,28 @@ def test_what_the_levels_decide_is_refused():
     pipe = load_teacher("nano")
     with pytest.raises(ValueError, match="output_type, strength: the levels decide that"):
         generate_highres(pipe, "octopus", 256, 256, strength=0.3, output_type="pt")
+
+
+def test_levels_are_multiples_of_pooled_cells():
+    pipe = load_teacher("nano")
+    unit = pipe.vae_scale_factor * 2
+    for side in range(8, 40, 4):
+        sizes = Options().sizes(pipe, 40 * unit, side * unit, cell=4)
+        assert all(length % (4 * unit) == 0 for size in sizes for length in size)
+    assert any(height % (4 * unit) for height, _ in Options().sizes(pipe, 40 * unit, 36 * unit))
+    with pytest.raises(ValueError, match=f"multiples of {4 * unit} pixels .4 tokens, a pooled cell"):
+        generate_highres(pipe, "a cat", 40 * unit, 38 * unit, attn=Clear(radius=4, pool=4))
+
+
+def test_a_pooled_clear_at_every_level():
+    pipe = load_teacher("nano")
+    unit = pipe.vae_scale_factor * 2
+    options = Options(steps=1, level_steps=1, base=(8 * unit, 8 * unit), quiet=True)
+    result = generate_highres(pipe, "a cat", 20 * unit, 20 * unit, options=options, attn=Clear(radius=4, pool=4))
+    assert [level.height // unit for level in result.levels] == [8, 16, 20]
+
+
+def test_the_scale_of_a_level_counts_the_text():
+    grid, native = Grid(16, 16, prefix=5), Clear(radius=4, native_tokens=5 + 64)
+    assert _Proportional(4, first=64).scale(32, grid, None) == native.scale(32, grid, None) != 32**-0.5
+    assert _Proportional(4, first=64).scale(32, Grid(8, 8, prefix=5), None) == 32**-0.5

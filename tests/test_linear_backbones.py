@@ -24,6 +24,8 @@ from test_backbones import (  # noqa: F401 - run here as well, for the families 
 )
 from timm.models import group_parameters
 
+from vision_attn.backbones.position import resize_for
+
 COUNTS = json.loads((GOLDEN / "manifests" / "params_macs.json").read_text())
 SHAPES = json.loads(gzip.decompress((GOLDEN / "manifests" / "state_dict_shapes.json.gz").read_bytes()))
 PUBLISHED = {name: ours for family in ROWS.values() for name, ours in family.published.items()}
@@ -175,3 +177,29 @@ def test_the_moving_average_is_taken(name, best, other):
     loaded = ROWS[name].arch, dict(pretrained=True, pretrained_cfg_overlay=overlay, num_classes=10)
     model = timm.create_model(loaded[0], **loaded[1], **ROWS[name].tiny)
     assert all(torch.equal(t, good[key]) for key, t in model.state_dict().items())
+
+
+def test_tables_of_relative_positions_are_resized_bicubically():
+    table, model = torch.randn(13 * 13, 3), torch.nn.Module()
+    model.relative_position_bias_table = torch.nn.Parameter(torch.empty(17 * 17, 3))
+    resized = resize_for({"relative_position_bias_table": table}, model)["relative_position_bias_table"]
+    image = torch.nn.functional.interpolate(table.T.reshape(1, 3, 13, 13), (17, 17), mode="bicubic")
+    torch.testing.assert_close(resized, image.reshape(3, -1).T)
+
+
+def test_agent_swin_shifts_windows_that_are_smaller_than_the_map():
+    first, second = ROWS["agent_swin"].build(window_size=8, attn_types="AAAA", depths=(2, 1, 1, 1)).stages[0].blocks
+    x = torch.randn(2, 16, 16, 8)
+    attn = second.attn
+    moved = attn(x)
+    attn.shift = False
+    torch.testing.assert_close(moved, attn(x.roll((-4, -4), (1, 2))).roll((4, 4), (1, 2)))
+    assert not torch.allclose(moved, attn(x)) and not first.attn.shift
+    whole = attn(x[:, :8, :8])
+    attn.shift = True
+    torch.testing.assert_close(attn(x[:, :8, :8]), whole)
+
+
+def test_agent_pvt_leaves_out_what_is_beside_whole_patches():
+    model, x = ROWS["agent_pvt"].build(), images(70, 67)
+    assert torch.equal(model(x), model(x[:, :, :68, :64]))

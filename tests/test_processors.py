@@ -35,7 +35,7 @@ PROCESSORS = {
     "linfusion-hedgehog": LinFusion(mid_dim=4, feature_map="hedgehog"),
     "linear-local": LinearLocal(window_size=4),
     "agent": Agent(num_agents=9, biases=True, dwc=True),
-    "agent-sd": AgentSD(cell=2, ratio=0.5, agent_ratio=0.9, max_downsample=2, random=False),
+    "agent-sd": AgentSD(cell=(1, 2), ratio=0.5, agent_ratio=0.9, max_downsample=2, random=False),
     "hilo": HiLo(alpha=0.5),
     "rala": RALA(),
 }
@@ -157,6 +157,8 @@ def test_a_schedule_is_refused_where_there_is_no_timestep() -> None:
         (lambda: Agent(num_agents="9"), TypeError, "num_agents"),
         (lambda: Agent(biases=1), TypeError, "biases"),
         (lambda: AgentSD(cell=0), ValueError, "cell"),
+        (lambda: AgentSD(cell=(2,)), ValueError, "cell must be a side or"),
+        (lambda: AgentSD(cell=(2, 2.0)), TypeError, "cell must be an int"),
         (lambda: AgentSD(ratio=1.0), ValueError, "ratio"),
         (lambda: HiLo(alpha=1.5), ValueError, "alpha"),
         (lambda: HiLo(window_size=2.5), TypeError, "window_size"),

@@ -25,15 +25,15 @@ class Averaging:
     def __init__(self, config: OptimizerConfig, parameters: list[nn.Parameter], optimizer: Any) -> None:
         from diffusers.training_utils import EMAModel  # noqa: PLC0415, diffusers is optional
 
-        self.parameters, self.inner = parameters, getattr(optimizer, "optimizer", optimizer)
+        self.parameters, self.optimizer = parameters, optimizer
         self.ema = EMAModel(parameters, decay=config.ema, use_ema_warmup=True, power=0.75) if config.ema else None
         if self.ema is not None:
             self.ema.to(parameters[0].device)
 
     def begin(self) -> None:
         """An update begins: a schedule-free optimiser wants the parameters that learn."""
-        if hasattr(self.inner, "train"):
-            self.inner.train()
+        if hasattr(self.optimizer, "train"):
+            self.optimizer.train()
 
     def update(self) -> None:
         """An update is done."""
@@ -55,8 +55,8 @@ class Averaging:
     @contextmanager
     def evaluated(self) -> Iterator[None]:
         """Have the mean in the model inside the `with` block."""
-        if hasattr(self.inner, "eval"):
-            self.inner.eval()
+        if hasattr(self.optimizer, "eval"):
+            self.optimizer.eval()
         if self.ema is not None:
             self.ema.store(self.parameters)
             self.ema.copy_to(self.parameters)

@@ -13,7 +13,7 @@ def make_accelerator(config: Config) -> Any:
     """Return the accelerator of a run, its trackers begun.
 
     Raises:
-        ValueError: If accelerate or a tracker is not installed.
+        ValueError: If accelerate or a tracker is not installed, or weights would be parted in a way that is not known.
     """
     try:
         from accelerate import Accelerator, DistributedDataParallelKwargs  # noqa: PLC0415, of the extra 'distill'
@@ -40,9 +40,19 @@ def make_accelerator(config: Config) -> Any:
     )
     if str(accelerator.distributed_type).endswith("FSDP") and not accelerator.is_fsdp2:
         raise ValueError("FSDP 1 hides the parameters that are trained: set fsdp_version: 2 in accelerate's config")
+    if str(accelerator.distributed_type).endswith("DEEPSPEED"):
+        _set_up_deepspeed(config, accelerator.state.deepspeed_plugin)
     if config.run.trackers:
         accelerator.init_trackers("vision_attn_distill")
     return accelerator
+
+
+def _set_up_deepspeed(config: Config, plugin: Any) -> None:
+    """Tell DeepSpeed what it would otherwise ask a data loader, and how it is to clip."""
+    if plugin.zero_stage == 3:
+        raise ValueError("DeepSpeed's stage 3 parts the weights: take stage 1 or 2, or FSDP with fsdp_version: 2")
+    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.data.batch_size
+    plugin.deepspeed_config["gradient_clipping"] = config.optimizer.clip or 0.0
 
 
 def leave_frozen(model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """The training loop, from the top to the bottom."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,12 @@ def train(config: Config, *, pipe: Any = None) -> Path:  # noqa: PLR0915, it is 
     computing = Step(config, student, data.interface)
     leave_frozen(student.model)
     shards = Shards(student)
-    optimizer = make_optimizer(config.optimizer, list(student.parameters.values()))
-    model, optimizer = accelerator.prepare(student.model, optimizer)
+    own = make_optimizer(config.optimizer, list(student.parameters.values()))
+    schedule = make_schedule(config.optimizer, own, run.steps)
+    model, optimizer = accelerator.prepare(student.model, own)
     shards.look_up()
     parameters = list(student.parameters.values())
-    schedule = make_schedule(config.optimizer, optimizer, run.steps)
-    averaging = Averaging(config.optimizer, parameters, optimizer)
+    averaging = Averaging(config.optimizer, parameters, own)
     accelerator.register_for_checkpointing(schedule, *([averaging] if averaging.ema else []))
     checkpoints = Checkpoints(config, accelerator, student.parameters)
 
@@ -84,7 +85,8 @@ def train(config: Config, *, pipe: Any = None) -> Path:  # noqa: PLR0915, it is 
                 accelerator.backward(losses["total"])
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(parameters, config.optimizer.clip or float("inf"))
-                    if norm is not None and not norm.isfinite() and run.precision != "fp16":  # which skips the update
+                    skips = run.precision == "fp16"  # an update that is not finite
+                    if norm is not None and not math.isfinite(norm) and not skips:
                         raise explain(step + 1, "the gradient", computing, noisy)
                     metrics.norm = norm
                 optimizer.step()

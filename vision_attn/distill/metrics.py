@@ -28,7 +28,7 @@ class Metrics:
     def __init__(self, config: Config, accelerator: Any, start: int) -> None:
         self.run, self.accelerator = config.run, accelerator
         self.sums: dict[str, Tensor] = {}
-        self.norm: Tensor | None = None
+        self.norm: Tensor | float | None = None
         self.begun, self.out_of_time = time.perf_counter(), False
         self.path = config.run.out / "metrics.jsonl"
         main = accelerator.is_main_process

@@ -47,7 +47,7 @@ def make_schedule(config: OptimizerConfig, optimizer: Any, steps: int) -> Any:
     name = config.schedule if config.schedule != "constant" else "constant_with_warmup"
     return get_scheduler(
         "constant" if own else name,
-        getattr(optimizer, "optimizer", optimizer),
+        optimizer,
         num_warmup_steps=0 if own else config.warmup,
         num_training_steps=steps,
     )

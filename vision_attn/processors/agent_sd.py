@@ -34,7 +34,7 @@ class AgentSD(AttnSpec):
     `AgentSD.schedule()` is what the authors run: many merged tokens early, and no agents later.
 
     Args:
-        cell: Side of a cell in tokens.
+        cell: Side of a cell in tokens, or its (height, width).
         ratio: Share of the tokens that are merged away.
         agent_ratio: Share that is merged away for the agents.
         k_scale: Exponent: the logits of queries and agents are scaled by `D ** (-0.5 * k_scale)`.
@@ -43,7 +43,7 @@ class AgentSD(AttnSpec):
         random: Whether the kept token of a cell is drawn (if the batch is even) or is the top left one.
     """
 
-    cell: int = 4
+    cell: int | tuple[int, int] = 4
     ratio: float = 0.4
     agent_ratio: float = 0.95
     k_scale: float = 0.3
@@ -52,8 +52,10 @@ class AgentSD(AttnSpec):
     random: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("cell", "max_downsample"):
-            value = getattr(self, name)
+        sides = self.cell if isinstance(self.cell, tuple) else (self.cell,)
+        if isinstance(self.cell, tuple) and len(sides) != 2:
+            raise ValueError(f"cell must be a side or (height, width), got {self.cell}")
+        for name, value in (*(("cell", side) for side in sides), ("max_downsample", self.max_downsample)):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an int, got {value!r}")
             if value < 1:
@@ -64,6 +66,11 @@ class AgentSD(AttnSpec):
                 raise TypeError(f"{name} must be a number, got {value!r}")
             if not 0 <= value < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
+
+    @property
+    def cell_size(self) -> tuple[int, int]:
+        """Height and width of a cell."""
+        return self.cell if isinstance(self.cell, tuple) else (self.cell, self.cell)
 
     @staticmethod
     def schedule() -> Schedule:
@@ -84,7 +91,8 @@ class AgentSD(AttnSpec):
     def counts(self, grid: Grid) -> tuple[int, int]:
         """Return how many grid tokens remain, and how many agents there are."""
         n = grid.image_tokens
-        others = n - (grid.height // self.cell) * (grid.width // self.cell)
+        height, width = self.cell_size
+        others = n - (grid.height // height) * (grid.width // width)
         return n - min(others, int(n * self.ratio)), n - min(others, int(n * self.agent_ratio))
 
     @staticmethod
@@ -114,10 +122,10 @@ class AgentSDAttention(Processor):
         """Attend through agents: see `Processor.forward`."""
         spec, moment = self.spec, self.moment
         self.moment = Moment()
-        cells = grid.height // spec.cell * (grid.width // spec.cell)
-        if moment.downsample > spec.max_downsample or not cells:
+        height, width = spec.cell_size
+        if moment.downsample > spec.max_downsample or grid.height < height or grid.width < width:
             return dense_attention(q, k, v, seen=seen_keys(mask, grid), scale=scale)
-        matching = Matching.of(_metric(moment.block_input, k, grid), grid, spec.cell, self._generator(q, moment))
+        matching = Matching.of(_metric(moment.block_input, k, grid), grid, spec.cell_size, self._generator(q, moment))
         kept, agents = spec.counts(grid)
         n = grid.image_tokens
         short_q, short_k, short_v = (self._merge(t, grid, matching, n - kept) for t in (q, k, v))

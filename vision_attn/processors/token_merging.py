@@ -26,22 +26,23 @@ class Matching:
     partner: Tensor
 
     @classmethod
-    def of(cls, metric: Tensor, grid: Grid, cell: int, generator: torch.Generator | None) -> "Matching":
+    def of(cls, metric: Tensor, grid: Grid, cell: tuple[int, int], generator: torch.Generator | None) -> "Matching":
         """Match the tokens of a grid.
 
         Args:
             metric: Tokens of length 1 `[B, height * width, C]`.
             grid: Its height and width count.
-            cell: Side of a cell; rows and columns that no cell covers belong to the others.
+            cell: Height and width of a cell; rows and columns that no cell covers belong to the others.
             generator: Draws the token that a cell keeps, the top left one if None.
         """
-        rows, columns = grid.height // cell, grid.width // cell
+        height, width = cell
+        rows, columns = grid.height // height, grid.width // width
         inside = torch.zeros(rows, columns, dtype=torch.long, device=metric.device)
         if generator is not None:
             shape = (rows, columns, 1)
-            inside = torch.randint(cell * cell, shape, generator=generator, device=metric.device)[..., 0]
-        y = torch.arange(rows, device=metric.device)[:, None] * cell + inside // cell
-        x = torch.arange(columns, device=metric.device) * cell + inside % cell
+            inside = torch.randint(height * width, shape, generator=generator, device=metric.device)[..., 0]
+        y = torch.arange(rows, device=metric.device)[:, None] * height + inside // width
+        x = torch.arange(columns, device=metric.device) * width + inside % width
         kept = (y * grid.width + x).flatten()
         other = torch.ones(grid.image_tokens, dtype=torch.bool, device=metric.device)
         other[kept] = False
