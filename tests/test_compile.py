@@ -7,7 +7,7 @@ import diffusers
 import pytest
 import torch
 from test_hosts import TEXT, distance, run
-from test_living_with import CLEAR, POOLED, SIZE, call, converted, expected, small_sd3
+from test_living_with import CLEAR, POOLED, SIZE, call, converted, expected, small_sd3, stock
 from tiny_hosts import CHANNELS, HOST, TEXT_DIM, randomise
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -107,3 +107,20 @@ def test_flux_compiled_whole_without_a_grid_is_refused(compiler: Any) -> None:
     with torch.no_grad(), pytest.raises(Exception, match="use_grid"):
         torch.compile(model, fullgraph=True, backend=compiler)(**inputs)
     assert torch.equal(model(**inputs).sample, want)
+
+
+@pytest.mark.parametrize("host_id", ["flux", "sd35", "vit"])
+def test_compiled_whole_with_another_grid_is_refused(host_id: str, compiler: Any) -> None:
+    model = HOST[host_id].build()
+    convert(model, CLEAR, grid=(SIZE[0] + 2, SIZE[1]))
+    with torch.no_grad(), pytest.raises(Exception, match="the grid given, "):
+        run(HOST[host_id], torch.compile(model, fullgraph=True, backend=compiler), *SIZE)
+    torch._dynamo.reset()
+    in_parts = torch.compile(model, backend=compiler)
+    with torch.no_grad():
+        try:
+            got = run(HOST[host_id], in_parts, *SIZE)
+        except RuntimeError as error:
+            assert "the grid given, " in str(error)
+        else:
+            torch.testing.assert_close(got, stock(host_id), rtol=0, atol=1e-5)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import timm
 import torch
 from test_hosts import RADIUS_2, TEXT, DenseOracle, run, stock
 from tiny_hosts import HOST, Layout, noise
@@ -205,3 +206,37 @@ def test_a_pattern_that_matches_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="layers"):
         convert(model, {"blocks.*": Softmax(), "down_blocks.*": Softmax()})
     assert not is_converted(model)
+
+
+@pytest.mark.parametrize("host_id", ["flux", "sd35", "vit"])
+@pytest.mark.parametrize("given", [(4, 4), (10, 12), (24, 5)], ids=str)
+def test_a_given_grid_that_is_not_the_forwards_is_refused(host_id: str, given: tuple[int, int]) -> None:
+    case, model = HOST[host_id], HOST[host_id].build()
+    conversion = convert(model, Clear(radius=2), grid=given)
+    with pytest.raises(RuntimeError, match=f"the grid given, {given[0]} x {given[1]}, is not that of .*12 x 10"):
+        run(case, model, 12, 10)
+    assert set(conversion.status().values()) != {"rerouted"}
+    with conversion.use_grid(12, 10):
+        run(case, model, 12, 10)
+    assert set(conversion.status().values()) == {"rerouted"}
+
+
+def test_a_vit_that_drops_patches_is_refused() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1, patch_drop_rate=0.1)
+    with pytest.raises(ValueError, match=r"set model.patch_drop = torch.nn.Identity"):
+        convert(model, Clear(radius=2))
+    model.patch_drop = nn.Identity()
+    convert(model, Clear(radius=2))
+
+
+WRONG_HOSTS = [
+    (lambda: Host(layers="blocks.*.attn", probe=print), TypeError, "layers must be a tuple of patterns"),
+    (lambda: Host(layers=("a",), probe=print, others="front"), ValueError, "others must be 'prefix'"),
+    (lambda: Host(layers=("a",), probe=None), TypeError, "probe must be a function"),
+]
+
+
+@pytest.mark.parametrize("make, error, message", WRONG_HOSTS)
+def test_a_wrong_host_is_refused(make: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()

@@ -1,6 +1,7 @@
 """Settings, images, captions, the cache and the order of the data; all that can be wrong with them."""
 
 import json
+import re
 import shutil
 import tarfile
 
@@ -12,6 +13,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from vision_attn.cli import main
+from vision_attn.demo import load_teacher
+from vision_attn.distill import cache
 from vision_attn.distill.cache import write_cache
 from vision_attn.distill.config import read_config
 from vision_attn.distill.data import CachedData, Order
@@ -38,6 +41,7 @@ NAMES = ("emoji:nano", "FluxTransformer2DModel")
         (["--student.projections=[q, w]"], "'w'"),
         (["--optimizer.ema=1"], "below 1"),
         (["--eval.sigmas=[2]"], "between 0 and 1"),
+        (["--eval.sigmas=[]"], "at least one number between 0 and 1"),
     ],
 )
 def test_wrong_settings(wrong, message, tmp_path):
@@ -112,7 +116,13 @@ def test_the_nearest_size():
     assert nearest_size(200, 100, sizes) == (32, 64)
 
 
-def test_damaged_images_are_skipped_counted_and_listed_and_the_cache_goes_on(tmp_path, monkeypatch):
+def cached(config):
+    """Return the captions of a cache, in order, and its latents by caption."""
+    data = CachedData(config.data, *NAMES)
+    return list(data.captions.values()), {caption: data[[place]].latents for place, caption in data.captions.items()}
+
+
+def test_damaged_images_are_skipped_counted_and_listed_and_the_cache_goes_on(tmp_path, caplog):
     write_images(tmp_path / "images", sizes=((32, 32), (32, 48)), count=8)
     whole = (tmp_path / "images" / "0.png").read_bytes()
     (tmp_path / "images" / "0.png").write_bytes(whole[: len(whole) // 2])
@@ -125,15 +135,99 @@ def test_damaged_images_are_skipped_counted_and_listed_and_the_cache_goes_on(tmp
     listed = (tmp_path / "cache" / "skipped.txt").read_text()
     assert [line.split(":")[0] for line in listed.splitlines()] == ["0.png", "1.png", "2.png"]
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.safetensors")}
-    removed = sorted(times)[1]
+    damaged, removed = sorted(times)[:2]
+    damaged.write_bytes(damaged.read_bytes()[:50])
     removed.unlink()
     assert write_cache(config) == found
-    assert {p for p in times if p != removed and p.stat().st_mtime_ns != times[p]} == set()
-    data = CachedData(tmp_path / "cache", *NAMES)
+    assert f"{damaged} is damaged and is made again" in caplog.text
+    assert {p for p in times if p not in (damaged, removed) and p.stat().st_mtime_ns != times[p]} == set()
+    data = CachedData(config.data, *NAMES)
     assert len(data) == 5 and set(data.buckets) == {(32, 32), (32, 48)}
-    write_images(tmp_path / "images", count=12)
-    with pytest.raises(ValueError, match="made of other images"):
+    write_images(tmp_path / "images", sizes=((32, 32), (32, 48)), count=8)
+    (tmp_path / "images" / "2.json").unlink()
+    assert write_cache(config) == {"samples": 8, "shards": 4, "skipped": 0}
+
+
+@pytest.mark.parametrize("in_tar", [False, True], ids=["folder", "tar"])
+def test_what_changed_under_the_same_name_is_encoded_again(in_tar, tmp_path):
+    images, place = tmp_path / "images", tmp_path / "data.tar" if in_tar else tmp_path / "images"
+    write_images(images, count=3)
+    config = settings(tmp_path, data__images=place, data__shard_size=1)
+
+    def encode():
+        if in_tar:
+            with tarfile.open(place, "w") as tar:
+                tar.add(images, "images")
         write_cache(config)
+        return cached(config)
+
+    captions, latents = encode()
+    assert captions == list(WORDS[:3])
+    files = set((tmp_path / "cache").glob("*.safetensors"))
+    (images / "1.txt").write_text("a squid")
+    Image.new("RGB", (32, 32), "red").save(images / "2.png")
+    captions, again = encode()
+    assert captions == [WORDS[0], "a squid", WORDS[2]]
+    assert torch.equal(again["a squid"], latents[WORDS[1]]) and not torch.equal(again[WORDS[2]], latents[WORDS[2]])
+    assert len(files & set((tmp_path / "cache").glob("*.safetensors"))) == 1
+
+
+def test_a_cache_of_fewer_images_or_another_model_setting_leaves_nothing_behind(tmp_path):
+    write_images(tmp_path / "images", count=5)
+    config = settings(tmp_path, data__shard_size=2)
+    write_cache(config)
+    other = tmp_path / "cache" / "transformer.safetensors"
+    other.write_bytes(b"not a shard")
+    for name in ("2", "3", "4"):
+        (tmp_path / "images" / f"{name}.png").unlink()
+    assert write_cache(config)["shards"] == 1
+    shard, kept = sorted((tmp_path / "cache").glob("*.safetensors"))
+    assert cached(config)[0] == list(WORDS[:2]) and kept == other
+    write_cache(settings(tmp_path, data__shard_size=2, model__guidance=2))
+    assert not shard.exists()
+
+
+def test_other_sizes_are_cached_anew_and_refused_until_then(tmp_path):
+    write_images(tmp_path / "images", count=2)
+    small, large = settings(tmp_path), settings(tmp_path, data__sizes=[[64, 64]])
+    write_cache(small)
+    wrong = r"was cached at \[\[32, 32\]\], not at \[\[64, 64\]\]: run 'vision-attn distill cache' with these sizes"
+    with pytest.raises(ValueError, match=wrong):
+        CachedData(large.data, *NAMES)
+    write_cache(large)
+    assert set(CachedData(large.data, *NAMES).buckets) == {(64, 64)}
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 1
+    both, turned = ([[64, 64], [32, 32]], [[32, 32], [64, 64]])
+    write_cache(settings(tmp_path, data__sizes=both))
+    CachedData(settings(tmp_path, data__sizes=turned).data, *NAMES)
+
+
+def test_the_last_cache_stays_in_use_until_the_next_is_finished(tmp_path, monkeypatch):
+    write_images(tmp_path / "images", count=3)
+    config = settings(tmp_path, data__shard_size=1)
+    real, calls = cache.save_file, []
+
+    def stop(tensors, path, metadata):
+        calls.append(path)
+        if len(calls) in (2, 6):
+            raise KeyboardInterrupt
+        real(tensors, path, metadata)
+
+    monkeypatch.setattr(cache, "save_file", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_cache(config)
+    with pytest.raises(FileNotFoundError, match="no cache that was finished"):
+        CachedData(config.data, *NAMES)
+    write_cache(config)
+    assert len(calls) == 4  # one of three was there
+    for i, word in enumerate(WORDS[3:]):
+        (tmp_path / "images" / f"{i}.txt").write_text(word)
+    with pytest.raises(KeyboardInterrupt):
+        write_cache(config)
+    assert cached(config)[0] == list(WORDS[:3])
+    write_cache(config)
+    assert len(calls) == 8 and cached(config)[0] == list(WORDS[3:])
+    assert len(list((tmp_path / "cache").iterdir())) == 5
 
 
 def test_nothing_but_damage(tmp_path):
@@ -144,12 +238,10 @@ def test_nothing_but_damage(tmp_path):
 
 
 def test_a_cached_sample_is_what_the_pipeline_would_give(tmp_path):
-    from vision_attn.demo import load_teacher
-
     write_images(tmp_path / "images", count=3)
     config = settings(tmp_path)
     write_cache(config)
-    data = CachedData(tmp_path / "cache", *NAMES)
+    data = CachedData(config.data, *NAMES)
     batch = data[[(0, 2), (0, 0)]]
     pipe = load_teacher("nano")
     embeds, pooled, _ = pipe.encode_prompt([WORDS[2], WORDS[0]])
@@ -165,24 +257,33 @@ def test_a_cached_sample_is_what_the_pipeline_would_give(tmp_path):
     torch.testing.assert_close(null["pooled_projections"], torch.stack([pipe.encode_prompt("")[1][0], pooled[1]]))
 
 
-@pytest.mark.parametrize("damage", ["model", "denoiser", "index", "shard", "empty", "format"])
+@pytest.mark.parametrize("damage", ["model", "denoiser", "index", "shard", "missing", "format", "version"])
 def test_a_cache_that_does_not_fit(damage, tmp_path):
     write_images(tmp_path / "images", count=2)
-    write_cache(settings(tmp_path))
+    config = settings(tmp_path)
+    write_cache(config)
     shard, index = next((tmp_path / "cache").glob("*.safetensors")), tmp_path / "cache" / "index.json"
-    names, message = list(NAMES), {"model": "base", "index": "damaged", "shard": "damaged", "empty": "no samples"}
+    names, message = (
+        list(NAMES),
+        {"model": "base", "index": "damaged", "shard": "damaged", "version": "earlier version"},
+    )
     if damage in ("model", "denoiser"):
         names[damage == "denoiser"] = "another"
     elif damage == "index":
         index.write_text("{")
     elif damage == "format":
         index.write_text("{}")
+    elif damage == "version":
+        index.write_text(index.read_text().replace("cache.v2", "cache.v1"))
     elif damage == "shard":
         shard.write_bytes(shard.read_bytes()[:50])
     else:
         shard.unlink()
     with pytest.raises(ValueError, match=message.get(damage, damage)):
-        CachedData(tmp_path / "cache", *names)
+        CachedData(config.data, *names)
+    if damage in ("shard", "missing", "version"):
+        write_cache(config)
+        assert len(CachedData(config.data, *names)) == 2
     if damage == "model":
         with pytest.raises(ValueError, match="holds another cache"):
             write_cache(settings(tmp_path, model__base="emoji:unet"))
@@ -218,6 +319,10 @@ def test_the_teacher_draws_its_own_data_and_goes_on(tmp_path):
     assert second.read_bytes() == before  # alone as in its batch
     assert second.with_suffix(".txt").read_text() == "red apple\n"
     assert write_cache(config)["samples"] == 3
+    (tmp_path / "prompts.txt").write_text("octopus\ngreen apple\nrocket\n")
+    assert generate(config) == {"drawn": 1, "before": 2}
+    assert second.read_bytes() != before and second.with_suffix(".txt").read_text() == "green apple\n"
+    assert generate(config) == {"drawn": 0, "before": 3}
     shutil.rmtree(tmp_path / "images")
     assert [generate(config, rank=rank, world=2)["drawn"] for rank in range(2)] == [2, 1]
     (tmp_path / "prompts.txt").write_text("\n")
@@ -225,10 +330,27 @@ def test_the_teacher_draws_its_own_data_and_goes_on(tmp_path):
         generate(config)
 
 
+def test_drawing_again_leaves_no_old_picture_beside_a_new_prompt(tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("octopus\n")
+    config = settings(tmp_path, data__prompts=tmp_path / "prompts.txt", data__steps=1)
+    generate(config)
+    (tmp_path / "prompts.txt").write_text("rocket\n")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Image.Image, "save", full)
+        with pytest.raises(OSError, match="No space"):
+            generate(config)
+    assert generate(config) == {"drawn": 1, "before": 0}
+
+
 def test_nothing_is_pickled(tmp_path):
     write_images(tmp_path / "images", count=2)
     write_cache(settings(tmp_path))
     files = sorted(path.name for path in (tmp_path / "cache").iterdir())
-    assert files == ["32x32-00000.safetensors", "index.json", "skipped.txt"]
+    assert re.fullmatch(r"32x32-00000-[0-9a-f]{16}\.safetensors", files[0])
+    assert files[1:] == ["index.json", "skipped.txt"]
     with safe_open(tmp_path / "cache" / files[0], "pt") as file:
         assert "cond.pooled_projections" in file.keys() and json.loads(file.metadata()["captions"]) == list(WORDS[:2])  # noqa: SIM118

@@ -9,7 +9,8 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState
-from distill_case import metrics, settings, with_run, write_images
+from distill_case import metrics, with_run, write_images
+from distill_case import settings as settings_of
 from PIL import Image
 
 import vision_attn
@@ -28,12 +29,17 @@ def _new_accelerator():
     AcceleratorState._reset_state(True)
 
 
+def settings(root, **changes):
+    """Return settings with the sizes of the cache that all tests share."""
+    return settings_of(root, **{"data__sizes": [[32, 32], [32, 48]], **changes})
+
+
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory):
     """Images and a cache of two sizes, for all tests."""
     root = tmp_path_factory.mktemp("distill")
     write_images(root / "images", sizes=((32, 32), (32, 48)), count=8)
-    write_cache(settings(root, data__sizes=[[32, 32], [32, 48]]))
+    write_cache(settings(root))
     return root
 
 
@@ -162,9 +168,7 @@ def test_other_settings_in_the_same_folder_are_refused(root):
 
 def test_an_adapter_with_lora_is_the_student(root):
     pipe = load_teacher("nano")
-    config = settings(
-        root, student__trainable="lora", student__rank=2, run__save_dtype="float32", data__sizes=[[32, 32]]
-    )
+    config = settings(root, student__trainable="lora", student__rank=2, run__save_dtype="float32")
     train(config, pipe=pipe)
     assert not any("lora" in name or "base_layer" in name for name in adapter(root))
     assert any(name.endswith("to_q.weight") for name in adapter(root))
@@ -185,6 +189,26 @@ def test_random_start_is_worse_and_half_precision_halves(root):
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
 
 
+CLEAR = dict(student__processor="Clear", student__fields={"radius": 4})
+ELU = dict(student__fields={"mid_dim": -1, "feature_map": "elu"}, student__trainable="lora")
+
+
+@pytest.mark.parametrize(
+    ("changes", "file"),
+    [
+        (CLEAR | dict(run__export="clear"), "clear_local_4.safetensors"),
+        (ELU | dict(run__export="linfusion", model__base="emoji:unet"), "diffusion_pytorch_model.safetensors"),
+    ],
+    ids=["clear", "linfusion-lora"],
+)
+def test_what_can_be_exported_is(root, changes, file):
+    config = settings(root, **changes, run__steps=1, data__cache=root / "own")
+    write_images(root / "images", count=2)
+    write_cache(config)
+    train(config)
+    assert (root / "out" / "export" / file).exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -193,16 +217,22 @@ def test_random_start_is_worse_and_half_precision_halves(root):
         (dict(optimizer__name="prodigy"), "pip install prodigyopt"),
         (dict(run__trackers=["wandb"]), "wandb"),
         (dict(loss__layers="blocks.*"), "none of the converted layers"),
+        (dict(data__sizes=[[64, 64]]), "run 'vision-attn distill cache' with these sizes, or give data.sizes"),
+        (dict(run__export="clear"), "run.export: CLEAR's format is for a FluxTransformer2DModel with one Clear"),
+        (dict(run__export="linfusion"), "run.export: LinFusion's format has no place for LinFusion.*hedgehog"),
+        (CLEAR | dict(run__export="clear", student__fields={"radius": 2.5}), "whole radii, and this is 2.5"),
+        (CLEAR | dict(run__export="clear", model__base="emoji:unet"), "this is a UNet2DConditionModel with Clear"),
         (dict(model__base="emoji:base"), "made for the base 'emoji:nano', not for 'emoji:base'"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_fit(root, changes, message):
     with pytest.raises(ValueError, match=message):
         train(settings(root, **changes))
+    assert not (root / "out" / "metrics.jsonl").exists()  # before the first step
 
 
 def test_bf16_keeps_what_is_trained_in_fp32(root):
-    config = settings(root, model__dtype="bfloat16", run__precision="bf16", run__steps=2, data__sizes=[[32, 32]])
+    config = settings(root, model__dtype="bfloat16", run__precision="bf16", run__steps=2)
     train(config)
     state = safetensors.torch.load_file(root / "out" / "checkpoint-00000002" / "trained.safetensors")
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}

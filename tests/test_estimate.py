@@ -11,11 +11,12 @@ from tiny_pipelines import PIPELINE
 from torch.utils.flop_counter import FlopCounterMode
 
 from vision_attn import Clear, HiLo, LinFusion, Neighborhood, Softmax, convert, estimate
-from vision_attn.cost import break_even
+from vision_attn.cost import MACHINES, break_even, seconds
 from vision_attn.families import find_host
+from vision_attn.grid import Grid
 from vision_attn.intercept import is_rerouted, state_of
 from vision_attn.kernels.local_window import Window
-from vision_attn.processors import Layer
+from vision_attn.processors import Layer, Schedule
 
 
 def scale_of(case: HostCase) -> int:
@@ -90,6 +91,25 @@ def test_break_even_of_processors() -> None:
     assert break_even(HiLo(), layer, 0, "cuda", 2) is not None
 
 
+def test_a_schedule_costs_what_its_stages_do() -> None:
+    layer, grid, linear = Layer("", 24, 128, dim=3072), Grid(256, 256, prefix=512), LinFusion(mid_dim=-1)
+    whole, half = Schedule(((1.0, linear),)), Schedule(((0.25, Softmax()), (1.0, linear)))
+    for of in (
+        lambda spec: spec.flops(grid, layer),
+        lambda spec: spec.passes,
+        lambda spec: spec.attended(grid),
+        lambda spec: seconds(spec, grid, layer, MACHINES["cuda"], 2),
+    ):
+        assert of(whole) == pytest.approx(of(linear))
+        assert of(half) == pytest.approx(0.25 * of(Softmax()) + 0.75 * of(linear))
+    assert break_even(whole, layer, 512, "cuda", 2) == break_even(linear, layer, 512, "cuda", 2) is not None
+    assert break_even(half, layer, 512, "cuda", 2) is not None
+    assert break_even(Schedule(((1.0, Softmax()),)), layer, 512, "cuda", 2) is None
+    model = HOST["flux"].build()
+    found, exact = (estimate(model, 4096, 4096, spec, device="cuda") for spec in (whole, linear))
+    assert found.converted_share == pytest.approx(exact.converted_share) and found.pays_from == exact.pays_from
+
+
 def test_layers_below_the_break_even_are_left_alone() -> None:
     case = HOST["sd15-unet"]
     model = case.build()
@@ -120,9 +140,24 @@ def test_a_pipeline_is_asked_in_pixels() -> None:
         ((64, 64, "clear"), TypeError, "clear"),
         ((64, 64, {"nothing.*": Clear(2)}), ValueError, "nothing"),
         ((64, 64, []), ValueError, "no spec"),
+        ((64, 7, Clear(2)), ValueError, "an image of 64 x 7 pixels is smaller than a token of down_blocks.0"),
     ],
-    ids=["size", "spec", "pattern", "empty"],
+    ids=["size", "spec", "pattern", "empty", "token"],
 )
 def test_bad_input_is_refused(arguments: tuple, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         estimate(HOST["sd15-unet"].build(), *arguments)
+
+
+def test_where_and_device_are_checked_as_by_convert() -> None:
+    model = HOST["flux"].build()
+    for refuse in (
+        lambda: convert(model, Clear(2), where="nope"),
+        lambda: estimate(model, 64, 64, Clear(2), where="nope"),
+    ):
+        with pytest.raises(ValueError, match=r"where selects no layer of FluxTransformer2DModel; it has .* layers\)"):
+            refuse()
+    with pytest.raises(ValueError, match="device must be 'cuda' or 'cpu', whose rates are known, got 'nope'"):
+        estimate(model, 64, 64, Clear(2), device="nope")
+    numbered, plain = (estimate(model, 64, 64, Clear(2), device=device) for device in ("cpu:0", "cpu"))
+    assert numbered == plain != estimate(model, 64, 64, Clear(2), device="cuda")

@@ -14,9 +14,10 @@ from tiny_pipelines import build_sd
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from vision_attn import Clear, convert
+from vision_attn.call_arguments import call_of_text
 from vision_attn.cli import main
 from vision_attn.demo import load_teacher
-from vision_attn.generation import Request, call_of_text, generate
+from vision_attn.generation import Request, _size, generate
 from vision_attn.highres import Options
 from vision_attn.model_state import is_converted
 
@@ -53,6 +54,20 @@ def test_the_offline_teacher_plain_converted_and_above_its_size(tmp_path: Path, 
     assert "128 x 128, 256 x 256, Clear(radius=4) above the first level" in text and pixels(out).shape == (256, 256, 3)
     run(capsys, *common, "--seed", "1", "--set", "true_cfg_scale=1.0")
     assert not np.array_equal(pixels(out), np.asarray(own, np.float32))
+
+
+def test_the_other_side_is_the_pipelines_own(tmp_path: Path, capsys: Any) -> None:
+    common = ["emoji-unet", "red apple", "--steps", "1", "--out", str(tmp_path / "a.png")]
+    assert "96 x 128 pixels" in run(capsys, *common, "--height", "96")
+    assert "128 x 96 pixels" in run(capsys, *common, "--width", "96")
+    pipe: Any = build_sd()
+    pipe.unet.register_to_config(sample_size=(8, 12))
+    factor = pipe.vae_scale_factor
+    assert _size(pipe, 64, None) == {"height": 64, "width": 12 * factor} and _size(pipe, None, None) == {}
+    assert _size(pipe, None, 64) == {"height": 8 * factor, "width": 64}
+    pipe.unet.register_to_config(sample_size=None)
+    with pytest.raises(ValueError, match=r"give --height and --width: a .* does not tell its own size"):
+        _size(pipe, 64, None)
 
 
 @pytest.mark.parametrize("by_levels", [False, True], ids=["plain", "highres"])
@@ -118,6 +133,14 @@ BAD: dict[str, tuple[list[str], str]] = {
     "value": (["emoji-nano", "--set", "guidance"], "--set takes name=value"),
     "adapter": (["emoji-nano", "--adapter", "no-such-folder"], "no-such-folder"),
     "device": (["emoji-nano", "--device", "cuda:99"], "cuda"),
+    "no-device": (["emoji-nano", "--device", "gpu"], "--device gpu cannot be used here, give cpu or cuda"),
+    "meta": (["emoji-nano", "--device", "meta"], "--device meta cannot be used here"),
+    "height": (["emoji-nano", "--height", "0"], "height must be an int of at least 1, got 0"),
+    "width": (["emoji-nano", "--width", "-8"], "width must be an int of at least 1, got -8"),
+    "steps": (["emoji-nano", "--steps", "0"], "steps must be an int of at least 1, got 0"),
+    "images": (["emoji-nano", "--set", "num_images_per_prompt=0"], "num_images_per_prompt must be an int of at"),
+    "tensor": (["emoji-nano", "--set", "latents=1"], "EmojiPipeline takes a tensor as latents, got 1"),
+    "schedule": (["emoji-nano", "--attention", "schedule"], "unknown processor 'schedule'"),
     "out": (["emoji-nano", "--out", "no-such-folder/a.png"], "--out must be"),
     "suffix": (["emoji-nano", "--out", "a.txt"], "--out must be"),
 }

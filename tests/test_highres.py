@@ -15,7 +15,8 @@ from vision_attn import Clear, Conversion, LinFusion, Softmax, generate_highres
 from vision_attn.chunked_feed_forward import chunked_feed_forward
 from vision_attn.demo import load_teacher
 from vision_attn.grid import Grid
-from vision_attn.highres import Options, _Proportional
+from vision_attn.highres import Options
+from vision_attn.highres_specs import Proportional
 from vision_attn.positions import position_ids, stretched_positions
 from vision_attn.redraw import Redraw, image_to_image, noise_level, schedule_for
 
@@ -195,6 +196,47 @@ def test_sizes_follow_the_shape_and_the_factor() -> None:
     assert first[0] * first[1] <= native**2 and first[1] == pytest.approx(2 * first[0], abs=unit)
 
 
+def test_one_strength_is_a_tuple_of_it_and_a_base_may_be_a_list() -> None:
+    assert Options(strength=0.3) == Options(strength=(0.3,)) and Options(strength=0.3).strengths(3) == [1.0, 0.3, 0.3]
+    assert Options(base=[64, 32]).base == (64, 32)  # type: ignore[arg-type]
+    assert Options(skip_residual=None).skip_residual is None and Options(shift=3).shift == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        (dict(base=128), TypeError, r"base must be \(height, width\) in pixels, .*, got 128"),
+        (dict(base=(128,)), ValueError, "base must be .* two ints of at least 1"),
+        (dict(base=(0, 0)), ValueError, "base must be .* two ints of at least 1"),
+        (dict(base=(-16, -16)), ValueError, "base must be .* two ints of at least 1"),
+        (dict(base=(16.0, 16)), TypeError, "base must be .* two ints of at least 1"),
+        (dict(shift=0), ValueError, "shift must be 'sqrt' or a number above 0, got 0"),
+        (dict(shift=-1.0), ValueError, "shift must be 'sqrt' or a number above 0"),
+        (dict(shift=None), TypeError, "shift must be 'sqrt' or a number above 0"),
+        (dict(skip_residual=True), TypeError, "skip_residual must be a number above 0, or None"),
+        (dict(skip_residual="3"), TypeError, "skip_residual must be a number above 0, or None"),
+        (dict(skip_residual=0), ValueError, "skip_residual must be a number above 0, or None"),
+        (dict(level_steps=True), TypeError, "level_steps must be an int, at least 1, got True"),
+        (dict(steps=2.0), TypeError, r"steps must be an int, at least 1, got 2\.0"),
+        (dict(level_steps=0), ValueError, "level_steps must be an int, at least 1, got 0"),
+        (dict(factor="2"), TypeError, "factor must be a number above 1"),
+        (dict(factor=float("nan")), ValueError, "factor must be a number above 1"),
+        (dict(strength="0.3"), TypeError, "strength must hold noise levels"),
+        (dict(strength=1.0), ValueError, "strength must hold noise levels"),
+        (dict(strength=()), ValueError, "strength must hold noise levels"),
+    ],
+    ids=str,
+)
+def test_a_bad_option_is_named(fields: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Options(**fields)
+
+
+def test_sides_are_ints() -> None:
+    with pytest.raises(TypeError, match=r"height and width must be ints, got 256\.0 and 256\.0"):
+        generate_highres(PIPELINE["sd"].build(), "fox", 256.0, 256.0)  # type: ignore[arg-type]
+
+
 BAD = {
     "size": (dict(height=33), "multiples"),
     "factor": (dict(options=dict(factor=1.0)), "factor"),
@@ -272,5 +314,13 @@ def test_a_pooled_clear_at_every_level():
 
 def test_the_scale_of_a_level_counts_the_text():
     grid, native = Grid(16, 16, prefix=5), Clear(radius=4, native_tokens=5 + 64)
-    assert _Proportional(4, first=64).scale(32, grid, None) == native.scale(32, grid, None) != 32**-0.5
-    assert _Proportional(4, first=64).scale(32, Grid(8, 8, prefix=5), None) == 32**-0.5
+    assert Proportional(4, first=64).scale(32, grid, None) == native.scale(32, grid, None) != 32**-0.5
+    assert Proportional(4, first=64).scale(32, Grid(8, 8, prefix=5), None) == 32**-0.5
+
+
+def test_a_pipeline_keeps_its_dtype() -> None:
+    pipe = load_teacher("nano").to(torch.bfloat16)
+    unit = pipe.vae_scale_factor * 2
+    options = Options(steps=1, level_steps=1, base=(8 * unit, 8 * unit), quiet=True)
+    generate_highres(pipe, "a cat", 16 * unit, 16 * unit, options=options)
+    assert pipe.transformer.dtype == torch.bfloat16

@@ -58,13 +58,14 @@ def test_a_pipeline_a_model_and_a_timm_name(tmp_path: Path, capsys: pytest.Captu
     [
         (["vit_of_dreams"], "neither a folder"),
         (["vit_tiny_patch16_224", "--processor", "cleer"], "cleer"),
+        (["resnet18"], "no known host"),
         (["vit_tiny_patch16_224", "--processor", "clear:radius"], "name=value"),
         (["vit_tiny_patch16_224", "--processor", "clear:diameter=3"], "diameter"),
         (["nobody/nothing"], "could not be loaded"),
         (["vit_tiny_patch16_224", "--token", "1", "2"], "--token is for the --picture"),
         (["vit_tiny_patch16_224", "--token", "1", "99", "--picture", "x.png"], "(1, 99) is not in a grid"),
     ],
-    ids=["model", "processor", "value", "field", "hub", "token", "token-outside"],
+    ids=["model", "processor", "host", "value", "field", "hub", "token", "token-outside"],
 )
 def test_bad_names_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", *arguments, "--height", "256", "--width", "256"]) == 2
@@ -74,3 +75,9 @@ def test_bad_names_are_refused(arguments: list[str], message: str, capsys: pytes
 def test_fields_on_the_command_line() -> None:
     assert spec_of_text("clear") == Clear() and spec_of_text("Clear:radius=4.5,pool=2") == Clear(radius=4.5, pool=2)
     assert spec_of_text("neighborhood:kernel_size=5") == Neighborhood(5)
+    assert spec_of_text("neighborhood:kernel_size=(3,5),dilation=2") == Neighborhood((3, 5), 2)
+    assert spec_of_text("neighborhood:dilation=[2,1],kernel_size=3") == Neighborhood(3, (2, 1))
+    with pytest.raises(TypeError, match="kernel_size must be an int or a pair"):
+        spec_of_text("neighborhood:kernel_size=(3,5")
+    with pytest.raises(ValueError, match=r"unknown processor 'schedule': known are agent, .*rala, softmax$"):
+        spec_of_text("schedule:stages=3")

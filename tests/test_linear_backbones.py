@@ -24,7 +24,7 @@ from test_backbones import (  # noqa: F401 - run here as well, for the families 
 )
 from timm.models import group_parameters
 
-from vision_attn.backbones.position import resize_for
+from vision_attn.backbones.position import resize_for, resized_positions
 
 COUNTS = json.loads((GOLDEN / "manifests" / "params_macs.json").read_text())
 SHAPES = json.loads(gzip.decompress((GOLDEN / "manifests" / "state_dict_shapes.json.gz").read_bytes()))
@@ -181,10 +181,73 @@ def test_the_moving_average_is_taken(name, best, other):
 
 def test_tables_of_relative_positions_are_resized_bicubically():
     table, model = torch.randn(13 * 13, 3), torch.nn.Module()
-    model.relative_position_bias_table = torch.nn.Parameter(torch.empty(17 * 17, 3))
-    resized = resize_for({"relative_position_bias_table": table}, model)["relative_position_bias_table"]
-    image = torch.nn.functional.interpolate(table.T.reshape(1, 3, 13, 13), (17, 17), mode="bicubic")
-    torch.testing.assert_close(resized, image.reshape(3, -1).T)
+    for window in ((9, 9), (6, 7)):
+        size = (2 * window[0] - 1, 2 * window[1] - 1)
+        model.window_size = window
+        model.relative_position_bias_table = torch.nn.Parameter(torch.empty(size[0] * size[1], 3))
+        resized = resize_for({"relative_position_bias_table": table}, model)["relative_position_bias_table"]
+        image = torch.nn.functional.interpolate(table.T.reshape(1, 3, 13, 13), size, mode="bicubic")
+        torch.testing.assert_close(resized, image.reshape(3, -1).T)
+
+
+def loaded(name, state_dict, **arguments):
+    """Return the tiny model with other arguments, its weights read as a checkpoint."""
+    overlay = dict(state_dict=state_dict, num_classes=10)
+    given = ROWS[name].tiny | arguments
+    return timm.create_model(
+        ROWS[name].arch, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=10, **given
+    ).eval()
+
+
+WHOLE = {
+    "agent_swin": dict(attn_types="AAAA", window_size=64),
+    "agent_cswin": dict(agent_split_sizes=(64, 4, 4, 2)),
+}
+
+
+# (32, 128) has as many tokens as the square that the weights are for; (48, 96) has others
+@pytest.mark.parametrize("size", [(32, 128), (128, 32), (48, 96)], ids=str)
+@pytest.mark.parametrize("name", [name for name in ROWS if name.startswith("agent")])
+def test_weights_of_a_square_in_a_model_for_oblong_images(name, size):
+    more = WHOLE.get(name, {})
+    square, x = ROWS[name].build(**more), images(*size)
+    model = loaded(name, square.state_dict(), img_size=size, **more)
+    for key, p in square.named_parameters():
+        if key.endswith("positions.pos_embed"):  # bilinear on the fly, bicubic where it is loaded
+            module = model.get_submodule(key.rpartition(".")[0])
+            old = square.get_submodule(key.rpartition(".")[0]).size
+            exact = resized_positions(p, old, module.size, "bicubic").flatten(1, 2)
+            torch.testing.assert_close(module.pos_embed, exact)
+            module.pos_embed.data = resized_positions(p, old, module.size).flatten(1, 2)
+    torch.testing.assert_close(model(x), square(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name.startswith("agent")])
+def test_weights_of_an_oblong_model_come_back_as_they_are(name):
+    oblong = ROWS[name].build(img_size=(32, 128))
+    again = loaded(name, oblong.state_dict(), img_size=(32, 128))
+    assert all(torch.equal(t, oblong.state_dict()[key]) for key, t in again.state_dict().items())
+    turned, x = loaded(name, oblong.state_dict(), img_size=(128, 32)), images(128, 32)
+    assert turned(x).isfinite().all()
+    if name == "agent_deit":
+        torch.testing.assert_close(turned(x), oblong(x), atol=1e-5, rtol=1e-4)
+
+
+def test_windows_are_cut_to_oblong_maps():
+    square = ROWS["agent_swin"].build()
+    model = loaded("agent_swin", square.state_dict(), img_size=(48, 96))
+    windows = {module.window_size for module in model.modules() if hasattr(module, "relative_position_bias_table")}
+    assert (2, 3) in windows and model(images(48, 96)).isfinite().all()
+
+
+def test_whole_maps_are_not_read_as_stripes():
+    whole = ROWS["agent_cswin"].build().state_dict()
+    with pytest.raises(ValueError, match=r"stage 1 .*the whole map, but in stripes .* img_size \(24 x 24 .* 24$"):
+        loaded("agent_cswin", whole, img_size=96)
+    striped = ROWS["agent_cswin"].build(img_size=96).state_dict()
+    with pytest.raises(ValueError, match=r"stage 1 .* in stripes, but over the whole map .* \(16 x 16 .* below 16$"):
+        loaded("agent_cswin", striped)
+    assert loaded("agent_cswin", whole, img_size=96, agent_split_sizes=(24, 4, 4, 3))(images(96, 96)).isfinite().all()
 
 
 def test_agent_swin_shifts_windows_that_are_smaller_than_the_map():

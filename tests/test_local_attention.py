@@ -95,6 +95,15 @@ def test_equals_its_definition(case):
         torch.testing.assert_close(ours, exact, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_an_empty_batch(case, backend):
+    inputs = draw(case, batch=0)
+    o, *grads = run(case, inputs, backend)
+    assert o.shape == inputs[0].shape and [g.shape for g in grads] == [x.shape for x in inputs[-1]]
+    assert not any(g.any() for g in grads)  # that of the bias is not empty
+
+
 def exact_and_plain(case, dtype):
     """Run in float64 on the same values, and the definition as plain PyTorch of `dtype`."""
     torch.manual_seed(0)
@@ -214,6 +223,11 @@ def bad(**change):
         (dict(q=lambda a: a["q"][0]), ValueError, r"q must be \[B, N, H, D\], got shape \(50, 2, 16\)"),
         (dict(v=lambda a: a["v"][..., :8]), ValueError, "one shape, got q .* and v"),
         (dict(k=lambda a: a["k"].double()), TypeError, "one floating dtype, got q torch.float32 and k torch.float64"),
+        (
+            {name: lambda a: a["q"].int() for name in "qkv"},
+            TypeError,
+            "q, k and v must be floating point, got q torch.int32$",
+        ),
         (dict(k=lambda a: a["k"].to("meta")), ValueError, "one device, got q on cpu and k on meta"),
         (dict(grid=Grid(6, 8)), ValueError, "N = 50 tokens, but Grid.* has 48"),
         (
@@ -227,7 +241,20 @@ def bad(**change):
         (dict(window=Window(kernel_size=3, bias=torch.zeros(2, 5, 3))), ValueError, r"bias must be .* = \(2, 5, 5\)"),
         (dict(window=Window(radius=3, pooled=(torch.zeros(1, 4, 2, 8),) * 2)), ValueError, "pooled keys must be"),
     ],
-    ids=["rank", "shape", "dtype", "device", "tokens", "fit", "mask-shape", "mask-dtype", "backend", "bias", "pooled"],
+    ids=[
+        "rank",
+        "shape",
+        "dtype",
+        "integers",
+        "device",
+        "tokens",
+        "fit",
+        "mask-shape",
+        "mask-dtype",
+        "backend",
+        "bias",
+        "pooled",
+    ],
 )
 def test_bad_input_is_named(change, error, message):
     with pytest.raises(error, match=message):

@@ -211,6 +211,27 @@ def test_large_window_problems_are_done_in_parts_with_the_same_gradients(monkeyp
         torch.testing.assert_close(ours, exact, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("options", [{}, dict(weight=True, globals=True), dict(map="relu")], ids=str)
+def test_without_keys_the_output_is_zero(options):
+    case = linear("no-keys", M=0, **options)
+    ours, exact = (run(case, inputs_of(case), backend) for backend in ("torch", "reference"))
+    assert not ours[0].any()
+    torch.testing.assert_close(ours, exact)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_an_empty_batch(case, backend):
+    t = {name: None if x is None else x.detach() for name, x in inputs_of(case).items()}
+    shared = ("gate", "key_bias", "query_bias")
+    t = {name: x if x is None or name in shared else x[:0] for name, x in t.items()}
+    leaves = [x.requires_grad_() for x in t.values() if x is not None and x.is_floating_point()]
+    o = call(case, t, backend)
+    assert o.shape[0] == 0 and o.shape[2:] == t["v"].shape[2:]
+    grads = torch.autograd.grad(o, leaves, torch.zeros_like(o), materialize_grads=True)  # SDPA drops its mask's
+    assert [g.shape for g in grads] == [x.shape for x in leaves]
+
+
 def test_rotation_turns_pairs():
     x = torch.tensor([1.0, 0.0, 0.0, 1.0]).view(1, 1, 1, 4)
     quarter = torch.full((1, 4), torch.pi / 2)
@@ -240,7 +261,11 @@ def some(*shape, dtype=torch.float32):
 X = some(1, 6, 2, 4)
 REFUSED = {
     "three-axes": (ValueError, "B, N, H, D", lambda: linear_attention(X[0], X, X)),
-    "integers": (TypeError, "floating", lambda: linear_attention(X.int(), X.int(), X.int())),
+    "integers": (
+        TypeError,
+        "all inputs must be floating point, got q torch.int32$",
+        lambda: linear_attention(X.int(), X.int(), X.int()),
+    ),
     "dtypes": (TypeError, "float64", lambda: linear_attention(X, X.double(), X)),
     "key-features": (ValueError, "k must be", lambda: linear_attention(X, X[..., :2], X)),
     "value-tokens": (ValueError, "v must be", lambda: linear_attention(X, X, X[:, :3])),
@@ -260,6 +285,16 @@ REFUSED = {
         lambda: linear_local_attention((X, X), (X, X[..., :2]), X, Grid(2, 3), 2, torch.ones(2)),
     ),
     "gate": (ValueError, "gate", lambda: linear_local_attention((X, X), (X, X), X, Grid(2, 3), 2, torch.ones(3))),
+    "window-integers": (
+        TypeError,
+        "q, k and v must be floating point, got q torch.int32$",
+        lambda: window_attention(X.int(), X.int(), X.int(), Grid(2, 3), 2),
+    ),
+    "window-dtypes": (
+        TypeError,
+        "share one floating dtype, got q torch.float32 and k torch.float64",
+        lambda: window_attention(X, X.double(), X, Grid(2, 3), 2),
+    ),
     "window-zero": (ValueError, "at least 1", lambda: window_attention(X, X, X, Grid(2, 3), 0)),
     "window-float": (TypeError, "window_size", lambda: window_attention(X, X, X, Grid(2, 3), 1.5)),
     "window-grid": (ValueError, "tokens", lambda: window_attention(X, X, X, Grid(2, 4), 2)),

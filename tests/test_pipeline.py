@@ -88,6 +88,10 @@ REFUSED: dict[str, tuple[tuple, dict[str, Any], type[Exception], str]] = {
     "backend": (("clear",), dict(backend="gpu"), ValueError, "backend must be one of"),
     "component": (("clear",), dict(components=("prior",)), ValueError, "no component prior in the pipeline, only"),
     "grid": (("clear",), dict(grid=(12, 10)), ValueError, "levels of a UNet"),
+    "class": ((Clear,), {}, TypeError, "a processor must be a spec such as"),
+    "empty-list": (([],), {}, TypeError, "a processor must be a spec such as"),
+    "list-with-none": (([Clear(), None],), {}, TypeError, "a processor must be a spec such as"),
+    "number": ((3,), {}, TypeError, "a processor must be a spec such as"),
     "dict-of-another-model": (({"attn": AttnProcessor2_0()},), {}, ValueError, "number of processors"),
 }
 

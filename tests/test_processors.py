@@ -207,3 +207,12 @@ def test_a_residual_network_on_a_module_that_tells_only_heads_and_head_dim() -> 
     conversion = convert(model, LinFusion(), host=host)
     assert model(torch.randn(2, 12, 8)).shape == (2, 12, 8)
     assert set(conversion.status().values()) == {"rerouted"}
+
+
+def test_networks_whose_weights_are_stored_in_8_bits() -> None:
+    model = HOST["flux"].build()
+    convert(model, LinFusion(mid_dim=4))
+    want = run(HOST["flux"], model, 6, 6)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    got = run(HOST["flux"], model, 6, 6)
+    assert (got - want).abs().max() < 0.2 * want.abs().max()

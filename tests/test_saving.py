@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_conversion import POOLED, assert_untouched, state
 from test_hosts import run
 from tiny_hosts import HOST
-from tiny_pipelines import PIPELINE, images_of
+from tiny_pipelines import PIPELINE, add_lora, images_of
 from torch import nn
 
 from vision_attn import Clear, Conversion, Neighborhood, convert, load
@@ -173,3 +173,83 @@ def test_load_refuses_fused_projections(tmp_path: Path) -> None:
     fused.unfuse_qkv_projections()
     load(fused, tmp_path)
     assert torch.equal(run(case, fused, 16, 8), trained)
+
+
+def test_revert_keeps_the_dtype_that_the_model_has_now(tmp_path: Path) -> None:
+    model = HOST["flux"].build()
+    conversion = convert(model, Clear(radius=2))
+    train(model, conversion)
+    conversion.save(tmp_path)
+    model = HOST["flux"].build()
+    want = state(model)
+    conversion = load(model, tmp_path)
+    model.to(torch.float64)
+    conversion.revert()
+    assert all(torch.equal(tensor, want[name].double()) for name, tensor in state(model).items())
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["lora-first", "lora-last"])
+def test_what_was_trained_is_saved_and_loaded_beside_lora(before: bool, tmp_path: Path) -> None:
+    model = HOST["flux"].build()
+    if before:
+        add_lora(model)
+    conversion = convert(model, Clear(radius=2))
+    if not before:
+        add_lora(model)
+    with torch.no_grad():
+        dict(model.named_modules())["transformer_blocks.0.attn.to_q"].weight.add_(1)
+    conversion.save(tmp_path)
+    name = "transformer_blocks.0.attn.to_q.weight"
+    assert set(load_file(tmp_path / "vision_attn.safetensors")) == {name}
+    for restored in (HOST["flux"].build(), add_lora(HOST["flux"].build())):
+        load(restored, tmp_path)
+        got = {key.replace(".base_layer.", "."): tensor for key, tensor in restored.state_dict().items()}
+        assert torch.equal(got[name], HOST["flux"].build().state_dict()[name] + 1)
+
+
+def test_fused_projections_are_saved_only_if_they_are_copies(tmp_path: Path) -> None:
+    model = HOST["flux"].build()
+    conversion = convert(model, Clear(radius=2))
+    model.fuse_qkv_projections()
+    conversion.save(tmp_path / "copies")
+    with torch.no_grad():
+        model.transformer_blocks[0].attn.to_qkv.weight.add_(1)
+    with pytest.raises(ValueError, match=r"to_qkv.weight is no parameter .* unfuse_qkv_projections"):
+        conversion.save(tmp_path / "trained")
+    assert not (tmp_path / "trained").exists()
+
+
+def test_two_components_replace_one_that_was_saved_before(tmp_path: Path) -> None:
+    case = PIPELINE["sd-controlnet"]
+    pipe = case.build()
+    convert(pipe, Clear(radius=2)).save(tmp_path)
+    Conversion.of(pipe).revert()
+    (tmp_path / "notes.txt").write_text("mine")
+    convert(pipe, Neighborhood(3), components=("unet", "controlnet")).save(tmp_path)
+    loaded = load(case.build(), tmp_path)
+    assert set(loaded.models) == {"unet", "controlnet"} and loaded.spec == Neighborhood(3)
+    assert (tmp_path / "notes.txt").exists()
+
+
+def test_options_of_load_are_known_and_a_subfolder_is_found(tmp_path: Path) -> None:
+    convert(HOST["flux"].build(), Clear(radius=2)).save(tmp_path / "inner")
+    assert load(HOST["flux"].build(), tmp_path, subfolder="inner").spec == Clear(radius=2)
+    with pytest.raises(FileNotFoundError, match="not_there does not exist"):
+        load(HOST["flux"].build(), tmp_path, subfolder="not_there")
+    with pytest.raises(TypeError, match="load has no option min_tokens: for the hub there are subfolder, revision"):
+        load(HOST["flux"].build(), tmp_path / "inner", min_tokens=9)
+
+
+def test_fused_lora_is_unfused_before_weights_are_put_back(tmp_path: Path) -> None:
+    model = HOST["flux"].build()
+    conversion = convert(model, Clear(radius=2))
+    train(model, conversion)
+    conversion.save(tmp_path)
+    model = HOST["flux"].build()
+    conversion = load(model, tmp_path)
+    add_lora(model)
+    model.fuse_lora()
+    with pytest.raises(ValueError, match=r"call unfuse_lora.. first"):
+        conversion.revert()
+    model.unfuse_lora()
+    conversion.revert()

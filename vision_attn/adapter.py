@@ -6,20 +6,16 @@ is ever unpickled.
 """
 
 import dataclasses
-import importlib.metadata
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vision_attn.intercept import CHILD, is_rerouted, state_of
-from vision_attn.model_state import ModelState
-from vision_attn.processors import from_config, to_config
+from vision_attn.processors import from_config
 from vision_attn.processors.base import AttnSpec
 from vision_attn.published import CLEAR_TRAINED, LINFUSION_WEIGHTS, is_linfusion, linfusion_adapter, published_adapter
 
@@ -73,39 +69,6 @@ class Adapter:
         if missing:
             raise ValueError(f"{self.source} is for another model: this one has no layer {', '.join(missing[:6])}")
         return {name: spec for name, spec in self.layers.items() if name is not None}
-
-
-def write_adapter(folder: Path, model: nn.Module, component: str, state: ModelState) -> None:
-    """Write the conversion of one model. The files appear complete or not at all."""
-    layers = [state_of(module) for module in model.modules() if is_rerouted(module)]
-    groups: dict[AttnSpec, list[str]] = {}
-    for layer in layers:
-        groups.setdefault(layer.spec, []).append(layer.name)
-    tensors = model.state_dict()
-    changed = state.changed(model)
-    kept = {n: t.detach().cpu().contiguous() for n, t in tensors.items() if f".{CHILD}." in n or n in changed}
-    config: Any = getattr(model, "config", None)
-    base = getattr(config, "_name_or_path", "") or getattr(model, "pretrained_cfg", {}).get("architecture", "")
-    content = {
-        "format": FORMAT,
-        "component": component,
-        "base_model": {"class": type(model).__name__, "name": base},
-        "processors": [{"spec": to_config(spec), "layers": names} for spec, names in groups.items()],
-        "min_tokens": state.shared.min_tokens,
-        "versions": {name: _version(name) for name in ("vision_attn", "torch", "diffusers", "timm")},
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(kept, folder / f"{WEIGHTS}.part", metadata={"format": "pt"})
-    (folder / f"{CONFIG}.part").write_text(json.dumps(content, indent=2) + "\n")
-    for name in (WEIGHTS, CONFIG):
-        os.replace(folder / f"{name}.part", folder / name)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def read_adapter(
@@ -189,11 +152,16 @@ def _refuse_other_files(path: Path) -> None:
         raise ValueError(f"{path.name} is not read: only .safetensors files are, for a pickle can run any code")
 
 
-def _fetch(source: str | Path, weight_name: str | None, **hub: Any) -> Path:
+HUB = ("revision", "token", "cache_dir", "local_dir", "force_download", "local_files_only", "endpoint")
+
+
+def _fetch(source: str | Path, weight_name: str | None, *, subfolder: str = "", **hub: Any) -> Path:
     """Return the local path of `source`, downloading it from the hub if it is the name of a repository."""
+    if unknown := sorted(set(hub) - set(HUB)):
+        raise TypeError(f"load has no option {', '.join(unknown)}: for the hub there are subfolder, {', '.join(HUB)}")
     place = Path(source)
     if place.exists():
-        place = place / weight_name if weight_name else place
+        place = place / subfolder / (weight_name or "")
         if not place.exists():
             raise FileNotFoundError(f"{place} does not exist")
         return place
@@ -206,11 +174,9 @@ def _fetch(source: str | Path, weight_name: str | None, **hub: Any) -> Path:
 
     try:
         if weight_name:
-            return Path(hf_hub_download(str(source), weight_name, **hub))
-        return Path(
-            snapshot_download(
-                str(source), allow_patterns=[f"**{name}" for name in (CONFIG, WEIGHTS, LINFUSION_WEIGHTS)], **hub
-            )
-        )
+            return Path(hf_hub_download(str(source), weight_name, subfolder=subfolder or None, **hub))
+        inside = f"{subfolder}/" if subfolder else ""
+        wanted = [f"{inside}**{name}" for name in (CONFIG, WEIGHTS, LINFUSION_WEIGHTS)]
+        return Path(snapshot_download(str(source), allow_patterns=wanted, **hub)) / subfolder
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise FileNotFoundError(f"{source} is neither here nor could it be downloaded: {error}") from None

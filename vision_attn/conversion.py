@@ -142,9 +142,10 @@ def load(
             LinFusion's repositories tell theirs and take none.
         host: For a model that is not known, as for `convert`.
         backend: How the processors' operators run.
-        hub: `revision`, `subfolder`, `token`, ... of `huggingface_hub`.
+        hub: `subfolder`, of a folder too, and `revision`, `token`, `cache_dir`, ... of `huggingface_hub`.
 
     Raises:
+        TypeError: If there is no such option.
         FileNotFoundError: If there is no such folder, file or repository.
         ValueError: If the file does not fit the model; missing and unexpected tensors are named.
     """

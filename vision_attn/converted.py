@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from vision_attn.adapter import write_adapter
+from vision_attn.adapter_writing import remove_adapter, write_adapter
 from vision_attn.intercept import is_rerouted, state_of
 from vision_attn.layer_state import LayerState
 from vision_attn.layer_table import LayerTable, Row
@@ -126,7 +126,7 @@ class Conversion:
             yield
         finally:
             for context, fixed in zip(contexts, before, strict=True):
-                context.fixed = fixed
+                context.fix(fixed)
 
     def revert(self) -> None:
         """Give the host back as it was: classes, hooks, switches, keys, and the weights that `load` replaced."""
@@ -142,9 +142,12 @@ class Conversion:
         Args:
             folder: Is made if it does not exist. Files of an earlier adapter are replaced.
         """
+        root = Path(folder)
+        places = {component: root / component if len(self.models) > 1 else root for component in self.models}
         for component, model in self._converted():
-            place = Path(folder) / component if len(self.models) > 1 else Path(folder)
-            write_adapter(place, model, component, model_state(model))
+            write_adapter(places[component], model, component, model_state(model))
+        if root not in places.values():
+            remove_adapter(root)  # of one component, which would be read first
 
     def __repr__(self) -> str:
         if not all(is_converted(model) for model in self.models.values()):

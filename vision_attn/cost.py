@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from vision_attn.grid import Grid
 from vision_attn.processors.base import AttnSpec, Layer
+from vision_attn.processors.schedule import Schedule
 from vision_attn.processors.softmax import Softmax
 
 _SIDES = (*range(4, 64, 4), *range(64, 257, 16), *range(288, 1025, 32))
@@ -37,11 +38,21 @@ MACHINES = {
 
 def machine_of(device: str) -> Machine:
     """Return the rates of a kind of device, those of a GPU if it was not measured."""
-    return MACHINES.get(device, MACHINES["cuda"])
+    return MACHINES.get(device.partition(":")[0], MACHINES["cuda"])
+
+
+def check_device(device: str | None) -> None:
+    """Refuse the name of a device whose rates are not known.
+
+    Raises:
+        ValueError: If it is none of 'cuda' and 'cpu', with or without a number.
+    """
+    if device is not None and device.partition(":")[0] not in MACHINES:
+        raise ValueError(f"device must be {' or '.join(map(repr, MACHINES))}, whose rates are known, got {device!r}")
 
 
 def seconds(spec: AttnSpec, grid: Grid, layer: Layer, machine: Machine, itemsize: int) -> float:
-    """Estimate the time of one attention over one sequence.
+    """Estimate the time of one attention over one sequence, for a schedule its mean over the denoising.
 
     Args:
         spec: The processor.
@@ -50,6 +61,8 @@ def seconds(spec: AttnSpec, grid: Grid, layer: Layer, machine: Machine, itemsize
         machine: The rates.
         itemsize: Bytes of one element of q.
     """
+    if isinstance(spec, Schedule):
+        return sum(share * seconds(stage, grid, layer, machine, itemsize) for share, stage in spec.shares)
     dense = isinstance(spec, Softmax)
     work = spec.flops(grid, layer) / (machine.dense if dense else machine.other)
     moved = spec.passes * least_bytes(grid, layer, itemsize) / machine.bandwidth

@@ -1,103 +1,20 @@
 """`estimate`: what a conversion would need and save at a size of the image, before anything is converted."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from vision_attn.cost import least_bytes, machine_of, seconds
+from vision_attn.cost import check_device, least_bytes, machine_of, seconds
+from vision_attn.estimated import Estimate, LayerEstimate
 from vision_attn.families import Host, find_host
 from vision_attn.families.host import heads_of
-from vision_attn.grid import Grid
-from vision_attn.layer_table import aligned
 from vision_attn.policy import Specs, Where, assign, check_specs, selector
-from vision_attn.processors.base import AttnSpec, Layer
+from vision_attn.processors.base import Layer
 from vision_attn.processors.softmax import Softmax
 from vision_attn.projections import input_dim
 from vision_attn.targets import targets_of
 
 _SIDES = (*range(64, 1025, 64), *range(1280, 16385, 256))  # pixels, of the shorter side, for the break-even
-
-
-@dataclass(frozen=True)
-class LayerEstimate:
-    """One layer.
-
-    Attributes:
-        name: Of the layer.
-        spec: Its processor, `Softmax()` if it is not converted.
-        grid: Its tokens.
-        dense_flops: Operations of dense attention over one sequence, without projections.
-        flops: Operations that the processor needs.
-        attended: Mean share of the tokens that one token attends to.
-        bytes: Of q, k, v and o.
-        dense_seconds: Estimated time of dense attention.
-        seconds: Estimated time of the processor.
-    """
-
-    name: str
-    spec: AttnSpec
-    grid: Grid
-    dense_flops: float
-    flops: float
-    attended: float
-    bytes: int
-    dense_seconds: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a conversion would need at one size; prints as a table.
-
-    Attributes:
-        layers: All attention layers over a grid.
-        other_flops: Operations of the linear and convolution layers of the model, without small ones.
-        pays_from: The smallest (height, width) in pixels, of the asked shape, from which on the conversion is faster;
-            None if it never is.
-    """
-
-    layers: list[LayerEstimate]
-    other_flops: float
-    pays_from: tuple[int, int] | None
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(row.grid.tokens for row in self.layers)
-
-    @property
-    def attention_share(self) -> float:
-        """Share of attention in the operations of the dense model."""
-        dense = sum(row.dense_flops for row in self.layers)
-        return dense / (dense + self.other_flops)
-
-    @property
-    def converted_share(self) -> float:
-        """Operations of the converted model, as a share of the dense one's."""
-        dense = sum(row.dense_flops for row in self.layers) + self.other_flops
-        return (sum(row.flops for row in self.layers) + self.other_flops) / dense
-
-    def __str__(self) -> str:
-        header = ("layer", "processor", "tokens", "attended", "GFLOP dense", "GFLOP", "MB")
-        cells = [header]
-        cells += [
-            (
-                row.name,
-                str(row.spec),
-                str(row.grid.tokens),
-                f"{row.attended:.1%}",
-                f"{row.dense_flops / 1e9:.3g}",
-                f"{row.flops / 1e9:.3g}",
-                f"{row.bytes / 1e6:.3g}",
-            )
-            for row in self.layers
-        ]
-        pays = "never" if self.pays_from is None else "from {} x {} pixels on".format(*self.pays_from)
-        return (
-            f"{aligned(cells)}\nattention is {self.attention_share:.1%} of the model's operations; converted, the "
-            f"model needs {self.converted_share:.1%} of them; the conversion is faster {pays}"
-        )
 
 
 def estimate(
@@ -128,9 +45,11 @@ def estimate(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If the model is unknown, a processor does not fit its grid, or a size is not positive.
+        ValueError: If the model or the device is unknown, no layer is selected, a processor does not fit its grid, or
+            the image is smaller than a token.
     """
     check_specs(spec)
+    check_device(device)
     if min(height, width) < 1:
         raise ValueError(f"height and width must be positive numbers of pixels, got {height} x {width}")
     models = list(targets_of(target, None, host).values())
@@ -156,12 +75,14 @@ def _rows_of(
     device: str | None,
 ) -> list[LayerEstimate]:
     """Estimate each layer of one model."""
-    family, select, size = host or find_host(model), selector(where), (pixels[0] // scale, pixels[1] // scale)
-    specs = assign(spec, [name for name in family.layer_names(model) if select(name)])
+    family, size = host or find_host(model), (pixels[0] // scale, pixels[1] // scale)
+    names = family.layer_names(model)
+    specs = assign(spec, _selected(model, names, where))
+    _refuse_tiny(model, family, names, pixels, size)
     parameter = next(model.parameters())
     machine, itemsize = machine_of(device or parameter.device.type), parameter.element_size()
     rows = []
-    for name in family.layer_names(model):
+    for name in names:
         module = model.get_submodule(name)
         layer = Layer("", *heads_of(name, module), dim=input_dim(module))
         grid, own = family.grid_at(model, name, *size), specs.get(name, Softmax())
@@ -179,6 +100,26 @@ def _rows_of(
             )
         )
     return rows
+
+
+def _selected(model: nn.Module, names: list[str], where: Where) -> list[str]:
+    """Return the layers that `where` selects, or refuse one that selects none, as `convert` does."""
+    select = selector(where)
+    selected = [name for name in names if select(name)]
+    if names and not selected:
+        some = ", ".join(names[:4])
+        raise ValueError(f"where selects no layer of {type(model).__name__}; it has {some}, ... ({len(names)} layers)")
+    return selected
+
+
+def _refuse_tiny(
+    model: nn.Module, family: Host, names: list[str], pixels: tuple[int, int], size: tuple[int, int]
+) -> None:
+    """Refuse an image that has no token in some layer."""
+    for name in names:
+        if min(size) < 1 or min(family.size(model, name, *size)) < 1:
+            height, width = pixels
+            raise ValueError(f"an image of {height} x {width} pixels is smaller than a token of {name}: give more")
 
 
 def _other_flops(model: nn.Module, host: Host, size: tuple[int, int]) -> float:

@@ -1,14 +1,12 @@
 """`vision-attn generate`: one picture of a pipeline, converted as the arguments say, at any size."""
 
-import ast
-import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vision_attn.call_arguments import call_of_text, check_call
 from vision_attn.conversion import Conversion, convert, load
 from vision_attn.highres import Options, generate_highres
 from vision_attn.processors import AttnSpec, spec_of_text
@@ -38,7 +36,7 @@ class Request:
         call: Further arguments of the pipeline's call.
 
     Raises:
-        ValueError: If the fields contradict each other.
+        ValueError: If the fields contradict each other, or a number is below 1.
     """
 
     prompt: str
@@ -56,6 +54,10 @@ class Request:
             raise ValueError("--highres needs --height and --width")
         if self.min_tokens and (self.options is not None or self.adapter is not None or self.attention is None):
             raise ValueError("--min-tokens goes with --attention, without --highres and --adapter")
+        numbers = dict(height=self.height, width=self.width, steps=self.call.get("num_inference_steps"))
+        for name, value in (*numbers.items(), ("num_images_per_prompt", self.call.get("num_images_per_prompt"))):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
 
 
 def request_of(arguments: Any) -> Request:
@@ -96,8 +98,7 @@ def load_pipeline(name: str, *, device: str | None = None, dtype: str | None = N
         ValueError: If there is no such pipeline, or no such device here.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: no GPU can be used here")
+    _check_device(device)
     kind = DTYPES[dtype] if dtype else torch.float32 if device == "cpu" else torch.bfloat16
     ensure_torchvision()
     import vision_attn.demo  # noqa: PLC0415, diffusers learns its pipelines
@@ -116,6 +117,17 @@ def load_pipeline(name: str, *, device: str | None = None, dtype: str | None = N
         return DiffusionPipeline.from_pretrained(name, torch_dtype=kind).to(device)
     except OSError as error:
         raise ValueError(f"{name} could not be loaded: {str(error).strip().splitlines()[0]}") from None
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that cannot be used here."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: no GPU can be used here")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built for the device
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used here, give cpu or cuda: {reason}") from None
 
 
 def generate(pipe: Any, request: Request) -> tuple[Any, str]:
@@ -144,13 +156,28 @@ def generate(pipe: Any, request: Request) -> tuple[Any, str]:
             assert request.height is not None and request.width is not None
             image, note = _by_levels(pipe, request, noise, request.attention if conversion is None else None)
         else:
-            size = {side: pixels for side in ("height", "width") if (pixels := getattr(request, side)) is not None}
+            size = _size(pipe, request.height, request.width)
             image = pipe(prompt=request.prompt, generator=noise, **size, **request.call).images[0]
             note = f"{image.height} x {image.width} pixels"
         return image, f"{note}, {_attention(conversion, request)}"
     finally:
         if conversion is not None:
             conversion.revert()
+
+
+def _size(pipe: Any, height: int | None, width: int | None) -> dict[str, int]:
+    """Return height and width for the pipeline's call; where one is given, some pipelines would ignore it alone."""
+    given = {side: pixels for side, pixels in (("height", height), ("width", width)) if pixels is not None}
+    if len(given) != 1:
+        return given
+    latents: Any = getattr(pipe, "default_sample_size", None)
+    for denoiser in (getattr(pipe, "unet", None), getattr(pipe, "transformer", None)):
+        latents = latents or getattr(getattr(denoiser, "config", None), "sample_size", None)
+    if latents is None or not hasattr(pipe, "vae_scale_factor"):
+        raise ValueError(f"give --height and --width: a {type(pipe).__name__} does not tell its own size")
+    sides = latents if isinstance(latents, tuple | list) else (latents, latents)
+    own = {side: int(n) * pipe.vae_scale_factor for side, n in zip(("height", "width"), sides, strict=True)}
+    return own | given
 
 
 def _by_levels(pipe: Any, request: Request, noise: torch.Generator, attn: AttnSpec | None) -> tuple[Any, str]:
@@ -170,37 +197,3 @@ def _attention(conversion: Conversion | None, request: Request) -> str:
     seen = f", a token sees {sum(shares) / len(shares):.1%}" if shares else ""
     specs = " and ".join(dict.fromkeys(map(str, conversion.specs.values())))
     return f"{specs} in {len(rows)} of {len(conversion.layers)} layers{seen}"
-
-
-def call_of_text(items: Sequence[str]) -> dict[str, Any]:
-    """Return the arguments that a command line gives as `name=value`: Python values, or else text.
-
-    Raises:
-        ValueError: If one has no value.
-    """
-    call: dict[str, Any] = {}
-    for item in items:
-        name, equals, value = item.partition("=")
-        if not equals or not name.isidentifier():
-            raise ValueError(f"--set takes name=value, got {item!r}")
-        try:
-            call[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            call[name] = value
-    return call
-
-
-def check_call(pipe: Any, call: dict[str, Any]) -> None:
-    """Refuse arguments that the pipeline's call does not have; the names that it has are listed."""
-    known: set[str] = set()
-    for kind in type(pipe).__mro__:
-        if "__call__" in vars(kind):
-            parameters = inspect.signature(kind.__call__).parameters
-            known |= set(parameters) - {"self"}
-            if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-                break
-    own = {"prompt", "height", "width", "generator", "output_type", "return_dict", "args", "kwargs"}
-    if unknown := sorted(set(call) - (known - own)):
-        raise ValueError(
-            f"{type(pipe).__name__} takes no {', '.join(unknown)}: it takes {', '.join(sorted(known - own))}"
-        )

@@ -18,6 +18,9 @@ Tokens of the sequence that the grid leaves out (the text of a DiT) are placed b
 """
 
 
+UNSEEN = "no forward pass of the host has been seen"
+
+
 class Seen:
     """Remembers a tensor that was read, without keeping it alive, until it is gone or written to."""
 
@@ -80,7 +83,8 @@ class GridContext:
         names: The names of its positional arguments.
         others: Where tokens go that the probe does not count: 'prefix', 'suffix', or 'none' if there are none.
         reads: Name of the argument whose values the probe reads, if any: once, and not under `torch.compile`.
-        fixed: A grid given by the user, which the probe then does not look for.
+        fixed: A grid given by the user, which what the probe finds must agree with. `torch.compile` takes it as it is
+            where the probe would have to read values; their number must agree.
         found: What the probe found last: a grid, or the reason for none.
         gradients: Whether the forward that runs has gradients, seen from outside of gradient checkpointing.
     """
@@ -90,7 +94,7 @@ class GridContext:
     others: str
     reads: str = ""
     fixed: Grid | None = None
-    found: Grid | str = "no forward pass of the host has been seen"
+    found: Grid | str = UNSEEN
     gradients: bool = False
     awaiting: AwaitingBackward = field(default_factory=AwaitingBackward)
     last_read: tuple[Seen, Grid | str] | None = None
@@ -107,17 +111,55 @@ class GridContext:
         tracing = torch.compiler.is_compiling()
         if not tracing:
             self.gradients = torch.is_grad_enabled()
-        if self.fixed is not None:
-            return
         inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if self.reads and tracing:
+            self.found = self._untraced(inputs)
+            return
+        found = self._read(module, inputs) if self.reads else self.probe(module, inputs)
+        if not isinstance(found, (Grid, str)):
+            raise TypeError(f"a host's probe must return a Grid, or a string that says why not, got {found!r}")
+        self.found = self._agreed(found)
+        if tracing and self.fixed is not None and isinstance(self.found, str):
+            raise RuntimeError(self.found)
+        if not tracing:
+            self.thread.found = self.found
+
+    def _untraced(self, inputs: Mapping[str, Any]) -> Grid:
+        """Return the grid that was given for a forward that is traced.
+
+        Raises:
+            RuntimeError: If none was given, or it has another number of tokens.
+        """
+        if self.fixed is None:
             raise RuntimeError(
                 f"torch.compile cannot read {self.reads}: give the grid with convert(..., grid=) or use_grid(), or "
                 "compile the blocks only (compile_repeated_blocks)"
             )
-        self.found = self._read(module, inputs) if self.reads else self.probe(module, inputs)
-        if not tracing:
-            self.thread.found = self.found
+        positions = inputs.get(self.reads)
+        if positions is not None and positions.shape[-2] != self.fixed.tokens:
+            raise RuntimeError(
+                f"the grid given, {self.fixed.height} x {self.fixed.width}, is not that of this forward, whose "
+                f"{self.reads} has {positions.shape[-2]} tokens"
+            )
+        return self.fixed
+
+    def _agreed(self, found: Grid | str) -> Grid | str:
+        """Return what was found, or why it is not what the user gave; what was given where nothing can be found."""
+        if self.fixed is None:
+            return found
+        if isinstance(found, str):
+            return self.fixed
+        if (found.height, found.width) == (self.fixed.height, self.fixed.width):
+            return found
+        return (
+            f"the grid given, {self.fixed.height} x {self.fixed.width}, is not that of this forward, "
+            f"{found.height} x {found.width}"
+        )
+
+    def fix(self, grid: Grid | None) -> None:
+        """Take a grid that the user gives, or none any more."""
+        self.fixed, self.found = grid, UNSEEN
+        self.thread = threading.local()
 
     def _read(self, module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
         """Run a probe that reads the values of a tensor, unless it has read the very same."""
@@ -130,9 +172,8 @@ class GridContext:
 
     def known(self) -> Grid | str:
         """Return the grid of the forward that runs, without the tokens that `others` places, or why there is none."""
-        if self.fixed is not None:
-            return self.fixed
-        return self.found if torch.compiler.is_compiling() else getattr(self.thread, "found", self.found)
+        found = self.found if torch.compiler.is_compiling() else getattr(self.thread, "found", self.found)
+        return self.fixed if self.fixed is not None and found == UNSEEN else found
 
     def locate(self, tokens: int) -> Grid | str:
         """Return the grid in a sequence of `tokens` tokens, or the reason why it is not known."""

@@ -22,13 +22,12 @@ from tqdm import tqdm
 
 from vision_attn.chunked_feed_forward import chunked_feed_forward
 from vision_attn.conversion import convert
-from vision_attn.grid import Grid
 from vision_attn.highres_options import Options, refuse_taken, shift_at, tokens_of, unit_of
+from vision_attn.highres_specs import Proportional, cell_of, specs_of
 from vision_attn.model_state import is_converted
 from vision_attn.positions import stretched_positions
 from vision_attn.processors.base import AttnSpec
 from vision_attn.processors.clear import Clear
-from vision_attn.processors.schedule import Schedule
 from vision_attn.redraw import Redraw, decode, encode, image_to_image, is_flow, schedule_for, tiled, unpacked
 from vision_attn.targets import COMPONENTS
 
@@ -101,9 +100,9 @@ def generate_highres(
     """
     refuse_taken(call)
     options = options or Options()
-    sizes = options.sizes(pipe, height, width, _cell_of(attn))
+    sizes = options.sizes(pipe, height, width, cell_of(attn))
     strengths = options.strengths(len(sizes))
-    specs = _specs_of(attn, len(sizes))
+    specs = specs_of(attn, len(sizes))
     redraw = image_to_image(pipe)
     converted = any(is_converted(m) for m in _denoisers(pipe))
     if converted and any(spec is not None for spec in specs):
@@ -186,42 +185,9 @@ def _level(
                 restored.enter_context(chunked_feed_forward(model, _CHUNK))
         if spec is not None:
             if isinstance(spec, Clear) and spec.native_tokens is None:
-                spec = _Proportional(spec.radius, spec.pool, first=tokens_of(pipe, base))
+                spec = Proportional(spec.radius, spec.pool, first=tokens_of(pipe, base))
             restored.callback(convert(pipe, spec).revert)
         yield
-
-
-@dataclass(frozen=True)
-class _Proportional(Clear):
-    """`Clear` whose native tokens are those of the first level: its image and the text at hand.
-
-    Args:
-        first: Image tokens of the first level.
-    """
-
-    first: int = 0
-
-    def scale(self, head_dim: int, grid: Grid, scale: float | None) -> float:
-        """Return the factor of the logits."""
-        native = self.first + grid.prefix + grid.suffix
-        return Clear(self.radius, self.pool, native).scale(head_dim, grid, scale)
-
-
-def _cell_of(attn: Any) -> int:
-    """Return the tokens that the sides of every level must be multiples of."""
-    given = [attn] if isinstance(attn, AttnSpec) else attn or []
-    specs = [s for spec in given for s in ([s for _, s in spec.stages] if isinstance(spec, Schedule) else [spec])]
-    return math.lcm(*(spec.pool for spec in specs if isinstance(spec, Clear)))
-
-
-def _specs_of(attn: Any, levels: int) -> list[AttnSpec | None]:
-    """Return the processor of each level."""
-    if attn is None or isinstance(attn, AttnSpec):
-        return [None, *[attn] * (levels - 1)]
-    specs = list(attn)
-    if len(specs) != levels or not all(spec is None or isinstance(spec, AttnSpec) for spec in specs):
-        raise ValueError(f"attn must be a spec, or a list of {levels} specs or None, one for each level, got {attn!r}")
-    return specs
 
 
 def _denoisers(pipe: Any) -> list[Any]:

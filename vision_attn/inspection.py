@@ -36,7 +36,10 @@ def load_target(name: str) -> Any:
     import timm  # noqa: PLC0415
 
     if timm.is_model(name):
-        return timm.create_model(name, dynamic_img_size=True)
+        try:
+            return timm.create_model(name, dynamic_img_size=True)
+        except TypeError:  # no vision transformer: `estimate` says that it is not known
+            return timm.create_model(name)
     if name.count("/") == 1 and not folder.exists():
         from diffusers import DiffusionPipeline  # noqa: PLC0415
 

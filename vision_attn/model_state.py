@@ -69,9 +69,20 @@ class ModelState:
     def changed(self, model: nn.Module) -> set[str]:
         """Return the names of the model's own parameters that were written to or replaced since conversion."""
         replaced = {id(parameter) for parameter, _ in self.originals}
-        names = dict(model.named_parameters())
-        written = {name for name, print_ in self.fingerprints.items() if name in names and print_.differs(names[name])}
+        names = {plain(name): parameter for name, parameter in model.named_parameters()}
+        known = {plain(name): print_ for name, print_ in self.fingerprints.items() if not is_lora(name)}
+        written = {name for name, print_ in known.items() if name in names and print_.differs(names[name])}
         return written | {name for name, parameter in names.items() if id(parameter) in replaced}
+
+
+def plain(name: str) -> str:
+    """Return the name that a parameter has in a model without LoRA."""
+    return name.replace(".base_layer.", ".")
+
+
+def is_lora(name: str) -> bool:
+    """Whether a parameter is one of LoRA, which has files of its own."""
+    return ".lora_" in name
 
 
 def is_converted(model: nn.Module) -> bool:
@@ -93,8 +104,15 @@ def mark(model: nn.Module, shared: Shared, host: Host) -> None:
 
 
 def undo(model: nn.Module) -> None:
-    """Give a converted model back as it was."""
+    """Give a converted model back as it was.
+
+    Raises:
+        ValueError: If LoRA layers are fused into weights that `load` replaced.
+    """
     state = model_state(model)
+    merged = [name for name, module in model.named_modules() if getattr(module, "merged", False) is True]
+    if merged and state.originals:
+        raise ValueError(f"LoRA is fused into {merged[0]}, whose weights would be put back: call unfuse_lora() first")
     for module in list(model.modules()):
         if is_rerouted(module):
             for name, value in state_of(module).replaced.items():
@@ -105,7 +123,7 @@ def undo(model: nn.Module) -> None:
     for hook in (_begin, _end):
         remove_hooks(model, hook)
     for tensor, original in state.originals:
-        tensor.data = original
+        tensor.data = original.to(tensor.device, tensor.dtype)
     delattr(model, _STATE)
 
 

@@ -14,7 +14,7 @@ from vision_attn.grid import Grid
 from vision_attn.grid_context import GridContext
 from vision_attn.intercept import CHILD, refuse_hooked, reroute
 from vision_attn.layer_state import LayerState, Shared
-from vision_attn.model_state import mark, model_state
+from vision_attn.model_state import mark, model_state, plain
 from vision_attn.processors.base import AttnSpec, Layer, Processor
 from vision_attn.projections import input_dim
 from vision_attn.watching import keep_input, watch
@@ -31,7 +31,7 @@ def fix_grid(contexts: Sequence[GridContext], size: tuple[int, int]) -> None:
     if not isinstance(size, (tuple, list)) or len(size) != 2:
         raise ValueError(f"grid must be (height, width) in tokens, got {size!r}")
     for context in contexts:
-        context.fixed = Grid(*size)
+        context.fix(Grid(*size))
 
 
 class Plan:
@@ -133,7 +133,7 @@ class Plan:
                     f"{source} has {projections[0]}, but the projections of {state.name} are fused: call "
                     "unfuse_qkv_projections() first, and fuse them again afterwards"
                 )
-        places = {**self.model.state_dict(), **new}
+        places = {**{plain(name): tensor for name, tensor in self.model.state_dict().items()}, **new}
         wrong = [f"missing: {name}" for name in new if name not in tensors]
         wrong += [f"unexpected: {name}" for name in tensors if name not in places]
         wrong += [
@@ -147,7 +147,8 @@ class Plan:
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Put tensors in their places; the host's own are kept aside for revert."""
-        own = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        own: dict[str, Tensor] = {plain(name): parameter for name, parameter in self.model.named_parameters()}
+        own |= dict(self.model.named_buffers())
         originals = model_state(self.model).originals
         for name, tensor in tensors.items():
             place = own[name]

@@ -30,9 +30,9 @@ def stretched_positions(model: Any, grid: tuple[int, int], stretch: float, rope:
         yield
         return
     theta, inner = embed.theta, min(embed.axes_dim[1:])
+    ids = position_ids(grid, stretch if rope == "interpolate" else 1.0)
     if rope == "ntk" and stretch > 1:
         embed.theta = theta * stretch ** (inner / (inner - 2))
-    ids = position_ids(grid, stretch if rope == "interpolate" else 1.0)
 
     def exact(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         given = kwargs.get("img_ids")

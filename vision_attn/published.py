@@ -121,6 +121,22 @@ def export_clear(conversion: Any, folder: str | Path) -> Path:
     Raises:
         ValueError: If it is not a FLUX.1 with one `Clear` of whole radius on all layers.
     """
+    model, spec = check_clear(conversion)
+    tensors = {}
+    for key, tensor in model.state_dict().items():
+        if any(part in key for part in CLEAR_TRAINED) or f".attn.{CHILD}." in key:
+            name = key.replace(f".attn.{CHILD}.", _PUBLISHED_CHILD)
+            tensors[name] = tensor.detach().to("cpu", torch.bfloat16).contiguous()
+    name = f"clear_local_{int(spec.radius)}" + (f"_down_{spec.pool}" if spec.pool > 1 else "")
+    return _write(Path(folder), f"{name}.safetensors", tensors)
+
+
+def check_clear(conversion: Any) -> tuple[nn.Module, Clear]:
+    """Return the model and the spec of a conversion that CLEAR's format can hold.
+
+    Raises:
+        ValueError: If it is not a FLUX.1 with one `Clear` of whole radius on all layers.
+    """
     model, layers = _only_model(conversion)
     specs = {state.spec for _, state in layers}
     spec = next(iter(specs))
@@ -131,13 +147,7 @@ def export_clear(conversion: Any, folder: str | Path) -> Path:
         )
     if spec.radius != int(spec.radius):
         raise ValueError(f"CLEAR's format has whole radii, and this is {spec.radius}")
-    tensors = {}
-    for key, tensor in model.state_dict().items():
-        if any(part in key for part in CLEAR_TRAINED) or f".attn.{CHILD}." in key:
-            name = key.replace(f".attn.{CHILD}.", _PUBLISHED_CHILD)
-            tensors[name] = tensor.detach().to("cpu", torch.bfloat16).contiguous()
-    name = f"clear_local_{int(spec.radius)}" + (f"_down_{spec.pool}" if spec.pool > 1 else "")
-    return _write(Path(folder), f"{name}.safetensors", tensors)
+    return model, spec
 
 
 def export_linfusion(conversion: Any, folder: str | Path) -> Path:
@@ -153,27 +163,19 @@ def export_linfusion(conversion: Any, folder: str | Path) -> Path:
     Raises:
         ValueError: If a layer is no such LinFusion, or its projections are not separate and unbiased.
     """
-    layers = _only_model(conversion)[1]
     modules_list: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
-    for number, (module, state) in enumerate(layers):
-        spec: Any = state.spec
-        if not isinstance(spec, LinFusion) or spec.feature_map != "elu":
-            raise ValueError(f"LinFusion's format has no place for {spec} on {state.name}")
-        own = {key.replace(f"{CHILD}.", ""): tensor for key, tensor in module.state_dict().items()}
-        keys = [key.partition(".")[2] for key in _linfusion_keys(number, spec.mid_dim)]
-        if set(own) != set(keys):
-            raise ValueError(f"LinFusion's format has {', '.join(keys)}, and {state.name} has {', '.join(own)}")
-        halved = _QUERIES_AND_KEYS if spec.mid_dim == -1 else ()
-        for key in keys:
-            tensor = own[key].detach().cpu().contiguous()
+    for number, (module, state) in enumerate(check_linfusion(conversion)):
+        halved = _QUERIES_AND_KEYS if state.spec.mid_dim == -1 else ()
+        for key, value in _released_names(module).items():
+            tensor = value.detach().cpu().contiguous()
             tensors[f"{number}.{key}"] = tensor / 2 if key in halved else tensor
         modules_list.append(
             {
                 "dim_n": module.to_q.in_features,
                 "heads": state.num_heads,
                 "module_name": state.name,
-                "projection_mid_dim": spec.mid_dim,
+                "projection_mid_dim": state.spec.mid_dim,
             }
         )
     folder = Path(folder)
@@ -181,6 +183,27 @@ def export_linfusion(conversion: Any, folder: str | Path) -> Path:
     content = {"_class_name": "LinFusion", "modules_list": modules_list}
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
     return folder
+
+
+def check_linfusion(conversion: Any) -> list[tuple[Any, Any]]:
+    """Return the layers, and their states, of a conversion that LinFusion's format can hold.
+
+    Raises:
+        ValueError: If a layer is no `LinFusion(feature_map='elu')`, or its projections are not separate and unbiased.
+    """
+    layers = _only_model(conversion)[1]
+    for module, state in layers:
+        spec: Any = state.spec
+        if not isinstance(spec, LinFusion) or spec.feature_map != "elu":
+            raise ValueError(f"LinFusion's format has no place for {spec} on {state.name}")
+        own, keys = _released_names(module), [key.removeprefix("0.") for key in _linfusion_keys(0, spec.mid_dim)]
+        if set(own) != set(keys):
+            raise ValueError(f"LinFusion's format has {', '.join(keys)}, and {state.name} has {', '.join(own)}")
+    return layers
+
+
+def _released_names(module: nn.Module) -> dict[str, Tensor]:
+    return {key.replace(f"{CHILD}.", ""): tensor for key, tensor in module.state_dict().items()}
 
 
 def _only_model(conversion: Any) -> tuple[nn.Module, list[tuple[Any, Any]]]:

@@ -31,7 +31,7 @@ def image_to_image(pipe: Any) -> Any:
 
     own = getattr(type(pipe), "image_to_image", None)  # of a pipeline that diffusers does not know
     if own is not None:
-        return own.from_pipe(pipe)
+        return own(**pipe.components)  # from_pipe casts to float32
     try:
         return AutoPipelineForImage2Image.from_pipe(pipe)
     except (ValueError, TypeError) as error:

@@ -17,6 +17,7 @@ from timm.layers import trunc_normal_
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from vision_attn.backbones.blocks import refuse_heads
 from vision_attn.backbones.scripted import operator
 from vision_attn.grid import Grid
 from vision_attn.kernels.agent import Agents, agent_attention
@@ -136,16 +137,6 @@ def reset_biases(layer: nn.Module) -> None:
 def agent_grid_of(agent_num: int, agent_grid: Size | None) -> Size:
     """Return rows and columns of the agents at use."""
     return agent_grid or (isqrt(agent_num), isqrt(agent_num))
-
-
-def refuse_heads(dim: int, num_heads: int) -> None:
-    """Refuse heads that do not divide the channels.
-
-    Raises:
-        ValueError: If `dim` is not a multiple of `num_heads`.
-    """
-    if num_heads < 1 or dim % num_heads:
-        raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
 
 
 @register_notrace_module

@@ -6,17 +6,17 @@ before the raw ones. Any image size runs: the agents' biases are resized to the 
 Paper: 'Agent Attention: On the Integration of Softmax and Linear Attention' - https://arxiv.org/abs/2312.08874
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs
-from torch import nn
+from torch import Tensor, nn
 
 from vision_attn.backbones.agent_family import AgentBackbone, agent_cfg, checkpoint_filter
 from vision_attn.backbones.blocks import Stage
-from vision_attn.backbones.checkpoints import Rule
+from vision_attn.backbones.checkpoints import Rule, rename, unwrap
 from vision_attn.backbones.cswin_layers import ConvEmbed, CSwinBlock, NormedConv, branches
 from vision_attn.backbones.pyramid import last_layers, levels_of, map_size
 from vision_attn.backbones.registry import register
@@ -37,7 +37,7 @@ class AgentCSwin(AgentBackbone):
         num_heads: Heads of each stage.
         split_sizes: Width of the stripes of softmax attention in each stage.
         agent_split_sizes: The same of agent attention; a stage whose map is as wide for `img_size`, and the last stage,
-            attend over the whole map.
+            attend over the whole map. Weights fit where the same stages do.
         attn_types: A letter per stage: 'A' agent attention, 'B' softmax attention.
         agent_nums: Agents of each stage, square numbers.
         mlp_ratio: Hidden channels of an MLP over its channels.
@@ -130,6 +130,36 @@ _DEEP = (3, 6, 29, 2)
 _BASE = dict(embed_dim=96, depths=_DEEP, num_heads=(4, 8, 16, 32), drop_path_rate=0.5)
 _AT_384 = dict(img_size=384, split_sizes=(1, 2, 12, 12), agent_split_sizes=(96, 48, 24, 12), drop_path_rate=0.7)
 
+WRAPPERS = ("state_dict_ema", "model", "state_dict")
+_filter = checkpoint_filter(RULES, WRAPPERS)
+
+
+def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Turn a checkpoint of the authors, or of this package, into a model's own.
+
+    Raises:
+        ValueError: If the checkpoint is of another variant, or `img_size` gives the model other stripes.
+    """
+    _refuse_other_stripes(rename(unwrap(checkpoint, WRAPPERS), RULES), model)
+    return _filter(checkpoint, model)
+
+
+def _refuse_other_stripes(state_dict: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Refuse weights of whole maps for stripes, and the other way round: their channels and heads are shared out."""
+    for i, stage in enumerate(model.stages):  # type: ignore[arg-type]
+        attns = stage.blocks[0].attns
+        given = [name for name in state_dict if name.startswith(f"stages.{i}.blocks.0.attns.")]
+        stripes = any(".attns.1." in name for name in given)
+        if given and stripes != (len(attns) > 1):
+            kinds = ("in stripes", "over the whole map")
+            (height, width), most = attns[0].resolution, "below" if stripes else "at least"
+            raise ValueError(
+                f"stage {i + 1} of the checkpoint attends {kinds[not stripes]}, but {kinds[stripes]} in a model of "
+                f"this img_size ({height} x {width} cells): leave it as the checkpoint's, other sizes run as well, "
+                f"or give agent_split_sizes (for softmax attention split_sizes) {most} {max(height, width)}"
+            )
+
+
 register(
     __name__,
     AgentCSwin,
@@ -139,7 +169,7 @@ register(
         agent_cswin_base=_BASE,
         agent_cswin_base_384=_BASE | _AT_384,
     ),
-    checkpoint_filter(RULES, ("state_dict_ema", "model", "state_dict")),
+    checkpoint_filter_fn,
     out_indices=(0, 1, 2, 3),
     flatten_sequential=True,
 )

@@ -71,3 +71,13 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the stage's map."""
         return self.blocks(self.downsample(x))
+
+
+def refuse_heads(dim: int, num_heads: int) -> None:
+    """Refuse heads that do not divide the channels.
+
+    Raises:
+        ValueError: If `dim` is not a multiple of `num_heads`.
+    """
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")

@@ -1,7 +1,9 @@
 """Position embeddings and biases for maps of another size: resized on the fly, or once when a checkpoint is loaded."""
 
 from collections.abc import Mapping
+from math import isqrt
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -36,37 +38,67 @@ def resize_for(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
     """Resize what a checkpoint says of positions to the sizes that a model was made for.
 
     Agents' rows and columns linearly, tables of relative positions and position embeddings bicubically, as the authors
-    do for fine-tuning. All maps are taken for square.
+    do for fine-tuning. The checkpoint's maps are those of its agents' rows and columns, square where there are none.
 
     Args:
         state_dict: Tensors under the model's names.
-        model: The model that is to hold them.
+        model: The model that is to hold them; a module with a `pos_embed` has the `size` of its map.
+
+    Returns:
+        The tensors; those that cannot be resized are as they were.
     """
-    own = {name: p.shape for name, p in model.named_parameters()}
+    own, maps = dict(model.named_parameters()), _maps_of(state_dict)
     resized = {}
     for name, tensor in state_dict.items():
-        want, t = own.get(name), tensor
-        if want is not None and tensor.shape != want and tensor.dim() == len(want):
-            kind = name.rsplit(".", 1)[-1]
-            if kind in ("ah_bias", "aw_bias") and tensor.shape[:3] == want[:3]:
-                t = F.interpolate(tensor[0].float(), tuple(want[3:]), mode="bilinear")[None]
-            elif kind in ("ha_bias", "wa_bias") and (tensor.shape[1], tensor.shape[4]) == (want[1], want[4]):
-                rows = tensor[0].float().permute(0, 3, 1, 2)
-                t = F.interpolate(rows, tuple(want[2:4]), mode="bilinear").permute(0, 2, 3, 1)[None]
-            elif kind == "relative_position_bias_table" and tensor.shape[1] == want[1]:
-                old, new = int(tensor.shape[0] ** 0.5), int(want[0] ** 0.5)
-                t = resized_positions(tensor[None].float(), (old, old), (new, new), "bicubic")[0].flatten(0, 1)
-            elif kind == "pos_embed" and tensor.shape[2] == want[2]:
-                t = _resize_embedding(tensor, want[1])
+        t, want = tensor, own.get(name)
+        if want is not None and tensor.dim() == want.dim():
+            owner, _, kind = name.rpartition(".")
+            if kind == "pos_embed":
+                t = _resize_embedding(tensor, want, model.get_submodule(owner).size, maps)  # type: ignore[arg-type]
+            elif kind == "relative_position_bias_table":
+                t = _resize_table(tensor, want, model.get_submodule(owner).window_size)  # type: ignore[arg-type]
+            elif tensor.shape != want.shape:
+                t = _resize_line(kind, tensor, want.shape)
         resized[name] = t.to(tensor.dtype)
     return resized
 
 
-def _resize_embedding(tensor: Tensor, tokens: int) -> Tensor:
-    """Resize `[1, N, C]` to another number of tokens; what a square leaves over is a class token, which stays."""
-    old, new = int(tensor.shape[1] ** 0.5), int(tokens**0.5)
-    prefix = tokens - new**2
-    if tensor.shape[1] - old**2 != prefix:
+def _maps_of(state_dict: Mapping[str, Tensor]) -> set[tuple[int, int]]:
+    """Return height and width of the maps that a checkpoint's agents have rows and columns for."""
+    rows = {name: t for name, t in state_dict.items() if name.endswith(".ha_bias") and t.dim() == 5}
+    columns = {name: state_dict.get(f"{name.removesuffix('ha_bias')}wa_bias") for name in rows}
+    return {(t.shape[2], w.shape[3]) for name, t in rows.items() if (w := columns[name]) is not None and w.dim() == 5}
+
+
+def _resize_line(kind: str, tensor: Tensor, want: torch.Size) -> Tensor:
+    """Resize the rows or the columns of agents: `[1, H, A, height, 1]`, or `[1, H, height, 1, A]` of queries."""
+    if kind in ("ah_bias", "aw_bias") and tensor.shape[:3] == want[:3]:
+        return F.interpolate(tensor[0].float(), tuple(want[3:]), mode="bilinear")[None]
+    if kind in ("ha_bias", "wa_bias") and (tensor.shape[1], tensor.shape[4]) == (want[1], want[4]):
+        rows = tensor[0].float().permute(0, 3, 1, 2)
+        return F.interpolate(rows, tuple(want[2:4]), mode="bilinear").permute(0, 2, 3, 1)[None]
+    return tensor
+
+
+def _resize_table(tensor: Tensor, want: Tensor, window: tuple[int, int]) -> Tensor:
+    """Resize relative positions `[N, H]` of a square window to those of `window`."""
+    side = isqrt(len(tensor))
+    if tensor.shape == want.shape or side**2 != len(tensor) or tensor.shape[1] != want.shape[1]:
         return tensor
-    image = resized_positions(tensor[:, prefix:].float(), (old, old), (new, new), "bicubic")
-    return F.pad(image.flatten(1, 2), (0, 0, prefix, 0)) + F.pad(tensor[:, :prefix], (0, 0, 0, new**2))
+    new = (2 * window[0] - 1, 2 * window[1] - 1)
+    return resized_positions(tensor[None].float(), (side, side), new, "bicubic")[0].flatten(0, 1)
+
+
+def _resize_embedding(tensor: Tensor, want: Tensor, size: tuple[int, int], maps: set[tuple[int, int]]) -> Tensor:
+    """Resize `[1, N, C]` to a map of `size`; what it has more is class tokens, which stay.
+
+    The number of tokens alone does not tell a map's shape: 7 x 28 tokens are as many as 14 x 14.
+    """
+    prefix = want.shape[1] - size[0] * size[1]
+    tokens = tensor.shape[1] - prefix
+    side = isqrt(max(tokens, 0))
+    old = next((one for one in maps if one[0] * one[1] == tokens), (side, side))
+    if old == size or tokens < 1 or old[0] * old[1] != tokens or tensor.shape[2] != want.shape[2]:
+        return tensor
+    image = resized_positions(tensor[:, prefix:].float(), old, size, "bicubic")
+    return torch.cat([tensor[:, :prefix].float(), image.flatten(1, 2)], 1)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from vision_attn.backbones.agent_attention import Size, add_biases, agent_grid_of, attend, refuse_heads, reset_biases
+from vision_attn.backbones.agent_attention import Size, add_biases, agent_grid_of, attend, reset_biases
+from vision_attn.backbones.blocks import refuse_heads
 
 
 def attend_densely(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

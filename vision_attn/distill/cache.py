@@ -1,32 +1,37 @@
 """`distill cache`: latents and prompt embeddings as safetensors shards, so that training needs only the denoiser.
 
 A shard holds samples of one size: `latents`, `cond.*` with a row per sample, `shared.*` that all have in common, and
-`null.*`, the embeddings of the empty prompt. It appears complete or not at all, and a second run goes on where the
-first one was stopped. Images that cannot be read are left out, counted, and listed in `skipped.txt`.
+`null.*`, the embeddings of the empty prompt. It appears complete or not at all, and its name tells what it was made of,
+so that a second run goes on where the first one was stopped and encodes again what has changed since. The cache of an
+earlier run stays in use until the new one is finished. Images that cannot be read are left out, counted, and listed in
+`skipped.txt`.
 """
 
 import hashlib
 import json
+import logging
 import math
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from vision_attn.distill.cache_index import refuse_other_model, shard_path, write_index
 from vision_attn.distill.config import Config
 from vision_attn.distill.hosts import Interface, denoiser_of, encode_images, interface_of, load_pipeline, record
 from vision_attn.distill.images import Item, find_items, nearest_size, to_pixels
 from vision_attn.highres_options import unit_of
 from vision_attn.positions import position_ids
 
-INDEX, SKIPPED = "index.json", "skipped.txt"
-FORMAT = "vision_attn.cache.v1"
+SKIPPED = "skipped.txt"
 _PROMPTS = 8  # encoded at a time
+_log = logging.getLogger(__name__)
 
 
 def write_cache(config: Config, *, device: str = "cpu", pipe: Any = None) -> dict[str, int]:
@@ -52,40 +57,52 @@ def write_cache(config: Config, *, device: str = "cpu", pipe: Any = None) -> dic
     interface = interface_of(pipe, height, width, config.model.guidance, prompt="")
     folder = config.data.cache
     folder.mkdir(parents=True, exist_ok=True)
-    _write_index(folder, _identity(config, pipe, interface))
-    buckets: dict[tuple[int, int], list[Item]] = defaultdict(list)
-    skipped: dict[str, str] = {}
-    for item in items:
-        try:
-            buckets[_size_of(item, config)].append(item)
-        except (OSError, ValueError, SyntaxError) as error:  # PIL raises SyntaxError for some broken PNGs
-            skipped[item.key] = str(error)
-    samples = shards = 0
+    identity = _identity(config, pipe, interface)
+    refuse_other_model(folder, identity)
+    buckets, skipped = _buckets(items, config)
+    samples = 0
+    shards: list[Path] = []
     with tqdm(total=sum(map(len, buckets.values())), unit="image", disable=config.run.quiet) as bar:
         for size, members in sorted(buckets.items()):
             for first in range(0, len(members), config.data.shard_size):
                 part = members[first : first + config.data.shard_size]
-                path = folder / f"{size[0]}x{size[1]}-{first // config.data.shard_size:05d}.safetensors"
-                made, failed = _shard(path, part, size, pipe, interface, config)
+                digest = _digest([one for one, _ in part], size, config)
+                path = shard_path(folder, size, first // config.data.shard_size, digest)
+                made, failed = _shard(path, [item for _, item in part], size, pipe, interface, config)
                 skipped |= failed
-                samples, shards = samples + made, shards + bool(made)
+                samples += made
+                shards += [path] if made else []
                 bar.update(len(part))
     (folder / SKIPPED).write_text("".join(f"{key}: {why}\n" for key, why in sorted(skipped.items())))
     if not samples:
         raise ValueError(f"none of the {len(items)} images in {config.data.images} can be used: see {folder / SKIPPED}")
-    return {"samples": samples, "shards": shards, "skipped": len(skipped)}
+    write_index(folder, identity, config.data.sizes, shards)
+    return {"samples": samples, "shards": len(shards), "skipped": len(skipped)}
 
 
-def _size_of(item: Item, config: Config) -> tuple[int, int]:
-    width, height = item.open().size
-    return nearest_size(width, height, config.data.sizes)
+def _buckets(items: list[Item], config: Config) -> tuple[dict[tuple[int, int], list[tuple[str, Item]]], dict[str, str]]:
+    """Return items with their digests by size, and why others cannot be read."""
+    buckets: dict[tuple[int, int], list[tuple[str, Item]]] = defaultdict(list)
+    skipped: dict[str, str] = {}
+    for item in items:
+        try:
+            width, height = item.open().size
+            buckets[nearest_size(width, height, config.data.sizes)].append((item.digest(), item))
+        except (OSError, ValueError, SyntaxError) as error:  # PIL raises SyntaxError for some broken PNGs
+            skipped[item.key] = str(error)
+    return buckets, skipped
+
+
+def _digest(items: list[str], size: tuple[int, int], config: Config) -> str:
+    """Return 16 hexadecimal digits that change with all that a shard is made of."""
+    settings = json.dumps([asdict(config.model), config.data.native, size])
+    return hashlib.sha256("\n".join([settings, *items]).encode()).hexdigest()[:16]
 
 
 def _identity(config: Config, pipe: Any, interface: Interface) -> dict[str, Any]:
     """What a cache must agree in with the training that reads it."""
     name, model = denoiser_of(pipe)
     return {
-        "format": FORMAT,
         "base": config.model.base,
         "component": name,
         "denoiser": type(model).__name__,
@@ -94,47 +111,18 @@ def _identity(config: Config, pipe: Any, interface: Interface) -> dict[str, Any]
     }
 
 
-def _write_index(folder: Path, identity: dict[str, Any]) -> None:
-    if (folder / INDEX).exists():
-        old = read_index(folder)
-        if old != identity:
-            what = ", ".join(f"{k} {old.get(k)!r}, not {identity[k]!r}" for k in identity if old.get(k) != identity[k])
-            raise ValueError(f"data.cache: {folder} holds another cache ({what}): give another folder")
-        return
-    (folder / f"{INDEX}.part").write_text(json.dumps(identity, indent=2) + "\n")
-    (folder / f"{INDEX}.part").replace(folder / INDEX)
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """Read what a cache says of itself.
-
-    Raises:
-        FileNotFoundError: If there is no cache.
-        ValueError: If it is damaged.
-    """
-    path = folder / INDEX
-    if not path.exists():
-        raise FileNotFoundError(f"data.cache: {folder} holds no cache: make it with 'vision-attn distill cache'")
-    try:
-        index = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"data.cache: {path} is damaged: {error}") from None
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise ValueError(f"data.cache: {path} is not of the format {FORMAT!r}")
-    return index
-
-
 def _shard(
     path: Path, items: list[Item], size: tuple[int, int], pipe: Any, interface: Interface, config: Config
 ) -> tuple[int, dict[str, str]]:
     """Write one shard, unless it was written; returns its number of samples and what was skipped."""
-    keys = hashlib.sha256("\n".join(item.key for item in items).encode()).hexdigest()
-    if path.exists():
+    try:
         with safe_open(path, "pt") as file:
             old = file.metadata()
-        if old["keys"] != keys:
-            raise ValueError(f"data.cache: {path} was made of other images: give another folder, or delete the old one")
         return len(json.loads(old["captions"])), json.loads(old["skipped"])
+    except FileNotFoundError:
+        pass
+    except SafetensorError as error:
+        _log.warning("%s is damaged and is made again: %s", path, error)
     latents, captions, skipped = [], [], {}
     for item in items:
         try:
@@ -151,7 +139,6 @@ def _shard(
     metadata = {
         "captions": json.dumps(captions),
         "skipped": json.dumps(skipped),
-        "keys": keys,
         "size": json.dumps(size),
     }
     part = path.with_suffix(".part")

@@ -114,8 +114,8 @@ class EvalConfig:
     def __post_init__(self) -> None:
         at_least("eval", self, 1, "count", "batch_size")
         at_least("eval", self, 0, "steps")
-        if not all(0 < sigma < 1 for sigma in self.sigmas):
-            raise ValueError(f"eval.sigmas must lie between 0 and 1, got {self.sigmas}")
+        if not self.sigmas or not all(0 < sigma < 1 for sigma in self.sigmas):
+            raise ValueError(f"eval.sigmas must be at least one number between 0 and 1, got {self.sigmas}")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vision_attn.distill.cache import read_index
+from vision_attn.distill.cache_index import read_index
+from vision_attn.distill.config_sections import DataConfig
 from vision_attn.distill.hosts import Interface
 
 
@@ -55,25 +55,26 @@ class Batch:
 
 
 class CachedData(Dataset[Batch]):
-    """What `distill cache` wrote. An index is a list of samples `(shard, row)` of one size.
+    """What the last `distill cache` wrote. An index is a list of samples `(shard, row)` of one size.
 
     Args:
-        folder: Of the cache.
+        config: `cache` and `sizes` are used.
         base: Name of the pipeline that is trained.
         denoiser: Name of its denoiser's class.
 
     Raises:
         FileNotFoundError: If there is no cache.
-        ValueError: If it is empty, damaged or of another model.
+        ValueError: If it is damaged, of another model, of other sizes or of an earlier version.
     """
 
-    def __init__(self, folder: Path, base: str, denoiser: str) -> None:
-        index = read_index(folder)
+    def __init__(self, config: DataConfig, base: str, denoiser: str) -> None:
+        folder, index = config.cache, read_index(config.cache)
         for name, wanted in (("base", base), ("denoiser", denoiser)):
             if index[name] != wanted:
                 raise ValueError(f"data.cache: {folder} was made for the {name} {index[name]!r}, not for {wanted!r}")
+        _check_sizes(config, index["sizes"])
         self.interface = Interface.from_config(index["interface"])
-        self.shards = sorted(folder.glob("*.safetensors"))
+        self.shards = [folder / name for name in index["shards"]]
         self.captions: dict[tuple[int, int], str] = {}
         self.buckets: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
         self.files: dict[int, Any] = {}
@@ -82,12 +83,12 @@ class CachedData(Dataset[Batch]):
                 with safe_open(path, "pt") as file:
                     metadata = file.metadata()
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"data.cache: {path} is damaged: {error}; delete it and cache again") from None
+                raise ValueError(
+                    f"data.cache: {path} is missing or damaged: {error}; run 'vision-attn distill cache' again"
+                ) from None
             for row, caption in enumerate(json.loads(metadata["captions"])):
                 self.captions[number, row] = caption
                 self.buckets[tuple(json.loads(metadata["size"]))].append((number, row))
-        if not self.captions:
-            raise ValueError(f"data.cache: {folder} has no samples: make them with 'vision-attn distill cache'")
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -115,6 +116,16 @@ class CachedData(Dataset[Batch]):
         null = {name.removeprefix("null."): t for name, t in rest.items() if name.startswith("null.")}
         size = tuple(json.loads(file.metadata()["size"]))
         return Batch(size, latents, {**rows, **shared}, null)
+
+
+def _check_sizes(config: DataConfig, cached: list[list[int]]) -> None:
+    """Refuse a cache of other sizes than `data.sizes`; their order does not matter."""
+    wanted = [list(size) for size in config.sizes]
+    if sorted(wanted) != sorted(cached):
+        raise ValueError(
+            f"data.sizes: {config.cache} was cached at {cached}, not at {wanted}: run 'vision-attn distill cache' with "
+            f"these sizes, or give data.sizes {cached}"
+        )
 
 
 class Order:

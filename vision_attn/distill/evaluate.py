@@ -45,7 +45,7 @@ class Evaluation:
     def __init__(self, config: Config, pipe: Any) -> None:
         self.config, self.pipe = config, pipe
         self.name, model = denoiser_of(pipe)
-        self.data = CachedData(config.data.cache, config.model.base, type(model).__name__)
+        self.data = CachedData(config.data, config.model.base, type(model).__name__)
         known = list(dict.fromkeys(self.data.captions.values()))
         prompts = read_prompts(config.eval.prompts, "eval.prompts") if config.eval.prompts else known
         self.prompts = prompts[: config.eval.count]

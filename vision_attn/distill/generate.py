@@ -1,6 +1,7 @@
 """`distill generate`: images that the teacher draws itself, from a list of prompts, as CLEAR was trained on.
 
-Image i is drawn from seed `run.seed + i`, alone or in a batch, so a run that was stopped goes on where it was.
+Image i is drawn from seed `run.seed + i`, alone or in a batch, so a run that was stopped goes on where it was. An image
+whose caption is no longer line i of the prompts is drawn again.
 """
 
 from pathlib import Path
@@ -49,7 +50,7 @@ def generate(config: Config, *, device: str = "cpu", pipe: Any = None, rank: int
     pipe.set_progress_bar_config(disable=True)
     data.images.mkdir(parents=True, exist_ok=True)
     own = range(rank, len(prompts), world)
-    missing = [i for i in own if not _path(data.images, i).exists()]
+    missing = [i for i in own if not _is_drawn(_path(data.images, i), prompts[i])]
     steps = {"num_inference_steps": data.steps} if data.steps else {}
     with tqdm(total=len(own), initial=len(own) - len(missing), unit="image", disable=config.run.quiet) as bar:
         for turn, size in enumerate(data.sizes):
@@ -61,11 +62,18 @@ def generate(config: Config, *, device: str = "cpu", pipe: Any = None, rank: int
                 images = pipe(chosen, height=size[0], width=size[1], generator=seeds, **steps).images
                 for i, prompt, image in zip(part, chosen, images, strict=True):
                     path = _path(data.images, i)
+                    path.unlink(missing_ok=True)  # an old image never lies beside a new caption
                     path.with_suffix(".txt").write_text(prompt + "\n")
                     image.save(path.with_suffix(".part"), "PNG")
                     path.with_suffix(".part").replace(path)
                 bar.update(len(part))
     return {"drawn": len(missing), "before": len(own) - len(missing)}
+
+
+def _is_drawn(path: Path, prompt: str) -> bool:
+    """Whether there is an image, and it was drawn from this prompt."""
+    caption = path.with_suffix(".txt")
+    return path.exists() and caption.exists() and caption.read_text().strip() == prompt
 
 
 def _path(folder: Path, i: int) -> Path:

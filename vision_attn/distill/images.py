@@ -1,5 +1,6 @@
 """Images with captions: a folder, a WebDataset tar, or a folder of tars."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -31,6 +32,15 @@ class Item:
     image: Callable[[], bytes]
     text: Callable[[], bytes]
     text_name: str
+
+    def digest(self) -> str:
+        """Return the SHA-256 of name, image and caption, as hexadecimal digits.
+
+        Raises:
+            OSError: If a file cannot be read.
+        """
+        parts = (self.key.encode(), self.image(), self.text_name.encode(), self.text())
+        return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
     def caption(self) -> str:
         """Return the caption.

@@ -44,7 +44,7 @@ def train(config: Config, *, pipe: Any = None) -> Path:  # noqa: PLR0915, it is 
     torch.manual_seed(run.seed)  # every process draws the same new parameters
     student = make_student(config, load_pipeline(config.model, prompts=False) if pipe is None else pipe)
     student.to(accelerator.device)
-    data = CachedData(config.data.cache, config.model.base, type(student.model).__name__)
+    data = CachedData(config.data, config.model.base, type(student.model).__name__)
     computing = Step(config, student, data.interface)
     leave_frozen(student.model)
     shards = Shards(student)

@@ -15,6 +15,7 @@ from vision_attn.converted import Conversion
 from vision_attn.distill.config import Config
 from vision_attn.distill.hosts import denoiser_of
 from vision_attn.distill.trainables import choose_trainables, randomise
+from vision_attn.published import check_clear, check_linfusion
 
 
 @dataclass
@@ -74,7 +75,7 @@ def make_student(config: Config, pipe: Any) -> Student:
     """Convert the denoiser of a pipeline and choose what is trained. The random numbers of PyTorch must be seeded.
 
     Raises:
-        ValueError: If the processor does not fit, or nothing would be trained.
+        ValueError: If the processor does not fit, nothing would be trained, or `run.export` cannot hold the result.
         FileNotFoundError: If there is no such adapter.
     """
     name, model = denoiser_of(pipe)
@@ -87,6 +88,7 @@ def make_student(config: Config, pipe: Any) -> Student:
     else:
         least = student.min_tokens
         conversion = convert(pipe, student.spec(), where=student.where, min_tokens=least, components=(name,))
+    _check_export(config, conversion)  # before LoRA, which renames the projections until it is merged
     if student.init == "random":
         randomise(conversion)
     parameters = choose_trainables(conversion, student)
@@ -94,6 +96,17 @@ def make_student(config: Config, pipe: Any) -> Student:
         model.enable_gradient_checkpointing()  # type: ignore[operator]
         model.train()  # diffusers checkpoints in training mode only
     return Student(pipe, model, conversion, parameters, teacher, dtype)
+
+
+def _check_export(config: Config, conversion: Conversion) -> None:
+    """Refuse a student that `run.export` cannot hold."""
+    try:
+        if config.run.export == "clear":
+            check_clear(conversion)
+        elif config.run.export == "linfusion":
+            check_linfusion(conversion)
+    except ValueError as error:
+        raise ValueError(f"run.export: {error}") from None
 
 
 @contextmanager

@@ -82,6 +82,14 @@ class Host:
     text: int = 0
     problem: Callable[[nn.Module], str | None] = _no_problem
 
+    def __post_init__(self) -> None:
+        if isinstance(self.layers, str) or not self.layers or not all(isinstance(p, str) for p in self.layers):
+            raise TypeError(f"layers must be a tuple of patterns such as ('blocks.*.attn',), got {self.layers!r}")
+        if self.others not in ("prefix", "suffix", "none"):
+            raise ValueError(f"others must be 'prefix', 'suffix' or 'none', got {self.others!r}")
+        if not callable(self.probe):
+            raise TypeError(f"probe must be a function (module, arguments) -> Grid, got {self.probe!r}")
+
     def find(self, model: nn.Module) -> Iterator[tuple[nn.Module, list[tuple[str, nn.Module]]]]:
         """Yield each watched module with the attention layers of its part, by their full names."""
         for part_name, part in self.parts(model):

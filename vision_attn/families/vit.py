@@ -22,6 +22,8 @@ def _problem(model: nn.Module) -> str | None:
     for name, module in model.named_modules():
         if type(module).__name__ == "DiffAttention":
             return f"{name} is a DiffAttention, whose two attention maps no processor can replace"
+    if getattr(getattr(model, "patch_drop", None), "prob", 0):
+        return "patch_drop leaves out tokens of the grid in training: set model.patch_drop = torch.nn.Identity() first"
     return None
 
 

@@ -37,7 +37,7 @@ def set_attn_processor(pipe: Any, processor: Any, **options: Any) -> Conversion 
 
     Raises:
         ValueError: If the name is unknown, or the conversion is refused; the pipeline is then as it was.
-        TypeError: If an option is unknown.
+        TypeError: If an option is unknown, or it is no processor.
     """
     if processor is None:
         if options:
@@ -75,6 +75,8 @@ def _forward(pipe: Any, processor: Any, options: Mapping[str, Any]) -> None:
     """Hand a processor of diffusers to the denoisers. They empty a dictionary, so they get a copy."""
     if options:
         raise TypeError(f"a {type(processor).__name__} takes no options, got {', '.join(options)}")
+    if isinstance(processor, type) or not (callable(processor) or (isinstance(processor, dict) and processor)):
+        raise TypeError(f"a processor must be a spec such as Clear(radius=16), or one of diffusers, got {processor!r}")
     for name, model in _denoisers(pipe).items():
         if not hasattr(model, "set_attn_processor"):
             raise ValueError(f"the {name} of this pipeline, a {type(model).__name__}, has no set_attn_processor")

@@ -65,6 +65,8 @@ def _grid_attention(
 ) -> Tensor:  # fmt: skip
     """Grid queries `[B, height * width, H, D]` over their windows and the shared keys `[B, M, H, D]`."""
     o = q.new_empty(q.shape)
+    if o.numel() == 0:
+        return o
     k_all, v_all = _heads_first(k_shared), _heads_first(v_shared)
     weights = None
     for sub in subgrids(size, steps, q.device):
@@ -97,7 +99,8 @@ def _grid_attention_backward(
     k_all, v_all = _heads_first(k_shared), _heads_first(v_shared)
     dk_all, dv_all = torch.zeros_like(k_all), torch.zeros_like(v_all)
     dbias = torch.zeros_like(bias, dtype=dtype) if bias is not None else q.new_empty(0)
-    for sub in subgrids(size, steps, q.device):
+    parts = () if q.numel() == 0 else subgrids(size, steps, q.device)
+    for sub in parts:
         q_sub, k_sub, v_sub, do_sub = (sub.take(t) for t in (q, k, v, do))
         dq_sub, dk_sub, dv_sub = (q_sub.new_zeros(q_sub.shape, dtype=dtype) for _ in range(3))
         for strip in strips(q_sub.shape, radius, kernel, q.device):

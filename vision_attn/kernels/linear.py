@@ -189,9 +189,10 @@ def _torch(
     dtype = torch.promote_types(q.dtype, torch.float32)
     phi_q = features.of(q.to(dtype))
     phi_k = _weigh(features.of(k.to(dtype)), key_weight, global_query)
-    state = torch.einsum("bmhc,bmhd->bhcd", features.rotated(phi_k) / max(k.shape[1], 1), v.to(dtype))
+    count = max(k.shape[1], 1)  # without keys the sums are zero, and so is the output
+    state = torch.einsum("bmhc,bmhd->bhcd", features.rotated(phi_k) / count, v.to(dtype))
     numerator = torch.einsum("bnhc,bhcd->bnhd", features.rotated(phi_q), state)
-    normaliser = torch.einsum("bnhc,bhc->bnh", phi_q, phi_k.mean(1)) + eps
+    normaliser = torch.einsum("bnhc,bhc->bnh", phi_q, phi_k.sum(1) / count) + eps
     return (numerator / normaliser[..., None]).to(q.dtype)
 
 

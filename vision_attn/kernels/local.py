@@ -14,8 +14,7 @@ from vision_attn.kernels._local_torch import local_attention_torch
 from vision_attn.kernels._local_triton import local_attention_triton, triton_reasons
 from vision_attn.kernels.backend import Implementation, pick
 from vision_attn.kernels.local_window import Window
-
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+from vision_attn.kernels.precision import FLOATS
 
 
 def local_attention(
@@ -75,7 +74,9 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> None:
             raise ValueError(f"{name} must be [B, N, H, D], got shape {tuple(t.shape)}")
         if t.shape != q.shape:
             raise ValueError(f"q, k and v must have one shape, got q {tuple(q.shape)} and {name} {tuple(t.shape)}")
-        if t.dtype not in _FLOATS or t.dtype != q.dtype:
+        if t.dtype not in FLOATS:
+            raise TypeError(f"q, k and v must be floating point, got {name} {t.dtype}")
+        if t.dtype != q.dtype:
             raise TypeError(f"q, k and v must share one floating dtype, got q {q.dtype} and {name} {t.dtype}")
         if t.device != q.device:
             raise ValueError(f"q, k and v must be on one device, got q on {q.device} and {name} on {t.device}")

@@ -23,7 +23,9 @@ def refuse_unlike(q: Tensor, **others: Tensor) -> None:
     for name, t in {"q": q, **others}.items():
         if t.dim() != 4:
             raise ValueError(f"{name} must be [B, N, H, D], got shape {tuple(t.shape)}")
-        if t.dtype not in FLOATS or t.dtype != q.dtype:
+        if t.dtype not in FLOATS:
+            raise TypeError(f"all inputs must be floating point, got {name} {t.dtype}")
+        if t.dtype != q.dtype:
             raise TypeError(f"all inputs must share one floating dtype, got q {q.dtype} and {name} {t.dtype}")
         if t.device != q.device:
             raise ValueError(f"all inputs must be on one device, got q on {q.device} and {name} on {t.device}")

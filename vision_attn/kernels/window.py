@@ -128,7 +128,7 @@ def _with_shared(
 ) -> Tensor:
     """Attend to the own cell and to the shared keys `[B, H, E, D]`, some cells at a time."""
     cells, L = q.shape[1:3]
-    step = max(1, _MAX_SCORES // (q.shape[0] * q.shape[3] * L * (L + k_shared.shape[2])))
+    step = max(1, _MAX_SCORES // max(1, q.shape[0] * q.shape[3] * L * (L + k_shared.shape[2])))
     outputs = []
     for i in range(0, cells, step):
         part = slice(i, i + step)

@@ -60,15 +60,20 @@ def make_spec(name: str, **fields: object) -> AttnSpec:
 
 
 def spec_of_text(text: str) -> AttnSpec:
-    """Return the spec that a command line names: 'clear', or 'clear:radius=8,pool=2'.
+    """Return the spec that a command line names: 'clear', 'clear:radius=8,pool=2', 'neighborhood:kernel_size=(3,5)'.
+
+    A schedule cannot be written so: its stages are specs.
 
     Raises:
         ValueError: If a field has no value, or the processor is unknown.
         TypeError: If the processor has no such field.
     """
     name, _, rest = text.partition(":")
+    known = sorted(key for key, spec in SPECS.items() if spec is not Schedule)
+    if name.lower() not in known:
+        raise ValueError(f"unknown processor {name!r}: known are {', '.join(known)}")
     fields: dict[str, object] = {}
-    for field in filter(None, rest.split(",")):
+    for field in filter(None, _split_fields(rest)):
         key, equals, value = field.partition("=")
         if not equals:
             raise ValueError(f"fields are written name=value, got {field!r} in {text!r}")
@@ -77,6 +82,18 @@ def spec_of_text(text: str) -> AttnSpec:
         except (ValueError, SyntaxError):
             fields[key] = value
     return make_spec(name, **fields)
+
+
+def _split_fields(text: str) -> list[str]:
+    """Split at the commas that are outside brackets."""
+    fields, depth = [""], 0
+    for letter in text:
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "," and depth == 0:
+            fields.append("")
+        else:
+            fields[-1] += letter
+    return fields
 
 
 def to_config(value: Any) -> Any:

@@ -81,7 +81,8 @@ class Residual(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return f(x) in the dtype of x."""
-        return super().forward(x.to(next(self.parameters()).dtype)).to(x.dtype)
+        own = next(self.parameters()).dtype
+        return super().forward(x.to(own) if own.itemsize > 1 else x).to(x.dtype)  # 8-bit weights are only stored so
 
 
 class Hedgehog(nn.Module):

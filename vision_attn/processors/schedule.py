@@ -40,12 +40,23 @@ class Schedule(AttnSpec):
         """Return the processor of one layer."""
         return ScheduledAttention(self, layer)
 
+    @property
+    def shares(self) -> tuple[tuple[float, AttnSpec], ...]:
+        """The stages' specs, each after its share of the denoising; the shares sum to 1."""
+        return tuple((until - begin, spec) for begin, (until, spec) in zip(self.thresholds, self.stages, strict=True))
+
     def attended(self, grid: Grid) -> float:
         """Return the mean over the denoising of the share of tokens that one token attends to."""
-        begins = self.thresholds
-        return sum(
-            (until - begin) * spec.attended(grid) for begin, (until, spec) in zip(begins, self.stages, strict=True)
-        )
+        return sum(share * spec.attended(grid) for share, spec in self.shares)
+
+    def flops(self, grid: Grid, layer: Layer) -> float:
+        """Return the mean over the denoising of the stages' operations."""
+        return sum(share * spec.flops(grid, layer) for share, spec in self.shares)
+
+    @property
+    def passes(self) -> float:
+        """The mean over the denoising of the stages' passes."""
+        return sum(share * spec.passes for share, spec in self.shares)
 
 
 class ScheduledAttention(Processor):
