@@ -11,7 +11,7 @@ from test_hosts import RADIUS_2, TEXT, DenseOracle, run, stock
 from tiny_hosts import HOST, Layout, noise
 from torch import Tensor, nn
 
-from vision_attn import Clear, Conversion, Grid, Host, Neighborhood, Softmax, convert, use_grid
+from vision_attn import Clear, Conversion, Grid, Host, Neighborhood, Softmax, convert, grid_context, use_grid
 from vision_attn.intercept import is_rerouted
 from vision_attn.model_state import is_converted
 
@@ -240,3 +240,15 @@ WRONG_HOSTS = [
 def test_a_wrong_host_is_refused(make: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_given_grid_is_not_read_while_a_cuda_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, model = HOST["flux"], HOST["flux"].build()
+    conversion = convert(model, Clear(radius=2), grid=(12, 10))
+    want = run(case, model, 12, 10)
+    monkeypatch.setattr(grid_context, "_capturing", lambda: True)
+    monkeypatch.setattr(grid_context.GridContext, "_read", None)
+    assert torch.equal(run(case, model, 12, 10), want)
+    with pytest.raises(RuntimeError, match=r"the grid given, 12 x 10, is not that of .*img_ids has 100 tokens"):
+        run(case, model, 10, 10)
+    assert set(conversion.status().values()) == {"rerouted"}

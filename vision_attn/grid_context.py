@@ -21,6 +21,11 @@ Tokens of the sequence that the grid leaves out (the text of a DiT) are placed b
 UNSEEN = "no forward pass of the host has been seen"
 
 
+def _capturing() -> bool:
+    """Whether a CUDA graph is being captured, in which no value can be read."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 class Seen:
     """Remembers a tensor that was read, without keeping it alive, until it is gone or written to."""
 
@@ -83,8 +88,8 @@ class GridContext:
         names: The names of its positional arguments.
         others: Where tokens go that the probe does not count: 'prefix', 'suffix', or 'none' if there are none.
         reads: Name of the argument whose values the probe reads, if any: once, and not under `torch.compile`.
-        fixed: A grid given by the user, which what the probe finds must agree with. `torch.compile` takes it as it is
-            where the probe would have to read values; their number must agree.
+        fixed: A grid given by the user, which what the probe finds must agree with. Where the probe would have to read
+            values, `torch.compile` and the capture of a CUDA graph take it as it is; their number must agree.
         found: What the probe found last: a grid, or the reason for none.
         gradients: Whether the forward that runs has gradients, seen from outside of gradient checkpointing.
     """
@@ -112,8 +117,10 @@ class GridContext:
         if not tracing:
             self.gradients = torch.is_grad_enabled()
         inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        if self.reads and tracing:
-            self.found = self._untraced(inputs)
+        if self.reads and (tracing or (self.fixed is not None and _capturing())):
+            self.found = self._unread(inputs)
+            if not tracing:
+                self.thread.found = self.found
             return
         found = self._read(module, inputs) if self.reads else self.probe(module, inputs)
         if not isinstance(found, (Grid, str)):
@@ -124,8 +131,8 @@ class GridContext:
         if not tracing:
             self.thread.found = self.found
 
-    def _untraced(self, inputs: Mapping[str, Any]) -> Grid:
-        """Return the grid that was given for a forward that is traced.
+    def _unread(self, inputs: Mapping[str, Any]) -> Grid:
+        """Return the grid that was given for a forward whose values cannot be read.
 
         Raises:
             RuntimeError: If none was given, or it has another number of tokens.
