@@ -220,3 +220,22 @@ def test_context_parallelism_is_refused_before_and_after_conversion() -> None:
     model.transformer_blocks[0].attn.processor._parallel_config = object()
     with pytest.raises(ValueError, match="context parallelism, which cuts the grid"):
         model(**case.inputs(9, 8, 1, 7))
+
+
+def test_a_model_of_features_says_what_to_convert() -> None:
+    features = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, features_only=True)
+    with pytest.raises(ValueError, match=r"It holds one as its attribute `model`: convert that"):
+        convert(features, Clear(radius=2))
+    convert(features.model, Clear(radius=2))
+    x = torch.randn(1, 3, 64, 64)
+    changed = features(x)
+    Conversion.of(features.model).revert()
+    assert not torch.allclose(changed[-1], features(x)[-1])
+
+
+def test_a_processor_without_the_fused_function_is_named_with_its_cure() -> None:
+    model = HOST["sd15-unet"].build()
+    convert(model, Clear(radius=2))
+    model.set_default_attn_processor()
+    with pytest.raises(RuntimeError, match=r"set_attn_processor\(AttnProcessor2_0\(\)\)"):
+        run(HOST["sd15-unet"], model, 12, 10)

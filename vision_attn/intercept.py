@@ -183,5 +183,5 @@ def _never_reached(state: LayerState, module: nn.Module) -> str:
         f"{state.name} never called scaled_dot_product_attention, so it was not rerouted.{how} Switch off what "
         "replaces it: sliced attention (disable_attention_slicing), xformers "
         "(disable_xformers_memory_efficient_attention), another attention backend (set_attention_backend('native')), "
-        "timm's fused_attn=False; or revert()"
+        "AttnProcessor (set_attn_processor(AttnProcessor2_0())), timm's fused_attn=False; or revert()"
     )

@@ -34,14 +34,14 @@ def find_host(model: nn.Module) -> Host:
             if problem:
                 raise ValueError(f"{classes[0]} cannot be converted: {problem}")
             return host
-    video = (
-        " It looks like a video model, and a grid is one image."
-        if any(w in classes[0] for w in ("3D", "Video"))
-        else ""
-    )
+    hint = ""
+    if any(word in classes[0] for word in ("3D", "Video")):
+        hint = " It looks like a video model, and a grid is one image."
+    elif is_known(getattr(model, "model", None)):
+        hint = " It holds one as its attribute `model`: convert that."
     known = ", ".join(name for host in HOSTS for name in host.models)
     raise ValueError(
-        f"{classes[0]} is no known host.{video} Known are {known}. For another image model say which modules attend "
+        f"{classes[0]} is no known host.{hint} Known are {known}. For another image model say which modules attend "
         "over the grid and where the grid is: convert(model, spec, host=Host(layers=('blocks.*.attn',), "
         "probe=lambda module, inputs: Grid(height, width)))"
     )
