@@ -72,6 +72,7 @@ def demo() -> str:
         [
             f"{row['pixels']} px",
             f"`{row['processor']}`",
+            row["training"],
             row["tokens"],
             f"{row['attended']:.1%}",
             f"{row['seconds']:.1f}",
@@ -79,7 +80,7 @@ def demo() -> str:
         ]
         for row in stored("docs/demo.json")["rows"]
     ]
-    return table(["size", "attention", "tokens", "attended", "seconds", "PSNR to dense"], rows)
+    return table(["size", "attention", "training", "tokens", "attended", "seconds", "PSNR to dense"], rows)
 
 
 def linear() -> str:
