@@ -16,6 +16,7 @@ import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from distill_case import arguments, metrics, settings, write_images
 
+from vision_attn.demo import load_teacher
 from vision_attn.distill.cache import write_cache
 from vision_attn.distill.loop import train
 
@@ -131,6 +132,9 @@ def test_two_processes_learn_the_same_and_go_on_exactly_after_kill_9(start, tmp_
     adapter = safetensors.torch.load_file(root / "out" / "adapter" / "vision_attn.safetensors")
     roles = (".to_q.", ".to_k.", ".to_v.", ".to_out.", ".vision_attn.")  # what is trained, and nothing else
     assert all(any(role in name for role in roles) for name in adapter)
+    assert all(line["norm"] > 0 for line in stopped)
+    untrained = load_teacher("nano").transformer.state_dict()
+    assert not any(torch.equal(tensor, untrained[name]) for name, tensor in adapter.items() if name in untrained)
     (root / "out").rename(root / "stopped")
     start(config).finish()
     assert metrics(root) == stopped  # to the last digit

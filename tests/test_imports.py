@@ -32,7 +32,7 @@ ORDER = (
     "adapter_writing",
     "layer_table",
     "targets",
-    "estimated",
+    "estimate_table",
     "estimation",
     "converted",
     "conversion",

@@ -175,11 +175,16 @@ def test_load_refuses_fused_projections(tmp_path: Path) -> None:
     assert torch.equal(run(case, fused, 16, 8), trained)
 
 
-def test_revert_keeps_the_dtype_that_the_model_has_now(tmp_path: Path) -> None:
+def save_trained(folder: Path) -> None:
+    """Save the adapter of a FLUX that was trained."""
     model = HOST["flux"].build()
     conversion = convert(model, Clear(radius=2))
     train(model, conversion)
-    conversion.save(tmp_path)
+    conversion.save(folder)
+
+
+def test_revert_keeps_the_dtype_that_the_model_has_now(tmp_path: Path) -> None:
+    save_trained(tmp_path)
     model = HOST["flux"].build()
     want = state(model)
     conversion = load(model, tmp_path)
@@ -241,10 +246,7 @@ def test_options_of_load_are_known_and_a_subfolder_is_found(tmp_path: Path) -> N
 
 
 def test_fused_lora_is_unfused_before_weights_are_put_back(tmp_path: Path) -> None:
-    model = HOST["flux"].build()
-    conversion = convert(model, Clear(radius=2))
-    train(model, conversion)
-    conversion.save(tmp_path)
+    save_trained(tmp_path)
     model = HOST["flux"].build()
     conversion = load(model, tmp_path)
     add_lora(model)

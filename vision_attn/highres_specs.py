@@ -20,10 +20,9 @@ class Proportional(Clear):
 
     first: int = 0
 
-    def scale(self, head_dim: int, grid: Grid, scale: float | None) -> float:
-        """Return the factor of the logits."""
-        native = self.first + grid.prefix + grid.suffix
-        return Clear(self.radius, self.pool, native).scale(head_dim, grid, scale)
+    def native(self, grid: Grid) -> int:
+        """Return the tokens of a sequence at the first level."""
+        return self.first + grid.prefix + grid.suffix
 
 
 def cell_of(attn: Any) -> int:

@@ -110,9 +110,10 @@ def undo(model: nn.Module) -> None:
         ValueError: If LoRA layers are fused into weights that `load` replaced.
     """
     state = model_state(model)
-    merged = [name for name, module in model.named_modules() if getattr(module, "merged", False) is True]
-    if merged and state.originals:
-        raise ValueError(f"LoRA is fused into {merged[0]}, whose weights would be put back: call unfuse_lora() first")
+    replaced = {id(tensor) for tensor, _ in state.originals}
+    for name, module in model.named_modules():
+        if getattr(module, "merged", False) is True and any(id(p) in replaced for p in module.parameters()):
+            raise ValueError(f"LoRA is fused into {name}, whose weights would be put back: call unfuse_lora() first")
     for module in list(model.modules()):
         if is_rerouted(module):
             for name, value in state_of(module).replaced.items():

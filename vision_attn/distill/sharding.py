@@ -18,7 +18,7 @@ from vision_attn.distill.student import Student
 
 
 def is_sharded(accelerator: Any) -> bool:
-    """Whether the model's parameters are spread over the processes."""
+    """Whether the parameters (FSDP) or the optimiser's state (DeepSpeed) are spread over the processes."""
     return str(accelerator.distributed_type).rpartition(".")[2] in ("FSDP", "DEEPSPEED")
 
 

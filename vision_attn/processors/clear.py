@@ -70,13 +70,18 @@ class Clear(AttnSpec):
         if grid.height % self.pool or grid.width % self.pool:
             raise ValueError(f"pool {self.pool} must divide the height and width of {grid}")
 
+    def native(self, grid: Grid) -> int | None:
+        """Return the tokens of a sequence at the training size, None to leave the logits as they are."""
+        return self.native_tokens
+
     def scale(self, head_dim: int, grid: Grid, scale: float | None) -> float:
         """Return the factor of the logits."""
         scale = head_dim**-0.5 if scale is None else scale
-        if self.native_tokens is None:
+        native = self.native(grid)
+        if native is None:
             return scale
         tokens = grid.tokens * (10 if self.pool > 1 else 1)
-        return scale * math.sqrt(math.log(tokens) / math.log(self.native_tokens))
+        return scale * math.sqrt(math.log(tokens) / math.log(native))
 
 
 class ClearAttention(Processor):
