@@ -190,6 +190,7 @@ def test_revert_keeps_the_dtype_that_the_model_has_now(tmp_path: Path) -> None:
     conversion = load(model, tmp_path)
     model.to(torch.float64)
     conversion.revert()
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float64}
     assert all(torch.equal(tensor, want[name].double()) for name, tensor in state(model).items())
 
 
