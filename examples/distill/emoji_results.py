@@ -68,10 +68,11 @@ def settings(args, teacher: str, student: str, steps: int, minutes: float | None
             images=data / "images",
             prompts=args.prompts,
             sizes=[(args.pixels, args.pixels)],
+            native=(args.native, args.native) if args.native and teacher != "unet" else None,
             batch_size=args.batch,
             steps=1 if args.toy else 0,
         ),
-        loss=LossConfig(task=args.task),
+        loss=LossConfig(task=args.task, attention=args.attention),
         optimizer=OptimizerConfig(learning_rate=args.rate, warmup=20, ema=0.99, schedule=args.schedule),
         run=RunConfig(
             args.out / "runs" / f"{teacher}-{student}",
@@ -142,6 +143,10 @@ def one(args, teacher: str, student: str, minutes: float, done: dict) -> dict:
         "init": config.student.init,
         "start": None if start is None else str(start),
         "batch": args.batch,
+        "pixels": args.pixels,
+        "losses": {"task": args.task, "prediction": 0.5, "attention": args.attention},
+        "rate": args.rate,
+        "schedule": args.schedule,
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
     }
 
@@ -172,10 +177,12 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--schedule", default="constant", choices=("constant", "cosine", "linear"))
     parser.add_argument("--task", type=float, default=1.0, help="weight of the error to the data")
+    parser.add_argument("--attention", type=float, default=0.5, help="weight of the error of attention outputs")
     parser.add_argument("--precision", choices=("bf16", "no"), help="bf16 on a GPU; on a CPU it pays with AMX")
     parser.add_argument("--start", type=Path, help="folder of adapters TEACHER-STUDENT to go on from")
     parser.add_argument("--count", type=int, default=12, help="prompts to draw")
     parser.add_argument("--pixels", type=int, default=128)
+    parser.add_argument("--native", type=int, help="pixels that positions of the FLUX type are scaled into")
     parser.add_argument("--toy", action="store_true", help="few denoising steps at a small size: shows that it runs")
     args = parser.parse_args()
     if args.toy:

@@ -1,6 +1,8 @@
 """`distill eval`: how near a student is to its teacher, and what its pictures are worth."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from vision_attn.distill.generate import read_prompts
 from vision_attn.distill.hosts import denoiser_of
 from vision_attn.distill.losses import Noising, Outputs
 from vision_attn.distill.measures import agreement, copies, kernel_distance, retrieval
+from vision_attn.highres_options import unit_of
+from vision_attn.positions import stretched_positions
 
 _SAMPLES = 16  # of the cache, for the error of predictions
 
@@ -56,7 +60,10 @@ class Evaluation:
         """Draw all prompts, and predict from noisy samples of the cache, with the pipeline as it is."""
         pictures, count = [], self.config.eval.batch_size
         steps = {"num_inference_steps": self.config.eval.steps} if self.config.eval.steps else {}
-        with tqdm(total=len(self.prompts), desc=label, unit="image", disable=self.config.run.quiet) as bar:
+        with (
+            self._positions(),
+            tqdm(total=len(self.prompts), desc=label, unit="image", disable=self.config.run.quiet) as bar,
+        ):
             for first in range(0, len(self.prompts), count):
                 part = self.prompts[first : first + count]
                 seeds = [torch.Generator().manual_seed(self.config.run.seed + first + i) for i in range(len(part))]
@@ -65,6 +72,18 @@ class Evaluation:
                 pictures.append(self.pipe(part, **call).images.float().cpu())
                 bar.update(len(part))
         return Drawn(torch.cat(pictures), {sigma: self._predict(sigma) for sigma in self.config.eval.sigmas})
+
+    @contextmanager
+    def _positions(self) -> Iterator[None]:
+        """Draw with the positions that the cache has: those of `data.native`."""
+        (height, width), native, unit = self.size, self.config.data.native, unit_of(self.pipe)
+        stretch = math.sqrt(height * width / (native[0] * native[1])) if native else 1.0
+        if stretch <= 1:
+            yield
+            return
+        model = denoiser_of(self.pipe)[1]
+        with stretched_positions(model, (height // unit, width // unit), stretch, "interpolate"):
+            yield
 
     def _predict(self, sigma: float) -> Tensor:
         """Predict from the first samples of the cache at a noise level."""

@@ -20,16 +20,20 @@ from vision_attn.kernels._linear_tiles_triton import (
     LANES,
     LOWEST,
     Launch,
+    await_previous,
     block_of,
     centred,
     cut,
+    dependent,
     divisor,
     feature_sums,
     lane_sums,
     mapped,
+    overlapping,
     power,
     precision_of,
     put_rows,
+    release,
     steps,
     token_rows,
     turned,
@@ -41,8 +45,8 @@ from vision_attn.kernels._linear_tiles_triton import (
 # 16 bits up to 128 channels: tuned on an H200 with triton 3.6; else chosen by registers and shared memory.
 # Keys: bytes of an element, channels of the features and of the values at most.
 _STATE: dict[tuple[int, int, int], Launch] = {
-    (2, 64, 64): Launch(64, 4, 3, 4),
-    (2, 128, 128): Launch(64, 4, 3, 2),
+    (2, 64, 64): Launch(64, 4, 2, 5),
+    (2, 128, 128): Launch(64, 8, 2, 2),
     (2, 256, 256): Launch(64, 8, 2, 1),
     (4, 64, 64): Launch(32, 4, 3, 4),
     (4, 128, 128): Launch(32, 8, 2, 2),
@@ -50,7 +54,7 @@ _STATE: dict[tuple[int, int, int], Launch] = {
 }
 _OUTPUT: dict[tuple[int, int, int], Launch] = {
     (2, 64, 64): Launch(64, 4, 1, 4),
-    (2, 128, 128): Launch(64, 4, 1, 2),
+    (2, 128, 128): Launch(64, 4, 2, 2),
     (2, 256, 256): Launch(64, 8, 2, 4),
     (4, 64, 64): Launch(32, 4, 2, 12),
     (4, 128, 128): Launch(32, 4, 2, 8),
@@ -116,8 +120,9 @@ def _state(
     k, v, weight, sum_weight, query, cos, sin, part, part_top,
     k_b, k_n, k_h, v_b, v_n, v_h, w_b, w_n, w_h, cos_n, tokens, heads, batch_heads, length,
     WEIGHT: tl.constexpr, SUM_WEIGHT: tl.constexpr, GLOBAL: tl.constexpr, SCALED: tl.constexpr,
-    LEN: tl.constexpr, STAGES: tl.constexpr, LANES: tl.constexpr, MAP: tl.constexpr, ROTARY: tl.constexpr,
-    F: tl.constexpr, BLOCK_F: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr, LEN: tl.constexpr, STAGES: tl.constexpr, LANES: tl.constexpr, MAP: tl.constexpr,
+    ROTARY: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sum r phi(k) v^T and phi(k) over a part of the keys, each weighed.
 
@@ -181,6 +186,7 @@ def _state(
             if SUM_WEIGHT:
                 plain *= other[:, None]
             sums += lane_sums(plain, LANES)
+    release(OVERLAP)
     place = slice_.to(tl.int64) * batch_heads + bh
     part += place * (F * D + F)
     put_rows(part, f, F, D, block * BLOCK_D, acc, D, BLOCK_D)
@@ -195,9 +201,12 @@ def _state(
 @triton.jit
 def _merge(
     part, part_top, state, norm, tops, parts, batch_heads, factor,
-    GLOBAL: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
+    GLOBAL: tl.constexpr, OVERLAP: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, F: tl.constexpr,
+    D: tl.constexpr,
 ):  # fmt: skip
     """Add the parts of some numbers of one head's state and norm."""
+    release(OVERLAP)
+    await_previous(OVERLAP)
     bh = tl.program_id(0).to(tl.int64)
     WIDTH: tl.constexpr = F * D + F
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -233,8 +242,9 @@ def _merge(
 @triton.jit
 def _output(
     q, state, norm, cos, sin, o, q_b, q_n, q_h, cos_n, tokens, heads, batch_heads, length, eps, floor,
-    SCALED: tl.constexpr, LEN: tl.constexpr, STAGES: tl.constexpr, MAP: tl.constexpr, ROTARY: tl.constexpr,
-    F: tl.constexpr, BLOCK_F: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    SCALED: tl.constexpr, OVERLAP: tl.constexpr, LEN: tl.constexpr, STAGES: tl.constexpr, MAP: tl.constexpr,
+    ROTARY: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Read the state with some queries."""
     pid = tl.program_id(0)
@@ -245,15 +255,16 @@ def _output(
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     q += (b * q_b + h * q_h) * unit_of(q)
     o += (b * tokens * heads + h) * D
+    stop = tl.minimum(tokens, (slice_ + 1) * length)
+    first = slice_ * length + tl.arange(0, LEN)
+    following = token_rows(q, first, stop, q_n * unit_of(q), 0, F, BLOCK_F)
+    await_previous(OVERLAP)  # the first queries are on their way
     norm += bh * F
     z, c = divisor(norm, floor, F, BLOCK_F, ROTARY)
     state += bh.to(tl.int64) * F * D
     s, mean = centred(
         state, z, c, block * BLOCK_D, q.dtype.element_ty, F, BLOCK_F, D, BLOCK_D, ROTARY, SCALED
     )  # fmt: skip
-    stop = tl.minimum(tokens, (slice_ + 1) * length)
-    first = slice_ * length + tl.arange(0, LEN)
-    following = token_rows(q, first, stop, q_n * unit_of(q), 0, F, BLOCK_F)
     for j in tl.range(slice_ * length, stop, LEN, num_stages=STAGES):
         row = j + tl.arange(0, LEN)
         x = following
@@ -291,7 +302,8 @@ def state_parts(
         part, part if part_top is None else part_top, *steps(k), *steps(v),
         *((0, 0, 0) if weight is None else weight.stride()), cos_n, M, H, B * H, length,
         WEIGHT=weight is not None, SUM_WEIGHT=sum_weight is not None, GLOBAL=query is not None, SCALED=call.scaled,
-        LEN=launch.length, STAGES=launch.stages, LANES=LANES, num_warps=launch.warps, **constants,
+        OVERLAP=overlapping(k), LEN=launch.length, STAGES=launch.stages, LANES=LANES, num_warps=launch.warps,
+        **constants,
     )  # fmt: skip
     return part, part_top
 
@@ -306,7 +318,7 @@ def merged(
     tops = part.new_empty((B, H, 2) if part_top is not None else (0,))
     _merge[(B * H, math.ceil((F * D + F) / 128))](
         part, part if part_top is None else part_top, state, norm, tops, count, B * H, factor,
-        GLOBAL=part_top is not None, PARTS=16, COLUMNS=128, F=F, D=D, num_warps=1,
+        GLOBAL=part_top is not None, PARTS=16, COLUMNS=128, F=F, D=D, num_warps=1, **dependent(part),
     )  # fmt: skip
     return state, norm, tops
 
@@ -329,5 +341,6 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _output[(parts * blocks * B * H,)](
         q, state, norm, *call.rotary()[:2], o, *steps(q), call.rotary()[2], N, H, B * H, length, call.eps,
         call.floor, SCALED=call.scaled, LEN=launch.length, STAGES=launch.stages, num_warps=launch.warps, **constants,
+        **dependent(q),
     )  # fmt: skip
     return o, state, norm, tops

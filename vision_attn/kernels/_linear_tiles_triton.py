@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vision_attn.kernels._local_call_triton import next_power
+
 LOG2E = tl.constexpr(1.4426950408889634)
 # Where a running maximum starts: below any logit, and so far above minus infinity that differences are finite.
 LOWEST = tl.constexpr(-1e30)
@@ -36,6 +38,20 @@ class Launch:
     warps: int
     stages: int
     programs: int
+
+
+@triton.jit
+def release(OVERLAP: tl.constexpr):
+    """Let the next launch start where this one leaves room; it waits before it reads what this one writes."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def await_previous(OVERLAP: tl.constexpr):
+    """Wait until the launch before this one has ended and its writes are seen."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -204,7 +220,7 @@ def weighed(phi, row, stop, query, weight, w_n, WEIGHT: tl.constexpr, GLOBAL: tl
 
 def block_of(channels: int) -> int:
     """Channels of a tile: the next power of two, at least 16."""
-    return max(16, triton.next_power_of_2(channels))
+    return max(16, next_power(channels))
 
 
 def value_block(block_f: int, block_d: int, size: int) -> int:
@@ -215,6 +231,16 @@ def value_block(block_f: int, block_d: int, size: int) -> int:
 def multiprocessors(t: Tensor) -> int:
     """Multiprocessors of the GPU; in the interpreter, those of an H200."""
     return torch.cuda.get_device_properties(t.device).multi_processor_count if t.is_cuda else 132
+
+
+def overlapping(t: Tensor) -> bool:
+    """Whether a launch may start before the one before it has ended: Hopper and later GPUs."""
+    return t.is_cuda and torch.cuda.get_device_capability(t.device)[0] >= 9
+
+
+def dependent(t: Tensor) -> dict[str, bool]:
+    """Launch options of a kernel that calls `await_previous`."""
+    return dict(OVERLAP=True, launch_pdl=True) if overlapping(t) else dict(OVERLAP=False)
 
 
 def cut(tokens: int, rows: int, launch: Launch, t: Tensor, least: int) -> tuple[int, int]:

@@ -27,6 +27,7 @@ from vision_attn.kernels._local_tiles_triton import (
     LOG2E,
     band_columns,
     bias_of,
+    bias_table,
     coordinate,
     count_tiles,
     disc_penalty,
@@ -184,6 +185,8 @@ def _query_gradients(
         column, stop = band_columns(row, y0, y1, x0, x1, start_x, stop_x, length_x, limit, KEY_TALL, DISC)
         j = tl.arange(0, LEN)
         py, px = coordinate(y0, n // WIDE, DISC)[:, None], coordinate(x0, n % WIDE, DISC)[:, None]
+        if BIAS:
+            table = bias_table(bias, h, KY, KX, BIAS)
         for _i in tl.range(0, count):
             keys = grid_tile(
                 k, k_grid, b, k_lane, row, column, length_y, length_x, group_y, group_x, step_y, step_x,
@@ -200,8 +203,7 @@ def _query_gradients(
             else:
                 penalty = square_penalty(py, px, ky, kx, length_y, length_x, KY, KX)
                 if BIAS:
-                    table = bias + h * (2 * KY - 1) * (2 * KX - 1)
-                    s += bias_of(table, py, px, ky, kx, length_y, length_x, penalty == 0.0, KY, KX)
+                    s += bias_of(table, py, px, ky, kx, length_y, length_x, KY, KX, BIAS)
                 s += penalty
             p = tl.math.exp2(s)
             dp = tl.dot(d_out, tl.trans(values), input_precision=PRECISION)
@@ -274,7 +276,7 @@ def _fill_dq(dq: Tensor, call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> 
         pooled=0 if call.pooled_k is None else call.pooled_k.shape[1],
         row_programs=blocks * parts, part_length=length, together=call.together,
         TALL=tiles.queries[0], WIDE=tiles.queries[1], KEY_TALL=tiles.keys[0], KEY_WIDE=tiles.keys[1],
-        MASK=call.mask is not None, BIAS=call.bias is not None, PREFIX=prefix > 0, SUFFIX=suffix > 0,
+        MASK=call.mask is not None, BIAS=call.bias_block, PREFIX=prefix > 0, SUFFIX=suffix > 0,
         POOLED=call.pooled_k is not None and call.pooled_k.shape[1] > 0, RAGGED_PREFIX=prefix % LEN > 0,
         RAGGED_N=N % LEN > 0, PARTS=parts, TMA=tma, num_warps=tiles.warps, num_stages=tiles.stages,
         **call.numbers(),

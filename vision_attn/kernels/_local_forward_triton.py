@@ -23,6 +23,7 @@ from vision_attn.kernels._local_tiles_triton import (
     LOWEST,
     band_columns,
     bias_of,
+    bias_table,
     coordinate,
     count_tiles,
     disc_penalty,
@@ -126,7 +127,7 @@ def _forward(
         m, l, acc = _sequence(  # noqa: E741
             q_rows, m, l, acc, k, v, k_seq, v_seq, mask + b * mask_b, b, h, first,
             tl.minimum(first + part_length, N), k_n, v_n, prefix, image, c,
-            LEN, RAGGED_N, MASK, D, BLOCK_D, TMA, PRECISION,
+            LEN, RAGGED_N, MASK, D, BLOCK_D, TMA and (PREFIX or SUFFIX), PRECISION,
         )  # fmt: skip
         total = tl.maximum(tl.sum(l, 1), 1e-30)  # a part may hold hidden keys alone
         acc = acc * (1.0 / total)[:, None]
@@ -180,6 +181,8 @@ def _forward(
         column, stop = band_columns(row, y0, y1, x0, x1, start_x, stop_x, length_x, limit, KEY_TALL, DISC)
         j = tl.arange(0, LEN)
         py, px = coordinate(y0, n // WIDE, DISC)[:, None], coordinate(x0, n % WIDE, DISC)[:, None]
+        if BIAS:
+            table = bias_table(bias, h, KY, KX, BIAS)
         for _i in tl.range(0, count):
             keys = grid_tile(
                 k, k_grid, b, k_lane, row, column, length_y, length_x, group_y, group_x, step_y, step_x,
@@ -192,8 +195,7 @@ def _forward(
             else:
                 penalty = square_penalty(py, px, ky, kx, length_y, length_x, KY, KX)
                 if BIAS:
-                    table = bias + h * (2 * KY - 1) * (2 * KX - 1)
-                    s = s * c + bias_of(table, py, px, ky, kx, length_y, length_x, penalty == 0.0, KY, KX)
+                    s = s * c + bias_of(table, py, px, ky, kx, length_y, length_x, KY, KX, BIAS)
                 s += penalty
             values = grid_tile(
                 v, v_grid, b, v_lane, row, column, length_y, length_x, group_y, group_x, step_y, step_x,
@@ -258,8 +260,9 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         part_lse = q.new_empty((parts, B, H, outside), dtype=torch.float32)
     boxes: tuple[Any, ...] = (k, v, k, v)
     if tma := uses_boxes((k, v)):
-        boxes = tuple(sequence_box(t, LEN, call.block_d) for t in (k, v))
-        boxes += tuple(grid_box(t, call.size, call.steps, tiles.keys, call.block_d) for t in (k, v))
+        if outside:
+            boxes = tuple(sequence_box(t, LEN, call.block_d) for t in (k, v))
+        boxes = boxes[:2] + tuple(grid_box(t, call.size, call.steps, tiles.keys, call.block_d) for t in (k, v))
     pooled_k, pooled_v = (k, v) if call.pooled_k is None else (call.pooled_k, call.pooled_v)
     assert pooled_v is not None
     _forward[(blocks * parts + grid_programs,)](
@@ -270,7 +273,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         pooled=0 if call.pooled_k is None else call.pooled_k.shape[1],
         row_programs=blocks * parts, part_length=length, together=call.together,
         TALL=tiles.queries[0], WIDE=tiles.queries[1], KEY_TALL=tiles.keys[0], KEY_WIDE=tiles.keys[1],
-        MASK=call.mask is not None, BIAS=call.bias is not None, PREFIX=prefix > 0, SUFFIX=suffix > 0,
+        MASK=call.mask is not None, BIAS=call.bias_block, PREFIX=prefix > 0, SUFFIX=suffix > 0,
         POOLED=call.pooled_k is not None and call.pooled_k.shape[1] > 0, RAGGED_PREFIX=prefix % LEN > 0,
         RAGGED_N=N % LEN > 0, PARTS=parts, TMA=tma, num_warps=tiles.warps, num_stages=tiles.stages,
         **call.numbers(),

@@ -18,6 +18,7 @@ LOWEST = tl.constexpr(-1e16)
 LOG2E = tl.constexpr(1.4426950408889634)
 OUTSIDE = tl.constexpr(1e20)
 SPREAD = tl.constexpr(8589934592.0)  # 2^33
+BIAS_NEAR = tl.constexpr(4096)  # entries of a table of relative biases that shared memory holds beside the tiles
 FAR = tl.constexpr(1048576.0)  # a coordinate that no disc reaches; (FAR * SPREAD)^2 is finite
 
 
@@ -225,9 +226,27 @@ def coordinate(first, offset, DISC: tl.constexpr):
 
 
 @triton.jit
-def bias_of(table, qy, qx, ky, kx, length_y, length_x, seen, KY, KX):
-    """Bias of every pair in units of log2; zero where a query does not see the key."""
+def bias_table(bias, h, KY, KX, BIAS: tl.constexpr):
+    """One head's table: its values in units of log2 where they fit beside a tile, else where it lies."""
+    size = (2 * KY - 1) * (2 * KX - 1)
+    table = bias + h * size
+    if BIAS <= BIAS_NEAR:
+        n = tl.arange(0, BIAS)
+        table = tl.load(table + n, mask=n < size, other=0.0).to(tl.float32) * LOG2E
+    return table
+
+
+@triton.jit
+def bias_of(table, qy, qx, ky, kx, length_y, length_x, KY, KX, BIAS: tl.constexpr):
+    """Bias of every pair in units of log2; arbitrary where a query does not see the key."""
     # a query beyond the grid has a window too, but no place in the table
-    dy, dx = ky - tl.minimum(qy, length_y - 1), kx - tl.minimum(qx, length_x - 1)
-    place = (dy + KY - 1) * (2 * KX - 1) + dx + KX - 1
-    return tl.load(table + place, mask=seen, other=0.0).to(tl.float32) * LOG2E
+    query = tl.minimum(qy, length_y - 1) * (2 * KX - 1) + tl.minimum(qx, length_x - 1)
+    place = ky * (2 * KX - 1) + kx + (KY - 1) * (2 * KX - 1) + KX - 1 - query
+    place = tl.minimum(tl.maximum(place, 0), (2 * KY - 1) * (2 * KX - 1) - 1)
+    if BIAS <= BIAS_NEAR:
+        rows: tl.constexpr = place.shape[0]
+        columns: tl.constexpr = place.shape[1]
+        value = tl.gather(table, place.reshape(rows * columns), 0).reshape(rows, columns)
+    else:
+        value = tl.load(table + place).to(tl.float32) * LOG2E
+    return value

@@ -23,6 +23,8 @@ PerAxis = int | tuple[int, int]
 
 def per_axis(value: PerAxis, name: str, least: int) -> tuple[int, int]:
     """Return `value` as a (vertical, horizontal) pair of integers of at least `least`."""
+    if type(value) is int and value >= least:
+        return value, value
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, int) for v in pair):
         raise TypeError(f"{name} must be an int or a pair of ints (vertical, horizontal), got {value!r}")
