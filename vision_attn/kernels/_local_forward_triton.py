@@ -43,6 +43,7 @@ from vision_attn.kernels._local_tiles_triton import (
 # Found on one H200 with torch 2.11.0 and triton 3.6.0. Keys: bytes of an element, channels at most, window columns at
 # most.
 _CONFIGS: dict[tuple[int, int, float], Tiles] = {
+    (2, 32, 9): Tiles((4, 8), (8, 8), 2, 2),
     (2, 64, math.inf): Tiles((8, 8), (8, 8), 4, 2),
     (2, 128, 9): Tiles((8, 8), (8, 8), 4, 3),
     (2, 128, 13): Tiles((8, 8), (4, 8), 4, 3),
