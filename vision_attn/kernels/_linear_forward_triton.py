@@ -46,12 +46,13 @@ from vision_attn.kernels._linear_tiles_triton import (
 # Keys: bytes of an element, channels of the features and of the values at most.
 _STATE: dict[tuple[int, int, int], Launch] = {
     (2, 64, 64): Launch(64, 4, 2, 5),
-    (2, 128, 128): Launch(64, 8, 2, 2),
+    (2, 128, 128): Launch(64, 4, 3, 2),
     (2, 256, 256): Launch(64, 8, 2, 1),
     (4, 64, 64): Launch(32, 4, 3, 4),
     (4, 128, 128): Launch(32, 8, 2, 2),
     (4, 256, 256): Launch(32, 8, 2, 1),
 }
+_SCALED_STATE = _STATE | {(2, 64, 64): Launch(64, 4, 3, 4)}  # float16: see `Call.scaled`
 _OUTPUT: dict[tuple[int, int, int], Launch] = {
     (2, 64, 64): Launch(64, 4, 1, 4),
     (2, 128, 128): Launch(64, 4, 2, 2),
@@ -290,7 +291,7 @@ def state_parts(
     """Return state and norm of parts `[parts, B, H, F * D + F]`; for `query` maximum and total `[parts, B, H, 2]`."""
     B, M, H, F = k.shape
     D = v.shape[-1]
-    launch, constants = config(call, _STATE), call.constants()
+    launch, constants = config(call, _SCALED_STATE if call.scaled else _STATE), call.constants()
     blocks = math.ceil(D / constants["BLOCK_D"])
     parts, length = cut(M, B * H * blocks, launch, k, 4)
     part = torch.empty(parts, B, H, F * D + F, dtype=torch.float32, device=k.device)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from vision_attn.bench.musts import Must
 
 EAGER, COMPILED = "eager", "compiled"
+GRAPH = " graph"  # behind a mode: replayed from a CUDA graph, without the host's part of the time
+MODES = (EAGER, COMPILED, EAGER + GRAPH, COMPILED + GRAPH)
 _TWIN = " dense twin"
 
 
@@ -18,7 +20,7 @@ class Entrant:
 
     Args:
         model: A name of timm's registry; with ' dense twin' after it, see `dense_twin.py`.
-        mode: 'eager' or 'compiled'.
+        mode: One of MODES.
     """
 
     model: str
@@ -70,7 +72,7 @@ class ModelCase:
     @property
     def entrants(self) -> list[Entrant]:
         """The candidates: every model in every mode."""
-        return [Entrant(model, mode) for model in self.models for mode in (EAGER, COMPILED)]
+        return [Entrant(model, mode) for model in self.models for mode in MODES]
 
     @property
     def musts(self) -> list[Must]:

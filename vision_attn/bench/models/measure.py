@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from vision_attn.bench.candidate import AbsentError
 from vision_attn.bench.memory import peak_memory
-from vision_attn.bench.models.case import COMPILED, EAGER, Entrant, ModelCase
+from vision_attn.bench.models.case import COMPILED, GRAPH, MODES, Entrant, ModelCase
 from vision_attn.bench.musts import add_speedups, judge
 from vision_attn.bench.reasons import reason_of
 from vision_attn.bench.timing import Launch, interleave
@@ -31,7 +32,7 @@ def model_row(case: ModelCase, device: torch.device, *, rounds: int = 4, chosen:
     torch.compiler.reset()  # compiled code of another size is of no use any more
     entrants = [e for e in case.entrants if not chosen or e.name in chosen]
     results, launches, built = [], {}, {}
-    with torch.backends.cudnn.flags(benchmark=True), torch.no_grad():
+    with _stream(device), torch.backends.cudnn.flags(benchmark=True), torch.no_grad():
         images = case.images(device)
         for entrant in entrants:
             result: dict[str, Any] = dict(name=entrant.name, computes=entrant.model, reason=None, forward=None)
@@ -48,23 +49,31 @@ def model_row(case: ModelCase, device: torch.device, *, rounds: int = 4, chosen:
         if timing := timings.get(result["name"]):
             result["forward"] |= asdict(timing)
             result["forward"]["images_per_s"] = 1e3 * result["forward"]["batch"] / timing.median_ms
-    for mode in (EAGER, COMPILED):
+    for mode in MODES:
         add_speedups([r for r in results if r["name"].endswith(mode)], [f"{case.reference} {mode}"])
     head = dict(case=case.name, label=case.label, group=case.group, shape=case.shape(), subject=None)
     return dict(**head, candidates=results, musts=judge(case.musts, results))
 
 
+def _stream(device: torch.device) -> AbstractContextManager[object]:
+    """CUDA graphs are not captured on the default stream."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+
+
 def _ready(entrant: Entrant, model: nn.Module, images: Tensor, device: torch.device) -> tuple[Launch, dict[str, Any]]:
     """Return what is timed, and its batch and memory; the batch is halved until it fits."""
     run: Callable[[Tensor], Tensor] = model
-    if entrant.mode == COMPILED:
-        if device.type != "cuda":
-            raise AbsentError("compiled for CUDA only")
+    graph = entrant.mode.endswith(GRAPH)
+    if device.type != "cuda" and (graph or entrant.mode == COMPILED):
+        raise AbsentError("compiled and captured for CUDA only")
+    if entrant.mode.startswith(COMPILED):
         run = torch.compile(model, dynamic=False)
     while True:
         try:
             call = _Forward(run, images)
-            launch = Launch(call, device, graph=False)
+            launch = Launch(call, device, graph=graph)
+            if graph and launch.kind != "graph":
+                raise AbsentError("it cannot be captured in a CUDA graph")
             memory = peak_memory(call, device)
         except torch.OutOfMemoryError:
             if len(images) < 2:
