@@ -16,9 +16,9 @@ TITLE = (
     "stage has shifted windows in both); that of nat_tiny is dinat_tiny's too"
 )
 TIMING = (
-    "Medians, candidates in turns in one run, eager and by `torch.compile(dynamic=False)`; `graph` is the same replayed "
-    "from a CUDA graph, without the time that the host takes to launch it. cuDNN's autotuner on. Speed-ups are images "
-    "per second over those of the row's reference in the same mode. Memory is the peak above the weights."
+    "Medians, candidates in turns in one run, eager and by `torch.compile(dynamic=False)`; `graph` is the same "
+    "replayed from a CUDA graph, without the time that the host takes to launch it. cuDNN's autotuner on. Speed-ups "
+    "are images per second over those of the row's reference in the same mode. Memory is the peak above the weights."
 )
 SWIN, PVT = "swin_tiny_patch4_window7_224", "pvt_v2_b2"
 _NAT, _LINEAR = ("nat_tiny", "dinat_tiny"), ("litv2_small", "ravlt_small")
