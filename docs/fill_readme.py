@@ -107,14 +107,15 @@ def pipelines() -> str:
     """Whole denoising steps."""
     rows = []
     for row in stored("bench/results/pipelines_h200.json")["rows"]:
-        label = row["label"].partition(",")[0]
+        label = row["label"].partition(",")[0] + ", compiled" * (row["shape"]["mode"] == "compiled")
         for candidate in row["candidates"]:
             timed = candidate["forward"]
             if timed is None:
                 continue
             memory = f"{timed['memory']['bytes'] / 2**30:.1f} GiB"
+            speedup = f"{timed['speedup']:.2f}x" if timed["speedup"] else "-"
             seconds = f"{timed['median_ms'] / 1e3:.3f} s{' (extrapolated)' * timed['extrapolated']}"
-            rows.append([row["group"], label, candidate["name"], seconds, f"{timed['speedup']:.2f}x", memory])
+            rows.append([row["group"], label, candidate["name"], seconds, speedup, memory])
     return table(["denoiser", "size", "attention", "one step", "against stock", "peak memory"], rows)
 
 
@@ -125,7 +126,9 @@ def distilled() -> str:
         before, after = row["before"], row["after"]
         keys = (("kd_error_mean", ".4f"), ("psnr_db", ".1f"), ("retrieval_top1", ".0%"), ("kid_pixels_x1000", ".3f"))
         cells = [f"{before[key]:{form}} → {after[key]:{form}}" for key, form in keys]
-        start = " from random projections" * (row["init"] == "random") + ", further" * bool(row["start"])
+        start = ", all projections" * row["name"].endswith("_all") + ", from random projections" * (row["init"] == "random")
+        pixels = row.get("pixels", 128)
+        start += f", {pixels} px" * (pixels != 128)
         steps = f"{row['steps']} of {row['batch']}"
         rows.append([row["teacher_name"], f"`{row['spec']}`{start}", steps, *cells])
     head = ["teacher", "student", "steps of batch", "KD error", "PSNR to the teacher", "retrieval", "KID x 1000"]
@@ -135,11 +138,14 @@ def distilled() -> str:
 def highres() -> str:
     """Pictures far above the training size."""
     names = {"base": "FLUX type", "unet": "UNet"}
-    rows = [
-        [names[r["teacher"]], r["attention"], r["way"], f"{r['copies']:.1f}", f"{r['truth_psnr_db']:.1f} dB"]
-        for r in stored("docs/highres.json")["rows"]
-    ]
-    return table(["teacher", "distilled attention", "drawn", "copies counted", "PSNR to the icon"], rows)
+    rows = []
+    for r in stored("docs/highres.json")["rows"]:
+        memory = f"{r['peak_bytes'] / 2**30:.2f} GiB" if r["peak_bytes"] else "-"
+        where = "" if r["peak_bytes"] else " on a CPU"
+        cells = [names[r["teacher"]], r["attention"], f"{r['pixels']} px", r["way"], f"{r['copies']:.1f}"]
+        rows.append([*cells, f"{r['truth_psnr_db']:.1f} dB", f"{r['seconds']:.1f} s{where}", memory])
+    head = ["teacher", "attention", "size", "drawn", "copies counted", "PSNR to the icon", "a picture", "peak memory"]
+    return table(head, rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -130,6 +130,15 @@ def test_a_batch_that_does_not_fit_is_halved():
     assert broken["reason"] == "cannot run: KeyError: 'broken'"
 
 
+def test_cudnn_stays_on_and_chooses(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        Fits, "forward", lambda self, x: seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark))
+    )
+    model_row(Small("Fit", 8, 8, ("8",), "8", dtype="float32"), CPU, rounds=2, chosen=("8 eager",))
+    assert set(seen) == {(True, True)}
+
+
 def test_a_whole_model_is_not_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(Launch, "_burst", lambda self, count, lead=0: [1.0] * count)

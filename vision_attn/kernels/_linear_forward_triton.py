@@ -52,10 +52,10 @@ _STATE: dict[tuple[int, int, int], Launch] = {
     (4, 128, 128): Launch(32, 8, 2, 2),
     (4, 256, 256): Launch(32, 8, 2, 1),
 }
-_SCALED_STATE = _STATE | {(2, 64, 64): Launch(64, 4, 3, 4)}  # float16: see `Call.scaled`
+_HEAVY_STATE = _STATE | {(2, 64, 64): Launch(64, 4, 3, 4)}  # float16 (`Call.scaled`) and a global query
 _OUTPUT: dict[tuple[int, int, int], Launch] = {
     (2, 64, 64): Launch(64, 4, 1, 4),
-    (2, 128, 128): Launch(64, 4, 2, 2),
+    (2, 128, 128): Launch(64, 4, 1, 2),
     (2, 256, 256): Launch(64, 8, 2, 4),
     (4, 64, 64): Launch(32, 4, 2, 12),
     (4, 128, 128): Launch(32, 4, 2, 8),
@@ -291,7 +291,7 @@ def state_parts(
     """Return state and norm of parts `[parts, B, H, F * D + F]`; for `query` maximum and total `[parts, B, H, 2]`."""
     B, M, H, F = k.shape
     D = v.shape[-1]
-    launch, constants = config(call, _SCALED_STATE if call.scaled else _STATE), call.constants()
+    launch, constants = config(call, _HEAVY_STATE if call.scaled or query is not None else _STATE), call.constants()
     blocks = math.ceil(D / constants["BLOCK_D"])
     parts, length = cut(M, B * H * blocks, launch, k, 4)
     part = torch.empty(parts, B, H, F * D + F, dtype=torch.float32, device=k.device)

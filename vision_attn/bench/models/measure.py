@@ -32,7 +32,7 @@ def model_row(case: ModelCase, device: torch.device, *, rounds: int = 4, chosen:
     torch.compiler.reset()  # compiled code of another size is of no use any more
     entrants = [e for e in case.entrants if not chosen or e.name in chosen]
     results, launches, built = [], {}, {}
-    with _stream(device), torch.backends.cudnn.flags(benchmark=True), torch.no_grad():
+    with _stream(device), torch.backends.cudnn.flags(enabled=True, benchmark=True), torch.no_grad():
         images = case.images(device)
         for entrant in entrants:
             result: dict[str, Any] = dict(name=entrant.name, computes=entrant.model, reason=None, forward=None)
