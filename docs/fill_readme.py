@@ -126,7 +126,8 @@ def distilled() -> str:
         before, after = row["before"], row["after"]
         keys = (("kd_error_mean", ".4f"), ("psnr_db", ".1f"), ("retrieval_top1", ".0%"), ("kid_pixels_x1000", ".3f"))
         cells = [f"{before[key]:{form}} → {after[key]:{form}}" for key, form in keys]
-        start = ", all projections" * row["name"].endswith("_all") + ", from random projections" * (row["init"] == "random")
+        start = ", all projections" * row["name"].endswith("_all")
+        start += ", from random projections" * (row["init"] == "random")
         pixels = row.get("pixels", 128)
         start += f", {pixels} px" * (pixels != 128)
         steps = f"{row['steps']} of {row['batch']}"

@@ -15,6 +15,8 @@ from vision_attn.demo import load_teacher
 from vision_attn.distill.cache import write_cache
 from vision_attn.distill.evaluate import Evaluation, read_truth
 from vision_attn.distill.measures import agreement, copies, kernel_distance, retrieval
+from vision_attn.highres_options import unit_of
+from vision_attn.positions import stretched_positions
 
 
 def blob(side=128, seed=0):
@@ -101,6 +103,23 @@ def test_a_student_that_is_its_teacher_has_no_error(tmp_path):
     assert read_truth(tmp_path / "truth.npz")[1].shape == (2, 3, 64, 64)
     with pytest.raises(FileNotFoundError, match="rasterise"):
         read_truth(tmp_path / "nothing.npz")
+
+
+def test_pictures_are_drawn_with_the_positions_of_the_cache(tmp_path):
+    write_images(tmp_path / "images", count=2)
+    changes = {"eval.count": 2, "eval.steps": 1, "data.sizes": [[64, 64]]}
+    drawn = {}
+    for native in (None, [32, 32], [64, 64]):
+        more = {"data.native": native, "data.cache": tmp_path / f"cache{native}"} if native else {}
+        config = settings(tmp_path, **changes, **more)
+        write_cache(config)
+        pipe = load_teacher("nano")
+        drawn[str(native)] = Evaluation(config, pipe).draw("teacher").pictures
+    grid = (64 // unit_of(pipe), 64 // unit_of(pipe))
+    with stretched_positions(pipe.transformer, grid, 2.0, "interpolate"):
+        want = Evaluation(settings(tmp_path, **changes), pipe).draw("teacher").pictures
+    assert torch.equal(drawn["[32, 32]"], want)
+    assert torch.equal(drawn["None"], drawn["[64, 64]"]) and not torch.equal(drawn["None"], want)
 
 
 def test_the_command_from_images_to_the_report(tmp_path, capsys):

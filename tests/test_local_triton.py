@@ -91,6 +91,25 @@ def test_error_is_within_the_budget(index, dtype, monkeypatch):
         assert within_budget(o, p, e, dtype)
 
 
+@inside
+@pytest.mark.parametrize("near", [True, False])
+def test_a_table_of_biases_is_near_or_read_where_it_lies(near, monkeypatch):
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    from vision_attn.kernels import _local_tiles_triton
+
+    gather, gathered = InterpreterBuilder.create_gather, []
+    monkeypatch.setattr(InterpreterBuilder, "create_gather", lambda *args: gathered.append(1) or gather(*args))
+    if not near:
+        monkeypatch.setattr(_local_tiles_triton, "BIAS_NEAR", tl.constexpr(16))
+    few_heads(monkeypatch, heads=2)
+    low, exact = exact_and_plain(CASES[12], torch.float32)
+    for o, p, e in zip(triton_run(CASES[12], low), run(CASES[12], low, "reference"), exact, strict=True):
+        assert within_budget(o, p, e, torch.float32)
+    assert bool(gathered) == near
+
+
 @pytest.fixture
 def boxes(monkeypatch):
     """Fetch tiles through TMA descriptors, as on Hopper."""

@@ -213,7 +213,8 @@ def _key_gradients(
             rho = turned(rho, cos, sin, row, stop, cos_n, F, BLOCK_F, False)
         back = both * size
         if SCALED:
-            rho = tl.where((f < F)[None, :], rho, 0.0)
+            if F < BLOCK_F:
+                rho = tl.where((f < F)[None, :], rho, 0.0)
             most = tl.max(tl.abs(rho), 1)
             most = tl.where(most > 0.0, most, 1.0)
             rho = rho * (1.0 / most)[:, None]

@@ -169,10 +169,12 @@ def _state(
             phi = turned(phi, cos, sin, row, stop, cos_n, F, BLOCK_F, False)
         most = 1.0
         if SCALED:  # float16 has no range for features that are all small or all large
-            phi = tl.where((row < stop)[:, None] & (f < F)[None, :], phi, 0.0)  # elsewhere phi(0), which may be larger
-            most = tl.max(tl.max(tl.abs(phi), 1), 0)
+            there = row < stop  # elsewhere is phi(0), which may be larger
+            if F < BLOCK_F:
+                phi = tl.where((f < F)[None, :], phi, 0.0)
+            most = tl.max(tl.where(there, tl.max(tl.abs(phi), 1), 0.0), 0)
             most = tl.where(most > 0.0, most, 1.0)
-            phi = phi * (1.0 / most)
+            phi = phi * tl.where(there, 1.0 / most, 0.0)[:, None]
         low = phi.to(values.dtype)
         # a fresh product for each tile: adding a long sequence inside the tensor cores would lose what float32 has
         acc += tl.dot(tl.trans(low), values, input_precision=PRECISION) * most
