@@ -1,6 +1,6 @@
 """Check `local_attention`'s Triton backend on a GPU against float64; `vision-attn bench kernels` times it.
 
-    PYTHONPATH=. python tests/gpu/check_local.py [--dtypes bf16,fp16,fp32] [--out FILE.json]
+    PYTHONPATH=. python tests/gpu/check_local.py [--dtypes bf16,fp16,fp32] [--only NAME] [--out FILE.json]
 
 Every row of the CPU test's table and one call per tuned configuration: output and all gradients, in three dtypes, as
 shares of the error budget; then more than 2^31 elements, peak memory, `opcheck`, repeats, CUDA graphs and `compile`.
@@ -152,6 +152,7 @@ def modes():
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtypes", default="bf16,fp16,fp32")
+    parser.add_argument("--only", default="", help="part of the names of the rows")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "check_local.json")
     args = parser.parse_args()
     import triton
@@ -161,7 +162,7 @@ def main():
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         jobs = {}
         for name in args.dtypes.split(","):
-            for case in CASES + TUNED:
+            for case in (case for case in CASES + TUNED if args.only in str(case)):
                 jobs[pool.submit(attempt, check, case, name)] = f"{name} {case}"
         for job in as_completed(jobs):
             shares, seconds = job.result()
