@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vision_attn.kernels._launches import multiprocessors
 from vision_attn.kernels._linear_tiles_triton import (
     LOG2E,
     Launch,
     block_of,
-    multiprocessors,
     precision_of,
     put_rows,
     token_rows,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vision_attn.kernels._launches import overlapping
 from vision_attn.kernels._linear_tiles_triton import (
     LANES,
     LOWEST,
@@ -29,7 +30,6 @@ from vision_attn.kernels._linear_tiles_triton import (
     feature_sums,
     lane_sums,
     mapped,
-    overlapping,
     power,
     precision_of,
     put_rows,

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._local_call_triton import next_power
+from vision_attn.kernels._launches import multiprocessors, next_power, overlapping
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Where a running maximum starts: below any logit, and so far above minus infinity that differences are finite.
@@ -226,16 +226,6 @@ def block_of(channels: int) -> int:
 def value_block(block_f: int, block_d: int, size: int) -> int:
     """Channels of the values that one program takes: its part of the state must fit in registers and shared memory."""
     return min(block_d, (64 if block_f > 128 else 128) if size == 2 else 4096 // max(block_f, 64))
-
-
-def multiprocessors(t: Tensor) -> int:
-    """Multiprocessors of the GPU; in the interpreter, those of an H200."""
-    return torch.cuda.get_device_properties(t.device).multi_processor_count if t.is_cuda else 132
-
-
-def overlapping(t: Tensor) -> bool:
-    """Whether a launch may start before the one before it has ended: Hopper and later GPUs."""
-    return t.is_cuda and torch.cuda.get_device_capability(t.device)[0] >= 9
 
 
 def dependent(t: Tensor) -> dict[str, bool]:

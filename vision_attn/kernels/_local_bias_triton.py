@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._local_call_triton import Call, next_power, token_strides
+from vision_attn.kernels._launches import next_power
+from vision_attn.kernels._local_call_triton import Call, token_strides
 from vision_attn.kernels._local_tiles_triton import (
     LOG2E,
     bias_of,

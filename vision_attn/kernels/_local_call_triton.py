@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from vision_attn.kernels._launches import multiprocessors, next_power
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -68,11 +70,6 @@ class Call:
         B, N, H, D = self.q.shape
         return B * H if 2 * B * N * H * D * self.q.element_size() <= 2**26 else 1
 
-    @cached_property
-    def processors(self) -> int:
-        """Multiprocessors of the GPU; in the interpreter, those of an H200."""
-        return torch.cuda.get_device_properties(self.q.device).multi_processor_count if self.q.is_cuda else 132
-
     @property
     def span(self) -> int:
         """Columns of a window."""
@@ -116,14 +113,9 @@ class Call:
             others: Tokens met by all other programs together.
             block: Tokens of one step.
         """
-        share = max((programs * length + others) / self.processors / 2, 4 * block)
+        share = max((programs * length + others) / multiprocessors(self.q) / 2, 4 * block)
         parts = max(1, min(math.ceil(length / share), 32))
         return parts, math.ceil(length / parts / block) * block
-
-
-def next_power(n: int) -> int:
-    """Return the next power of two; triton's own takes ten times as long, once for each call of the operator."""
-    return 1 << (n - 1).bit_length()
 
 
 def packed(t: Tensor) -> Tensor:

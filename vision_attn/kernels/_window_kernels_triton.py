@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vision_attn.kernels._agent_backward_triton import key_gradients
 from vision_attn.kernels._agent_forward_triton import HIDDEN, START, Pairs, choice, logits
+from vision_attn.kernels._launches import next_power
 from vision_attn.kernels._linear_tiles_triton import LOG2E, block_of, precision_of, put_rows, token_rows
 
 # Not tuned: chosen offline by registers and shared memory for sm_90 with triton 3.7.1.
@@ -50,7 +51,7 @@ class Cells:
     @property
     def slots(self) -> int:
         """Slots of a cell."""
-        return max(2, triton.next_power_of_2(self.cell[0] * self.cell[1]))
+        return max(2, next_power(self.cell[0] * self.cell[1]))
 
     def tiles(self, rows: int) -> int:
         """Tiles of all cells."""
