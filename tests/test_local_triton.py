@@ -102,7 +102,7 @@ def test_a_table_of_biases_is_near_or_read_where_it_lies(near, monkeypatch):
     gather, gathered = InterpreterBuilder.create_gather, []
     monkeypatch.setattr(InterpreterBuilder, "create_gather", lambda *args: gathered.append(1) or gather(*args))
     if not near:
-        monkeypatch.setattr(_local_tiles_triton, "BIAS_NEAR", tl.constexpr(16))
+        monkeypatch.setattr(_local_tiles_triton, "BIAS_NEAR", tl.constexpr(8))
     few_heads(monkeypatch, heads=2)
     low, exact = exact_and_plain(CASES[12], torch.float32)
     for o, p, e in zip(triton_run(CASES[12], low), run(CASES[12], low, "reference"), exact, strict=True):

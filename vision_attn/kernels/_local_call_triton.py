@@ -47,8 +47,8 @@ class Call:
 
     @property
     def bias_block(self) -> int:
-        """Entries of a head's bias, up to the next power of two; 0 for none."""
-        return 0 if self.bias is None else next_power(self.bias.shape[1] * self.bias.shape[2])
+        """Entries of a head's bias, up to the next power of two, at least 16; 0 for none."""
+        return 0 if self.bias is None else max(16, next_power(self.bias.shape[1] * self.bias.shape[2]))
 
     @property
     def outside(self) -> int:
