@@ -9,6 +9,7 @@ parts in a fixed order (see `_linear_tiles_triton.py`); the third reads q once a
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ class Call:
         """Whether products need factors that keep them in range."""
         return self.q.dtype == torch.float16
 
-    @property
+    @cached_property
     def blocks(self) -> tuple[int, int, int]:
         """Channels of tiles of features and values, and of values that one program takes."""
         f, d = block_of(self.k.shape[-1]), block_of(self.v.shape[-1])
