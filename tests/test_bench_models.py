@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from vision_attn.backbones.nat_attention import NeighborhoodAttention
+from vision_attn.bench.candidate import AbsentError
 from vision_attn.bench.document import read_document
 from vision_attn.bench.entries import models
-from vision_attn.bench.models.case import ModelCase
+from vision_attn.bench.models import measure
+from vision_attn.bench.models.case import Entrant, ModelCase
 from vision_attn.bench.models.dense_twin import DenseSelfAttention, make_dense
 from vision_attn.bench.models.measure import model_row
 from vision_attn.bench.musts import Must, add_speedups, judge
@@ -128,6 +130,27 @@ def test_a_batch_that_does_not_fit_is_halved():
     assert row["musts"][0]["value"] == pytest.approx(speedup)
     assert none["reason"] == "out of memory: CUDA out of memory. Tried to allocate 3 GiB" and none["forward"] is None
     assert broken["reason"] == "cannot run: KeyError: 'broken'"
+
+
+@pytest.mark.parametrize("kind", ["graph", "eager"])
+def test_a_mode_with_a_graph_is_captured_or_left_out(kind, monkeypatch):
+    asked = []
+
+    class Ready:
+        def __init__(self, call, device, *, graph):
+            asked.append(graph)
+            self.kind = kind if graph else "eager"
+
+    monkeypatch.setattr(measure, "Launch", Ready)
+    monkeypatch.setattr(measure, "peak_memory", lambda call, device: None)
+    gpu, images = torch.device("cuda"), torch.zeros(2, 3, 8, 8)
+    assert measure._ready(Entrant("8", "eager"), Fits(8), images, gpu)[1]["batch"] == 2
+    if kind == "graph":
+        assert measure._ready(Entrant("8", "eager graph"), Fits(8), images, gpu)[0].kind == "graph"
+    else:
+        with pytest.raises(AbsentError, match="cannot be captured"):
+            measure._ready(Entrant("8", "eager graph"), Fits(8), images, gpu)
+    assert asked == [False, True]
 
 
 def test_cudnn_stays_on_and_chooses(monkeypatch):

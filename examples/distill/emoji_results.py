@@ -144,7 +144,7 @@ def one(args, teacher: str, student: str, minutes: float, done: dict) -> dict:
         "start": None if start is None else str(start),
         "batch": args.batch,
         "pixels": args.pixels,
-        "losses": {"task": args.task, "prediction": 0.5, "attention": args.attention},
+        "losses": {name: getattr(config.loss, name) for name in ("task", "prediction", "attention")},
         "rate": args.rate,
         "schedule": args.schedule,
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",

@@ -10,7 +10,6 @@ earlier run stays in use until the new one is finished. Images that cannot be re
 import hashlib
 import json
 import logging
-import math
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
@@ -174,8 +173,7 @@ def _embeddings(
 
 def _positions(pipe: Any, shared: dict[str, Tensor], size: tuple[int, int], config: Config) -> dict[str, Tensor]:
     """Return position ids of a larger size scaled into the native one, if that is wanted."""
-    native, name = config.data.native, "shared.img_ids"
-    stretch = math.sqrt(size[0] * size[1] / (native[0] * native[1])) if native else 1.0
+    stretch, name = config.data.stretch(size), "shared.img_ids"
     if stretch <= 1 or name not in shared:
         return {}
     ids = position_ids((size[0] // unit_of(pipe), size[1] // unit_of(pipe)), stretch)

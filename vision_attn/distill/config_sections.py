@@ -1,5 +1,6 @@
 """The settings of what is learned: the model, the student, the losses and the data."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -156,3 +157,7 @@ class DataConfig:
             raise ValueError(f"data.null_prob must be at most 1, got {self.null_prob}")
         if not self.sizes or any(min(size) < 1 for size in self.sizes):
             raise ValueError(f"data.sizes must be pairs (height, width) in pixels, got {self.sizes}")
+
+    def stretch(self, size: tuple[int, int]) -> float:
+        """Return the side of pictures of a size over that of `native`; 1 without one."""
+        return math.sqrt(size[0] * size[1] / (self.native[0] * self.native[1])) if self.native else 1.0

@@ -1,6 +1,5 @@
 """`distill eval`: how near a student is to its teacher, and what its pictures are worth."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,8 +75,8 @@ class Evaluation:
     @contextmanager
     def _positions(self) -> Iterator[None]:
         """Draw with the positions that the cache has: those of `data.native`."""
-        (height, width), native, unit = self.size, self.config.data.native, unit_of(self.pipe)
-        stretch = math.sqrt(height * width / (native[0] * native[1])) if native else 1.0
+        (height, width), unit = self.size, unit_of(self.pipe)
+        stretch = self.config.data.stretch(self.size)
         if stretch <= 1:
             yield
             return

@@ -59,7 +59,7 @@ def cases(device: torch.device, quick: bool = False) -> list[PipelineCase]:
         return [flux[0], sdxl[0]]
     compiled = [_case("flux", pixels, ("clear r16",), True) for pixels in (1024, 2048, 4096, 8192)]
     others = [_case("sdxl", 2048, _UNET), _case("sdxl", 8192, ("clear r8", "linfusion"))]
-    # eager, the host launches the 70 layers of SDXL more slowly than a GPU runs them at these sizes
+    # compiled too where launching the 70 layers of SDXL may take longer than running them
     others += [_case("sdxl", pixels, ("clear r8", "linfusion"), True) for pixels in (1024, 2048)]
     others += [_case("sd15", pixels, _UNET) for pixels in (512, 1024, 2048)] + [_case("sd15", 4096, ("linfusion",))]
     others += [_case("pixart", pixels, (*_LOCAL, *_LINEAR)) for pixels in (1024, 2048)]
