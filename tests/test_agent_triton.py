@@ -100,7 +100,7 @@ def test_opcheck_and_compile():
 
     q, k, v, bias = draw(2, 20, 1, 16), draw(2, 9, 1, 16), draw(2, 9, 1, 16), draw(1, 20, 7)
     seen = torch.rand(2, 9) > 0.3
-    torch.library.opcheck(_attend, (q, k, v, bias, seen, 7, [0.2, 0.3]))
+    torch.library.opcheck(_attend.registered, (q, k, v, bias, seen, 7, [0.2, 0.3]))
     function = torch.compile(agent_attention, fullgraph=True, backend="aot_eager")
     agents = Agents(draw(2, 4, 1, 16), draw(1, 4, 9))
     o = [f(q, k, v, agents, backend="triton") for f in (function, agent_attention)]

@@ -266,3 +266,29 @@ def test_agent_swin_shifts_windows_that_are_smaller_than_the_map():
 def test_agent_pvt_leaves_out_what_is_beside_whole_patches():
     model, x = ROWS["agent_pvt"].build(), images(70, 67)
     assert torch.equal(model(x), model(x[:, :, :68, :64]))
+
+
+@pytest.mark.parametrize("size", [(5, 7), (1, 1)])
+def test_a_pointwise_convolution_is_the_convolution_in_both_formats(size):
+    from vision_attn.backbones.pointwise import PointwiseConv2d
+
+    layer = PointwiseConv2d(12, 20).double()
+    x = torch.randn(2, 12, *size, dtype=torch.float64)
+    want = torch.nn.functional.conv2d(x, layer.weight, layer.bias)
+    torch.testing.assert_close(layer(x), want)
+    o = layer(x.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(o, want)
+    assert o.is_contiguous(memory_format=torch.channels_last)
+    with torch.profiler.profile() as found:
+        layer(torch.randn(2, 12, 4, 4, dtype=torch.float64).contiguous(memory_format=torch.channels_last))
+    assert not any("convolution" in event.key for event in found.key_averages())
+
+
+def test_ravlt_computes_the_same_channels_last():
+    torch.manual_seed(0)
+    model = timm.create_model("ravlt_tiny", num_classes=5).eval().double()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        want = model(x)
+        last = model.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(last, want)

@@ -177,9 +177,9 @@ def test_opcheck_and_compile():
     q, k, v = (draw(1, 40, 1, 16) for _ in range(3))
     cos, sin = torch.randn(40, 16), torch.randn(40, 16)
     weight, query = torch.rand(1, 40, 1).requires_grad_(), draw(1, 1, 16)
-    torch.library.opcheck(_linear, (q, k, v, cos, sin, weight, query, "elu", 1e-6))
-    torch.library.opcheck(_linear, (q, k, v, None, None, None, None, "relu", 1e-6))
-    torch.library.opcheck(_mean, (q, weight, "elu"))
+    torch.library.opcheck(_linear.registered, (q, k, v, cos, sin, weight, query, "elu", 1e-6))
+    torch.library.opcheck(_linear.registered, (q, k, v, None, None, None, None, "relu", 1e-6))
+    torch.library.opcheck(_mean.registered, (q, weight, "elu"))
     compiled = torch.compile(linear_attention, fullgraph=True, backend="aot_eager")
     options = dict(features=Features("elu", (cos, sin)), key_weight=weight, global_query=query, backend="triton")
     o = [f(q, k, v, **options) for f in (compiled, linear_attention)]

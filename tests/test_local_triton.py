@@ -113,16 +113,17 @@ def test_a_table_of_biases_is_near_or_read_where_it_lies(near, monkeypatch):
 @pytest.fixture
 def boxes(monkeypatch):
     """Fetch tiles through TMA descriptors, as on Hopper."""
-    from vision_attn.kernels import _local_backward_triton, _local_call_triton, _local_dkv_triton, _local_forward_triton
+    from vision_attn.kernels import _local_plan_triton
 
-    for module in (_local_dkv_triton, _local_forward_triton, _local_backward_triton):
-        monkeypatch.setattr(module, "uses_boxes", lambda tensors: True)
+    _local_plan_triton.plan_queries.forget()
+    _local_plan_triton.plan_keys.forget()
+    monkeypatch.setattr(_local_plan_triton, "uses_boxes", lambda tensors: True)
     # what the interpreter asks of a tensor, to copy one that is on a GPU
-    Ahead = _local_call_triton.Ahead
+    Shifted = _local_plan_triton.Shifted
     for name in ("untyped_storage", "storage_offset", "size", "stride"):
-        monkeypatch.setattr(Ahead, name, lambda self, name=name: getattr(self.tensor, name)(), raising=False)
+        monkeypatch.setattr(Shifted, name, lambda self, name=name: getattr(self.tensor, name)(), raising=False)
     for name in ("new_empty", "set_"):
-        monkeypatch.setattr(Ahead, name, lambda self, *args, **kwargs: self, raising=False)
+        monkeypatch.setattr(Shifted, name, lambda self, *args, **kwargs: self, raising=False)
 
 
 BOXED = [
@@ -204,7 +205,7 @@ def test_opcheck_and_compile():
     bias = torch.randn(1, 5, 5).requires_grad_()
     pooled = [torch.randn(1, 3, 1, 16).requires_grad_() for _ in range(2)]
     mask = torch.tensor([[True, False, True]])
-    torch.library.opcheck(_local, (q, k, v, *pooled, bias, mask, [4, 5, 2, 1], 0.0, [3, 3], [1, 1], 0.25))
+    torch.library.opcheck(_local.registered, (q, k, v, *pooled, bias, mask, [4, 5, 2, 1], 0.0, [3, 3], [1, 1], 0.25))
     compiled = torch.compile(local_attention_triton, fullgraph=True, backend="aot_eager")
     ours = compiled(q, k, v, grid, window, None, 0.25)
     want = local_attention_triton(q, k, v, grid, window, None, 0.25)

@@ -64,8 +64,8 @@ def test_opcheck_and_compile():
 
     q, k, v = (draw(1, 20, 1, 16) for _ in range(3))
     shared, seen = [draw(1, 3, 1, 16) for _ in range(2)], torch.tensor([[True, False, True]])
-    torch.library.opcheck(_window, (q, k, v, *shared, seen, [4, 5], [2, 2], 0.25))
-    torch.library.opcheck(_window, (q, k, v, None, None, None, [4, 5], [2, 3], 0.25))
+    torch.library.opcheck(_window.registered, (q, k, v, *shared, seen, [4, 5], [2, 2], 0.25))
+    torch.library.opcheck(_window.registered, (q, k, v, None, None, None, [4, 5], [2, 3], 0.25))
     function = torch.compile(window_attention, fullgraph=True, backend="aot_eager")
     o = [f(q, k, v, Grid(4, 4, prefix=4), 2, backend="triton") for f in (function, window_attention)]
     for a, b in zip(*(torch.autograd.grad(t.square().sum(), (q, k, v)) for t in o), strict=True):

@@ -159,7 +159,24 @@ def modes():
         found[name] = {key: all(map(torch.equal, both(f), value)) for key, value in same.items()}
     from vision_attn.kernels._linear_triton import _linear
 
-    torch.library.opcheck(_linear, (*leaves, None, None, None, None, "elu", 1e-6))
+    torch.library.opcheck(_linear.registered, (*leaves, None, None, None, None, "elu", 1e-6))
+    return found
+
+
+def elsewhere():
+    """Return whether a GPU that is not the current one computes the same, bit for bit; None where there is one GPU."""
+    if torch.cuda.device_count() < 2:
+        return None
+    found = {}
+    for name, f in operators(41 * 40, 4, 64).items():
+        results = []
+        for device in ("cuda:0", "cuda:1"):
+            q, k, v, do = (t.to(device) for t in drawn(41 * 40, 4, 64))
+            results.append([f(q, k, v)])
+            leaves = [t.requires_grad_() for t in (q, k, v)]
+            o = f(*leaves)
+            results[-1] += [o, *torch.autograd.grad(o, leaves, do)]
+        found[name] = all(torch.equal(a, b.to(a.device)) for a, b in zip(*results, strict=True))
     return found
 
 
@@ -196,7 +213,7 @@ def main():
             bad = isinstance(found, str) or not all(share <= 1 for share in found.values())
             print("FAIL" if bad else "ok  ", jobs[job], found, f"{seconds}s", flush=True)
     args.out.write_text(json.dumps(result, indent=1))
-    for function in (million, million_fp32, memory, modes, *(() if args.skip_large else (large,))):
+    for function in (million, million_fp32, memory, modes, elsewhere, *(() if args.skip_large else (large,))):
         result[function.__name__] = attempt(function)[0]
         print(function.__name__, result[function.__name__], flush=True)
     args.out.write_text(json.dumps(result, indent=1))

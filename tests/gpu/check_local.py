@@ -144,9 +144,24 @@ def modes():
     torch.cuda.synchronize()
     compiled = torch.compile(local_attention, fullgraph=True)
     numbers = [40, 40, 77, 0], 0.0, [5, 5], [2, 2], 0.125
-    torch.library.opcheck(_local_triton._local, (q, k, v, None, None, None, None, *numbers))
+    torch.library.opcheck(_local_triton._local.registered, (q, k, v, None, None, None, None, *numbers))
     same = dict(repeats=both(local_attention), graph=captured, compiled=both(compiled))
     return dict(opcheck=True, **{name: equal(results) for name, results in same.items()})
+
+
+def elsewhere():
+    """Return whether a GPU that is not the current one computes the same, bit for bit; None where there is one GPU."""
+    if torch.cuda.device_count() < 2:
+        return None
+    grid, window, *tensors = inputs(40, dict(radius=8), 600, 64)
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        q, k, v, do = (t.to(device).requires_grad_() for t in tensors)
+        with torch.no_grad():
+            results.append([local_attention(q, k, v, grid, window, backend="triton")])
+        o = local_attention(q, k, v, grid, window, backend="triton")
+        results[-1] += [o, *torch.autograd.grad(o, (q, k, v), do)]
+    return all(torch.equal(a, b.to(a.device)) for a, b in zip(*results, strict=True))
 
 
 def main():
@@ -169,7 +184,7 @@ def main():
             result["check"][jobs[job]] = shares
             bad = isinstance(shares, str) or not all(share <= 1 for share in (shares or {}).values())
             print("FAIL" if bad else "ok  ", jobs[job], shares or "", f"{seconds}s", flush=True)
-    for function in (large, memory, modes):
+    for function in (large, memory, modes, elsewhere):
         result[function.__name__] = attempt(function)[0]
         print(function.__name__, result[function.__name__], flush=True)
     args.out.write_text(json.dumps(result, indent=1))

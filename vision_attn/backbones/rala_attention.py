@@ -14,6 +14,7 @@ import torch
 from timm.models import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
+from vision_attn.backbones.pointwise import PointwiseConv2d
 from vision_attn.backbones.scripted import operator
 from vision_attn.grid import Grid
 from vision_attn.kernels.dense import dense_attention
@@ -98,9 +99,9 @@ class RALASelfAttention(nn.Module):
         if num_heads < 1 or dim % (4 * num_heads):
             raise ValueError(f"dim {dim} is not a multiple of 4 * num_heads {num_heads}: rows and columns turn pairs")
         self.num_heads, self.linear = num_heads, linear
-        self.qkvo = nn.Conv2d(dim, 4 * dim, 1, **dd)
+        self.qkvo = PointwiseConv2d(dim, 4 * dim, **dd)
         self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **dd)
-        self.proj = nn.Conv2d(dim, dim, 1, **dd)
+        self.proj = PointwiseConv2d(dim, dim, **dd)
 
     def forward(self, x: Tensor, angles: list[Tensor]) -> Tensor:
         """Return the attended map `[B, C, height, width]`; `angles` are cosine and sine of `rotary`."""

@@ -7,6 +7,7 @@ from timm.layers import DropPath, LayerNorm2d, LayerScale2d
 from timm.models import checkpoint
 from torch import Tensor, nn
 
+from vision_attn.backbones.pointwise import PointwiseConv2d
 from vision_attn.backbones.rala_attention import RALASelfAttention, rotary
 
 
@@ -59,10 +60,10 @@ class ConvolvedFfn(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.fc1 = nn.Conv2d(dim, hidden, 1, device=device, dtype=dtype)
+        self.fc1 = PointwiseConv2d(dim, hidden, device=device, dtype=dtype)
         self.act = nn.GELU()
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, device=device, dtype=dtype)
-        self.fc2 = nn.Conv2d(hidden, dim, 1, device=device, dtype=dtype)
+        self.fc2 = PointwiseConv2d(hidden, dim, device=device, dtype=dtype)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,7 +154,7 @@ class Projection(nn.Module):
         self, dim: int, out_dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(dim, out_dim, 1, device=device, dtype=dtype)
+        self.proj = PointwiseConv2d(dim, out_dim, device=device, dtype=dtype)
         self.norm = nn.BatchNorm2d(out_dim, device=device, dtype=dtype)
         self.act = nn.SiLU()
 

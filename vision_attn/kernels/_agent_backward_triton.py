@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vision_attn.kernels._agent_forward_triton import Blocks, Pairs, choice, logits, parts_of
+from vision_attn.kernels._launches import Kernel
 from vision_attn.kernels._linear_tiles_triton import Launch, put_rows, token_rows
 
 # Not tuned: chosen offline by registers and shared memory for sm_90 with triton 3.7.1.
@@ -38,6 +39,7 @@ _KEYS: dict[tuple[int, int], Blocks] = {
 }
 
 
+@Kernel
 @triton.jit
 def _query_gradients(
     q, k, v, o, do, lse, delta, dq, dbias, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h,
@@ -82,6 +84,7 @@ def _query_gradients(
     put_rows(dq, row, queries, heads * D, 0, acc, D, BLOCK_D)
 
 
+@Kernel
 @triton.jit
 def _key_gradients(
     q, k, v, do, lse, delta, dk, dv, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h,

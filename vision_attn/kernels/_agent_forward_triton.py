@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._launches import multiprocessors
+from vision_attn.kernels._launches import Kernel, multiprocessors
 from vision_attn.kernels._linear_tiles_triton import (
     LOG2E,
     Launch,
@@ -108,6 +108,7 @@ def logits(
     return tl.where(visible[None, :], s, HIDDEN), factor
 
 
+@Kernel
 @triton.jit
 def _attend(
     q, k, v, o, lse, part, part_lse, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, bias, bias_h, bias_n, bias_m,
@@ -154,6 +155,7 @@ def _attend(
         tl.store(lse + bh.to(tl.int64) * queries + row, m + tl.log2(total), mask=row < queries)
 
 
+@Kernel
 @triton.jit
 def _join(
     part, part_lse, o, lse, parts, queries, heads, batch_heads, ROWS: tl.constexpr, D: tl.constexpr,

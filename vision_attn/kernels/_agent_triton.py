@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vision_attn.kernels._custom_op import custom_op
+
 
 def agent_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, agents: Any, seen: Tensor | None, direct: Any, scale: float
@@ -27,7 +29,7 @@ def agent_attention_triton(
     return _attend(q, keys, values, agents.query_bias, both, A, [first, scale])[0]
 
 
-@torch.library.custom_op("vision_attn::few_triton", mutates_args=())
+@custom_op("vision_attn::few_triton")
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seen: Tensor | None, first: int, scales: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
@@ -43,7 +45,7 @@ def _(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((B, H, N), dtype=torch.float32)
 
 
-@torch.library.custom_op("vision_attn::few_triton_backward", mutates_args=())
+@custom_op("vision_attn::few_triton_backward")
 def _attend_backward(
     do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seen: Tensor | None,
     first: int, scales: Sequence[float],

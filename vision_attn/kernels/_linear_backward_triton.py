@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vision_attn.kernels._launches import Kernel
 from vision_attn.kernels._linear_forward_triton import Call, config, merged, state_parts
 from vision_attn.kernels._linear_tiles_triton import (
     LANES,
@@ -61,6 +62,7 @@ _KEYS: dict[tuple[int, int, int], Launch] = {
 _FUSED = 64 * 64  # elements of a state that the program of a query's gradient can hold
 
 
+@Kernel
 @triton.jit
 def _query_gradients(
     q, do, state, norm, cos, sin, dq, part, factors, inverses, part_kappa, means,
@@ -161,6 +163,7 @@ def _less_mean(y, s, means, first, size, D: tl.constexpr, BLOCK_D: tl.constexpr)
     return y - tl.sum(s.to(tl.float32) * mean[None, :], 1) * size
 
 
+@Kernel
 @triton.jit
 def _key_gradients(
     k, v, weight, query, cos, sin, dstate, y, scale, tops, kappa, means, dk, dv, dweight, part_query,

@@ -10,14 +10,14 @@ parts in a fixed order (see `_linear_tiles_triton.py`); the third reads q once a
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._launches import overlapping
+from vision_attn.kernels._launches import Bound, Kernel, layout, overlapping, planned
 from vision_attn.kernels._linear_tiles_triton import (
     LANES,
     LOWEST,
@@ -78,6 +78,12 @@ class Call:
     map: str
     eps: float
 
+    @cached_property
+    def key(self) -> tuple[Any, ...]:
+        """All that a launch depends on but what the tensors hold."""
+        tensors = self.q, self.k, self.v, self.cos, self.sin, self.weight, self.query
+        return self.q.device, self.map, self.eps, *map(layout, tensors)
+
     @property
     def floor(self) -> float:
         """The least divisor of the state."""
@@ -117,6 +123,7 @@ def config(call: Call, table: dict[tuple[int, int, int], Launch]) -> Launch:
     return replace(launch, length=launch.length if f <= 64 else min(launch.length, 32), stages=1)
 
 
+@Kernel
 @triton.jit
 def _state(
     k, v, weight, sum_weight, query, cos, sin, part, part_top,
@@ -202,6 +209,7 @@ def _state(
             tl.store(part_top + place * 2 + 1, total)
 
 
+@Kernel
 @triton.jit
 def _merge(
     part, part_top, state, norm, tops, parts, batch_heads, factor,
@@ -243,6 +251,7 @@ def _merge(
     tl.store(norm + bh * F + column - F * D, acc, mask=(column >= F * D) & (column < WIDTH))
 
 
+@Kernel
 @triton.jit
 def _output(
     q, state, norm, cos, sin, o, q_b, q_n, q_h, cos_n, tokens, heads, batch_heads, length, eps, floor,
@@ -288,26 +297,66 @@ def _output(
         put_rows(o, row, stop, heads * D, block * BLOCK_D, rows, D, BLOCK_D)
 
 
+class _Plan(NamedTuple):
+    """A launch without its tensors, and into how many parts it cuts a sequence."""
+
+    launch: Bound
+    parts: int
+
+
+@planned
+def _plan_state(call: Call, launch: Launch, k: Tensor, v: Tensor, weight: Tensor | None, *given: bool) -> _Plan:
+    """Plan a launch of `_state`; `given` are a second weight and a global query."""
+    B, M, H, _ = k.shape
+    constants = call.constants()
+    blocks = math.ceil(v.shape[-1] / constants["BLOCK_D"])
+    parts, length = cut(M, B * H * blocks, launch, k, 4)
+    w = (0, 0, 0) if weight is None else weight.stride()
+    named = dict(
+        WEIGHT=weight is not None, SUM_WEIGHT=given[0], GLOBAL=given[1], SCALED=call.scaled, OVERLAP=overlapping(k),
+        LEN=launch.length, STAGES=launch.stages, LANES=LANES, num_warps=launch.warps, **constants,
+    )  # fmt: skip
+    numbers = *steps(k), *steps(v), *w, call.rotary()[2], M, H, B * H, length
+    return _Plan(Bound(_state, (parts * blocks * B * H,), numbers, named), parts)
+
+
+@planned
+def _plan_output(call: Call, launch: Launch) -> _Plan:
+    B, N, H, _ = call.q.shape
+    constants = call.constants()
+    blocks = math.ceil(call.v.shape[-1] / constants["BLOCK_D"])
+    parts, length = cut(N, B * H * blocks, launch, call.q, 1)
+    named = dict(
+        SCALED=call.scaled, LEN=launch.length, STAGES=launch.stages, num_warps=launch.warps, **constants,
+        **dependent(call.q),
+    )  # fmt: skip
+    numbers = *steps(call.q), call.rotary()[2], N, H, B * H, length, call.eps, call.floor
+    return _Plan(Bound(_output, (parts * blocks * B * H,), numbers, named), parts)
+
+
+@planned
+def _plan_merge(call: Call, part: Tensor, dtype: torch.dtype, factor: float, asked: bool) -> Bound:
+    """Plan a launch of `_merge` to a state of `dtype`; `asked` is whether there is a global query."""
+    count, B, H, width = part.shape
+    named = dict(
+        GLOBAL=asked, PARTS=16, COLUMNS=128, F=call.k.shape[-1], D=call.v.shape[-1], num_warps=1, **dependent(part)
+    )
+    return Bound(_merge, (B * H, math.ceil(width / 128)), (count, B * H, factor), named)
+
+
 def state_parts(
     call: Call, k: Tensor, v: Tensor, weight: Tensor | None, sum_weight: Tensor | None, query: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return state and norm of parts `[parts, B, H, F * D + F]`; for `query` maximum and total `[parts, B, H, 2]`."""
-    B, M, H, F = k.shape
-    D = v.shape[-1]
-    launch, constants = config(call, _HEAVY_STATE if call.scaled or query is not None else _STATE), call.constants()
-    blocks = math.ceil(D / constants["BLOCK_D"])
-    parts, length = cut(M, B * H * blocks, launch, k, 4)
-    part = torch.empty(parts, B, H, F * D + F, dtype=torch.float32, device=k.device)
-    part_top = None if query is None else part.new_empty(parts, B, H, 2)
-    cos, sin, cos_n = call.rotary()
+    B, _, H, F = k.shape
+    launch = config(call, _HEAVY_STATE if call.scaled or query is not None else _STATE)
+    plan = _plan_state(call, launch, k, v, weight, sum_weight is not None, query is not None)
+    part = k.new_empty((plan.parts, B, H, F * v.shape[-1] + F), dtype=torch.float32)
+    part_top = None if query is None else part.new_empty((plan.parts, B, H, 2))
     w = part if weight is None else weight
-    _state[(parts * blocks * B * H,)](
-        k, v, w, w if sum_weight is None else sum_weight, part if query is None else query, cos, sin,
-        part, part if part_top is None else part_top, *steps(k), *steps(v),
-        *((0, 0, 0) if weight is None else weight.stride()), cos_n, M, H, B * H, length,
-        WEIGHT=weight is not None, SUM_WEIGHT=sum_weight is not None, GLOBAL=query is not None, SCALED=call.scaled,
-        OVERLAP=overlapping(k), LEN=launch.length, STAGES=launch.stages, LANES=LANES, num_warps=launch.warps,
-        **constants,
+    plan.launch(
+        k, v, w, w if sum_weight is None else sum_weight, part if query is None else query, *call.rotary()[:2], part,
+        part if part_top is None else part_top,
     )  # fmt: skip
     return part, part_top
 
@@ -316,14 +365,12 @@ def merged(
     call: Call, part: Tensor, part_top: Tensor | None, dtype: torch.dtype, factor: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `factor` times state `[B, H, F, D]` and norm `[B, H, F]`; maximum and total of the logits `[B, H, 2]`."""
-    count, B, H, _ = part.shape
+    _, B, H, _ = part.shape
     F, D = call.k.shape[-1], call.v.shape[-1]
     state, norm = part.new_empty((B, H, F, D), dtype=dtype), part.new_empty((B, H, F))
     tops = part.new_empty((B, H, 2) if part_top is not None else (0,))
-    _merge[(B * H, math.ceil((F * D + F) / 128))](
-        part, part if part_top is None else part_top, state, norm, tops, count, B * H, factor,
-        GLOBAL=part_top is not None, PARTS=16, COLUMNS=128, F=F, D=D, num_warps=1, **dependent(part),
-    )  # fmt: skip
+    launch = _plan_merge(call, part, dtype, factor, part_top is not None)
+    launch(part, part if part_top is None else part_top, state, norm, tops)
     return state, norm, tops
 
 
@@ -339,12 +386,6 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     part, part_top = state_parts(call, k, v, call.weight, None, call.query)
     factor = 1.0 / k.shape[1] if call.query is None else 1.0
     state, norm, tops = merged(call, part, part_top, torch.float32, factor)
-    launch, constants = config(call, _OUTPUT), call.constants()
-    blocks = math.ceil(D / constants["BLOCK_D"])
-    parts, length = cut(N, B * H * blocks, launch, q, 1)
-    _output[(parts * blocks * B * H,)](
-        q, state, norm, *call.rotary()[:2], o, *steps(q), call.rotary()[2], N, H, B * H, length, call.eps,
-        call.floor, SCALED=call.scaled, LEN=launch.length, STAGES=launch.stages, num_warps=launch.warps, **constants,
-        **dependent(q),
-    )  # fmt: skip
+    plan = _plan_output(call, config(call, _OUTPUT))
+    plan.launch(q, state, norm, *call.rotary()[:2], o)
     return o, state, norm, tops

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vision_attn.kernels._launches import Kernel
 from vision_attn.kernels._linear_tiles_triton import (
     LANES,
     Launch,
@@ -29,6 +30,7 @@ from vision_attn.kernels._linear_tiles_triton import (
 _MEAN: dict[int, Launch] = {64: Launch(64, 4, 3, 4), 128: Launch(64, 4, 3, 4), 256: Launch(16, 4, 3, 8)}
 
 
+@Kernel
 @triton.jit
 def _sums(
     q, weight, part, part_total, q_b, q_n, q_h, w_b, w_n, w_h, tokens, heads, batch_heads, length,
@@ -59,6 +61,7 @@ def _sums(
     tl.store(part_total + place, tl.sum(total, 0))
 
 
+@Kernel
 @triton.jit
 def _mean(
     part, part_total, mean, total, parts, batch_heads, PARTS: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr
@@ -77,6 +80,7 @@ def _mean(
     tl.store(total + bh, weights)
 
 
+@Kernel
 @triton.jit
 def _sums_gradient(
     q, weight, mean, total, dmean, dq, dweight, q_b, q_n, q_h, w_b, w_n, w_h, tokens, heads, batch_heads, length,

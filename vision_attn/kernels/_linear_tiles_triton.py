@@ -15,6 +15,7 @@ most one and S / c no larger than the values. Of channels that are rotated in pa
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -259,11 +260,16 @@ def precision_of(t: Tensor) -> str:
 def aligned(t: Tensor) -> Tensor:
     """`t` with channels that lie side by side from a multiple of 16 bytes on; a copy only where they do not."""
     unit = 16 // t.element_size()
-    whole = all(s % unit == 0 for n, s in zip(t.shape[:-1], t.stride()[:-1], strict=True) if n > 1)
-    if t.stride(-1) == 1 and whole and t.data_ptr() % 16 == 0:
+    if t.data_ptr() % 16 == 0 and _in_units(t.shape, t.stride(), unit):
         return t
     padded = t.new_empty((*t.shape[:-1], math.ceil(t.shape[-1] / unit) * unit))
     return padded[..., : t.shape[-1]].copy_(t)
+
+
+@lru_cache(4096)
+def _in_units(shape: tuple[int, ...], strides: tuple[int, ...], unit: int) -> bool:
+    """Whether channels lie side by side, and all else a multiple of `unit` elements apart."""
+    return strides[-1] == 1 and all(s % unit == 0 for n, s in zip(shape[:-1], strides[:-1], strict=True) if n > 1)
 
 
 def steps(t: Tensor) -> tuple[int, ...]:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vision_attn.kernels._custom_op import custom_op
+
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -62,7 +64,7 @@ def _narrow(weight: Tensor) -> Tensor:
     return weight if weight.dtype in _DTYPES else weight.float()
 
 
-@torch.library.custom_op("vision_attn::linear_triton", mutates_args=())
+@custom_op("vision_attn::linear_triton")
 def _linear(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, weight: Tensor | None,
     query: Tensor | None, map_: str, eps: float,
@@ -84,7 +86,7 @@ def _(
     return q.new_empty((B, N, H, D)), norm.new_empty((B, H, F, D)), norm, tops
 
 
-@torch.library.custom_op("vision_attn::linear_triton_backward", mutates_args=())
+@custom_op("vision_attn::linear_triton_backward")
 def _linear_backward(
     do: Tensor, state: Tensor, norm: Tensor, tops: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None,
     sin: Tensor | None, weight: Tensor | None, query: Tensor | None, map_: str, eps: float, weight_gradient: bool,
@@ -138,7 +140,7 @@ def _backward(ctx: Any, do: Tensor | None, *unused: object) -> tuple:
 _linear.register_autograd(_backward, setup_context=_save)
 
 
-@torch.library.custom_op("vision_attn::feature_mean_triton", mutates_args=())
+@custom_op("vision_attn::feature_mean_triton")
 def _mean(q: Tensor, weight: Tensor | None, map_: str) -> tuple[Tensor, Tensor]:
     """Mean `[B, H, F]` and sum of the weights `[B, H]`."""
     from vision_attn.kernels._linear_mean_triton import feature_sums  # noqa: PLC0415
@@ -153,7 +155,7 @@ def _(q: Tensor, weight: Tensor | None, map_: str) -> tuple[Tensor, Tensor]:
     return tuple(q.new_empty((B, H, *rest), dtype=torch.float32) for rest in ((F,), ()))  # type: ignore[return-value]
 
 
-@torch.library.custom_op("vision_attn::feature_mean_triton_backward", mutates_args=())
+@custom_op("vision_attn::feature_mean_triton_backward")
 def _mean_backward(
     dmean: Tensor, mean: Tensor, total: Tensor, q: Tensor, weight: Tensor | None, map_: str, weight_gradient: bool
 ) -> tuple[Tensor, Tensor]:

@@ -12,17 +12,18 @@ of the tokens outside the grid come first and are split where few heads would le
 
 import functools
 import math
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from vision_attn.kernels._launches import Kernel
 from vision_attn.kernels._local_bias_triton import bias_gradient
-from vision_attn.kernels._local_call_triton import Call, Tiles, grid_box, sequence_box, token_strides, uses_boxes
+from vision_attn.kernels._local_call_triton import Call, Tiles, token_strides
 from vision_attn.kernels._local_dkv_triton import key_gradients
 from vision_attn.kernels._local_forward_triton import config
+from vision_attn.kernels._local_plan_triton import plan_queries
 from vision_attn.kernels._local_tiles_triton import (
     LOG2E,
     band_columns,
@@ -58,6 +59,7 @@ _CONFIGS: dict[tuple[int, int, float], Tiles] = {
 }
 
 
+@Kernel
 @triton.jit
 def _delta(
     do, o, dlse, delta, do_b, do_n, do_h, N, heads, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -96,6 +98,7 @@ def _sequence(
     return dq
 
 
+@Kernel
 @triton.jit
 def _query_gradients(
     q, k, v, do, pooled_k, pooled_v, dq, lse, delta, part, bias, mask, k_seq, v_seq, k_grid, v_grid,
@@ -134,7 +137,7 @@ def _query_gradients(
         acc = _sequence(
             q_rows, d_out, lse_rows, delta_rows, acc, k, v, k_seq, v_seq, mask + b * mask_b, b, h, first,
             tl.minimum(first + part_length, N), k_n, v_n, prefix, image, c,
-            LEN, RAGGED_N, MASK, D, BLOCK_D, TMA, PRECISION,
+            LEN, RAGGED_N, MASK, D, BLOCK_D, TMA and (PREFIX or SUFFIX), PRECISION,
         )  # fmt: skip
         if PARTS == 1:
             store_rows(dq + (wide_b * N * heads + h) * D, token, heads * D, acc * scale, keep, D, BLOCK_D)
@@ -235,7 +238,7 @@ def backward(call: Call, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor
     )  # fmt: skip
     dq = q.new_empty(q.shape)
     if q.is_cuda:  # the programs of dq fill the last wave of those of dk and dv
-        current, other = torch.cuda.current_stream(), _second_stream(q.device)
+        current, other = torch.cuda.current_stream(q.device), _second_stream(q.device)
         other.wait_stream(current)
         dk, dv, pooled_dk, pooled_dv = key_gradients(call, do, lse, delta)
         with torch.cuda.stream(other):
@@ -252,36 +255,13 @@ def backward(call: Call, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor
 
 def _fill_dq(dq: Tensor, call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> None:
     q, k, v = call.q, call.k, call.v
-    B, N, H, D = q.shape
-    height, width, prefix, suffix = call.size
-    tiles = config(call, _CONFIGS)
-    M, LEN, outside = math.prod(tiles.queries), math.prod(tiles.keys), call.outside
-    blocks = B * H * math.ceil(outside / M)
-    grid_programs = B * H * call.tiles(tiles.queries)
-    parts, length = call.splits(blocks, N, grid_programs * call.work(tiles.queries), LEN) if blocks else (1, N)
-    parts = math.ceil(N / length)
-    part = q.new_empty((parts, B, outside, H, D), dtype=torch.float32) if parts > 1 else lse
-    boxes: tuple[Any, ...] = (k, v, k, v)
-    if tma := uses_boxes((k, v)):
-        boxes = tuple(sequence_box(t, LEN, call.block_d) for t in (k, v))
-        boxes += tuple(grid_box(t, call.size, call.steps, tiles.keys, call.block_d) for t in (k, v))
-    pooled_k, pooled_v = (k, v) if call.pooled_k is None else (call.pooled_k, call.pooled_v)
-    assert pooled_v is not None
-    _query_gradients[(blocks * parts + grid_programs,)](
-        q, k, v, do, pooled_k, pooled_v, dq, lse, delta, part, lse if call.bias is None else call.bias,
-        lse if call.mask is None else call.mask, *boxes,
-        *token_strides(q), *token_strides(k), *token_strides(v), *token_strides(do), *token_strides(pooled_k),
-        *token_strides(pooled_v),
-        mask_b=0 if call.mask is None else call.mask.stride(0) * (call.mask.shape[0] > 1), batch=B,
-        pooled=0 if call.pooled_k is None else call.pooled_k.shape[1],
-        row_programs=blocks * parts, part_length=length, together=call.together,
-        TALL=tiles.queries[0], WIDE=tiles.queries[1], KEY_TALL=tiles.keys[0], KEY_WIDE=tiles.keys[1],
-        MASK=call.mask is not None, BIAS=call.bias_block, PREFIX=prefix > 0, SUFFIX=suffix > 0,
-        POOLED=call.pooled_k is not None and call.pooled_k.shape[1] > 0, RAGGED_PREFIX=prefix % LEN > 0,
-        RAGGED_N=N % LEN > 0, PARTS=parts, TMA=tma, num_warps=tiles.warps, num_stages=tiles.stages,
-        **call.numbers(),
+    B, _, H, D = q.shape
+    plan = plan_queries(call, _query_gradients, config(call, _CONFIGS), do)
+    part = q.new_empty((plan.parts, B, call.outside, H, D), dtype=torch.float32) if plan.parts > 1 else lse
+    plan.run(
+        q, k, v, do, k if call.pooled_k is None else call.pooled_k, v if call.pooled_v is None else call.pooled_v, dq,
+        lse, delta, part, lse if call.bias is None else call.bias, lse if call.mask is None else call.mask,
+        walked=(k, v),
     )  # fmt: skip
-    if parts > 1:
-        rows = part.sum(0)
-        dq[:, :prefix] = rows[:, :prefix]
-        dq[:, prefix + height * width :] = rows[:, prefix:]
+    if plan.parts > 1:
+        call.put_outside(dq, part.sum(0))

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._launches import next_power
+from vision_attn.kernels._launches import Kernel, next_power
 from vision_attn.kernels._local_call_triton import Call, token_strides
 from vision_attn.kernels._local_tiles_triton import (
     LOG2E,
@@ -38,6 +38,7 @@ def _first_row(offset, length, K):
     return tl.minimum(tl.where(offset >= 0, 0, late), length)
 
 
+@Kernel
 @triton.jit
 def _bias_gradient(
     q, k, v, do, lse, delta, bias, part, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h,

@@ -1,4 +1,4 @@
-"""One call of the Triton backend as its kernels want it: numbers, strides, TMA boxes, launch sizes."""
+"""One call of local attention's Triton backend: its inputs, and what its kernels ask of them."""
 
 import math
 from collections.abc import Sequence
@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vision_attn.kernels._launches import multiprocessors, next_power
+from vision_attn.kernels._launches import layout, multiprocessors, next_power
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,13 @@ class Call:
     kernel: Sequence[int]
     steps: Sequence[int]
     scale: float
+
+    @cached_property
+    def key(self) -> tuple[Any, ...]:
+        """All that a launch depends on but what the tensors hold."""
+        tensors = self.q, self.k, self.v, self.pooled_k, self.pooled_v, self.bias, self.mask
+        about = *self.size, self.radius, *self.kernel, *self.steps, self.scale
+        return self.q.device, *about, *map(layout, tensors)
 
     @cached_property
     def block_d(self) -> int:
@@ -117,6 +123,12 @@ class Call:
         parts = max(1, min(math.ceil(length / share), 32))
         return parts, math.ceil(length / parts / block) * block
 
+    def put_outside(self, t: Tensor, rows: Tensor) -> None:
+        """Write the tokens outside the grid, `rows` `[B, prefix + suffix, H, D]`, to `t` `[B, N, H, D]`."""
+        height, width, prefix, _ = self.size
+        t[:, :prefix] = rows[:, :prefix]
+        t[:, prefix + height * width :] = rows[:, prefix:]
+
 
 def packed(t: Tensor) -> Tensor:
     """`t` with neighbouring channels in memory; a copy only where they are not."""
@@ -140,52 +152,3 @@ def boxable(t: Tensor) -> bool:
     size = t.element_size()
     outer = zip(t.shape[:3], t.stride()[:3], strict=True)
     return t.data_ptr() % 16 == 0 and all(s > 0 and s * size % 16 == 0 for n, s in outer if n > 1)
-
-
-def sequence_box(t: Tensor, length: int, block_d: int) -> TensorDescriptor:
-    """Boxes of `length` tokens of one head of `[B, N, H, D]`."""
-    return TensorDescriptor(t, list(t.shape), _strides(t), [1, length, 1, block_d])
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """The address `elements` before the start of a tensor. TMA reads nothing there, but counts from it."""
-
-    tensor: Tensor
-    elements: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The tensor's."""
-        return self.tensor.dtype
-
-    def data_ptr(self) -> int:
-        """Return the address."""
-        return self.tensor.data_ptr() - self.elements * self.tensor.element_size()
-
-
-def grid_box(
-    t: Tensor, size: Sequence[int], steps: Sequence[int], tile: tuple[int, int], block_d: int
-) -> TensorDescriptor:
-    """Boxes of a tile of one head of a sub-grid; rows and columns beyond it read as zero.
-
-    TMA has five axes: batch, row, column, channel, and one in units of 16 bytes for head and sub-grid together
-    (`grid_lane`). Where a dilation does not divide a side, some sub-grids are shorter by one. Theirs is counted from
-    one step before the grid and starts at 1, so that all end at the same coordinate and none is read beyond the grid.
-    """
-    (height, width, prefix, _), (step_y, step_x) = size, steps
-    b, n, h, d = _strides(t)
-    unit = 16 // t.element_size()
-    ahead = step_y * (height % step_y > 0) * width + step_x * (width % step_x > 0)
-    last = (ahead + (step_y - 1) * width + step_x - 1) * n + (t.shape[2] - 1) * h
-    image: Any = t[:, prefix:]
-    sides = [math.ceil(height / step_y), math.ceil(width / step_x)]
-    return TensorDescriptor(
-        Ahead(image, ahead * n) if ahead else image, [t.shape[0], *sides, last // unit + 1, t.shape[3]],
-        [b, step_y * width * n, step_x * n, unit, d], [1, *tile, 1, block_d],
-    )  # fmt: skip
-
-
-def _strides(t: Tensor) -> list[int]:
-    """Strides; that of an axis of one element is free, and TMA wants a multiple of 16 bytes."""
-    return [s if n > 1 else 16 * t.shape[-1] for n, s in zip(t.shape[:3], t.stride()[:3], strict=True)] + [1]

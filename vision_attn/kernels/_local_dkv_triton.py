@@ -8,15 +8,16 @@ longest loops: they come first in the launch. Pooled keys have a launch of their
 # mypy: disable-error-code="no-untyped-def"
 
 import math
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._local_call_triton import Call, Tiles, grid_box, sequence_box, token_strides, uses_boxes
+from vision_attn.kernels._launches import Kernel
+from vision_attn.kernels._local_call_triton import Call, Tiles, token_strides
 from vision_attn.kernels._local_forward_triton import config
+from vision_attn.kernels._local_plan_triton import plan_keys
 from vision_attn.kernels._local_tiles_triton import (
     HIDDEN,
     LOG2E,
@@ -86,6 +87,7 @@ def _sequence(
     return dk, dv
 
 
+@Kernel
 @triton.jit
 def _key_gradients(
     q, k, v, do, dk, dv, lse, delta, part, bias, mask, q_seq, do_seq, q_grid, do_grid,
@@ -122,7 +124,8 @@ def _key_gradients(
         acc_k, acc_v = _sequence(
             keys, values, seen, acc_k, acc_v, q + wide_b * q_b + wide_h * q_h, do + wide_b * do_b + wide_h * do_h,
             q_seq, do_seq, lse + bh.to(tl.int64) * N, delta + bh.to(tl.int64) * N, b, h, first,
-            tl.minimum(first + part_length, N), q_n, do_n, c, LEN, RAGGED_N, MASK, D, BLOCK_D, TMA, PRECISION,
+            tl.minimum(first + part_length, N), q_n, do_n, c, LEN, RAGGED_N, MASK, D, BLOCK_D,
+            TMA and (PREFIX or SUFFIX), PRECISION,
         )  # fmt: skip
         acc_k *= scale
         if PARTS == 1:
@@ -203,6 +206,7 @@ def _key_gradients(
         store_rows(dv + (wide_b * N * heads + h) * D, token, heads * D, acc_v, keep, D, BLOCK_D)
 
 
+@Kernel
 @triton.jit
 def _pooled_gradients(
     q, do, k, v, part, lse, delta, q_b, q_n, q_h, do_b, do_n, do_h, k_b, k_n, k_h, v_b, v_n, v_h,
@@ -234,35 +238,18 @@ def _pooled_gradients(
 def key_gradients(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of k, v, pooled_k and pooled_v; empty for what is None."""
     q, k, v = call.q, call.k, call.v
-    B, N, H, D = q.shape
-    height, width, prefix, suffix = call.size
+    B, _, H, D = q.shape
     tiles = config(call, _CONFIGS)
-    M, LEN, outside = math.prod(tiles.keys), math.prod(tiles.queries), call.outside
-    blocks = B * H * math.ceil(outside / M)
-    grid_programs = B * H * call.tiles(tiles.keys)
-    parts, length = call.splits(blocks, N, grid_programs * call.work(tiles.keys), LEN) if blocks else (1, N)
-    parts = math.ceil(N / length)
+    plan = plan_keys(call, _key_gradients, tiles, do)
     dk, dv = q.new_empty(q.shape), q.new_empty(q.shape)
-    part = q.new_empty((parts, 2, B, outside, H, D), dtype=torch.float32) if parts > 1 else lse
-    boxes: tuple[Any, ...] = (q, do, q, do)
-    if tma := uses_boxes((q, do)):
-        boxes = tuple(sequence_box(t, LEN, call.block_d) for t in (q, do))
-        boxes += tuple(grid_box(t, call.size, call.steps, tiles.queries, call.block_d) for t in (q, do))
-    _key_gradients[(blocks * parts + grid_programs,)](
+    part = q.new_empty((plan.parts, 2, B, call.outside, H, D), dtype=torch.float32) if plan.parts > 1 else lse
+    plan.run(
         q, k, v, do, dk, dv, lse, delta, part, lse if call.bias is None else call.bias,
-        lse if call.mask is None else call.mask, *boxes,
-        *token_strides(q), *token_strides(k), *token_strides(v), *token_strides(do),
-        mask_b=0 if call.mask is None else call.mask.stride(0) * (call.mask.shape[0] > 1), batch=B,
-        row_programs=blocks * parts, part_length=length, together=call.together,
-        TALL=tiles.queries[0], WIDE=tiles.queries[1], KEY_TALL=tiles.keys[0], KEY_WIDE=tiles.keys[1],
-        MASK=call.mask is not None, BIAS=call.bias_block, PREFIX=prefix > 0, SUFFIX=suffix > 0,
-        RAGGED_PREFIX=prefix % LEN > 0, RAGGED_N=N % LEN > 0, PARTS=parts, TMA=tma,
-        num_warps=tiles.warps, num_stages=tiles.stages, **call.numbers(),
+        lse if call.mask is None else call.mask, walked=(q, do),
     )  # fmt: skip
-    if parts > 1:
+    if plan.parts > 1:
         for t, rows in zip((dk, dv), part.sum(0), strict=True):
-            t[:, :prefix] = rows[:, :prefix]
-            t[:, prefix + height * width :] = rows[:, prefix:]
+            call.put_outside(t, rows)
     return dk, dv, *_pooled(call, tiles, do, lse, delta)
 
 

@@ -9,14 +9,15 @@ in the launch; where few heads would leave them running alone, their keys are sp
 # mypy: disable-error-code="no-untyped-def"
 
 import math
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._local_call_triton import Call, Tiles, grid_box, sequence_box, token_strides, uses_boxes
+from vision_attn.kernels._launches import Kernel
+from vision_attn.kernels._local_call_triton import Call, Tiles
+from vision_attn.kernels._local_plan_triton import plan_queries
 from vision_attn.kernels._local_tiles_triton import (
     HIDDEN,
     LOG2E,
@@ -92,6 +93,7 @@ def _sequence(
     return m, l, acc
 
 
+@Kernel
 @triton.jit
 def _forward(
     q, k, v, pooled_k, pooled_v, o, lse, part, part_lse, bias, mask, k_seq, v_seq, k_grid, v_grid,
@@ -212,6 +214,7 @@ def _forward(
         tl.store(lse + bh.to(tl.int64) * N + token, m + tl.log2(total), mask=keep)
 
 
+@Kernel
 @triton.jit
 def _merge(
     part, part_lse, o, lse, N, heads, batch, prefix, image, outside, PARTS: tl.constexpr, ROWS: tl.constexpr,
@@ -243,44 +246,24 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     """Return the output `[B, N, H, D]` and its log-sum-exp in base 2, `[B, H, N]` in float32."""
     q, k, v = call.q, call.k, call.v
     B, N, H, D = q.shape
-    height, width, prefix, suffix = call.size
     o = q.new_empty(q.shape)
     lse = q.new_empty((B, H, N), dtype=torch.float32)
     if not o.numel():
         return o, lse
-    tiles = config(call, _CONFIGS)
-    M, LEN = math.prod(tiles.queries), math.prod(tiles.keys)
-    outside = call.outside
-    blocks = B * H * math.ceil(outside / M)
-    grid_programs = B * H * call.tiles(tiles.queries)
-    parts, length = call.splits(blocks, N, grid_programs * call.work(tiles.queries), LEN) if blocks else (1, N)
-    parts = math.ceil(N / length)
+    plan = plan_queries(call, _forward, config(call, _CONFIGS))
     part = part_lse = lse
-    if parts > 1:
-        part = q.new_empty((parts, B, H, outside, D), dtype=torch.float32)
-        part_lse = q.new_empty((parts, B, H, outside), dtype=torch.float32)
-    boxes: tuple[Any, ...] = (k, v, k, v)
-    if tma := uses_boxes((k, v)):
-        if outside:
-            boxes = tuple(sequence_box(t, LEN, call.block_d) for t in (k, v))
-        boxes = boxes[:2] + tuple(grid_box(t, call.size, call.steps, tiles.keys, call.block_d) for t in (k, v))
-    pooled_k, pooled_v = (k, v) if call.pooled_k is None else (call.pooled_k, call.pooled_v)
-    assert pooled_v is not None
-    _forward[(blocks * parts + grid_programs,)](
-        q, k, v, pooled_k, pooled_v, o, lse, part, part_lse, lse if call.bias is None else call.bias,
-        lse if call.mask is None else call.mask, *boxes,
-        *token_strides(q), *token_strides(k), *token_strides(v), *token_strides(pooled_k), *token_strides(pooled_v),
-        mask_b=0 if call.mask is None else call.mask.stride(0) * (call.mask.shape[0] > 1), batch=B,
-        pooled=0 if call.pooled_k is None else call.pooled_k.shape[1],
-        row_programs=blocks * parts, part_length=length, together=call.together,
-        TALL=tiles.queries[0], WIDE=tiles.queries[1], KEY_TALL=tiles.keys[0], KEY_WIDE=tiles.keys[1],
-        MASK=call.mask is not None, BIAS=call.bias_block, PREFIX=prefix > 0, SUFFIX=suffix > 0,
-        POOLED=call.pooled_k is not None and call.pooled_k.shape[1] > 0, RAGGED_PREFIX=prefix % LEN > 0,
-        RAGGED_N=N % LEN > 0, PARTS=parts, TMA=tma, num_warps=tiles.warps, num_stages=tiles.stages,
-        **call.numbers(),
+    if plan.parts > 1:
+        part = q.new_empty((plan.parts, B, H, call.outside, D), dtype=torch.float32)
+        part_lse = q.new_empty((plan.parts, B, H, call.outside), dtype=torch.float32)
+    plan.run(
+        q, k, v, k if call.pooled_k is None else call.pooled_k, v if call.pooled_v is None else call.pooled_v, o, lse,
+        part, part_lse, lse if call.bias is None else call.bias, lse if call.mask is None else call.mask,
+        walked=(k, v),
     )  # fmt: skip
-    if parts > 1:
-        _merge[(math.ceil(outside / 16), B * H)](
-            part, part_lse, o, lse, N, H, B, prefix, height * width, outside, parts, 16, D, call.block_d, num_warps=4
-        )
+    if plan.parts > 1:
+        height, width, prefix, _ = call.size
+        _merge[(math.ceil(call.outside / 16), B * H)](
+            part, part_lse, o, lse, N, H, B, prefix, height * width, call.outside, plan.parts, 16, D, call.block_d,
+            num_warps=4,
+        )  # fmt: skip
     return o, lse

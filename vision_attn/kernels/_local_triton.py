@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vision_attn.grid import Grid
+from vision_attn.kernels._custom_op import custom_op
 from vision_attn.kernels.local_window import Window
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -61,7 +62,7 @@ def _run(
     return _local(q, k, v, *pooled, window.bias, mask, size, radius, kernel, steps, scale)
 
 
-@torch.library.custom_op("vision_attn::local_triton", mutates_args=())
+@custom_op("vision_attn::local_triton")
 def _local(
     q: Tensor, k: Tensor, v: Tensor, pooled_k: Tensor | None, pooled_v: Tensor | None, bias: Tensor | None,
     mask: Tensor | None, size: Sequence[int], radius: float, kernel: Sequence[int], steps: Sequence[int], scale: float,
@@ -83,7 +84,7 @@ def _(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((B, H, N), dtype=torch.float32)
 
 
-@torch.library.custom_op("vision_attn::local_triton_backward", mutates_args=())
+@custom_op("vision_attn::local_triton_backward")
 def _local_backward(
     do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, pooled_k: Tensor | None,
     pooled_v: Tensor | None, bias: Tensor | None, mask: Tensor | None, size: Sequence[int], radius: float,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vision_attn.kernels._agent_backward_triton import key_gradients
 from vision_attn.kernels._agent_forward_triton import HIDDEN, START, Pairs, choice, logits
-from vision_attn.kernels._launches import next_power
+from vision_attn.kernels._launches import Kernel, next_power
 from vision_attn.kernels._linear_tiles_triton import LOG2E, block_of, precision_of, put_rows, token_rows
 
 # Not tuned: chosen offline by registers and shared memory for sm_90 with triton 3.7.1.
@@ -108,6 +108,7 @@ def _update(s, values, m, l, acc, PRECISION: tl.constexpr):
     return top, l, acc
 
 
+@Kernel
 @triton.jit
 def _forward(
     q, k, v, o, lse, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, sk, sv, sk_b, sk_n, sk_h, sv_b, sv_n, sv_h,
@@ -150,6 +151,7 @@ def _forward(
     tl.store(lse + bh.to(tl.int64) * tokens + row, m + tl.log2(total), mask=row < tokens)
 
 
+@Kernel
 @triton.jit
 def _query_gradients(
     q, k, v, o, do, lse, delta, dq, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h,
@@ -195,6 +197,7 @@ def _query_gradients(
     put_rows(dq + (b * tokens * heads + h) * D, row, tokens, heads * D, 0, acc * scale, D, BLOCK_D)
 
 
+@Kernel
 @triton.jit
 def _key_gradients(
     q, k, v, do, lse, delta, dk, dv, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h,

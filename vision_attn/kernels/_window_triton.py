@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vision_attn.grid import Grid
+from vision_attn.kernels._custom_op import custom_op
 from vision_attn.kernels.dense import dense_attention, seen_keys
 
 
@@ -28,7 +29,7 @@ def window_attention_triton(
     return torch.cat([rest[:, : grid.prefix], o, rest[:, grid.prefix :]], 1)
 
 
-@torch.library.custom_op("vision_attn::window_triton", mutates_args=())
+@custom_op("vision_attn::window_triton")
 def _window(
     q: Tensor, k: Tensor, v: Tensor, shared_k: Tensor | None, shared_v: Tensor | None, seen: Tensor | None,
     size: Sequence[int], cell: Sequence[int], scale: float,
@@ -45,7 +46,7 @@ def _(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((B, H, N), dtype=torch.float32)
 
 
-@torch.library.custom_op("vision_attn::window_triton_backward", mutates_args=())
+@custom_op("vision_attn::window_triton_backward")
 def _window_backward(
     do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, shared_k: Tensor | None,
     shared_v: Tensor | None, seen: Tensor | None, size: Sequence[int], cell: Sequence[int], scale: float,
