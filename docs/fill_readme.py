@@ -119,6 +119,19 @@ def pipelines() -> str:
     return table(["denoiser", "size", "attention", "one step", "against stock", "peak memory"], rows)
 
 
+def models() -> str:
+    """Whole classifiers beside the published ones that they compete with, and beside their dense twins."""
+    rows = []
+    for row in stored("bench/results/models_h200.json")["rows"]:
+        by_name = {c["name"]: c["forward"] for c in row["candidates"] if c["forward"]}
+        for name in dict.fromkeys(forward["computes"] for forward in row["candidates"]):
+            modes = [by_name.get(f"{name} {mode}") for mode in ("eager", "compiled", "eager graph")]
+            rate = f"{modes[0]['images_per_s']:.0f}" if modes[0] else "-"
+            speedups = [f"{mode['speedup']:.2f}x" if mode else "-" for mode in modes]
+            rows.append([f"{row['shape']['size']} px", f"`{name}`", rate, *speedups])
+    return table(["images", "model", "images/s, eager", "eager", "compiled", "CUDA graph"], rows)
+
+
 def distilled() -> str:
     """What a distillation changes."""
     rows = []
@@ -154,6 +167,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "squares": squares,
     "linear": linear,
     "pipelines": pipelines,
+    "models": models,
     "distilled": distilled,
     "highres": highres,
     "demo": demo,

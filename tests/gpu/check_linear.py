@@ -168,8 +168,8 @@ def elsewhere():
     if torch.cuda.device_count() < 2:
         return None
     found = {}
-    for name, f in operators(41 * 40, 4, 64).items():
-        results = []
+    for name in ("linear", "rala"):  # the others hold tensors of their own
+        f, results = operators(41 * 40, 4, 64)[name], []
         for device in ("cuda:0", "cuda:1"):
             q, k, v, do = (t.to(device) for t in drawn(41 * 40, 4, 64))
             results.append([f(q, k, v)])
