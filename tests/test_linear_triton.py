@@ -43,13 +43,18 @@ def _few_programs(monkeypatch):
         tiles(monkeypatch, 64)
 
 
-def tiles(monkeypatch, length, programs=1):
+def tiles(monkeypatch, length, programs=1, boxes=False):
     from vision_attn.kernels import _linear_backward_triton, _linear_forward_triton, _linear_mean_triton
     from vision_attn.kernels._linear_tiles_triton import Launch
 
-    table = {(size, 256, 256): Launch(length, 1, 1, programs) for size in (2, 4)}
+    plans = [getattr(_linear_forward_triton, f"_plan_{name}") for name in ("state", "merge", "output")]
+    plans += [getattr(_linear_backward_triton, f"_plan_{name}") for name in ("queries", "keys")]
+    for plan in plans:
+        plan.forget()
+    table = {(size, 256, 256): Launch(length, 1, 1, programs, boxes) for size in (2, 4)}
     for module, name in (
         (_linear_forward_triton, "_STATE"),
+        (_linear_forward_triton, "_HEAVY_STATE"),
         (_linear_forward_triton, "_OUTPUT"),
         (_linear_backward_triton, "_QUERIES"),
         (_linear_backward_triton, "_KEYS"),
@@ -105,6 +110,25 @@ def test_parts_of_the_sequence_add_up(id, monkeypatch):
     monkeypatch.setattr("vision_attn.kernels._linear_backward_triton.cut", lambda tokens, *rest: (-(-tokens // 16), 16))
     case = next(case for case in LINEAR if case.id == id)
     check_case(Case(case.operator, case.id, case.options | dict(N=50, M=150)), torch.float32)
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in LINEAR if c.id in ("elu", "weights", "rala-hidden")] + [WIDE], ids=str
+)
+def test_tiles_that_tma_loads(case, dtype, monkeypatch):
+    from vision_attn.kernels import _linear_forward_triton
+    from vision_attn.kernels._plan_triton import Box
+
+    made = []
+    monkeypatch.setattr(_linear_forward_triton, "uses_boxes", lambda tensors: True)
+    monkeypatch.setattr(Box, "of", lambda self, t, of=Box.of: made.append(self.tile) or of(self, t))
+    tiles(monkeypatch, 32, 2, boxes=True)
+    check_case(case, dtype)
+    rotary = case.options.get("rotary", False)
+    assert len(made) >= 7 if not rotary else not made  # k, v; q; q, do; k, v
+    assert all(tile[:3] == [1, 32, 1] for tile in made)
 
 
 def draw(*shape, dtype=torch.float32, scale=1.0):

@@ -113,13 +113,13 @@ def test_a_table_of_biases_is_near_or_read_where_it_lies(near, monkeypatch):
 @pytest.fixture
 def boxes(monkeypatch):
     """Fetch tiles through TMA descriptors, as on Hopper."""
-    from vision_attn.kernels import _local_plan_triton
+    from vision_attn.kernels import _local_plan_triton, _plan_triton
 
     _local_plan_triton.plan_queries.forget()
     _local_plan_triton.plan_keys.forget()
     monkeypatch.setattr(_local_plan_triton, "uses_boxes", lambda tensors: True)
     # what the interpreter asks of a tensor, to copy one that is on a GPU
-    Shifted = _local_plan_triton.Shifted
+    Shifted = _plan_triton.Shifted
     for name in ("untyped_storage", "storage_offset", "size", "stride"):
         monkeypatch.setattr(Shifted, name, lambda self, name=name: getattr(self.tensor, name)(), raising=False)
     for name in ("new_empty", "set_"):

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._launches import Kernel
-from vision_attn.kernels._linear_forward_triton import Call, config, merged, state_parts
+from vision_attn.kernels._launches import Bound, Kernel, planned
+from vision_attn.kernels._linear_forward_triton import Call, boxes_of, config, merged, state_parts
 from vision_attn.kernels._linear_tiles_triton import (
     LANES,
     Launch,
@@ -35,11 +35,13 @@ from vision_attn.kernels._linear_tiles_triton import (
     slope,
     state_block,
     steps,
+    tile_rows,
     token_rows,
     turned,
     unit_of,
     weighed,
 )
+from vision_attn.kernels._plan_triton import Plan
 
 # 16 bits up to 128 channels: tuned on an H200 with triton 3.6; else chosen by registers and shared memory.
 # Keys: bytes of an element, channels of the features and of the values at most.
@@ -65,18 +67,19 @@ _FUSED = 64 * 64  # elements of a state that the program of a query's gradient c
 @Kernel
 @triton.jit
 def _query_gradients(
-    q, do, state, norm, cos, sin, dq, part, factors, inverses, part_kappa, means,
+    q, do, state, norm, cos, sin, dq, part, factors, inverses, part_kappa, means, q_box, do_box,
     q_b, q_n, q_h, do_b, do_n, do_h, cos_n, tokens, heads, batch_heads, length, eps, floor,
-    FUSED: tl.constexpr, GLOBAL: tl.constexpr, SCALED: tl.constexpr, LEN: tl.constexpr, STAGES: tl.constexpr,
-    LANES: tl.constexpr, MAP: tl.constexpr, ROTARY: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    FUSED: tl.constexpr, GLOBAL: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr, LEN: tl.constexpr,
+    STAGES: tl.constexpr, LANES: tl.constexpr, MAP: tl.constexpr, ROTARY: tl.constexpr, F: tl.constexpr,
+    BLOCK_F: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Dq of a part of the queries, and their part of dS and y; not `FUSED`: 1 / den and the factor of y instead."""
     pid = tl.program_id(0)
     bh = pid % batch_heads
     slice_ = pid // batch_heads
     D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    batch, head = bh // heads, bh % heads
+    b, h = batch.to(tl.int64), head.to(tl.int64)
     q += (b * q_b + h * q_h) * unit_of(q)
     do += (b * do_b + h * do_h) * unit_of(do)
     dq += (b * tokens * heads + h) * F
@@ -96,8 +99,8 @@ def _query_gradients(
     stop = tl.minimum(tokens, (slice_ + 1) * length)
     for j in tl.range(slice_ * length, stop, LEN, num_stages=STAGES):
         row = j + tl.arange(0, LEN)
-        x = token_rows(q, row, stop, q_n * unit_of(q), 0, F, BLOCK_F)
-        g = token_rows(do, row, stop, do_n * unit_of(do), 0, D, BLOCK_D)
+        x = tile_rows(q, q_box, batch, head, j, stop, q_n * unit_of(q), 0, LEN, F, BLOCK_F, TMA)
+        g = tile_rows(do, do_box, batch, head, j, stop, do_n * unit_of(do), 0, LEN, D, BLOCK_D, TMA)
         phi = mapped(x, MAP)
         norms = tl.sum(phi * z[None, :], 1)
         share = 1.0 / (norms + eps)
@@ -166,18 +169,20 @@ def _less_mean(y, s, means, first, size, D: tl.constexpr, BLOCK_D: tl.constexpr)
 @Kernel
 @triton.jit
 def _key_gradients(
-    k, v, weight, query, cos, sin, dstate, y, scale, tops, kappa, means, dk, dv, dweight, part_query,
-    k_b, k_n, k_h, v_b, v_n, v_h, w_b, w_n, w_h, cos_n, tokens, heads, batch_heads, length,
+    k, v, weight, query, cos, sin, dstate, y, scale, tops, kappa, means, dk, dv, dweight, part_query, k_box,
+    v_box, k_b, k_n, k_h, v_b, v_n, v_h, w_b, w_n, w_h, cos_n, tokens, heads, batch_heads, length,
     WEIGHT: tl.constexpr, GLOBAL: tl.constexpr, SCALED: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr,
-    LEN: tl.constexpr, STAGES: tl.constexpr, LANES: tl.constexpr, MAP: tl.constexpr, ROTARY: tl.constexpr,
-    F: tl.constexpr, BLOCK_F: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, LEN: tl.constexpr, STAGES: tl.constexpr, LANES: tl.constexpr, MAP: tl.constexpr,
+    ROTARY: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk, dv and the gradient of the weights of a part of the keys, and its part of the global query's."""
     pid = tl.program_id(0)
     bh = pid % batch_heads
     slice_ = pid // batch_heads
     D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    batch, head = bh // heads, bh % heads
+    b, h = batch.to(tl.int64), head.to(tl.int64)
     k += (b * k_b + h * k_h) * unit_of(k)
     v += (b * v_b + h * v_h) * unit_of(v)
     weight += b * w_b + h * w_h
@@ -205,8 +210,8 @@ def _key_gradients(
     stop = tl.minimum(tokens, (slice_ + 1) * length)
     for j in tl.range(slice_ * length, stop, LEN, num_stages=STAGES):
         row = j + tl.arange(0, LEN)
-        x = token_rows(k, row, stop, k_n * unit_of(k), 0, F, BLOCK_F)
-        values = token_rows(v, row, stop, v_n * unit_of(v), 0, D, BLOCK_D)
+        x = tile_rows(k, k_box, batch, head, j, stop, k_n * unit_of(k), 0, LEN, F, BLOCK_F, TMA)
+        values = tile_rows(v, v_box, batch, head, j, stop, v_n * unit_of(v), 0, LEN, D, BLOCK_D, TMA)
         phi = mapped(x, MAP)
         w, logit = weighed(phi, row, stop, g, weight, w_n, WEIGHT, GLOBAL)
         share = power(logit - top) / total if GLOBAL else tl.full([LEN], 1.0, tl.float32)
@@ -261,6 +266,38 @@ def _key_gradients(
         tl.store(part_query + 2 * F, tl.zeros([BLOCK_F], tl.float32) + tl.sum(rest, 0), mask=f < F)
 
 
+@planned
+def _plan_queries(call: Call, launch: Launch, do: Tensor) -> tuple[Plan, bool]:
+    """Plan a launch of `_query_gradients`, and tell whether it holds the state's gradient too."""
+    q, constants = call.q, call.constants()
+    B, N, H, _ = q.shape
+    fused = constants["BLOCK_F"] * do.shape[-1] <= _FUSED
+    parts, length = cut(N, B * H, launch, q, 4 if fused else 1)
+    boxes = boxes_of((q, do), (constants["BLOCK_F"], constants["BLOCK_D"]), launch)
+    named = dict(
+        FUSED=fused, GLOBAL=call.query is not None, SCALED=call.scaled, TMA=boxes[0] is not None, LEN=launch.length,
+        STAGES=launch.stages, LANES=LANES, num_warps=launch.warps, **constants,
+    )  # fmt: skip
+    numbers = *steps(q), *steps(do), call.rotary()[2], N, H, B * H, length, call.eps, call.floor
+    return Plan(Bound(_query_gradients, (parts * B * H,), numbers, named), parts, boxes), fused
+
+
+@planned
+def _plan_keys(call: Call, launch: Launch, weight_gradient: bool) -> Plan:
+    k, v, weight, constants = call.k, call.v, call.weight, call.constants()
+    B, M, H, _ = k.shape
+    parts, length = cut(M, B * H, launch, k, 1)
+    boxes = boxes_of((k, v), (constants["BLOCK_F"], constants["BLOCK_D"]), launch)
+    named = dict(
+        WEIGHT=weight is not None, GLOBAL=call.query is not None, SCALED=call.scaled, WEIGHT_GRADIENT=weight_gradient,
+        TMA=boxes[0] is not None, LEN=launch.length, STAGES=launch.stages, LANES=LANES, num_warps=launch.warps,
+        **constants,
+    )  # fmt: skip
+    w = (0, 0, 0) if weight is None else weight.stride()
+    numbers = *steps(k), *steps(v), *w, call.rotary()[2], M, H, B * H, length
+    return Plan(Bound(_key_gradients, (parts * B * H,), numbers, named), parts, boxes)
+
+
 def backward(
     call: Call, do: Tensor, state: Tensor, norm: Tensor, tops: Tensor, weight_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -274,20 +311,16 @@ def backward(
         return dq.zero_(), dk.zero_(), dv.zero_(), dweight.zero_(), dquery.zero_()
     means = norm.new_empty((*k.shape[:1], *v.shape[2:]))
     dstate, y, kappa = _state_gradients(call, do, state, norm, dq, means)
-    B, M, H, F = k.shape
+    B, _, H, F = k.shape
     size = norm
     if call.scaled:  # float16 has no range for sums over all queries
         size = dstate.abs().amax((2, 3)).clamp_(min=1e-30)
         dstate = (dstate / size[:, :, None, None]).to(q.dtype)
-    launch = config(call, _KEYS)
-    parts, length = cut(M, B * H, launch, k, 1)
-    part_query = norm.new_empty((parts, B, H, 3, F)) if call.query is not None else norm
-    _key_gradients[(parts * B * H,)](
+    plan = _plan_keys(call, config(call, _KEYS), weight_gradient)
+    part_query = norm.new_empty((plan.parts, B, H, 3, F)) if call.query is not None else norm
+    plan.run(
         k, v, norm if weight is None else weight, norm if call.query is None else call.query, *call.rotary()[:2],
-        dstate, y, size, tops, kappa, means, dk, dv, dweight, part_query, *steps(k), *steps(v),
-        *((0, 0, 0) if weight is None else weight.stride()), call.rotary()[2], M, H, B * H, length,
-        WEIGHT=weight is not None, GLOBAL=call.query is not None, SCALED=call.scaled, WEIGHT_GRADIENT=weight_gradient,
-        LEN=launch.length, STAGES=launch.stages, LANES=LANES, num_warps=launch.warps, **call.constants(),
+        dstate, y, size, tops, kappa, means, dk, dv, dweight, part_query, boxed=(k, v),
     )  # fmt: skip
     if call.query is not None:
         # gradients of a softmax sum to zero: what rounding leaves is taken out
@@ -302,23 +335,15 @@ def _state_gradients(
     """Fill dq and the means of the state; return dS, y `[B, H, F]`, and eps times the sum of delta / den `[B, H]`."""
     q = call.q
     B, N, H, F = q.shape
-    D = do.shape[-1]
-    launch, constants = config(call, _QUERIES), call.constants()
-    fused = constants["BLOCK_F"] * D <= _FUSED
-    parts, length = cut(N, B * H, launch, q, 4 if fused else 1)
+    plan, fused = _plan_queries(call, config(call, _QUERIES), do)
     part, factors, inverses, kappa = norm, norm, norm, norm
     if fused:
-        part = norm.new_empty((parts, B, H, F * D + F))
+        part = norm.new_empty((plan.parts, B, H, F * do.shape[-1] + F))
     else:
         inverses, factors = (norm.new_empty((B, H, N)).transpose(1, 2) for _ in range(2))
     if call.query is not None:
-        kappa = norm.new_empty((parts, B, H))
-    _query_gradients[(parts * B * H,)](
-        q, do, state, norm, *call.rotary()[:2], dq, part, factors, inverses, kappa, means, *steps(q),
-        *steps(do), call.rotary()[2], N, H, B * H, length, call.eps, call.floor, FUSED=fused,
-        GLOBAL=call.query is not None, SCALED=call.scaled, LEN=launch.length, STAGES=launch.stages, LANES=LANES,
-        num_warps=launch.warps, **constants,
-    )  # fmt: skip
+        kappa = norm.new_empty((plan.parts, B, H))
+    plan.run(q, do, state, norm, *call.rotary()[:2], dq, part, factors, inverses, kappa, means, boxed=(q, do))
     if call.query is not None:
         kappa = kappa.sum(0)
     if not fused:

@@ -8,9 +8,10 @@ parts in a fixed order (see `_linear_tiles_triton.py`); the third reads q once a
 # mypy: disable-error-code="no-untyped-def"
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -36,12 +37,14 @@ from vision_attn.kernels._linear_tiles_triton import (
     put_rows,
     release,
     steps,
+    tile_rows,
     token_rows,
     turned,
     unit_of,
     value_block,
     weighed,
 )
+from vision_attn.kernels._plan_triton import Box, Plan, sequence_box, uses_boxes
 
 # 16 bits up to 128 channels: tuned on an H200 with triton 3.6; else chosen by registers and shared memory.
 # Keys: bytes of an element, channels of the features and of the values at most.
@@ -120,18 +123,18 @@ def config(call: Call, table: dict[tuple[int, int, int], Launch]) -> Launch:
     launch = next(c for (b, most_f, most_d), c in table.items() if b == size and f <= most_f and d <= most_d)
     if call.cos is None:
         return launch
-    return replace(launch, length=launch.length if f <= 64 else min(launch.length, 32), stages=1)
+    return replace(launch, length=launch.length if f <= 64 else min(launch.length, 32), stages=1, boxes=False)
 
 
 @Kernel
 @triton.jit
 def _state(
-    k, v, weight, sum_weight, query, cos, sin, part, part_top,
+    k, v, weight, sum_weight, query, cos, sin, part, part_top, k_box, v_box,
     k_b, k_n, k_h, v_b, v_n, v_h, w_b, w_n, w_h, cos_n, tokens, heads, batch_heads, length,
     WEIGHT: tl.constexpr, SUM_WEIGHT: tl.constexpr, GLOBAL: tl.constexpr, SCALED: tl.constexpr,
-    OVERLAP: tl.constexpr, LEN: tl.constexpr, STAGES: tl.constexpr, LANES: tl.constexpr, MAP: tl.constexpr,
-    ROTARY: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr, TMA: tl.constexpr, LEN: tl.constexpr, STAGES: tl.constexpr, LANES: tl.constexpr,
+    MAP: tl.constexpr, ROTARY: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sum r phi(k) v^T and phi(k) over a part of the keys, each weighed.
 
@@ -142,7 +145,8 @@ def _state(
     D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     block = pid // batch_heads % D_BLOCKS
     slice_ = pid // batch_heads // D_BLOCKS
-    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    batch, head = bh // heads, bh % heads
+    b, h = batch.to(tl.int64), head.to(tl.int64)
     k += (b * k_b + h * k_h) * unit_of(k)
     v += (b * v_b + h * v_h) * unit_of(v)
     weight += b * w_b + h * w_h
@@ -157,8 +161,8 @@ def _state(
     stop = tl.minimum(tokens, (slice_ + 1) * length)
     for j in tl.range(slice_ * length, stop, LEN, num_stages=STAGES):
         row = j + tl.arange(0, LEN)
-        phi = mapped(token_rows(k, row, stop, k_n * unit_of(k), 0, F, BLOCK_F), MAP)
-        values = token_rows(v, row, stop, v_n * unit_of(v), block * BLOCK_D, D, BLOCK_D)
+        phi = mapped(tile_rows(k, k_box, batch, head, j, stop, k_n * unit_of(k), 0, LEN, F, BLOCK_F, TMA), MAP)
+        values = tile_rows(v, v_box, batch, head, j, stop, v_n * unit_of(v), block * BLOCK_D, LEN, D, BLOCK_D, TMA)
         w, logit = weighed(phi, row, stop, g, weight, w_n, WEIGHT, GLOBAL)
         if GLOBAL:
             high = tl.maximum(top, tl.max(logit, 0))
@@ -254,10 +258,10 @@ def _merge(
 @Kernel
 @triton.jit
 def _output(
-    q, state, norm, cos, sin, o, q_b, q_n, q_h, cos_n, tokens, heads, batch_heads, length, eps, floor,
-    SCALED: tl.constexpr, OVERLAP: tl.constexpr, LEN: tl.constexpr, STAGES: tl.constexpr, MAP: tl.constexpr,
-    ROTARY: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, state, norm, cos, sin, o, q_box, q_b, q_n, q_h, cos_n, tokens, heads, batch_heads, length, eps, floor,
+    SCALED: tl.constexpr, OVERLAP: tl.constexpr, TMA: tl.constexpr, LEN: tl.constexpr, STAGES: tl.constexpr,
+    MAP: tl.constexpr, ROTARY: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Read the state with some queries."""
     pid = tl.program_id(0)
@@ -265,12 +269,14 @@ def _output(
     D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     block = pid // batch_heads % D_BLOCKS
     slice_ = pid // batch_heads // D_BLOCKS
-    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    batch, head = bh // heads, bh % heads
+    b, h = batch.to(tl.int64), head.to(tl.int64)
     q += (b * q_b + h * q_h) * unit_of(q)
     o += (b * tokens * heads + h) * D
     stop = tl.minimum(tokens, (slice_ + 1) * length)
-    first = slice_ * length + tl.arange(0, LEN)
-    following = token_rows(q, first, stop, q_n * unit_of(q), 0, F, BLOCK_F)
+    if not TMA:
+        first = slice_ * length + tl.arange(0, LEN)
+        following = token_rows(q, first, stop, q_n * unit_of(q), 0, F, BLOCK_F)
     await_previous(OVERLAP)  # the first queries are on their way
     norm += bh * F
     z, c = divisor(norm, floor, F, BLOCK_F, ROTARY)
@@ -280,9 +286,12 @@ def _output(
     )  # fmt: skip
     for j in tl.range(slice_ * length, stop, LEN, num_stages=STAGES):
         row = j + tl.arange(0, LEN)
-        x = following
-        # on its way while this tile is computed
-        following = token_rows(q, row + LEN, stop, q_n * unit_of(q), 0, F, BLOCK_F)
+        if TMA:
+            x = q_box.load([batch, j, head, 0]).reshape(LEN, BLOCK_F)
+        else:
+            x = following
+            # on its way while this tile is computed
+            following = token_rows(q, row + LEN, stop, q_n * unit_of(q), 0, F, BLOCK_F)
         p = mapped(x, MAP)
         norms = tl.sum(p * z[None, :], 1)
         share = 1.0 / (norms + eps)
@@ -297,41 +306,44 @@ def _output(
         put_rows(o, row, stop, heads * D, block * BLOCK_D, rows, D, BLOCK_D)
 
 
-class _Plan(NamedTuple):
-    """A launch without its tensors, and into how many parts it cuts a sequence."""
-
-    launch: Bound
-    parts: int
+def boxes_of(tensors: Sequence[Tensor], blocks: Sequence[int], launch: Launch) -> tuple[Box | None, ...]:
+    """Return the tiles of `[B, N, H, D]` tensors that TMA fetches for a launch, None where it does not."""
+    if not launch.boxes or not uses_boxes(tensors):
+        return (None,) * len(tensors)
+    return tuple(sequence_box(t, launch.length, block) for t, block in zip(tensors, blocks, strict=True))
 
 
 @planned
-def _plan_state(call: Call, launch: Launch, k: Tensor, v: Tensor, weight: Tensor | None, *given: bool) -> _Plan:
+def _plan_state(call: Call, launch: Launch, k: Tensor, v: Tensor, weight: Tensor | None, *given: bool) -> Plan:
     """Plan a launch of `_state`; `given` are a second weight and a global query."""
     B, M, H, _ = k.shape
     constants = call.constants()
     blocks = math.ceil(v.shape[-1] / constants["BLOCK_D"])
     parts, length = cut(M, B * H * blocks, launch, k, 4)
     w = (0, 0, 0) if weight is None else weight.stride()
+    boxes = boxes_of((k, v), (constants["BLOCK_F"], constants["BLOCK_D"]), launch)
     named = dict(
         WEIGHT=weight is not None, SUM_WEIGHT=given[0], GLOBAL=given[1], SCALED=call.scaled, OVERLAP=overlapping(k),
-        LEN=launch.length, STAGES=launch.stages, LANES=LANES, num_warps=launch.warps, **constants,
+        TMA=boxes[0] is not None, LEN=launch.length, STAGES=launch.stages, LANES=LANES, num_warps=launch.warps,
+        **constants,
     )  # fmt: skip
     numbers = *steps(k), *steps(v), *w, call.rotary()[2], M, H, B * H, length
-    return _Plan(Bound(_state, (parts * blocks * B * H,), numbers, named), parts)
+    return Plan(Bound(_state, (parts * blocks * B * H,), numbers, named), parts, boxes)
 
 
 @planned
-def _plan_output(call: Call, launch: Launch) -> _Plan:
+def _plan_output(call: Call, launch: Launch) -> Plan:
     B, N, H, _ = call.q.shape
     constants = call.constants()
     blocks = math.ceil(call.v.shape[-1] / constants["BLOCK_D"])
     parts, length = cut(N, B * H * blocks, launch, call.q, 1)
+    boxes = boxes_of((call.q,), (constants["BLOCK_F"],), launch)
     named = dict(
-        SCALED=call.scaled, LEN=launch.length, STAGES=launch.stages, num_warps=launch.warps, **constants,
-        **dependent(call.q),
+        SCALED=call.scaled, TMA=boxes[0] is not None, LEN=launch.length, STAGES=launch.stages, num_warps=launch.warps,
+        **constants, **dependent(call.q),
     )  # fmt: skip
     numbers = *steps(call.q), call.rotary()[2], N, H, B * H, length, call.eps, call.floor
-    return _Plan(Bound(_output, (parts * blocks * B * H,), numbers, named), parts)
+    return Plan(Bound(_output, (parts * blocks * B * H,), numbers, named), parts, boxes)
 
 
 @planned
@@ -354,9 +366,9 @@ def state_parts(
     part = k.new_empty((plan.parts, B, H, F * v.shape[-1] + F), dtype=torch.float32)
     part_top = None if query is None else part.new_empty((plan.parts, B, H, 2))
     w = part if weight is None else weight
-    plan.launch(
+    plan.run(
         k, v, w, w if sum_weight is None else sum_weight, part if query is None else query, *call.rotary()[:2], part,
-        part if part_top is None else part_top,
+        part if part_top is None else part_top, boxed=(k, v),
     )  # fmt: skip
     return part, part_top
 
@@ -387,5 +399,5 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     factor = 1.0 / k.shape[1] if call.query is None else 1.0
     state, norm, tops = merged(call, part, part_top, torch.float32, factor)
     plan = _plan_output(call, config(call, _OUTPUT))
-    plan.launch(q, state, norm, *call.rotary()[:2], o)
+    plan.run(q, state, norm, *call.rotary()[:2], o, boxed=(q,))
     return o, state, norm, tops

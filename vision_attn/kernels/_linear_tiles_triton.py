@@ -33,12 +33,13 @@ LANES = 16  # rows of sums over tokens that no two threads share; they are added
 
 @dataclass(frozen=True)
 class Launch:
-    """Tokens of a tile, warps, pipeline stages, and programs on one multiprocessor that the launch aims at."""
+    """A launch: tokens of a tile, warps, pipeline stages, programs on one multiprocessor, and whether TMA loads."""
 
     length: int
     warps: int
     stages: int
     programs: int
+    boxes: bool = False
 
 
 @triton.jit
@@ -70,6 +71,19 @@ def token_rows(base, row, stop, stride, first, D: tl.constexpr, BLOCK: tl.conste
         rows = tl.load(pointers, mask=(row < stop)[:, None], other=0.0)
     else:
         rows = tl.load(pointers, mask=(row < stop)[:, None] & (d < D)[None, :], other=0.0)
+    return rows
+
+
+@triton.jit
+def tile_rows(
+    base, box, b, h, token, stop, stride, first, LEN: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """`LEN` tokens from `token` on, like `token_rows`; with `TMA`, `stop` is a multiple of `LEN` or the last token."""
+    if TMA:
+        rows = box.load([b, token, h, first]).reshape(LEN, BLOCK)
+    else:
+        rows = token_rows(base, token + tl.arange(0, LEN), stop, stride, first, D, BLOCK)
     return rows
 
 

@@ -261,7 +261,7 @@ def _fill_dq(dq: Tensor, call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> 
     plan.run(
         q, k, v, do, k if call.pooled_k is None else call.pooled_k, v if call.pooled_v is None else call.pooled_v, dq,
         lse, delta, part, lse if call.bias is None else call.bias, lse if call.mask is None else call.mask,
-        walked=(k, v),
+        boxed=(k, v, k, v),
     )  # fmt: skip
     if plan.parts > 1:
         call.put_outside(dq, part.sum(0))

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vision_attn.kernels._launches import layout, multiprocessors, next_power
@@ -138,17 +137,3 @@ def packed(t: Tensor) -> Tensor:
 def token_strides(t: Tensor) -> tuple[int, int, int]:
     """Strides of batch, token and head."""
     return t.stride(0), t.stride(1), t.stride(2)
-
-
-def uses_boxes(tensors: Sequence[Tensor]) -> bool:
-    """Whether TMA can fetch tiles of these `[B, N, H, D]` tensors: Hopper or later, and 16-byte strides."""
-    if not tensors[0].is_cuda or torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
-        return False
-    return all(boxable(t) for t in tensors)
-
-
-def boxable(t: Tensor) -> bool:
-    """Whether the strides of `t` suit TMA."""
-    size = t.element_size()
-    outer = zip(t.shape[:3], t.stride()[:3], strict=True)
-    return t.data_ptr() % 16 == 0 and all(s > 0 and s * size % 16 == 0 for n, s in outer if n > 1)

@@ -245,7 +245,7 @@ def key_gradients(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> tuple[T
     part = q.new_empty((plan.parts, 2, B, call.outside, H, D), dtype=torch.float32) if plan.parts > 1 else lse
     plan.run(
         q, k, v, do, dk, dv, lse, delta, part, lse if call.bias is None else call.bias,
-        lse if call.mask is None else call.mask, walked=(q, do),
+        lse if call.mask is None else call.mask, boxed=(q, do, q, do),
     )  # fmt: skip
     if plan.parts > 1:
         for t, rows in zip((dk, dv), part.sum(0), strict=True):

@@ -258,7 +258,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     plan.run(
         q, k, v, k if call.pooled_k is None else call.pooled_k, v if call.pooled_v is None else call.pooled_v, o, lse,
         part, part_lse, lse if call.bias is None else call.bias, lse if call.mask is None else call.mask,
-        walked=(k, v),
+        boxed=(k, v, k, v),
     )  # fmt: skip
     if plan.parts > 1:
         height, width, prefix, _ = call.size

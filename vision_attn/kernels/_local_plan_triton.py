@@ -6,67 +6,13 @@ outside it. Calls alike share a plan: Python would take longer to work it out th
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vision_attn.kernels._launches import Bound, Kernel, planned
-from vision_attn.kernels._local_call_triton import Call, Tiles, token_strides, uses_boxes
-
-
-@dataclass(frozen=True)
-class Shifted:
-    """The address `elements` after the start of a tensor, before it if negative. TMA only counts from it."""
-
-    tensor: Tensor
-    elements: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The tensor's."""
-        return self.tensor.dtype
-
-    def data_ptr(self) -> int:
-        """Return the address."""
-        return self.tensor.data_ptr() + self.elements * self.tensor.element_size()
-
-
-@dataclass(frozen=True)
-class Box:
-    """Tiles of a tensor that TMA fetches: where it starts, and the lengths, strides and tile of each axis."""
-
-    first: int
-    shape: list[int]
-    strides: list[int]
-    tile: list[int]
-
-    def of(self, t: Tensor) -> TensorDescriptor:
-        """Return the descriptor of tensor `t`."""
-        base: Any = Shifted(t, self.first) if self.first else t
-        return TensorDescriptor(base, self.shape, self.strides, self.tile)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A launch without its tensors.
-
-    Args:
-        launch: The kernel with its numbers.
-        parts: Into how many parts the loops of the tokens outside the grid are cut.
-        boxes: Of the two tensors that are walked, by sequence, then by grid; None where they are read by their strides.
-    """
-
-    launch: Bound
-    parts: int
-    boxes: tuple[Box | None, ...]
-
-    def run(self, *tensors: Tensor, walked: tuple[Tensor, Tensor]) -> None:
-        """Launch."""
-        boxes = tuple([t if box is None else box.of(t) for t, box in zip(walked * 2, self.boxes, strict=True)])
-        self.launch(*tensors, boxes=boxes)
+from vision_attn.kernels._local_call_triton import Call, Tiles, token_strides
+from vision_attn.kernels._plan_triton import Box, Plan, box_strides, sequence_box, uses_boxes
 
 
 @planned
@@ -116,11 +62,6 @@ def _plan(
     return Plan(Bound(kernel, (blocks * parts + grid_programs,), strides, named), parts, tuple(boxes))
 
 
-def sequence_box(t: Tensor, length: int, block_d: int) -> Box:
-    """Boxes of `length` tokens of one head of `[B, N, H, D]`."""
-    return Box(0, list(t.shape), _strides(t), [1, length, 1, block_d])
-
-
 def grid_box(t: Tensor, size: Sequence[int], steps: Sequence[int], tile: tuple[int, int], block_d: int) -> Box:
     """Boxes of a tile of one head of a sub-grid; rows and columns beyond it read as zero.
 
@@ -129,7 +70,7 @@ def grid_box(t: Tensor, size: Sequence[int], steps: Sequence[int], tile: tuple[i
     one step before the grid and starts at 1, so that all end at the same coordinate and none is read beyond the grid.
     """
     (height, width, prefix, _), (step_y, step_x) = size, steps
-    b, n, h, d = _strides(t)
+    b, n, h, d = box_strides(t)
     unit = 16 // t.element_size()
     ahead = step_y * (height % step_y > 0) * width + step_x * (width % step_x > 0)
     last = (ahead + (step_y - 1) * width + step_x - 1) * n + (t.shape[2] - 1) * h
@@ -138,8 +79,3 @@ def grid_box(t: Tensor, size: Sequence[int], steps: Sequence[int], tile: tuple[i
         (prefix - ahead) * n, [t.shape[0], *sides, last // unit + 1, t.shape[3]],
         [b, step_y * width * n, step_x * n, unit, d], [1, *tile, 1, block_d],
     )  # fmt: skip
-
-
-def _strides(t: Tensor) -> list[int]:
-    """Strides; that of an axis of one element is free, and TMA wants a multiple of 16 bytes."""
-    return [s if n > 1 else 16 * t.shape[-1] for n, s in zip(t.shape[:3], t.stride()[:3], strict=True)] + [1]
