@@ -104,19 +104,33 @@ def linear() -> str:
 
 
 def pipelines() -> str:
-    """Whole denoising steps."""
-    rows = []
-    for row in stored("bench/results/pipelines_h200.json")["rows"]:
+    """Whole denoising steps: seconds of the fastest stock attention, and by what factor each other is faster."""
+    stored_rows, rows = stored("bench/results/pipelines_h200.json")["rows"], []
+    names = list(dict.fromkeys(c["name"] for row in stored_rows for c in row["candidates"]))
+    kinds = ("clear", "neigh", "linfu", "linea", "agent", "hilo", "rala")
+    ours = sorted((n for n in names if not n.startswith(("stock", "flex"))), key=lambda n: kinds.index(n[:5]))
+    groups = [row["group"] for row in stored_rows]
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        return groups.index(row["group"]), row["shape"]["mode"] == "compiled", row["shape"]["pixels"]
+
+    for row in sorted(stored_rows, key=place):
+        timed = {c["name"]: c["forward"] for c in row["candidates"] if c["forward"]}
+        stock = [forward for name, forward in timed.items() if name.startswith("stock")]
+        fastest = min(stock, key=lambda forward: forward["median_ms"], default=None)
         label = row["label"].partition(",")[0] + ", compiled" * (row["shape"]["mode"] == "compiled")
-        for candidate in row["candidates"]:
-            timed = candidate["forward"]
-            if timed is None:
-                continue
-            memory = f"{timed['memory']['bytes'] / 2**30:.1f} GiB"
-            speedup = f"{timed['speedup']:.2f}x" if timed["speedup"] else "-"
-            seconds = f"{timed['median_ms'] / 1e3:.3f} s{' (extrapolated)' * timed['extrapolated']}"
-            rows.append([row["group"], label, candidate["name"], seconds, speedup, memory])
-    return table(["denoiser", "size", "attention", "one step", "against stock", "peak memory"], rows)
+        cells = [row["group"], label, "-" if fastest is None else f"{fastest['median_ms'] / 1e3:.3f} s"]
+        if fastest and fastest["extrapolated"]:
+            cells[-1] = f"({cells[-1]})"
+        for name in (*ours, *(n for n in names if n.startswith("flex"))):
+            forward = timed.get(name)
+            if forward is None:
+                cells.append("-")
+            else:
+                speedup, seconds = forward["speedup"], forward["median_ms"] / 1e3
+                cells.append(f"{speedup:.2f}x" if speedup else f"{seconds:.2f} s")
+        rows.append(cells)
+    return table(["denoiser", "size", "stock", *ours, "flex r16"], rows)
 
 
 def models() -> str:
