@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vision_attn.kernels._launches import Bound, Kernel, planned
-from vision_attn.kernels._linear_forward_triton import Call, boxes_of, config, merged, state_parts
+from vision_attn.kernels._linear_forward_triton import Call, config, loading, merged, state_parts
 from vision_attn.kernels._linear_tiles_triton import (
     LANES,
     Launch,
@@ -46,15 +46,15 @@ from vision_attn.kernels._plan_triton import Plan
 # 16 bits up to 128 channels: tuned on an H200 with triton 3.6; else chosen by registers and shared memory.
 # Keys: bytes of an element, channels of the features and of the values at most.
 _QUERIES: dict[tuple[int, int, int], Launch] = {
-    (2, 64, 64): Launch(64, 4, 3, 4),
-    (2, 128, 128): Launch(64, 4, 2, 4),
+    (2, 64, 64): Launch(64, 4, 3, 4, Launch(64, 4, 3, 4)),
+    (2, 128, 128): Launch(64, 4, 2, 4, Launch(64, 4, 3, 4)),
     (2, 256, 256): Launch(16, 8, 1, 4),
     (4, 64, 64): Launch(32, 8, 2, 2),
     (4, 128, 128): Launch(32, 8, 1, 1),
     (4, 256, 256): Launch(16, 8, 1, 4),
 }
 _KEYS: dict[tuple[int, int, int], Launch] = {
-    (2, 64, 64): Launch(64, 4, 2, 8),
+    (2, 64, 64): Launch(64, 4, 2, 8, Launch(64, 4, 4, 6)),
     (2, 128, 128): Launch(64, 4, 3, 2),
     (2, 256, 256): Launch(16, 8, 1, 4),
     (4, 64, 64): Launch(32, 8, 2, 4),
@@ -272,8 +272,8 @@ def _plan_queries(call: Call, launch: Launch, do: Tensor) -> tuple[Plan, bool]:
     q, constants = call.q, call.constants()
     B, N, H, _ = q.shape
     fused = constants["BLOCK_F"] * do.shape[-1] <= _FUSED
+    launch, boxes = loading(launch, (q, do), (constants["BLOCK_F"], constants["BLOCK_D"]))
     parts, length = cut(N, B * H, launch, q, 4 if fused else 1)
-    boxes = boxes_of((q, do), (constants["BLOCK_F"], constants["BLOCK_D"]), launch)
     named = dict(
         FUSED=fused, GLOBAL=call.query is not None, SCALED=call.scaled, TMA=boxes[0] is not None, LEN=launch.length,
         STAGES=launch.stages, LANES=LANES, num_warps=launch.warps, **constants,
@@ -286,8 +286,8 @@ def _plan_queries(call: Call, launch: Launch, do: Tensor) -> tuple[Plan, bool]:
 def _plan_keys(call: Call, launch: Launch, weight_gradient: bool) -> Plan:
     k, v, weight, constants = call.k, call.v, call.weight, call.constants()
     B, M, H, _ = k.shape
+    launch, boxes = loading(launch, (k, v), (constants["BLOCK_F"], constants["BLOCK_D"]))
     parts, length = cut(M, B * H, launch, k, 1)
-    boxes = boxes_of((k, v), (constants["BLOCK_F"], constants["BLOCK_D"]), launch)
     named = dict(
         WEIGHT=weight is not None, GLOBAL=call.query is not None, SCALED=call.scaled, WEIGHT_GRADIENT=weight_gradient,
         TMA=boxes[0] is not None, LEN=launch.length, STAGES=launch.stages, LANES=LANES, num_warps=launch.warps,

@@ -49,14 +49,15 @@ from vision_attn.kernels._plan_triton import Box, Plan, sequence_box, uses_boxes
 # 16 bits up to 128 channels: tuned on an H200 with triton 3.6; else chosen by registers and shared memory.
 # Keys: bytes of an element, channels of the features and of the values at most.
 _STATE: dict[tuple[int, int, int], Launch] = {
-    (2, 64, 64): Launch(64, 4, 2, 5),
-    (2, 128, 128): Launch(64, 4, 3, 2),
+    (2, 64, 64): Launch(64, 4, 2, 5, Launch(64, 4, 3, 2)),
+    (2, 128, 128): Launch(64, 4, 3, 2, Launch(64, 4, 3, 2)),
     (2, 256, 256): Launch(64, 8, 2, 1),
     (4, 64, 64): Launch(32, 4, 3, 4),
     (4, 128, 128): Launch(32, 8, 2, 2),
     (4, 256, 256): Launch(32, 8, 2, 1),
 }
-_HEAVY_STATE = _STATE | {(2, 64, 64): Launch(64, 4, 3, 4)}  # float16 (`Call.scaled`) and a global query
+# float16 (`Call.scaled`) and a global query
+_HEAVY_STATE = _STATE | {(2, 64, 64): Launch(64, 4, 3, 4, Launch(64, 4, 3, 4))}
 _OUTPUT: dict[tuple[int, int, int], Launch] = {
     (2, 64, 64): Launch(64, 4, 1, 4),
     (2, 128, 128): Launch(64, 4, 1, 2),
@@ -65,6 +66,7 @@ _OUTPUT: dict[tuple[int, int, int], Launch] = {
     (4, 128, 128): Launch(32, 4, 2, 8),
     (4, 256, 256): Launch(32, 8, 1, 4),
 }
+_SCALED_OUTPUT = _OUTPUT | {(2, 64, 64): Launch(64, 4, 1, 4, Launch(64, 4, 3, 4))}
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def config(call: Call, table: dict[tuple[int, int, int], Launch]) -> Launch:
     launch = next(c for (b, most_f, most_d), c in table.items() if b == size and f <= most_f and d <= most_d)
     if call.cos is None:
         return launch
-    return replace(launch, length=launch.length if f <= 64 else min(launch.length, 32), stages=1, boxes=False)
+    return replace(launch, length=launch.length if f <= 64 else min(launch.length, 32), stages=1, boxes=None)
 
 
 @Kernel
@@ -306,11 +308,12 @@ def _output(
         put_rows(o, row, stop, heads * D, block * BLOCK_D, rows, D, BLOCK_D)
 
 
-def boxes_of(tensors: Sequence[Tensor], blocks: Sequence[int], launch: Launch) -> tuple[Box | None, ...]:
-    """Return the tiles of `[B, N, H, D]` tensors that TMA fetches for a launch, None where it does not."""
-    if not launch.boxes or not uses_boxes(tensors):
-        return (None,) * len(tensors)
-    return tuple(sequence_box(t, launch.length, block) for t, block in zip(tensors, blocks, strict=True))
+def loading(launch: Launch, tensors: Sequence[Tensor], blocks: Sequence[int]) -> tuple[Launch, tuple[Box | None, ...]]:
+    """Return the launch that suits how `[B, N, H, D]` tensors can be loaded, and the tiles that TMA fetches of them."""
+    if launch.boxes is None or not uses_boxes(tensors):
+        return launch, (None,) * len(tensors)
+    launch = launch.boxes
+    return launch, tuple(sequence_box(t, launch.length, block) for t, block in zip(tensors, blocks, strict=True))
 
 
 @planned
@@ -319,9 +322,9 @@ def _plan_state(call: Call, launch: Launch, k: Tensor, v: Tensor, weight: Tensor
     B, M, H, _ = k.shape
     constants = call.constants()
     blocks = math.ceil(v.shape[-1] / constants["BLOCK_D"])
+    launch, boxes = loading(launch, (k, v), (constants["BLOCK_F"], constants["BLOCK_D"]))
     parts, length = cut(M, B * H * blocks, launch, k, 4)
     w = (0, 0, 0) if weight is None else weight.stride()
-    boxes = boxes_of((k, v), (constants["BLOCK_F"], constants["BLOCK_D"]), launch)
     named = dict(
         WEIGHT=weight is not None, SUM_WEIGHT=given[0], GLOBAL=given[1], SCALED=call.scaled, OVERLAP=overlapping(k),
         TMA=boxes[0] is not None, LEN=launch.length, STAGES=launch.stages, LANES=LANES, num_warps=launch.warps,
@@ -336,8 +339,8 @@ def _plan_output(call: Call, launch: Launch) -> Plan:
     B, N, H, _ = call.q.shape
     constants = call.constants()
     blocks = math.ceil(call.v.shape[-1] / constants["BLOCK_D"])
+    launch, boxes = loading(launch, (call.q,), (constants["BLOCK_F"],))
     parts, length = cut(N, B * H * blocks, launch, call.q, 1)
-    boxes = boxes_of((call.q,), (constants["BLOCK_F"],), launch)
     named = dict(
         SCALED=call.scaled, TMA=boxes[0] is not None, LEN=launch.length, STAGES=launch.stages, num_warps=launch.warps,
         **constants, **dependent(call.q),
@@ -398,6 +401,6 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     part, part_top = state_parts(call, k, v, call.weight, None, call.query)
     factor = 1.0 / k.shape[1] if call.query is None else 1.0
     state, norm, tops = merged(call, part, part_top, torch.float32, factor)
-    plan = _plan_output(call, config(call, _OUTPUT))
+    plan = _plan_output(call, config(call, _SCALED_OUTPUT if call.scaled else _OUTPUT))
     plan.run(q, state, norm, *call.rotary()[:2], o, boxed=(q,))
     return o, state, norm, tops

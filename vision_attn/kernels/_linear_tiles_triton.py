@@ -33,13 +33,13 @@ LANES = 16  # rows of sums over tokens that no two threads share; they are added
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch: tokens of a tile, warps, pipeline stages, programs on one multiprocessor, and whether TMA loads."""
+    """Tokens of a tile, warps, pipeline stages, programs on one multiprocessor; `boxes` is taken where TMA can load."""
 
     length: int
     warps: int
     stages: int
     programs: int
-    boxes: bool = False
+    boxes: "Launch | None" = None
 
 
 @triton.jit
