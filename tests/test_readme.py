@@ -57,6 +57,33 @@ def test_the_unet_teachers_figures_are_the_measured_ones():
     assert text in README.replace("\n", " ")
 
 
+def stored(name):
+    return json.loads((ROOT / name).read_text())
+
+
+def test_figures_in_the_text_are_the_stored_ones():
+    text = " ".join(README.split())
+    two = stored("docs/distill_two_gpus.json")["throughput_per_gpu"]
+    assert f"each GPU does {two['ddp']:.0%} and {two['fsdp']:.0%}".replace("%", " %") in text
+    seconds = [row["seconds"] for row in stored("docs/distill.json")["rows"]]
+    assert f"distilled for {min(seconds):.0f} to {max(seconds):.0f} seconds each" in text
+    rows = {row["case"]: row for row in stored("bench/results/pipelines_h200.json")["rows"]}
+    (large,) = [c["forward"] for c in rows["sdxl-16384"]["candidates"] if c["forward"]]
+    assert f"SDXL at 16384 px takes {large['memory']['bytes'] / 2**30:.0f} GiB" in text
+    native = {c["name"]: c["forward"] for c in rows["flux-1024"]["candidates"]}
+    assert f"FLUX at 1024 px gains {native['clear r16']['speedup'] - 1:.0%}".replace("%", " %") in text
+    assert all(c["forward"]["speedup"] <= 1 for c in rows["sdxl-1024"]["candidates"])  # "SDXL's UNet is slower there"
+
+
+def test_the_checks_in_the_text_are_the_stored_ones():
+    text = " ".join(README.split())
+    linear, local = (stored(f"bench/results/check_{kind}_h200.json")["check"] for kind in ("linear", "local"))
+    assert f"All {len(linear)} checks against float64" in text and f"checks {len(local)} calls" in text
+    assert max(max(row.values()) for row in linear.values()) <= 1
+    over = {name: max(row.values()) for name, row in local.items() if max(row.values()) > 1}
+    assert len(over) == 1 and f"dv is {next(iter(over.values())) - 1:.0%} above".replace("%", " %") in text
+
+
 def test_its_tables_are_the_stored_results():
     """`python docs/fill_readme.py` would change nothing."""
     spec = importlib.util.spec_from_file_location("fill_readme", ROOT / "docs" / "fill_readme.py")

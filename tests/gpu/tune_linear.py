@@ -92,7 +92,7 @@ def launches(start, many):
     programs = (4, 8, 16) if many else (1, 2, 4)
     every = list(itertools.product((16, 32, 64, 128), (4, 8, 16), (1, 2, 3, 4), programs))
     if isinstance(start, Launch):
-        return [start, *(Launch(*numbers) for numbers in every)]
+        return [start, *(Launch(*n, boxes=boxes) for n in every for boxes in (None, Launch(*n)))]
     found = [(rows, numbers) for rows in (32, 64, 128) for numbers in every if numbers[0] >= 32 and numbers[1] <= 8]
     return [start, *(replace(start, rows=rows, launch=Launch(*numbers)) for rows, numbers in found)]
 
@@ -126,7 +126,7 @@ def without_programs(launch):
     if isinstance(launch, tuple):
         return launch
     if isinstance(launch, Launch):
-        return replace(launch, programs=0)
+        return replace(launch, programs=0, boxes=launch.boxes and replace(launch.boxes, programs=0))
     return replace(launch, launch=replace(launch.launch, programs=0))
 
 

@@ -85,9 +85,9 @@ def multiprocessors(t: Tensor) -> int:
     return _properties(t.device).multi_processor_count if t.is_cuda else 132
 
 
-def overlapping(t: Tensor) -> bool:
-    """Whether a launch may start before the one before it has ended: Hopper and later GPUs."""
-    return t.is_cuda and _properties(t.device).major >= 9
+def hopper(t: Tensor) -> bool:
+    """Whether `t` is on a Hopper or later GPU: TMA fetches tiles, and a launch may start before the last one ends."""
+    return t.is_cuda and torch.version.hip is None and _properties(t.device).major >= 9
 
 
 @cache

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._launches import Bound, Kernel, layout, overlapping, planned
+from vision_attn.kernels._launches import Bound, Kernel, hopper, layout, planned
 from vision_attn.kernels._linear_tiles_triton import (
     LANES,
     LOWEST,
@@ -326,7 +326,7 @@ def _plan_state(call: Call, launch: Launch, k: Tensor, v: Tensor, weight: Tensor
     parts, length = cut(M, B * H * blocks, launch, k, 4)
     w = (0, 0, 0) if weight is None else weight.stride()
     named = dict(
-        WEIGHT=weight is not None, SUM_WEIGHT=given[0], GLOBAL=given[1], SCALED=call.scaled, OVERLAP=overlapping(k),
+        WEIGHT=weight is not None, SUM_WEIGHT=given[0], GLOBAL=given[1], SCALED=call.scaled, OVERLAP=hopper(k),
         TMA=boxes[0] is not None, LEN=launch.length, STAGES=launch.stages, LANES=LANES, num_warps=launch.warps,
         **constants,
     )  # fmt: skip

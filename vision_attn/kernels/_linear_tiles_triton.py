@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._launches import multiprocessors, next_power, overlapping
+from vision_attn.kernels._launches import hopper, multiprocessors, next_power
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Where a running maximum starts: below any logit, and so far above minus infinity that differences are finite.
@@ -245,7 +245,7 @@ def value_block(block_f: int, block_d: int, size: int) -> int:
 
 def dependent(t: Tensor) -> dict[str, bool]:
     """Launch options of a kernel that calls `await_previous`."""
-    return dict(OVERLAP=True, launch_pdl=True) if overlapping(t) else dict(OVERLAP=False)
+    return dict(OVERLAP=True, launch_pdl=True) if hopper(t) else dict(OVERLAP=False)
 
 
 def cut(tokens: int, rows: int, launch: Launch, t: Tensor, least: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vision_attn.kernels._launches import Bound
+from vision_attn.kernels._launches import Bound, hopper
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,7 @@ class Plan:
 
 def uses_boxes(tensors: Sequence[Tensor]) -> bool:
     """Whether TMA can fetch tiles of these `[B, N, H, D]` tensors: Hopper or later, and 16-byte strides."""
-    if not tensors[0].is_cuda or torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
-        return False
-    return all(boxable(t) for t in tensors)
+    return hopper(tensors[0]) and all(boxable(t) for t in tensors)
 
 
 def boxable(t: Tensor) -> bool:
