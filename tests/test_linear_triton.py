@@ -139,6 +139,17 @@ def test_tiles_that_tma_loads(case, dtype, monkeypatch):
     assert all(tile[:3] == [1, 32, 1] for tile in made)
 
 
+@inside
+@pytest.mark.parametrize("change", [dict(eps=0.5), dict(features=Features("relu"))], ids=["eps", "map"])
+def test_calls_that_differ_by_one_setting_share_no_plan(change):
+    q, k, v = (draw(1, 20, 1, 16) for _ in range(3))
+    for options in (dict(), change, dict()):
+        o, want = (linear_attention(q, k, v, **options, backend=backend) for backend in ("triton", "reference"))
+        torch.testing.assert_close(o, want, atol=1e-5, rtol=1e-5)
+        for a, b in zip(*(torch.autograd.grad(t.square().sum(), (q, k, v)) for t in (o, want)), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
 def draw(*shape, dtype=torch.float32, scale=1.0):
     return (torch.randn(shape) * scale).to(dtype).requires_grad_()
 

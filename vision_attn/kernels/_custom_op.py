@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 
 class CustomOp:
@@ -34,7 +33,7 @@ def custom_op(name: str) -> Callable[[Callable[..., Any]], CustomOp]:
 
 def _watched(args: tuple[Any, ...]) -> bool:
     """Whether autograd, a transform, a tracer, a mode or a subclass of tensors wants to know of a call."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
         return True
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return True
