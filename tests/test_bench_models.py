@@ -208,3 +208,13 @@ def test_speedups_refer_to_the_fastest_reference():
     assert [m["forward"]["speedup"] for m in measured[:3]] == [2.0, pytest.approx(1 / 3), 1.0]
     add_speedups(measured, ["failed"])
     assert measured[0]["forward"]["speedup"] is None
+
+
+def test_a_plot_leaves_replays_out():
+    from vision_attn.bench.plot import series
+
+    forward = dict(median_ms=2.0)
+    names = ("nat_tiny eager", "nat_tiny compiled", "nat_tiny eager graph", "nat_tiny compiled graph")
+    rows = [dict(shape=dict(size=64), candidates=[dict(name=name, forward=forward) for name in names])]
+    lines = series(rows, lambda candidate: candidate["forward"]["median_ms"])
+    assert set(lines) == {("nat_tiny", False), ("nat_tiny", True)}

@@ -54,12 +54,13 @@ def series(rows: Sequence[Row], value: Callable[[Row], float | None]) -> dict[tu
 
     Returns:
         By candidate and whether it is compiled: (pixels, value, extrapolated) of the rows in which it was measured.
+        Replays of CUDA graphs are left out: they would lie on the lines of what they replay.
     """
     found: dict[tuple[str, bool], list[tuple]] = {}
     for row in sorted(rows, key=lambda row: _size(row) or 0):
         for candidate in row["candidates"]:
             y = value(candidate) if candidate.get("forward") else None
-            if y is not None:
+            if y is not None and not candidate["name"].endswith(" graph"):
                 name, compiled = candidate["name"], row["shape"].get("mode") == "compiled"
                 if name.endswith((" eager", " compiled")):
                     name, _, mode = name.rpartition(" ")

@@ -43,7 +43,7 @@ def cases(device: torch.device, quick: bool = False) -> list[ModelCase]:
         every = [_case("Nat", ("nat_mini",), "swin_tiny_patch4_window7_224", 64, 1.0, **small)]
         return every if quick else [*every, _case("Linear", ("ravlt_tiny",), "pvt_v2_b0", 64, 1.0, **small)]
     sizes = ((224, 1.0), (384, 1.3), (1024, 1.3))
-    swins = [_case("Nat, DiNAT and Agent-Swin", (*_NAT, "agent_swin_tiny"), SWIN, size, f) for size, f in sizes]
+    swins = [_case("NAT, DiNAT and Agent-Swin", (*_NAT, "agent_swin_tiny"), SWIN, size, f) for size, f in sizes]
     pvts = [_case("Linear: LITv2 and RAVLT", _LINEAR, PVT, size, f) for size, f in sizes]
     return [*swins[:2], *pvts[:2], swins[2], pvts[2]] if not quick else swins[:2]
 
