@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vision_attn.bench.pipelines.attention import STOCK, WAYS
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -106,9 +108,8 @@ def linear() -> str:
 def pipelines() -> str:
     """Whole denoising steps: seconds of the fastest stock attention, and by what factor each other is faster."""
     stored_rows, rows = stored("bench/results/pipelines_h200.json")["rows"], []
-    names = list(dict.fromkeys(c["name"] for row in stored_rows for c in row["candidates"]))
-    kinds = ("clear", "neigh", "linfu", "linea", "agent", "hilo", "rala")
-    ours = sorted((n for n in names if not n.startswith(("stock", "flex"))), key=lambda n: kinds.index(n[:5]))
+    names = {c["name"] for row in stored_rows for c in row["candidates"]}
+    others = [name for name in WAYS if name in names and name not in STOCK]
     groups = [row["group"] for row in stored_rows]
 
     def place(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -116,13 +117,13 @@ def pipelines() -> str:
 
     for row in sorted(stored_rows, key=place):
         timed = {c["name"]: c["forward"] for c in row["candidates"] if c["forward"]}
-        stock = [forward for name, forward in timed.items() if name.startswith("stock")]
+        stock = [timed[name] for name in STOCK if name in timed]
         fastest = min(stock, key=lambda forward: forward["median_ms"], default=None)
         label = row["label"].partition(",")[0] + ", compiled" * (row["shape"]["mode"] == "compiled")
         cells = [row["group"], label, "-" if fastest is None else f"{fastest['median_ms'] / 1e3:.3f} s"]
         if fastest and fastest["extrapolated"]:
             cells[-1] = f"({cells[-1]})"
-        for name in (*ours, *(n for n in names if n.startswith("flex"))):
+        for name in others:
             forward = timed.get(name)
             if forward is None:
                 cells.append("-")
@@ -130,7 +131,7 @@ def pipelines() -> str:
                 speedup, seconds = forward["speedup"], forward["median_ms"] / 1e3
                 cells.append(f"{speedup:.2f}x" if speedup else f"{seconds:.2f} s")
         rows.append(cells)
-    return table(["denoiser", "size", "stock", *ours, "flex r16"], rows)
+    return table(["denoiser", "size", "stock", *others], rows)
 
 
 def models() -> str:
@@ -138,7 +139,7 @@ def models() -> str:
     rows = []
     for row in stored("bench/results/models_h200.json")["rows"]:
         by_name = {c["name"]: c["forward"] for c in row["candidates"] if c["forward"]}
-        for name in dict.fromkeys(forward["computes"] for forward in row["candidates"]):
+        for name in dict.fromkeys(candidate["computes"] for candidate in row["candidates"]):
             modes = [by_name.get(f"{name} {mode}") for mode in ("eager", "compiled", "eager graph")]
             rate = f"{modes[0]['images_per_s']:.0f}" if modes[0] else "-"
             speedups = [f"{mode['speedup']:.2f}x" if mode else "-" for mode in modes]

@@ -1,5 +1,6 @@
 """What launches of Triton kernels share: what is remembered, and when PyTorch's dispatcher is passed by."""
 
+import importlib.util
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vision_attn.kernels import _launches
 from vision_attn.kernels._custom_op import custom_op
-from vision_attn.kernels._launches import Bound, Kernel, layout, planned
+from vision_attn.kernels._launches import Bound, Kernel, hopper, layout, planned
 
 
 class Jit:
@@ -123,6 +124,30 @@ def test_a_layout_keeps_no_tensor():
     t = torch.zeros(4, 6)[:, 1:]
     assert layout(t) == (torch.float32, (4, 5), (6, 1), t.data_ptr() % 16)
     assert layout(None) is None
+
+
+@pytest.mark.parametrize(
+    ("major", "hip", "expected"), [(9, None, True), (10, None, True), (8, None, False), (9, "6.4", False)]
+)
+def test_which_gpus_have_tma(major, hip, expected, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(_launches, "_properties", lambda device: SimpleNamespace(major=major))
+    assert hopper(SimpleNamespace(is_cuda=True, device="cuda:0")) == expected
+    assert not hopper(torch.zeros(1))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_which_tensors_tma_can_load(monkeypatch):
+    from vision_attn.kernels import _plan_triton
+
+    whole, one = torch.zeros(2, 6, 3, 8), torch.zeros(1, 6, 1, 8)
+    assert not _plan_triton.uses_boxes([whole])  # not on a GPU
+    monkeypatch.setattr(_plan_triton, "hopper", lambda t: True)
+    assert _plan_triton.uses_boxes([whole, whole.transpose(1, 2), whole[:, 1:], one.expand(1, 6, 1, 8)])
+    shifted = torch.zeros(2 * 6 * 3 * 8 + 1)[1:].view(2, 6, 3, 8)
+    odd = torch.zeros(2, 6, 3, 9)[..., :8]
+    for refused in (shifted, odd, one.expand(2, 6, 1, 8)):
+        assert not _plan_triton.uses_boxes([whole, refused])
 
 
 @pytest.fixture

@@ -317,8 +317,10 @@ def loading(launch: Launch, tensors: Sequence[Tensor], blocks: Sequence[int]) ->
 
 
 @planned
-def _plan_state(call: Call, launch: Launch, k: Tensor, v: Tensor, weight: Tensor | None, *given: bool) -> Plan:
-    """Plan a launch of `_state`; `given` are a second weight and a global query."""
+def _plan_state(
+    call: Call, launch: Launch, k: Tensor, v: Tensor, weight: Tensor | None, summed: bool, asked: bool
+) -> Plan:
+    """Plan a launch of `_state`; `summed` and `asked` are whether there is a second weight and a global query."""
     B, M, H, _ = k.shape
     constants = call.constants()
     blocks = math.ceil(v.shape[-1] / constants["BLOCK_D"])
@@ -326,7 +328,7 @@ def _plan_state(call: Call, launch: Launch, k: Tensor, v: Tensor, weight: Tensor
     parts, length = cut(M, B * H * blocks, launch, k, 4)
     w = (0, 0, 0) if weight is None else weight.stride()
     named = dict(
-        WEIGHT=weight is not None, SUM_WEIGHT=given[0], GLOBAL=given[1], SCALED=call.scaled, OVERLAP=hopper(k),
+        WEIGHT=weight is not None, SUM_WEIGHT=summed, GLOBAL=asked, SCALED=call.scaled, OVERLAP=hopper(k),
         TMA=boxes[0] is not None, LEN=launch.length, STAGES=launch.stages, LANES=LANES, num_warps=launch.warps,
         **constants,
     )  # fmt: skip

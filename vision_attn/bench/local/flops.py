@@ -97,7 +97,8 @@ def triton_pairs(
 ) -> int:
     """Count the pairs that the Triton forward computes for q of `shape` [B, N, H, D], with the tiles it chooses."""
     from vision_attn.kernels._local_call_triton import Call  # noqa: PLC0415
-    from vision_attn.kernels._local_forward_triton import _CONFIGS, config  # noqa: PLC0415
+    from vision_attn.kernels._local_forward_triton import _CONFIGS, _forward, config  # noqa: PLC0415
+    from vision_attn.kernels._local_plan_triton import plan_queries  # noqa: PLC0415
 
     q = torch.empty(1, dtype=dtype, device=device).expand(shape)
     disc = window.radius is not None
@@ -107,11 +108,6 @@ def triton_pairs(
     call = Call(q, q, q, None, None, None, None, size, radius, kernel, steps, 1.0)
     tiles = config(call, _CONFIGS)
     M, LEN = math.prod(tiles.queries), math.prod(tiles.keys)
-    blocks = shape[0] * shape[2] * math.ceil(call.outside / M)
-    count = call.tiles(tiles.queries)
-    part = grid.tokens
-    if blocks:
-        others = shape[0] * shape[2] * count * call.work(tiles.queries)
-        part = call.splits(blocks, grid.tokens, others, LEN)[1]
+    part = plan_queries(call, _forward, tiles).launch.named["part_length"]
     inside = tile_pairs(grid, window, tiles.queries, tiles.keys)
-    return shape[0] * shape[2] * (inside + outside_pairs(grid, count, M, LEN, part))
+    return shape[0] * shape[2] * (inside + outside_pairs(grid, call.tiles(tiles.queries), M, LEN, part))
