@@ -1,4 +1,4 @@
-"""The Triton backends of linear, agent and window attention in Triton's interpreter; this file: linear attention.
+"""The Triton backends of linear attention and its relatives in Triton's interpreter; this file: linear attention.
 
 bf16 is silently wrong in the interpreter and the launches are checked on a GPU: `tests/gpu/check_linear.py`.
 """
@@ -20,7 +20,7 @@ from vision_attn.kernels.linear import Features, feature_mean, linear_attention
 INTERPRETED = "VISION_ATTN_INTERPRETED"
 inside = pytest.mark.skipif(INTERPRETED not in os.environ, reason="run by test_in_the_interpreter")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-FILES = ("linear_triton", "agent_triton", "window_triton")
+FILES = ("linear_triton", "agent_triton", "window_triton", "linear_local_triton")
 
 
 @needs_triton

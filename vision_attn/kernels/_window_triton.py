@@ -37,7 +37,7 @@ def _window(
     """Output and log-sum-exp in base 2 of the grid's tokens."""
     from vision_attn.kernels._window_kernels_triton import forward  # noqa: PLC0415
 
-    return forward(_call(q, k, v, shared_k, shared_v, seen, size, cell, scale))
+    return forward(cells_of(q, k, v, shared_k, shared_v, seen, size, cell, scale))
 
 
 @_window.register_fake
@@ -55,7 +55,7 @@ def _window_backward(
     from vision_attn.kernels._local_call_triton import packed  # noqa: PLC0415
     from vision_attn.kernels._window_kernels_triton import backward  # noqa: PLC0415
 
-    return backward(_call(q, k, v, shared_k, shared_v, seen, size, cell, scale), packed(do), o, lse)
+    return backward(cells_of(q, k, v, shared_k, shared_v, seen, size, cell, scale), packed(do), o, lse)
 
 
 @_window_backward.register_fake
@@ -67,7 +67,7 @@ def _(
     return *(t.new_empty(t.shape) for t in (q, k, v)), *shared
 
 
-def _call(
+def cells_of(
     q: Tensor, k: Tensor, v: Tensor, shared_k: Tensor | None, shared_v: Tensor | None, seen: Tensor | None,
     size: Sequence[int], cell: Sequence[int], scale: float,
 ) -> Any:  # fmt: skip

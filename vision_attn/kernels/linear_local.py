@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vision_attn.grid import Grid
+from vision_attn.kernels._linear_local_triton import linear_local_attention_triton, linear_local_reasons
 from vision_attn.kernels.backend import Implementation, pick
 from vision_attn.kernels.local import check_inputs, check_mask
 from vision_attn.kernels.local_window import PerAxis, per_axis
@@ -43,7 +44,8 @@ def linear_local_attention(
         gate: Weight g of the softmax part `[H]`, above 0.
         mask: Bool `[B, prefix + suffix]` (or batch 1): False hides a key outside the grid.
         scale: Factor of the logits, `D ** -0.5` if None.
-        backend: 'torch' (any device), 'reference' (dense, small inputs), or 'auto' for the fastest that can run.
+        backend: 'triton' (CUDA, fused, without gradients; not measured yet, so 'auto' leaves it), 'torch' (any device),
+            'reference' (dense, small inputs), or 'auto' for the fastest that can run.
 
     Returns:
         Outputs of the grid's tokens `[B, height * width, H, D]` in the dtype of `v`.
@@ -60,7 +62,12 @@ def linear_local_attention(
     if tuple(gate.shape) != (v.shape[2],):
         raise ValueError(f"gate must be [H] = [{v.shape[2]}], got {tuple(gate.shape)}")
     cell = per_axis(window_size, "window_size", 1)
-    implementations = {"torch": Implementation(_torch), "reference": Implementation(_reference)}
+    inputs = q[0], k[0], v, q[1], k[1], gate
+    implementations = {
+        "triton": Implementation(linear_local_attention_triton, linear_local_reasons(*inputs, auto=backend == "auto")),
+        "torch": Implementation(_torch),
+        "reference": Implementation(_reference),
+    }
     run = pick("linear_local_attention", backend, implementations)
     scale = v.shape[-1] ** -0.5 if scale is None else scale
     return run(v, q, k, grid, cell, gate, mask, scale)

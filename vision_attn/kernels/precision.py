@@ -7,6 +7,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+# `torch.compile` of torch 2.11 cannot trace the question
+_AUTOCAST = {device: torch.amp.is_autocast_available(device) for device in ("cpu", "cuda", "xpu", "mps", "meta")}
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 P = ParamSpec("P")
@@ -37,7 +39,8 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         device = args[0].device.type  # type: ignore[attr-defined]
-        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        available = _AUTOCAST[device] if device in _AUTOCAST else torch.amp.is_autocast_available(device)
+        if not available or not torch.is_autocast_enabled(device):
             return function(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)

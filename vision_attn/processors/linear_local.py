@@ -79,7 +79,7 @@ class LinearLocalAttention(Processor):
     def __init__(self, spec: LinearLocal, layer: Layer) -> None:
         super().__init__()
         self.spec, self.backend = spec, layer.backend
-        self.features_q, self.features_k = (Hedgehog(layer.num_heads, layer.head_dim) for _ in range(2))
+        self.features_q, self.features_k = (Hedgehog(layer.num_heads, layer.head_dim, layer.backend) for _ in range(2))
         self.gate = nn.Parameter(torch.full((layer.num_heads,), math.log(spec.gate / (1 - spec.gate))))
 
     def forward(

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from vision_attn.grid import Grid
+from vision_attn.kernels._hedgehog_triton import hedgehog_reasons
+from vision_attn.kernels.hedgehog import hedgehog
 from vision_attn.kernels.linear import Features, linear_attention
-from vision_attn.kernels.precision import full_precision
 from vision_attn.processors.base import AttnSpec, Layer, Processor
 
 
@@ -92,20 +93,15 @@ class Hedgehog(nn.Module):
         weight: W `[H, D, D]`.
     """
 
-    def __init__(self, num_heads: int, head_dim: int) -> None:
+    def __init__(self, num_heads: int, head_dim: int, backend: str = "auto") -> None:
         super().__init__()
+        self.backend = backend
         self.weight = nn.Parameter(torch.eye(head_dim).repeat(num_heads, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return features `[B, N, H, 2 D]`, at least 1e-12."""
-        return _hedgehog(x, self.weight)
-
-
-@full_precision
-def _hedgehog(x: Tensor, weight: Tensor) -> Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    y = torch.einsum("bnhd,hde->bnhe", x.to(dtype), weight.to(x.device, dtype))
-    return torch.cat([y.softmax(-1), (-y).softmax(-1)], -1).clamp(min=1e-12).to(x.dtype)
+        fused = self.backend == "triton" and not hedgehog_reasons(x, self.weight, auto=False)
+        return hedgehog(x, self.weight, backend="triton" if fused else "torch")
 
 
 class LinFusionAttention(Processor):
@@ -124,7 +120,9 @@ class LinFusionAttention(Processor):
             mid = layer.dim if spec.mid_dim is None else spec.mid_dim
             self.to_q_, self.to_k_ = Residual(layer.dim, mid), Residual(layer.dim, mid)
         if spec.feature_map == "hedgehog":
-            self.features_q, self.features_k = (Hedgehog(layer.num_heads, layer.head_dim) for _ in range(2))
+            self.features_q, self.features_k = (
+                Hedgehog(layer.num_heads, layer.head_dim, layer.backend) for _ in range(2)
+            )
 
     def residuals(self) -> Mapping[str, nn.Module]:
         """Return f_q and f_k."""

@@ -57,10 +57,14 @@ def cases(device: torch.device, quick: bool = False) -> list[PipelineCase]:
     sdxl = [_case("sdxl", pixels, _UNET) for pixels in (1024, 4096)] + [_case("sdxl", 16384, ("linfusion",))]
     if quick:
         return [flux[0], sdxl[0]]
-    compiled = [_case("flux", pixels, ("clear r16",), True) for pixels in (1024, 2048, 4096, 8192)]
+    compiled = [_case("flux", 1024, (*_LOCAL, *_LINEAR), True)]
+    compiled += [_case("flux", pixels, ("clear r16", "linfusion"), True) for pixels in (2048, 4096, 8192)]
     others = [_case("sdxl", 2048, _UNET), _case("sdxl", 8192, ("clear r8", "linfusion"))]
-    # compiled too where launching the 70 layers of SDXL may take longer than running them
-    others += [_case("sdxl", pixels, ("clear r8", "linfusion"), True) for pixels in (1024, 2048)]
+    # compiled too where launching small layers may take longer than running them
+    small = dict(sdxl=(1024, 2048), sd15=(512, 1024), pixart=(1024, 2048), sd35=(1024, 2048))
+    for architecture, sizes in small.items():
+        radius = 8 if architecture in ("sdxl", "sd15") else 16
+        others += [_case(architecture, pixels, (f"clear r{radius}", "linfusion"), True) for pixels in sizes]
     others += [_case("sd15", pixels, _UNET) for pixels in (512, 1024, 2048)] + [_case("sd15", 4096, ("linfusion",))]
     others += [_case("pixart", pixels, (*_LOCAL, *_LINEAR)) for pixels in (1024, 2048)]
     others += [_case("pixart", pixels, _FAST) for pixels in (4096, 8192)]

@@ -1,0 +1,171 @@
+"""LinearLocal's Triton backend and the Hedgehog's in the interpreter; `test_linear_triton.py` runs this file there."""
+
+import importlib
+import os
+
+import pytest
+import torch
+from test_linear_triton import INTERPRETED, draw, inside, shares, tiles
+from test_operators import CASES, Case, call, inputs_of
+from test_window_triton import rows
+
+from vision_attn.grid import Grid
+from vision_attn.kernels.hedgehog import hedgehog
+from vision_attn.kernels.linear_local import linear_local_attention
+from vision_attn.processors import LinearLocal, LinFusion
+from vision_attn.processors.base import Layer
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch):
+    if INTERPRETED in os.environ:
+        tiles(monkeypatch, 64)
+        slots(monkeypatch, 64)
+
+
+def slots(monkeypatch, length, features=64):
+    from vision_attn.kernels import _linear_local_kernels_triton as kernels
+
+    rows(monkeypatch, length)
+    monkeypatch.setattr(kernels, "_TILES", {(size, 256): (length, 1) for size in (2, 4)})
+    monkeypatch.setattr(kernels, "_FEATURES", features)
+
+
+def check_case(case, dtype):
+    with torch.no_grad():
+        exact = call(case, inputs_of(case), "reference")
+        ours, plain = (call(case, inputs_of(case, dtype), backend) for backend in ("triton", "reference"))
+    assert max(shares([ours], [plain], [exact], dtype)) <= 1
+
+
+MIXED = [Case(c.operator, c.id, c.options | dict(H=1)) for c in CASES if c.operator == "linear_local"]
+HEADS = Case("linear_local", "heads", dict(grid=Grid(6, 9, prefix=3), size=4, H=3, D=40, F=80))
+WIDE = Case("linear_local", "wide", dict(grid=Grid(9, 11, prefix=40), size=(3, 5), H=1, D=144, F=200))
+ROWS = [*((case, torch.float32) for case in (*MIXED, HEADS)), *((c, torch.float16) for c in MIXED if c.id == "hidden")]
+SLOW = [*((case, torch.float16) for case in (*MIXED, HEADS, WIDE)), (WIDE, torch.float32)]
+
+
+@inside
+@pytest.mark.parametrize(("case", "dtype"), [*ROWS, *(pytest.param(*r, marks=pytest.mark.slow) for r in SLOW)], ids=str)
+def test_error_is_within_the_budget(case, dtype):
+    check_case(case, dtype)
+
+
+@inside
+@pytest.mark.parametrize("size", [(8, 3), 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (7, 1))], ids=str)
+def test_windows_larger_than_a_tile_are_walked(size, monkeypatch):
+    slots(monkeypatch, 16, 16)
+    check_case(
+        Case("linear_local", "parts", dict(grid=Grid(9, 6, prefix=3), size=size, H=1, D=16, F=40)), torch.float32
+    )
+
+
+@inside
+@pytest.mark.parametrize("scale", [-0.4, 0.0, 12.0])
+def test_scales(scale):
+    check_case(
+        Case("linear_local", "scale", dict(grid=Grid(5, 7), size=3, H=1, D=16, F=16, scale=scale)), torch.float32
+    )
+
+
+@inside
+def test_an_empty_batch():
+    t = [torch.zeros(0, 12, 1, 16) for _ in range(5)]
+    o = linear_local_attention((t[0], t[1]), (t[2], t[3]), t[4], Grid(3, 4), 2, torch.ones(1), backend="triton")
+    assert o.shape == (0, 12, 1, 16)
+
+
+@inside
+def test_opcheck_and_compile():
+    from vision_attn.kernels._hedgehog_triton import _features
+    from vision_attn.kernels._linear_local_triton import _linear_local
+
+    q, k, v, a, b = (draw(1, 20, 1, 16).detach().abs() for _ in range(5))
+    shared, seen = [draw(1, 3, 1, 16).detach() for _ in range(2)], torch.tensor([[True, False, True]])
+    checks = ("test_schema", "test_faketensor")
+    arguments = (q, k, v, a, b, *shared, seen, torch.ones(1), [4, 5], [2, 2], 0.25)
+    torch.library.opcheck(_linear_local.registered, arguments, test_utils=checks)
+    torch.library.opcheck(_features.registered, (q, torch.eye(16)[None]), test_utils=checks)
+    t = [draw(1, 20, 1, 16).detach() for _ in range(3)]
+
+    def function(q, k, v):
+        phi = [hedgehog(x, torch.eye(16)[None], backend="triton") for x in (q, k)]
+        return linear_local_attention((q, phi[0]), (k, phi[1]), v, Grid(4, 5), 2, torch.ones(1), backend="triton")
+
+    torch.testing.assert_close(torch.compile(function, fullgraph=True, backend="aot_eager")(*t), function(*t))
+
+
+@inside
+def test_what_is_not_fused_is_refused():
+    q, k, v = (draw(1, 20, 1, 16) for _ in range(3))
+    with pytest.raises(ValueError, match="it has no gradient"):
+        linear_local_attention((q, q), (k, k), v, Grid(4, 5), 2, torch.ones(1), backend="triton")
+    with pytest.raises(ValueError, match="it has no gradient"):
+        hedgehog(q, torch.eye(16)[None], backend="triton")
+    with pytest.raises(ValueError, match="head_dim 144 is above 128"):
+        hedgehog(torch.ones(1, 2, 1, 144), torch.eye(144)[None], backend="triton")
+    linear_local_attention((q, q), (k, k), v, Grid(4, 5), 2, torch.ones(1)).sum().backward()
+    assert q.grad is not None
+    with torch.no_grad():
+        linear_local_attention((q, q), (k, k), v, Grid(4, 5), 2, torch.ones(1), backend="triton")
+
+
+@inside
+@pytest.mark.parametrize("spec", [LinearLocal(window_size=3), LinFusion(mid_dim=-1, feature_map="hedgehog")], ids=str)
+def test_processors_are_fused_when_asked(spec, monkeypatch):
+    called = []
+    for module in ("hedgehog", "linear_local"):
+        path = f"vision_attn.kernels._{module}_triton."
+        name = dict(hedgehog="_features", linear_local="_linear_local")[module]
+        operator = getattr(importlib.import_module(path[:-1]), name)
+        monkeypatch.setattr(
+            path + name, lambda *a, operator=operator, module=module: called.append(module) or operator(*a)
+        )
+    grid, t = Grid(4, 5, prefix=3), [draw(1, 23, 2, 16).detach() for _ in range(3)]
+    fused, plain = (spec.build(Layer("", 2, 16, backend, 32)) for backend in ("triton", "torch"))
+    with torch.no_grad():
+        o = fused(*t, grid)
+        assert called == ["hedgehog"] * 2 + ["linear_local"] * isinstance(spec, LinearLocal)
+        torch.testing.assert_close(o, plain(*t, grid), atol=2e-5, rtol=1e-4)
+        spec.build(Layer("", 2, 16, "auto", 32))(*t, grid)
+    assert len(called) <= 3
+    if isinstance(spec, LinFusion):
+        fused(*t, grid).sum().backward()
+        assert len(called) == 2 and all(p.grad is not None for p in fused.parameters())
+
+
+@inside
+def test_a_wrong_window_is_caught():
+    with torch.no_grad():
+        q, k, v, a, b = (draw(1, 48, 1, 16).abs() for _ in range(5))
+        ours = linear_local_attention((q, a), (k, b), v, Grid(6, 8), (2, 3), torch.ones(1), backend="triton")
+        other = linear_local_attention((q, a), (k, b), v, Grid(6, 8), 2, torch.ones(1), backend="reference")
+    assert (ours - other).abs().max() > 1e-3
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "shape", [(2, 37, 2, 16), (1, 70, 1, 40), pytest.param((1, 50, 1, 128), marks=pytest.mark.slow)]
+)
+def test_features_of_the_hedgehog(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = (3 * torch.randn(shape, generator=generator)).to(dtype)
+    weight = torch.randn(shape[2], shape[3], shape[3], generator=generator) / 3
+    exact = hedgehog(x.double(), weight.double(), backend="torch")
+    ours, plain = (hedgehog(t, weight, backend=name) for name, t in (("triton", x), ("torch", x)))
+    assert max(shares([ours], [plain], [exact], dtype)) <= 1
+    strided = hedgehog(x.transpose(1, 2).contiguous().transpose(1, 2), weight, backend="triton")
+    assert torch.equal(strided, ours)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "message"),
+    [
+        (torch.ones(1, 4, 2, 8), torch.ones(2, 8, 4), r"weight must be \[H, D, D\] = \[2, 8, 8\]"),
+        (torch.ones(4, 2, 8), torch.ones(2, 8, 8), r"x must be \[B, N, H, D\]"),
+    ],
+)
+def test_bad_input_of_the_hedgehog(x, weight, message):
+    with pytest.raises(ValueError, match=message):
+        hedgehog(x, weight)

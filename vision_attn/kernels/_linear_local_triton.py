@@ -1,0 +1,57 @@
+"""`linear_local_attention` in Triton, for inference: gradients are the portable path's.
+
+The kernels are in `_linear_local_kernels_triton.py`; triton is imported when they first run.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vision_attn.grid import Grid
+from vision_attn.kernels._custom_op import custom_op
+from vision_attn.kernels._hedgehog_triton import UNMEASURED
+from vision_attn.kernels._linear_triton import linear_reasons
+
+
+def linear_local_reasons(*tensors: Tensor, auto: bool) -> list[str]:
+    """List why the Triton backend cannot run; empty if it can. The first of `tensors` are the queries."""
+    reasons = linear_reasons(*tensors[:-1], auto=auto)
+    if auto:
+        reasons.append(UNMEASURED)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        reasons.append("it has no gradient")
+    return reasons
+
+
+def linear_local_attention_triton(
+    v: Tensor, q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], grid: Grid, cell: tuple[int, int], gate: Tensor,
+    mask: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    """Run `linear_local_attention` on checked inputs."""
+    image, size = grid.image, [grid.height, grid.width]
+    small = [min(c, s) for c, s in zip(cell, size, strict=True)]
+    shared: list[Tensor | None] = [None, None]
+    if grid.prefix + grid.suffix:
+        shared = [torch.cat([t[:, : grid.prefix], t[:, image.stop :]], 1) for t in (k[0], v)]
+    inner = [t[:, image] for t in (q[0], k[0], v, q[1], k[1])]
+    return _linear_local(*inner, *shared, mask, gate.float(), size, small, scale)
+
+
+@custom_op("vision_attn::linear_local_triton")
+def _linear_local(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, shared_k: Tensor | None, shared_v: Tensor | None,
+    seen: Tensor | None, gate: Tensor, size: Sequence[int], cell: Sequence[int], scale: float,
+) -> Tensor:  # fmt: skip
+    """Output of the grid's tokens."""
+    from vision_attn.kernels._linear_local_kernels_triton import forward  # noqa: PLC0415
+    from vision_attn.kernels._local_call_triton import packed  # noqa: PLC0415
+    from vision_attn.kernels._window_triton import cells_of  # noqa: PLC0415
+
+    call = cells_of(q, k, v, shared_k, shared_v, seen if shared_k is not None else None, size, cell, scale)
+    return forward(call, packed(a), packed(b), gate.contiguous())
+
+
+@_linear_local.register_fake
+def _(q: Tensor, *args: object) -> Tensor:
+    return q.new_empty(q.shape)

@@ -1,0 +1,48 @@
+"""The Hedgehog's feature map: non-negative features whose inner products imitate the exponential.
+
+    phi(x) = [softmax(W x), softmax(-W x)]
+
+Paper: 'The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry' -
+https://arxiv.org/abs/2402.04347
+"""
+
+import torch
+from torch import Tensor
+
+from vision_attn.kernels._hedgehog_triton import LEAST, hedgehog_reasons, hedgehog_triton
+from vision_attn.kernels.backend import Implementation, pick
+from vision_attn.kernels.precision import full_precision
+
+
+def hedgehog(x: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
+    """Return features of queries or keys, at least 1e-12.
+
+    Args:
+        x: Queries or keys `[B, N, H, D]`; any strides.
+        weight: W of each head, `[H, D, D]`, transposed: channel e of W x is the sum over d of `x[d] weight[d, e]`.
+        backend: 'triton' (CUDA, fused, without gradients; not measured yet, so 'auto' leaves it), 'torch' (any device),
+            or 'auto' for the fastest that can run.
+
+    Returns:
+        `[B, N, H, 2 D]` in the dtype of `x`.
+
+    Raises:
+        ValueError: If the shapes do not fit each other, or a named backend cannot run (every reason is listed).
+    """
+    if x.dim() != 4:
+        raise ValueError(f"x must be [B, N, H, D], got shape {tuple(x.shape)}")
+    H, D = x.shape[2:]
+    if tuple(weight.shape) != (H, D, D):
+        raise ValueError(f"weight must be [H, D, D] = [{H}, {D}, {D}], got {tuple(weight.shape)}")
+    implementations = {
+        "triton": Implementation(hedgehog_triton, hedgehog_reasons(x, weight, auto=backend == "auto")),
+        "torch": Implementation(_torch),
+    }
+    return pick("hedgehog", backend, implementations)(x, weight)
+
+
+@full_precision
+def _torch(x: Tensor, weight: Tensor) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    y = torch.einsum("bnhd,hde->bnhe", x.to(dtype), weight.to(x.device, dtype))
+    return torch.cat([y.softmax(-1), (-y).softmax(-1)], -1).clamp(min=LEAST).to(x.dtype)
