@@ -218,3 +218,20 @@ def test_a_plot_leaves_replays_out():
     rows = [dict(shape=dict(size=64), candidates=[dict(name=name, forward=forward) for name in names])]
     lines = series(rows, lambda candidate: candidate["forward"]["median_ms"])
     assert set(lines) == {("nat_tiny", False), ("nat_tiny", True)}
+
+
+def test_a_plot_leaves_out_what_is_compiled_at_one_size():
+    from vision_attn.bench.plot import series
+
+    def row(pixels, mode, *names):
+        return dict(
+            shape=dict(pixels=pixels, mode=mode), candidates=[dict(name=n, forward=dict(median_ms=1.0)) for n in names]
+        )
+
+    rows = [row(512, "eager", "a", "b"), row(512, "compiled", "a", "b"), row(1024, "compiled", "a")]
+
+    def lines(rows):
+        return set(series(rows, lambda candidate: candidate["forward"]["median_ms"]))
+
+    assert lines(rows) == {("a", False), ("b", False), ("a", True)}
+    assert lines(rows[:2]) == {(name, compiled) for name in "ab" for compiled in (False, True)}

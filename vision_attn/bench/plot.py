@@ -54,7 +54,8 @@ def series(rows: Sequence[Row], value: Callable[[Row], float | None]) -> dict[tu
 
     Returns:
         By candidate and whether it is compiled: (pixels, value, extrapolated) of the rows in which it was measured.
-        Replays of CUDA graphs are left out: they would lie on the lines of what they replay.
+        Replays of CUDA graphs are left out: they would lie on the lines of what they replay. So is what was compiled
+        at one of several sizes, which makes no line.
     """
     found: dict[tuple[str, bool], list[tuple]] = {}
     for row in sorted(rows, key=lambda row: _size(row) or 0):
@@ -67,7 +68,8 @@ def series(rows: Sequence[Row], value: Callable[[Row], float | None]) -> dict[tu
                     compiled = mode == "compiled"
                 point = _size(row), y, bool(candidate["forward"].get("extrapolated"))
                 found.setdefault((name, compiled), []).append(point)
-    return found
+    several = len({_size(row) for row in rows}) > 1
+    return {key: points for key, points in found.items() if len(points) > 1 or not (several and key[1])}
 
 
 def _size(row: Row) -> int | None:
