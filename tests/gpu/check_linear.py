@@ -1,4 +1,4 @@
-"""Check the Triton backends of linear, agent and window attention on a GPU against float64, and tune their launches.
+"""Check the Triton backends of linear attention and its relatives on a GPU against float64, and tune their launches.
 
     PYTHONPATH=. python tests/gpu/check_linear.py [--dtypes bf16,fp16,fp32] [--only TEXT] [--skip-large] [--out FILE]
     PYTHONPATH=. python tests/gpu/check_linear.py --tune [--only TABLE] [--wide]
@@ -47,6 +47,9 @@ TUNED = [
     *(row("window", f"w{w}-d{D}", grid=Grid(37, 50), size=w, H=2, D=D) for w in (2, 4, 7, 8, 16) for D in (64, 128)),
     *(row("window", f"text-d{D}", grid=Grid(37, 50, prefix=77), size=8, H=2, D=D) for D in (40, 64, 256)),
     row("window", "text-w2", grid=Grid(37, 50, prefix=77), size=2, H=2, D=64),
+    *(row("linear_local", f"d{D}", grid=Grid(37, 50), size=8, H=2, D=D, F=2 * D) for D in (40, 64, 128)),
+    *(row("linear_local", f"w{w}", grid=Grid(37, 50), size=w, H=2, D=64, F=96) for w in (2, 7, 16)),
+    row("linear_local", "text", grid=Grid(32, 48, prefix=77, suffix=5), size=8, H=3, D=128, F=256, mask=True),
     row("window", "stripe", grid=Grid(32, 48, prefix=3, suffix=5), size=(32, 2), H=2, D=64, mask=True),
 ]  # fmt: skip
 
@@ -77,6 +80,36 @@ def check(case, dtype):
     exact = results(case, inputs_of(case), "reference")
     plain, ours = (results(case, inputs_of(case, dtype), backend) for backend in ("reference", "triton"))
     return shares(names_of(case), ours, plain, exact, dtype)
+
+
+def fused():
+    """Return the shares of linear-local attention and of the Hedgehog's features, which have no gradients."""
+    from vision_attn.kernels.hedgehog import hedgehog
+
+    found = {}
+    with torch.no_grad():
+        for (name, dtype), case in itertools.product(DTYPES.items(), CASES + TUNED):
+            if case.operator == "linear_local":
+                t = {kind: inputs_of(case, kind) for kind in (torch.float64, dtype)}
+                t = {kind: {k: x if x is None else x.cuda() for k, x in some.items()} for kind, some in t.items()}
+                o = [call(case, t[kind], backend) for kind, backend in backends(dtype)]
+                found[f"{name} {case}"] = shares("o", *([x] for x in o), dtype)["o"]
+        for (name, dtype), D in itertools.product(DTYPES.items(), (16, 40, 64, 80, 128)):
+            x, weight = 3 * torch.randn(2, 1111, 3, D), torch.randn(3, D, D) / D**0.5
+            x = x.to(torch.float16).cuda()
+            o = [
+                hedgehog(
+                    x.to(kind), weight.cuda().to(kind if kind == torch.float64 else torch.float32), backend=backend
+                )
+                for kind, backend in backends(dtype, "torch")
+            ]
+            found[f"{name} hedgehog-d{D}"] = shares("o", *([x] for x in o), dtype)["o"]
+    return found
+
+
+def backends(dtype, plain="reference"):
+    """Dtypes and backends of what is checked, of plain PyTorch, and of the definition."""
+    return (dtype, "triton"), (dtype, plain), (torch.float64, plain)
 
 
 def gradients(function, leaves, do):
@@ -213,7 +246,7 @@ def main():
             bad = isinstance(found, str) or not all(share <= 1 for share in found.values())
             print("FAIL" if bad else "ok  ", jobs[job], found, f"{seconds}s", flush=True)
     args.out.write_text(json.dumps(result, indent=1))
-    for function in (million, million_fp32, memory, modes, elsewhere, *(() if args.skip_large else (large,))):
+    for function in (fused, million, million_fp32, memory, modes, elsewhere, *(() if args.skip_large else (large,))):
         result[function.__name__] = attempt(function)[0]
         print(function.__name__, result[function.__name__], flush=True)
     args.out.write_text(json.dumps(result, indent=1))
