@@ -53,19 +53,41 @@ def test_a_pipeline_a_model_and_a_timm_name(tmp_path: Path, capsys: pytest.Captu
     assert "single_transformer_blocks" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["sd15-unet", "flux"])
+def test_a_pipeline_needs_no_weights(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = HOST[name].build()
+    component = "unet" if name == "sd15-unet" else "transformer"
+    model.save_config(tmp_path / component)  # type: ignore[operator]
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text('{"block_out_channels": [8, 8, 8]}')
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    assert main(["inspect", str(tmp_path), "--height", "128", "--width", "256", "--processor", "hilo"]) == 0
+    text = capsys.readouterr().out
+    size = "32 x 64" if component == "unet" else "16 x 32"  # 4 pixels a latent, and FLUX packs 2 x 2 of them
+    assert f"HiLo()     {size}" in text and "processors that fit every grid with their defaults: agent," in text
+
+
+def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "vit_tiny_patch16_224", "--height", "96", "--width", "96", "--processor", "clear"]) == 0
+    text = capsys.readouterr().out
+    fit = next(line for line in text.splitlines() if line.startswith("processors that fit"))
+    assert "clear" in fit and "neighborhood" not in fit and "neighborhood not blocks.0.attn (" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["vit_of_dreams"], "neither a folder"),
         (["vit_tiny_patch16_224", "--processor", "cleer"], "cleer"),
         (["resnet18"], "no known host"),
+        (["dinat_mini"], "NAT is no known host"),
         (["vit_tiny_patch16_224", "--processor", "clear:radius"], "name=value"),
         (["vit_tiny_patch16_224", "--processor", "clear:diameter=3"], "diameter"),
         (["nobody/nothing"], "could not be loaded"),
         (["vit_tiny_patch16_224", "--token", "1", "2"], "--token is for the --picture"),
         (["vit_tiny_patch16_224", "--token", "1", "99", "--picture", "x.png"], "(1, 99) is not in a grid"),
     ],
-    ids=["model", "processor", "host", "value", "field", "hub", "token", "token-outside"],
+    ids=["model", "processor", "host", "own-backbone", "value", "field", "hub", "token", "token-outside"],
 )
 def test_bad_names_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", *arguments, "--height", "256", "--width", "256"]) == 2

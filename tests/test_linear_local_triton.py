@@ -61,6 +61,23 @@ def test_windows_larger_than_a_tile_are_walked(size, monkeypatch):
 
 
 @inside
+@pytest.mark.parametrize(("D", "F"), [(6, 16), (16, 7), (18, 130)])
+def test_any_number_of_channels(D, F):
+    check_case(Case("linear_local", "odd", dict(grid=Grid(4, 6), size=2, H=2, D=D, F=F)), torch.float32)
+
+
+@inside
+def test_slices_that_lie_anywhere():
+    with torch.no_grad():
+        q, k, v, a, b = (draw(2, 24, 1, 17).abs()[..., 1:] for _ in range(5))
+        o = [
+            linear_local_attention((q, a), (k, b), v, Grid(4, 6), 2, torch.ones(1), backend=backend)
+            for backend in ("triton", "reference")
+        ]
+    torch.testing.assert_close(*o, atol=1e-5, rtol=1e-4)
+
+
+@inside
 @pytest.mark.parametrize("scale", [-0.4, 0.0, 12.0])
 def test_scales(scale):
     check_case(
@@ -164,8 +181,11 @@ def test_features_of_the_hedgehog(shape, dtype):
     [
         (torch.ones(1, 4, 2, 8), torch.ones(2, 8, 4), r"weight must be \[H, D, D\] = \[2, 8, 8\]"),
         (torch.ones(4, 2, 8), torch.ones(2, 8, 8), r"x must be \[B, N, H, D\]"),
+        (torch.ones(1, 4, 2, 8, dtype=torch.int64), torch.ones(2, 8, 8), "must be floating point, got x torch.int64"),
+        (torch.ones(1, 4, 2, 8), torch.ones(2, 8, 8, dtype=torch.cfloat), "weight torch.complex64"),
+        (torch.ones(1, 4, 2, 8), torch.ones(2, 8, 8, device="meta"), "got x on cpu and weight on meta"),
     ],
 )
 def test_bad_input_of_the_hedgehog(x, weight, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         hedgehog(x, weight)

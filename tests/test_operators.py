@@ -259,6 +259,7 @@ def some(*shape, dtype=torch.float32):
 
 
 X = some(1, 6, 2, 4)
+ONES = torch.ones(2)
 REFUSED = {
     "three-axes": (ValueError, "B, N, H, D", lambda: linear_attention(X[0], X, X)),
     "integers": (
@@ -285,6 +286,16 @@ REFUSED = {
         lambda: linear_local_attention((X, X), (X, X[..., :2]), X, Grid(2, 3), 2, torch.ones(2)),
     ),
     "gate": (ValueError, "gate", lambda: linear_local_attention((X, X), (X, X), X, Grid(2, 3), 2, torch.ones(3))),
+    "int-gate": (
+        TypeError,
+        "gate must be",
+        lambda: linear_local_attention((X, X), (X, X), X, Grid(2, 3), 2, ONES.int()),
+    ),
+    "far-gate": (
+        ValueError,
+        "v on cpu and gate on meta",
+        lambda: linear_local_attention((X, X), (X, X), X, Grid(2, 3), 2, ONES.to("meta")),
+    ),
     "window-integers": (
         TypeError,
         "q, k and v must be floating point, got q torch.int32$",

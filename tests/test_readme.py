@@ -70,6 +70,10 @@ def test_figures_in_the_text_are_the_stored_ones():
     rows = {row["case"]: row for row in stored("bench/results/pipelines_h200.json")["rows"]}
     (large,) = [c["forward"] for c in rows["sdxl-16384"]["candidates"] if c["forward"]]
     assert f"SDXL at 16384 px takes {large['memory']['bytes'] / 2**30:.0f} GiB" in text
+    for row in rows.values():
+        for must in (must for must in row["musts"] if not must["holds"]):
+            missed = f"{row['shape']['mode']} FLUX at {row['shape']['pixels']} px {must['needed']}x"
+            assert f"missed: {missed}" in text and row["case"].startswith("flux")
     native = {c["name"]: c["forward"] for c in rows["flux-1024"]["candidates"]}
     assert f"FLUX at 1024 px gains {native['clear r16']['speedup'] - 1:.0%}".replace("%", " %") in text
     assert all(c["forward"]["speedup"] <= 1 for c in rows["sdxl-1024"]["candidates"])  # "SDXL's UNet is slower there"

@@ -67,12 +67,13 @@ class Estimate:
         return (sum(row.flops for row in self.layers) + self.other_flops) / dense
 
     def __str__(self) -> str:
-        header = ("layer", "processor", "tokens", "attended", "GFLOP dense", "GFLOP", "MB")
+        header = ("layer", "processor", "grid", "tokens", "attended", "GFLOP dense", "GFLOP", "MB")
         cells = [header]
         cells += [
             (
                 row.name,
                 str(row.spec),
+                f"{row.grid.height} x {row.grid.width}",
                 str(row.grid.tokens),
                 f"{row.attended:.1%}",
                 f"{row.dense_flops / 1e9:.3g}",
@@ -81,8 +82,8 @@ class Estimate:
             )
             for row in self.layers
         ]
-        pays = "never" if self.pays_from is None else "from {} x {} pixels on".format(*self.pays_from)
+        pays = "never faster" if self.pays_from is None else "faster from {} x {} pixels on".format(*self.pays_from)
         return (
             f"{aligned(cells)}\nattention is {self.attention_share:.1%} of the model's operations; converted, the "
-            f"model needs {self.converted_share:.1%} of them; the conversion is faster {pays}"
+            f"model needs {self.converted_share:.1%} of them; the conversion is {pays}"
         )

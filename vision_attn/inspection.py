@@ -1,13 +1,16 @@
 """`vision-attn inspect`: what a conversion would need of a model, and a picture of what a token attends to."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vision_attn.estimate_table import LayerEstimate
 from vision_attn.grid import Grid
+from vision_attn.processors import SPECS, Schedule, Softmax
 from vision_attn.processors.base import AttnSpec, Layer
 from vision_attn.torchvision_stub import ensure_torchvision
 
@@ -26,14 +29,12 @@ def load_target(name: str) -> Any:
     folder = Path(name)
     ensure_torchvision()
     if (folder / "model_index.json").exists():
-        from diffusers import DiffusionPipeline  # noqa: PLC0415
-
-        import vision_attn.demo  # noqa: F401, PLC0415, diffusers learns its pipelines
-
-        return DiffusionPipeline.from_pretrained(folder)
+        return _denoiser(folder) or _pipeline(folder)
     if (folder / "config.json").exists():
         return _diffusers_model(json.loads((folder / "config.json").read_text()), name)
     import timm  # noqa: PLC0415
+
+    import vision_attn.backbones  # noqa: F401, PLC0415, timm learns them
 
     if timm.is_model(name):
         try:
@@ -50,6 +51,49 @@ def load_target(name: str) -> Any:
     raise ValueError(
         f"{name} is neither a folder with model_index.json or config.json, nor a timm model, nor a name on the hub"
     )
+
+
+def _denoiser(folder: Path) -> Any:
+    """Build the denoiser of a saved pipeline from configurations alone; None if they do not say enough."""
+    index = json.loads((folder / "model_index.json").read_text())
+    names = [name for name in ("transformer", "unet") if (folder / name / "config.json").exists()]
+    vae = folder / "vae" / "config.json"
+    if len(names) != 1 or "controlnet" in index or not vae.exists():
+        return None
+    config, levels = (json.loads(f.read_text()) for f in (folder / names[0] / "config.json", vae))
+    import diffusers  # noqa: PLC0415
+
+    if not hasattr(diffusers, str(config.get("_class_name"))) or "block_out_channels" not in levels:
+        return None
+    model = _diffusers_model(config, str(folder / names[0]))
+    model.vae_scale_factor = 2 ** (len(levels["block_out_channels"]) - 1)  # pixels per latent, for `estimate`
+    return model
+
+
+def _pipeline(folder: Path) -> Any:
+    from diffusers import DiffusionPipeline  # noqa: PLC0415
+
+    import vision_attn.demo  # noqa: F401, PLC0415, diffusers learns its pipelines
+
+    return DiffusionPipeline.from_pretrained(folder)
+
+
+def fitting(layers: Sequence[LayerEstimate]) -> str:
+    """Say which processors fit all grids with their defaults, and why others do not."""
+    grids = {row.grid: row.name for row in reversed(layers)}
+    fit, others = [], []
+    for name, kind in SPECS.items():
+        if kind in (Schedule, Softmax):
+            continue
+        for grid, layer in grids.items():
+            try:
+                kind().attended(grid)
+            except ValueError as error:
+                others.append(f"{name} not {layer} ({error})")
+                break
+        else:
+            fit.append(name)
+    return "\n".join([f"processors that fit every grid with their defaults: {', '.join(fit)}", *others])
 
 
 def _diffusers_model(config: dict[str, Any], name: str) -> Any:

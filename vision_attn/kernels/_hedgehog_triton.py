@@ -28,7 +28,7 @@ def hedgehog_reasons(x: Tensor, weight: Tensor, *, auto: bool) -> list[str]:
 
 def hedgehog_triton(x: Tensor, weight: Tensor) -> Tensor:
     """Run `hedgehog` on checked inputs."""
-    return _features(x, weight.to(x.device, torch.float32))
+    return _features(x, weight.to(torch.float32))
 
 
 @custom_op("vision_attn::hedgehog_triton")

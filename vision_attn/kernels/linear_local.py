@@ -17,7 +17,7 @@ from vision_attn.kernels._linear_local_triton import linear_local_attention_trit
 from vision_attn.kernels.backend import Implementation, pick
 from vision_attn.kernels.local import check_inputs, check_mask
 from vision_attn.kernels.local_window import PerAxis, per_axis
-from vision_attn.kernels.precision import full_precision, refuse_unlike
+from vision_attn.kernels.precision import FLOATS, full_precision, refuse_unlike
 from vision_attn.kernels.window import cell_numbers, from_cells, inside_cells, to_cells
 
 
@@ -61,6 +61,10 @@ def linear_local_attention(
         raise ValueError(f"features must be [B, N, H, F] for v {tuple(v.shape)}, got {tuple(q[1].shape)}")
     if tuple(gate.shape) != (v.shape[2],):
         raise ValueError(f"gate must be [H] = [{v.shape[2]}], got {tuple(gate.shape)}")
+    if gate.dtype not in FLOATS:
+        raise TypeError(f"gate must be floating point, got {gate.dtype}")
+    if gate.device != v.device:
+        raise ValueError(f"all inputs must be on one device, got v on {v.device} and gate on {gate.device}")
     cell = per_axis(window_size, "window_size", 1)
     inputs = q[0], k[0], v, q[1], k[1], gate
     implementations = {

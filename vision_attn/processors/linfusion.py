@@ -99,9 +99,10 @@ class Hedgehog(nn.Module):
         self.weight = nn.Parameter(torch.eye(head_dim).repeat(num_heads, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return features `[B, N, H, 2 D]`, at least 1e-12."""
-        fused = self.backend == "triton" and not hedgehog_reasons(x, self.weight, auto=False)
-        return hedgehog(x, self.weight, backend="triton" if fused else "torch")
+        """Return features `[B, N, H, 2 D]`: see `hedgehog`, whose fused kernel has no gradients for training."""
+        weight = self.weight.to(x.device)  # offloading may have parked it elsewhere
+        fused = self.backend == "triton" and not hedgehog_reasons(x, weight, auto=False)
+        return hedgehog(x, weight, backend="triton" if fused else "torch")
 
 
 class LinFusionAttention(Processor):
