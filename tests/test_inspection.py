@@ -84,10 +84,24 @@ def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
         (["vit_tiny_patch16_224", "--processor", "clear:radius"], "name=value"),
         (["vit_tiny_patch16_224", "--processor", "clear:diameter=3"], "diameter"),
         (["nobody/nothing"], "could not be loaded"),
+        (["vit_tiny_patch16_224", "--picture", "x.foo"], "names no format of a picture"),
+        (["vit_tiny_patch16_224", "--picture", "no/folder/x.png"], "there is no folder no/folder"),
         (["vit_tiny_patch16_224", "--token", "1", "2"], "--token is for the --picture"),
         (["vit_tiny_patch16_224", "--token", "1", "99", "--picture", "x.png"], "(1, 99) is not in a grid"),
     ],
-    ids=["model", "processor", "host", "own-backbone", "value", "field", "hub", "token", "token-outside"],
+    ids=[
+        "model",
+        "processor",
+        "host",
+        "own-backbone",
+        "value",
+        "field",
+        "hub",
+        "format",
+        "folder",
+        "token",
+        "token-outside",
+    ],
 )
 def test_bad_names_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", *arguments, "--height", "256", "--width", "256"]) == 2

@@ -168,11 +168,13 @@ def _distill(arguments: Sequence[str]) -> int:
 
 def _inspect(options: argparse.Namespace) -> None:
     from vision_attn.estimation import estimate  # noqa: PLC0415
-    from vision_attn.inspection import attended, fitting, load_target, picture  # noqa: PLC0415
+    from vision_attn.inspection import attended, check_picture, fitting, load_target, picture  # noqa: PLC0415
     from vision_attn.processors import spec_of_text  # noqa: PLC0415
 
     if options.token is not None and options.picture is None:
         raise ValueError("--token is for the --picture")
+    if options.picture is not None:
+        check_picture(options.picture)
     spec = spec_of_text(options.processor)
     found = estimate(load_target(options.model), options.height, options.width, spec, device=options.device)
     print(found, fitting(found.layers), sep="\n")

@@ -132,6 +132,20 @@ def attended(spec: AttnSpec, grid: Grid, row: int, column: int) -> Tensor:
     return v.grad[0, grid.image].sum((1, 2)).view(grid.height, grid.width) / (heads * channels)
 
 
+def check_picture(path: Path) -> None:
+    """Refuse a file that no picture can be written to, before anything is worked out.
+
+    Raises:
+        ValueError: If its folder does not exist, or its name does not say a format.
+    """
+    from PIL import Image  # noqa: PLC0415
+
+    if not path.parent.is_dir():
+        raise ValueError(f"{path} cannot be written: there is no folder {path.parent}")
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{path} names no format of a picture: end it with .png, .jpg or .webp")
+
+
 def picture(weights: Tensor, row: int, column: int) -> Any:
     """Draw what a token attends to: the darker, the more; the token itself is red."""
     from PIL import Image  # noqa: PLC0415
