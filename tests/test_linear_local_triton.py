@@ -10,6 +10,8 @@ from test_operators import CASES, Case, call, inputs_of
 from test_window_triton import rows
 
 from vision_attn.grid import Grid
+from vision_attn.kernels._hedgehog_triton import hedgehog_reasons
+from vision_attn.kernels._linear_triton import inference_reasons
 from vision_attn.kernels.hedgehog import hedgehog
 from vision_attn.kernels.linear_local import linear_local_attention
 from vision_attn.processors import LinearLocal, LinFusion
@@ -125,6 +127,18 @@ def test_what_is_not_fused_is_refused():
     assert q.grad is not None
     with torch.no_grad():
         linear_local_attention((q, q), (k, k), v, Grid(4, 5), 2, torch.ones(1), backend="triton")
+
+
+def test_nothing_unmeasured_is_chosen():
+    t = [torch.ones(1, 4, 1, 16) for _ in range(5)]
+    for auto in (True, False):
+        reasons = inference_reasons(*t, weights=(torch.ones(1),), auto=auto)
+        assert any("not been measured" in reason for reason in reasons) == auto
+        assert (
+            hedgehog_reasons(t[0], torch.eye(16)[None], auto=auto) == reasons
+        ) and "it has no gradient" not in reasons
+    weight = torch.ones(1, requires_grad=True)
+    assert inference_reasons(*t, weights=(weight,), auto=False)[-1] == "it has no gradient"
 
 
 @inside

@@ -42,10 +42,8 @@ def load_target(name: str) -> Any:
         except TypeError:  # no vision transformer: `estimate` says that it is not known
             return timm.create_model(name)
     if name.count("/") == 1 and not folder.exists():
-        from diffusers import DiffusionPipeline  # noqa: PLC0415
-
         try:
-            return DiffusionPipeline.from_pretrained(name)
+            return _pipeline(name)
         except OSError as error:
             raise ValueError(f"{name} could not be loaded: {str(error).strip().splitlines()[0]}") from None
     raise ValueError(
@@ -70,12 +68,12 @@ def _denoiser(folder: Path) -> Any:
     return model
 
 
-def _pipeline(folder: Path) -> Any:
+def _pipeline(name: str | Path) -> Any:
     from diffusers import DiffusionPipeline  # noqa: PLC0415
 
     import vision_attn.demo  # noqa: F401, PLC0415, diffusers learns its pipelines
 
-    return DiffusionPipeline.from_pretrained(folder)
+    return DiffusionPipeline.from_pretrained(name)
 
 
 def fitting(layers: Sequence[LayerEstimate]) -> str:

@@ -3,32 +3,26 @@
 The kernel is in `_hedgehog_kernel_triton.py`; triton is imported when it first runs.
 """
 
-import torch
 from torch import Tensor
 
 from vision_attn.kernels._custom_op import custom_op
-from vision_attn.kernels._linear_triton import linear_reasons
+from vision_attn.kernels._linear_triton import inference_reasons
 
 LEAST = 1e-12  # of a feature: sums of them divide
-UNMEASURED = "it runs when it is asked for: it has not been measured on a GPU yet"
 MOST = 128  # channels of a head whose matrix shared memory holds
 
 
 def hedgehog_reasons(x: Tensor, weight: Tensor, *, auto: bool) -> list[str]:
     """List why the Triton backend cannot run; empty if it can."""
-    reasons = linear_reasons(x, auto=auto)
-    if auto:
-        reasons.append(UNMEASURED)
+    reasons = inference_reasons(x, weights=(weight,), auto=auto)
     if x.shape[-1] > MOST:
         reasons.append(f"head_dim {x.shape[-1]} is above {MOST}")
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        reasons.append("it has no gradient")
     return reasons
 
 
 def hedgehog_triton(x: Tensor, weight: Tensor) -> Tensor:
     """Run `hedgehog` on checked inputs."""
-    return _features(x, weight.to(torch.float32))
+    return _features(x, weight.float())
 
 
 @custom_op("vision_attn::hedgehog_triton")

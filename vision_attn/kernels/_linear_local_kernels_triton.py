@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._agent_forward_triton import START, choice, logits
+from vision_attn.kernels._agent_forward_triton import START, choice
 from vision_attn.kernels._launches import Kernel
 from vision_attn.kernels._linear_forward_triton import Call, merged, state_parts
 from vision_attn.kernels._linear_tiles_triton import block_of, put_rows, token_rows
-from vision_attn.kernels._window_kernels_triton import Cells, _places, _scores, _update
+from vision_attn.kernels._window_kernels_triton import Cells, meet_shared, places_of, scores_of, update
 
 # Not tuned: chosen offline by registers and shared memory for sm_90 with triton 3.6.0.
 # Keys: bytes of an element, channels at most. Slots of a tile and warps.
@@ -49,7 +49,7 @@ def _forward(
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     tokens = height * width
     slot = pid // batch_heads * ROWS + tl.arange(0, ROWS)
-    cell, row = _places(slot, height, width, cell_h, cell_w, SLOTS)
+    cell, row = places_of(slot, height, width, cell_h, cell_w, SLOTS)
     q += b * q_b + h * q_h
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h
@@ -66,11 +66,11 @@ def _forward(
     COUNT: tl.constexpr = SLOTS // ROWS if SLOTS > ROWS else 1
     start = pid // batch_heads // COUNT * COUNT * ROWS
     for j in tl.range(0, COUNT):
-        other, column = _places(start + j * ROWS + tl.arange(0, ROWS), height, width, cell_h, cell_w, SLOTS)
+        other, column = places_of(start + j * ROWS + tl.arange(0, ROWS), height, width, cell_h, cell_w, SLOTS)
         keys = token_rows(k, column, tokens, k_n, 0, D, BLOCK_D)
         values = token_rows(v, column, tokens, v_n, 0, D, BLOCK_D)
-        s = _scores(x, keys, cell, other, column, tokens, scale, PRECISION)
-        m, l, acc = _update(s, values, m, l, acc, PRECISION)
+        s = scores_of(x, keys, cell, other, column, tokens, scale, PRECISION)
+        m, l, acc = update(s, values, m, l, acc, PRECISION)
         if FAR:
             own = tl.zeros([ROWS, ROWS], tl.float32)
             for f in tl.range(0, F, BLOCK_F):
@@ -81,15 +81,10 @@ def _forward(
             weight -= tl.sum(own, 1)
             far -= tl.dot(own, values.to(tl.float32), input_precision=WIDE)
     if SHARED:
-        for j in tl.range(0, outside, ROWS):
-            column = j + tl.arange(0, ROWS)
-            keys = token_rows(sk + b * sk_b + h * sk_h, column, outside, sk_n, 0, D, BLOCK_D)
-            values = token_rows(sv + b * sv_b + h * sv_h, column, outside, sv_n, 0, D, BLOCK_D)
-            s, _ = logits(
-                x, keys, row, column, outside, b, h, q, 0, 0, 0, seen, seen_b, 0, scale, scale, tokens, False, SEEN,
-                PRECISION,
-            )  # fmt: skip
-            m, l, acc = _update(s, values, m, l, acc, PRECISION)
+        m, l, acc = meet_shared(
+            x, m, l, acc, sk + b * sk_b + h * sk_h, sv + b * sv_b + h * sv_h, sk_n, sv_n, seen, seen_b, outside, row, b,
+            h, tokens, scale, SEEN, ROWS, D, BLOCK_D, PRECISION,
+        )  # fmt: skip
     if FAR:
         state += bh.to(tl.int64) * F * D
         for f in tl.range(0, F, BLOCK_F):

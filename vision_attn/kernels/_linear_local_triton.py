@@ -10,18 +10,6 @@ from torch import Tensor
 
 from vision_attn.grid import Grid
 from vision_attn.kernels._custom_op import custom_op
-from vision_attn.kernels._hedgehog_triton import UNMEASURED
-from vision_attn.kernels._linear_triton import linear_reasons
-
-
-def linear_local_reasons(*tensors: Tensor, auto: bool) -> list[str]:
-    """List why the Triton backend cannot run; empty if it can. The first of `tensors` are the queries."""
-    reasons = linear_reasons(*tensors[:-1], auto=auto)
-    if auto:
-        reasons.append(UNMEASURED)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        reasons.append("it has no gradient")
-    return reasons
 
 
 def linear_local_attention_triton(

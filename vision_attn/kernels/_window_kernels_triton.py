@@ -82,7 +82,7 @@ class Cells:
 
 
 @triton.jit
-def _places(slot, height, width, cell_h, cell_w, SLOTS: tl.constexpr):
+def places_of(slot, height, width, cell_h, cell_w, SLOTS: tl.constexpr):
     """The cell of each slot and its token; height * width where there is none."""
     cell, i = slot // SLOTS, slot % SLOTS
     across = tl.cdiv(width, cell_w)
@@ -92,20 +92,38 @@ def _places(slot, height, width, cell_h, cell_w, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def _scores(x, keys, cell, other, token, stop, scale, PRECISION: tl.constexpr):
+def scores_of(x, keys, cell, other, token, stop, scale, PRECISION: tl.constexpr):
     """Logits in base 2 of queries in `cell` and keys of the cells `other`."""
     s = tl.dot(x, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2E)
     return tl.where((cell[:, None] == other[None, :]) & (token < stop)[None, :], s, HIDDEN)
 
 
 @triton.jit
-def _update(s, values, m, l, acc, PRECISION: tl.constexpr):
+def update(s, values, m, l, acc, PRECISION: tl.constexpr):
     top = tl.maximum(m, tl.max(s, 1))
     p = tl.math.exp2(s - top[:, None])
     shrink = tl.math.exp2(m - top)
     l = l * shrink + tl.sum(p, 1)
     acc = acc * shrink[:, None] + tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
     return top, l, acc
+
+
+@triton.jit
+def meet_shared(
+    x, m, l, acc, keys_of, values_of, k_n, v_n, seen, seen_b, outside, row, b, h, tokens, scale, SEEN: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Take the keys that all queries share into the softmax of a tile of queries."""
+    for j in tl.range(0, outside, ROWS):
+        column = j + tl.arange(0, ROWS)
+        keys = token_rows(keys_of, column, outside, k_n, 0, D, BLOCK_D)
+        values = token_rows(values_of, column, outside, v_n, 0, D, BLOCK_D)
+        s, _ = logits(
+            x, keys, row, column, outside, b, h, seen, 0, 0, 0, seen, seen_b, 0, scale, scale, tokens, False, SEEN,
+            PRECISION,
+        )  # fmt: skip
+        m, l, acc = update(s, values, m, l, acc, PRECISION)
+    return m, l, acc
 
 
 @Kernel
@@ -122,7 +140,7 @@ def _forward(
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     tokens = height * width
     slot = pid // batch_heads * ROWS + tl.arange(0, ROWS)
-    cell, row = _places(slot, height, width, cell_h, cell_w, SLOTS)
+    cell, row = places_of(slot, height, width, cell_h, cell_w, SLOTS)
     x = token_rows(q + b * q_b + h * q_h, row, tokens, q_n, 0, D, BLOCK_D)
     m = tl.full([ROWS], START, tl.float32)
     l = tl.zeros([ROWS], tl.float32)
@@ -130,21 +148,16 @@ def _forward(
     COUNT: tl.constexpr = SLOTS // ROWS if SLOTS > ROWS else 1
     start = pid // batch_heads // COUNT * COUNT * ROWS
     for j in tl.range(0, COUNT):
-        other, column = _places(start + j * ROWS + tl.arange(0, ROWS), height, width, cell_h, cell_w, SLOTS)
+        other, column = places_of(start + j * ROWS + tl.arange(0, ROWS), height, width, cell_h, cell_w, SLOTS)
         keys = token_rows(k + b * k_b + h * k_h, column, tokens, k_n, 0, D, BLOCK_D)
         values = token_rows(v + b * v_b + h * v_h, column, tokens, v_n, 0, D, BLOCK_D)
-        s = _scores(x, keys, cell, other, column, tokens, scale, PRECISION)
-        m, l, acc = _update(s, values, m, l, acc, PRECISION)
+        s = scores_of(x, keys, cell, other, column, tokens, scale, PRECISION)
+        m, l, acc = update(s, values, m, l, acc, PRECISION)
     if SHARED:
-        for j in tl.range(0, outside, ROWS):
-            column = j + tl.arange(0, ROWS)
-            keys = token_rows(sk + b * sk_b + h * sk_h, column, outside, sk_n, 0, D, BLOCK_D)
-            values = token_rows(sv + b * sv_b + h * sv_h, column, outside, sv_n, 0, D, BLOCK_D)
-            s, _ = logits(
-                x, keys, row, column, outside, b, h, q, 0, 0, 0, seen, seen_b, 0, scale, scale, tokens, False, SEEN,
-                PRECISION,
-            )  # fmt: skip
-            m, l, acc = _update(s, values, m, l, acc, PRECISION)
+        m, l, acc = meet_shared(
+            x, m, l, acc, sk + b * sk_b + h * sk_h, sv + b * sv_b + h * sv_h, sk_n, sv_n, seen, seen_b, outside, row, b,
+            h, tokens, scale, SEEN, ROWS, D, BLOCK_D, PRECISION,
+        )  # fmt: skip
     total = tl.maximum(l, 1e-30)  # a slot without a token has no key
     acc = acc * (1.0 / total)[:, None]
     put_rows(o + (b * tokens * heads + h) * D, row, tokens, heads * D, 0, acc, D, BLOCK_D)
@@ -165,7 +178,7 @@ def _query_gradients(
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     tokens = height * width
     slot = pid // batch_heads * ROWS + tl.arange(0, ROWS)
-    cell, row = _places(slot, height, width, cell_h, cell_w, SLOTS)
+    cell, row = places_of(slot, height, width, cell_h, cell_w, SLOTS)
     x = token_rows(q + b * q_b + h * q_h, row, tokens, q_n, 0, D, BLOCK_D)
     g = token_rows(do + b * do_b + h * do_h, row, tokens, do_n, 0, D, BLOCK_D)
     rows = token_rows(o + (b * tokens * heads + h) * D, row, tokens, heads * D, 0, D, BLOCK_D)
@@ -176,10 +189,10 @@ def _query_gradients(
     COUNT: tl.constexpr = SLOTS // ROWS if SLOTS > ROWS else 1
     start = pid // batch_heads // COUNT * COUNT * ROWS
     for j in tl.range(0, COUNT):
-        other, column = _places(start + j * ROWS + tl.arange(0, ROWS), height, width, cell_h, cell_w, SLOTS)
+        other, column = places_of(start + j * ROWS + tl.arange(0, ROWS), height, width, cell_h, cell_w, SLOTS)
         keys = token_rows(k + b * k_b + h * k_h, column, tokens, k_n, 0, D, BLOCK_D)
         values = token_rows(v + b * v_b + h * v_h, column, tokens, v_n, 0, D, BLOCK_D)
-        p = tl.math.exp2(_scores(x, keys, cell, other, column, tokens, scale, PRECISION) - level[:, None])
+        p = tl.math.exp2(scores_of(x, keys, cell, other, column, tokens, scale, PRECISION) - level[:, None])
         ds = p * (tl.dot(g, tl.trans(values), input_precision=PRECISION) - inner[:, None])
         acc += tl.dot(ds.to(keys.dtype), keys, input_precision=PRECISION)
     if SHARED:
@@ -210,7 +223,7 @@ def _key_gradients(
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     tokens = height * width
     slot = pid // batch_heads * ROWS + tl.arange(0, ROWS)
-    other, column = _places(slot, height, width, cell_h, cell_w, SLOTS)
+    other, column = places_of(slot, height, width, cell_h, cell_w, SLOTS)
     keys = token_rows(k + b * k_b + h * k_h, column, tokens, k_n, 0, D, BLOCK_D)
     values = token_rows(v + b * v_b + h * v_h, column, tokens, v_n, 0, D, BLOCK_D)
     lse += bh.to(tl.int64) * tokens
@@ -220,12 +233,12 @@ def _key_gradients(
     COUNT: tl.constexpr = SLOTS // ROWS if SLOTS > ROWS else 1
     start = pid // batch_heads // COUNT * COUNT * ROWS
     for i in tl.range(0, COUNT):
-        cell, row = _places(start + i * ROWS + tl.arange(0, ROWS), height, width, cell_h, cell_w, SLOTS)
+        cell, row = places_of(start + i * ROWS + tl.arange(0, ROWS), height, width, cell_h, cell_w, SLOTS)
         x = token_rows(q + b * q_b + h * q_h, row, tokens, q_n, 0, D, BLOCK_D)
         g = token_rows(do + b * do_b + h * do_h, row, tokens, do_n, 0, D, BLOCK_D)
         level = tl.load(lse + row, mask=row < tokens, other=0.0)
         inner = tl.load(delta + row, mask=row < tokens, other=0.0)
-        s = _scores(x, keys, cell, other, column, tokens, scale, PRECISION)
+        s = scores_of(x, keys, cell, other, column, tokens, scale, PRECISION)
         p = tl.where((row < tokens)[:, None], tl.math.exp2(s - level[:, None]), 0.0)
         value_acc += tl.dot(tl.trans(p.to(g.dtype)), g, input_precision=PRECISION)
         ds = p * (tl.dot(g, tl.trans(values), input_precision=PRECISION) - inner[:, None])

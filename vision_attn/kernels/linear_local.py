@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from vision_attn.grid import Grid
-from vision_attn.kernels._linear_local_triton import linear_local_attention_triton, linear_local_reasons
+from vision_attn.kernels._linear_local_triton import linear_local_attention_triton
+from vision_attn.kernels._linear_triton import inference_reasons
 from vision_attn.kernels.backend import Implementation, pick
 from vision_attn.kernels.local import check_inputs, check_mask
 from vision_attn.kernels.local_window import PerAxis, per_axis
@@ -66,9 +67,9 @@ def linear_local_attention(
     if gate.device != v.device:
         raise ValueError(f"all inputs must be on one device, got v on {v.device} and gate on {gate.device}")
     cell = per_axis(window_size, "window_size", 1)
-    inputs = q[0], k[0], v, q[1], k[1], gate
+    reasons = inference_reasons(*q, *k, v, weights=(gate,), auto=backend == "auto")
     implementations = {
-        "triton": Implementation(linear_local_attention_triton, linear_local_reasons(*inputs, auto=backend == "auto")),
+        "triton": Implementation(linear_local_attention_triton, reasons),
         "torch": Implementation(_torch),
         "reference": Implementation(_reference),
     }
