@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from test_hosts import run
 from tiny_hosts import HOST, HOSTS, HostCase
@@ -64,6 +65,19 @@ def test_the_models_operations_are_near_those_that_run(host_id: str, scale: int)
         run(case, model, height, width, batch=1, text=7)
     estimated = sum(row.dense_flops for row in found.layers) + found.other_flops
     assert 0.7 < estimated / counter.get_total_flops() < 1.3
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "pixels"),
+    [("vit_tiny_patch16_224", {"dynamic_img_pad": True}, 104), ("vit_tiny_r_s16_p8_224", {}, 64)],
+    ids=["padded", "patches of a convolutional map"],
+)
+def test_the_grid_is_that_of_the_patch_embedding(name: str, options: dict[str, bool], pixels: int) -> None:
+    model = timm.create_model(name, dynamic_img_size=True, depth=1, **options).eval()
+    row = estimate(model, pixels, pixels, Clear(2)).layers[0]
+    conversion = convert(model, Clear(2))
+    model(torch.randn(1, 3, pixels, pixels))
+    assert [layer.tokens for layer in conversion.layers] == [row.grid.tokens]
 
 
 def test_shares_and_break_even_have_the_right_order() -> None:

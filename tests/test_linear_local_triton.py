@@ -11,7 +11,7 @@ from test_window_triton import rows
 
 from vision_attn.grid import Grid
 from vision_attn.kernels._hedgehog_triton import hedgehog_reasons
-from vision_attn.kernels._linear_triton import inference_reasons
+from vision_attn.kernels._linear_triton import inference_reasons, linear_reasons
 from vision_attn.kernels.hedgehog import hedgehog
 from vision_attn.kernels.linear_local import linear_local_attention
 from vision_attn.processors import LinearLocal, LinFusion
@@ -29,8 +29,7 @@ def slots(monkeypatch, length, features=64):
     from vision_attn.kernels import _linear_local_kernels_triton as kernels
 
     rows(monkeypatch, length)
-    monkeypatch.setattr(kernels, "_TILES", {(size, 256): (length, 1) for size in (2, 4)})
-    monkeypatch.setattr(kernels, "_FEATURES", features)
+    monkeypatch.setattr(kernels, "_TILES", {(size, 256): (length, 1, 1, features) for size in (2, 4)})
 
 
 def check_case(case, dtype):
@@ -129,16 +128,15 @@ def test_what_is_not_fused_is_refused():
         linear_local_attention((q, q), (k, k), v, Grid(4, 5), 2, torch.ones(1), backend="triton")
 
 
-def test_nothing_unmeasured_is_chosen():
-    t = [torch.ones(1, 4, 1, 16) for _ in range(5)]
-    for auto in (True, False):
-        reasons = inference_reasons(*t, weights=(torch.ones(1),), auto=auto)
-        assert any("not been measured" in reason for reason in reasons) == auto
-        assert (
-            hedgehog_reasons(t[0], torch.eye(16)[None], auto=auto) == reasons
-        ) and "it has no gradient" not in reasons
-    weight = torch.ones(1, requires_grad=True)
-    assert inference_reasons(*t, weights=(weight,), auto=False)[-1] == "it has no gradient"
+def test_training_is_left_to_pytorch():
+    """On a GPU 'auto' takes the kernels unless something needs a gradient: only the device and that may refuse."""
+    t, plain, trained = torch.ones(1, 4, 1, 16), torch.eye(16)[None], torch.eye(16)[None].requires_grad_()
+    gpu = linear_reasons(t, auto=True)
+    for weight, expected in ((plain, gpu), (trained, [*gpu, "it has no gradient"])):
+        assert inference_reasons(t, t, weights=(weight,), auto=True) == expected
+        assert hedgehog_reasons(t, weight, auto=True) == expected
+    with torch.no_grad():
+        assert inference_reasons(t, t, weights=(trained,), auto=True) == gpu
 
 
 @inside

@@ -1,4 +1,4 @@
-"""Times launches of the linear, agent and window kernels on a GPU: `check_linear.py --tune`."""
+"""Times launches of the linear, agent, window and linear-local kernels on a GPU: `check_linear.py --tune`."""
 
 import importlib
 import itertools
@@ -13,7 +13,9 @@ import torch
 from vision_attn.grid import Grid
 from vision_attn.kernels._linear_tiles_triton import Launch
 from vision_attn.kernels.agent import Agents, agent_attention
+from vision_attn.kernels.hedgehog import hedgehog
 from vision_attn.kernels.linear import Features, feature_mean, linear_attention
+from vision_attn.kernels.linear_local import linear_local_attention
 from vision_attn.kernels.window import window_attention
 
 # Module, table, operator, whether the backward is timed.
@@ -27,6 +29,8 @@ TABLES = {
     "agent_keys": ("agent_backward", "_KEYS", "agent", True),
     "window": ("window_kernels", "_TILES", "window", False),
     "window_backward": ("window_kernels", "_TILES", "window", True),
+    "linear_local": ("linear_local_kernels", "_TILES", "linear_local", False),
+    "hedgehog": ("hedgehog_kernel", "_LAUNCHES", "hedgehog", False),
 }
 SIZES = {64: ((64 * 64, 10), (256 * 256, 10)), 128: ((256 * 256, 24),), 256: ((128 * 128, 8),)}
 
@@ -44,6 +48,18 @@ def operators(N, H, D, dtype=torch.bfloat16, B=1):
         ),
         "agent": lambda q, k, v, backend="triton": agent_attention(q, k, v, Agents(agents), backend=backend),
         "window": lambda q, k, v, backend="triton": window_attention(q, k, v, grid, 2, backend=backend),
+    }
+
+
+def inference_operators(N, H, D, dtype=torch.bfloat16, B=1):
+    """Return the operators without gradients as functions of q, k, v, with cells of 8 and twice as many features."""
+    side = int(N**0.5)
+    grid = Grid(side, N // side, suffix=N - side * (N // side))
+    a, b = (torch.rand(B, N, H, 2 * D, device="cuda", dtype=dtype) for _ in range(2))
+    weight, gate = torch.randn(H, D, D, device="cuda") / D**0.5, torch.ones(H, device="cuda")
+    return {
+        "linear_local": lambda q, k, v: linear_local_attention((q, a), (k, b), v, grid, 8, gate, backend="triton"),
+        "hedgehog": lambda q, k, v: hedgehog(q, weight, backend="triton"),
     }
 
 
@@ -87,6 +103,8 @@ def module_of(name):
 
 def launches(start, many):
     """Return the launches to try for an entry, the table's own first."""
+    if isinstance(start, tuple) and isinstance(start[0], int):
+        return [start, *itertools.product((16, 32, 64, 128), (4, 8), (1, 2, 3), (32, 64, 128))]
     if isinstance(start, tuple):
         return [start, *(((rows, warps),) * 3 for rows in (16, 32, 64, 128) for warps in (2, 4, 8))]
     programs = (4, 8, 16) if many else (1, 2, 4)
@@ -104,7 +122,8 @@ def one_launch(name, key, size, launch):
     setattr(module, table, getattr(module, table) | {key: launch})  # the caller puts it back
     dtype = torch.bfloat16 if key[0] == 2 else torch.float32
     q, k, v, do = drawn(*size, key[1], dtype)
-    return passes(operators(*size, key[1], dtype)[operator], (q, k, v), do, backward)()
+    every = operators(*size, key[1], dtype) | inference_operators(*size, key[1], dtype)
+    return passes(every[operator], (q, k, v), do, backward)()
 
 
 def warm(name, key, launch):

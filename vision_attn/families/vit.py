@@ -28,8 +28,8 @@ def _problem(model: nn.Module) -> str | None:
 
 
 def _size(model: Any, layer: str, height: int, width: int) -> tuple[int, int]:
-    patch = model.patch_embed.patch_size
-    return height // patch[0], width // patch[1]
+    found: tuple[int, int] = model.patch_embed.dynamic_feat_size((height, width))  # what is left over may be padded
+    return found
 
 
 VITS = (

@@ -42,7 +42,7 @@ def linear_reasons(q: Tensor, *others: Tensor, constants: tuple[Tensor, ...] = (
 
 
 def inference_reasons(q: Tensor, *others: Tensor, weights: tuple[Tensor, ...], auto: bool) -> list[str]:
-    """List why an operator without a backward, which was not measured on a GPU yet, cannot run: see `linear_reasons`.
+    """List why an operator without a backward cannot run: see `linear_reasons`.
 
     Args:
         q: As for `linear_reasons`.
@@ -51,8 +51,6 @@ def inference_reasons(q: Tensor, *others: Tensor, weights: tuple[Tensor, ...], a
         auto: As for `linear_reasons`.
     """
     reasons = linear_reasons(q, *others, auto=auto)
-    if auto:
-        reasons.append("it runs when it is asked for: it has not been measured on a GPU yet")
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, *others, *weights)):
         reasons.append("it has no gradient")
     return reasons

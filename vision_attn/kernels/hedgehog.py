@@ -20,7 +20,7 @@ def hedgehog(x: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
     Args:
         x: Queries or keys `[B, N, H, D]`; any strides.
         weight: W of each head, `[H, D, D]`, transposed: channel e of W x is the sum over d of `x[d] weight[d, e]`.
-        backend: 'triton' (CUDA, fused, without gradients; not measured yet, so 'auto' leaves it), 'torch' (any device),
+        backend: 'triton' (CUDA, fused, without gradients), 'torch' (any device),
             or 'auto' for the fastest that can run.
 
     Returns:

@@ -45,7 +45,7 @@ def linear_local_attention(
         gate: Weight g of the softmax part `[H]`, above 0.
         mask: Bool `[B, prefix + suffix]` (or batch 1): False hides a key outside the grid.
         scale: Factor of the logits, `D ** -0.5` if None.
-        backend: 'triton' (CUDA, fused, without gradients; not measured yet, so 'auto' leaves it), 'torch' (any device),
+        backend: 'triton' (CUDA, fused, without gradients), 'torch' (any device),
             'reference' (dense, small inputs), or 'auto' for the fastest that can run.
 
     Returns:

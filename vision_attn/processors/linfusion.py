@@ -101,7 +101,7 @@ class Hedgehog(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return features `[B, N, H, 2 D]`: see `hedgehog`, whose fused kernel has no gradients for training."""
         weight = self.weight.to(x.device)  # offloading may have parked it elsewhere
-        fused = self.backend == "triton" and not hedgehog_reasons(x, weight, auto=False)
+        fused = self.backend in ("auto", "triton") and not hedgehog_reasons(x, weight, auto=self.backend == "auto")
         return hedgehog(x, weight, backend="triton" if fused else "torch")
 
 
