@@ -4,8 +4,9 @@
     PYTHONPATH=. python tests/gpu/check_linear.py --tune [--only TABLE] [--wide]
 
 Every row of the CPU test's table and rows for every tuned configuration: output and all gradients, in three dtypes, as
-shares of the error budget; then 1M tokens, more than 2^31 elements, peak memory, `opcheck`, repeats, CUDA graphs and
-`compile`. `--tune` times a list of launches for every entry of a table and prints them, the fastest first.
+shares of the error budget; without `--only`, then 1M tokens, more than 2^31 elements, peak memory, `opcheck`, repeats,
+CUDA graphs and `compile`. `--tune` times a list of launches for every entry of a table and prints them, the fastest
+first.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from test_operators import CASES, Case, call, inputs_of
 from tune_linear import drawn, operators, pool, tune
 
 from vision_attn.grid import Grid
+from vision_attn.kernels.hedgehog import hedgehog
 
 DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
 OPERATORS = ("linear", "agent", "window")
@@ -82,29 +84,23 @@ def check(case, dtype):
     return shares(names_of(case), ours, plain, exact, dtype)
 
 
-def fused():
-    """Return the shares of linear-local attention and of the Hedgehog's features, which have no gradients."""
-    from vision_attn.kernels.hedgehog import hedgehog
-
-    found = {}
+def check_fused(case, dtype):
+    """Check a row of linear-local attention, which has no gradients."""
     with torch.no_grad():
-        for (name, dtype), case in itertools.product(DTYPES.items(), CASES + TUNED):
-            if case.operator == "linear_local":
-                t = {kind: inputs_of(case, kind) for kind in (torch.float64, dtype)}
-                t = {kind: {k: x if x is None else x.cuda() for k, x in some.items()} for kind, some in t.items()}
-                o = [call(case, t[kind], backend) for kind, backend in backends(dtype)]
-                found[f"{name} {case}"] = shares("o", *([x] for x in o), dtype)["o"]
-        for (name, dtype), D in itertools.product(DTYPES.items(), (16, 40, 64, 80, 128)):
-            x, weight = 3 * torch.randn(2, 1111, 3, D), torch.randn(3, D, D) / D**0.5
-            x = x.to(torch.float16).cuda()
-            o = [
-                hedgehog(
-                    x.to(kind), weight.cuda().to(kind if kind == torch.float64 else torch.float32), backend=backend
-                )
-                for kind, backend in backends(dtype, "torch")
-            ]
-            found[f"{name} hedgehog-d{D}"] = shares("o", *([x] for x in o), dtype)["o"]
-    return found
+        t = {kind: inputs_of(case, kind) for kind in (torch.float64, dtype)}
+        t = {kind: {k: x if x is None else x.cuda() for k, x in some.items()} for kind, some in t.items()}
+        o = [call(case, t[kind], backend) for kind, backend in backends(dtype)]
+    return shares("o", *([x] for x in o), dtype)
+
+
+def check_features(D, dtype):
+    """Check the Hedgehog's features of heads of D channels."""
+    x, weight = 3 * torch.randn(2, 1111, 3, D).half().cuda(), (torch.randn(3, D, D) / D**0.5).cuda()
+    o = []
+    for kind, backend in backends(dtype, "torch"):
+        wide = torch.float64 if kind == torch.float64 else torch.float32
+        o.append(hedgehog(x.to(kind), weight.to(wide), backend=backend))
+    return shares("o", *([x] for x in o), dtype)
 
 
 def backends(dtype, plain="reference"):
@@ -236,17 +232,21 @@ def main():
     import triton
 
     result = dict(device=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__, check={})
-    rows = [case for case in CASES + TUNED if case.operator in OPERATORS and args.only in str(case)]
+    rows = [(check, case, case) for case in CASES + TUNED if case.operator in OPERATORS]
+    rows += [(check_fused, case, case) for case in CASES + TUNED if case.operator == "linear_local"]
+    rows += [(check_features, D, f"hedgehog-d{D}") for D in (16, 40, 64, 72, 80, 128)]
+    rows = [row for row in rows if args.only in str(row[2])]
     with pool() as workers:
         every = itertools.product(args.dtypes.split(","), rows)
-        jobs = {workers.submit(attempt, check, case, DTYPES[name]): f"{name} {case}" for name, case in every}
+        jobs = {workers.submit(attempt, f, x, DTYPES[name]): f"{name} {case}" for name, (f, x, case) in every}
         for job in as_completed(jobs):
             found, seconds = job.result()
             result["check"][jobs[job]] = found
             bad = isinstance(found, str) or not all(share <= 1 for share in found.values())
             print("FAIL" if bad else "ok  ", jobs[job], found, f"{seconds}s", flush=True)
     args.out.write_text(json.dumps(result, indent=1))
-    for function in (fused, million, million_fp32, memory, modes, elsewhere, *(() if args.skip_large else (large,))):
+    whole = () if args.only else (million, million_fp32, memory, modes, elsewhere)
+    for function in (*whole, *(() if args.only or args.skip_large else (large,))):
         result[function.__name__] = attempt(function)[0]
         print(function.__name__, result[function.__name__], flush=True)
     args.out.write_text(json.dumps(result, indent=1))
