@@ -3,6 +3,7 @@
 import json
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,6 +75,15 @@ def test_an_extrapolated_step_is_marked(stored, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     (picture,) = plot_document(path, tmp_path)
     assert picture.exists()
+
+
+def test_a_candidate_looks_alike_in_all_plots(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot_document(Path(__file__).parents[1] / "bench" / "results" / "pipelines_h200.json", tmp_path)
+    drawn = {name: (tmp_path / f"pipelines_{name}.svg").read_text().lower() for name in ("flux", "sdxl")}
+    flex, linfusion = "#0072b2", "#e69f00"
+    assert all(linfusion in picture for picture in drawn.values())
+    assert flex in drawn["flux"] and flex not in drawn["sdxl"]
 
 
 def test_what_has_no_resolution_has_no_plot(tmp_path, capsys):

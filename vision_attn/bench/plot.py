@@ -9,8 +9,11 @@ from vision_attn.bench.document import read_document
 from vision_attn.bench.musts import per_item
 
 Row = dict[str, Any]
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#7F7F00", "#6A3D9A")
-_MARKERS = "osD^vP*Xp"
+_COLOURS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00",
+    "#56B4E9", "#8C564B", "#7F7F00", "#6A3D9A", "#A50026",
+)  # fmt: skip
+_MARKERS = "osD^vP*Xph"
 
 
 def plot_document(path: Path, out: Path) -> list[Path]:
@@ -36,11 +39,12 @@ def plot_document(path: Path, out: Path) -> list[Path]:
     except ImportError as error:
         raise ValueError(f"plots need matplotlib ({error}): pip install 'vision_attn[bench]'") from error
     out.mkdir(parents=True, exist_ok=True)
-    written = []
+    written, every = [], _names(rows)
     for group in dict.fromkeys(row["group"] for row in rows):
         own = [row for row in rows if row["group"] == group]
         figure = Figure(figsize=(12, 4.6), layout="constrained")
-        _draw(figure, own, f"{group}, {document['device']}, torch {document['versions']['torch']}")
+        looks = _looks(every if len(every) <= len(_COLOURS) + 2 else _names(own))  # alike in all pictures, if it can be
+        _draw(figure, own, looks, f"{group}, {document['device']}, torch {document['versions']['torch']}")
         word = "".join(
             c if c.isalnum() or c in ".-" else "_" for c in own[0]["case"].rpartition(f"-{_size(own[0])}")[0]
         )
@@ -90,13 +94,18 @@ def _memory(candidate: Row) -> float | None:
     return (memory["above"] / timed["batch"] if "batch" in timed else memory["bytes"]) / 2**30
 
 
-def _draw(figure: Any, rows: Sequence[Row], title: str) -> None:
+def _names(rows: Sequence[Row]) -> list[str]:
+    """Return the candidates that are drawn."""
+    groups = dict.fromkeys(row["group"] for row in rows)
+    drawn = [series([row for row in rows if row["group"] == group], _seconds) for group in groups]
+    return list(dict.fromkeys(name for lines in drawn for name, _ in lines))
+
+
+def _draw(figure: Any, rows: Sequence[Row], looks: dict[str, tuple[str, str]], title: str) -> None:
     classifiers = any("batch" in (c.get("forward") or {}) for row in rows for c in row["candidates"])
     what = "an image" if classifiers else "a step"
     panels = [(_seconds, f"seconds {what}"), (_memory, "GiB above weights an image" if classifiers else "peak GiB")]
     panels = [panel for panel in panels if series(rows, panel[0])]
-    names = dict.fromkeys(name for name, _ in series(rows, _seconds))
-    looks = _looks(list(names))
     sizes = sorted({size for row in rows if (size := _size(row)) is not None})
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (value, label) in zip(axes, panels, strict=True):
@@ -140,4 +149,4 @@ def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     stock = [name for name in names if name.startswith("stock")]
     others = [name for name in names if name not in stock]
     looks = {name: (("black", "#777777")[i % 2], "o") for i, name in enumerate(stock)}
-    return looks | {name: (_COLOURS[i % 9], _MARKERS[i % 9]) for i, name in enumerate(others)}
+    return looks | {name: (_COLOURS[i % 10], _MARKERS[i % 10]) for i, name in enumerate(others)}
