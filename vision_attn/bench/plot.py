@@ -43,7 +43,8 @@ def plot_document(path: Path, out: Path) -> list[Path]:
     for group in dict.fromkeys(row["group"] for row in rows):
         own = [row for row in rows if row["group"] == group]
         figure = Figure(figsize=(12, 4.6), layout="constrained")
-        looks = _looks(every if len(every) <= len(_COLOURS) + 2 else _names(own))  # alike in all pictures, if it can be
+        # alike in all pictures, if the colours are enough
+        looks = _looks(every if len(_others(every)) <= len(_COLOURS) else _names(own))
         _draw(figure, own, looks, f"{group}, {document['device']}, torch {document['versions']['torch']}")
         word = "".join(
             c if c.isalnum() or c in ".-" else "_" for c in own[0]["case"].rpartition(f"-{_size(own[0])}")[0]
@@ -146,7 +147,12 @@ def _ticks(low: float, high: float) -> list[float]:
 
 def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Give every candidate a colour and a marker; stock ones are black and grey."""
-    stock = [name for name in names if name.startswith("stock")]
-    others = [name for name in names if name not in stock]
+    others = _others(names)
+    stock = [name for name in names if name not in others]
     looks = {name: (("black", "#777777")[i % 2], "o") for i, name in enumerate(stock)}
-    return looks | {name: (_COLOURS[i % 10], _MARKERS[i % 10]) for i, name in enumerate(others)}
+    count = len(_COLOURS)
+    return looks | {name: (_COLOURS[i % count], _MARKERS[i % count]) for i, name in enumerate(others)}
+
+
+def _others(names: Sequence[str]) -> list[str]:
+    return [name for name in names if not name.startswith("stock")]

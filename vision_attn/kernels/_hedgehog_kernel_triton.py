@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vision_attn.kernels._agent_forward_triton import choice
 from vision_attn.kernels._hedgehog_triton import LEAST
 from vision_attn.kernels._launches import Kernel
 from vision_attn.kernels._linear_tiles_triton import LOG2E, Launch, block_of, cut, put_rows, token_rows
@@ -48,7 +49,7 @@ def _features(
     factor = LOG2E
     if NARROW:  # two 16-bit products: one would round W too coarsely
         most = tl.max(tl.max(tl.abs(matrix), 1), 0)
-        most = tl.where(most > 0.0, most, 1.0)
+        most = tl.where(most > 1e-30, most, 1.0)  # of smaller ones the inverse may be infinite
         matrix *= 1.0 / most
         factor = most * LOG2E
         high = matrix.to(x.dtype.element_ty)
@@ -72,7 +73,7 @@ def forward(x: Tensor, weight: Tensor) -> Tensor:
     o = x.new_empty((B, N, H, 2 * D))
     if not o.numel():
         return o
-    launch = next(v for (size, most), v in _LAUNCHES.items() if size == x.element_size() and most >= D)
+    launch = choice(x, _LAUNCHES)
     parts, length = cut(N, B * H, launch, x, 1)
     _features[(parts * B * H,)](
         x, weight, o, *x.stride()[:3], N, H, B * H, length, ROWS=launch.length, STAGES=launch.stages, D=D,

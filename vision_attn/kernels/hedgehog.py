@@ -20,8 +20,8 @@ def hedgehog(x: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
     Args:
         x: Queries or keys `[B, N, H, D]`; any strides.
         weight: W of each head, `[H, D, D]`, transposed: channel e of W x is the sum over d of `x[d] weight[d, e]`.
-        backend: 'triton' (CUDA, fused, without gradients), 'torch' (any device),
-            or 'auto' for the fastest that can run.
+        backend: 'triton' (CUDA, fused, without gradients), 'torch' (any device), or 'auto' for the fastest that can
+            run.
 
     Returns:
         `[B, N, H, 2 D]` in the dtype of `x`.

@@ -45,8 +45,8 @@ def linear_local_attention(
         gate: Weight g of the softmax part `[H]`, above 0.
         mask: Bool `[B, prefix + suffix]` (or batch 1): False hides a key outside the grid.
         scale: Factor of the logits, `D ** -0.5` if None.
-        backend: 'triton' (CUDA, fused, without gradients), 'torch' (any device),
-            'reference' (dense, small inputs), or 'auto' for the fastest that can run.
+        backend: 'triton' (CUDA, fused, without gradients), 'torch' (any device), 'reference' (dense, small inputs), or
+            'auto' for the fastest that can run.
 
     Returns:
         Outputs of the grid's tokens `[B, height * width, H, D]` in the dtype of `v`.

@@ -101,8 +101,10 @@ class Hedgehog(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return features `[B, N, H, 2 D]`: see `hedgehog`, whose fused kernel has no gradients for training."""
         weight = self.weight.to(x.device)  # offloading may have parked it elsewhere
-        fused = self.backend in ("auto", "triton") and not hedgehog_reasons(x, weight, auto=self.backend == "auto")
-        return hedgehog(x, weight, backend="triton" if fused else "torch")
+        backend = "torch" if self.backend == "reference" else self.backend
+        if backend == "triton" and hedgehog_reasons(x, weight, auto=False):
+            backend = "torch"
+        return hedgehog(x, weight, backend=backend)
 
 
 class LinFusionAttention(Processor):
