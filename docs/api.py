@@ -14,7 +14,7 @@ import pdoc
 import pdoc.render
 
 import vision_attn
-from vision_attn.torchvision_stub import ensure_torchvision
+from vision_attn._compat import ensure_torchvision
 
 
 def modules() -> list[str]:

@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share two cores
 import pytest
 import torch
 
-from vision_attn.torchvision_stub import ensure_torchvision
+from vision_attn._compat import ensure_torchvision
 
 ensure_torchvision()
 torch.set_num_threads(1)

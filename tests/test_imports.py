@@ -131,7 +131,7 @@ def test_public_names_exist_and_are_few():
 
 def test_timm_imports_after_the_stand_in_only_where_torchvision_is_broken():
     out = run(
-        "from vision_attn.torchvision_stub import ensure_torchvision\n"
+        "from vision_attn._compat import ensure_torchvision\n"
         "import importlib, sys\n"
         "try:\n"
         "    import torchvision\n"

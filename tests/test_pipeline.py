@@ -217,7 +217,7 @@ sys.path.insert(0, "tests")
 import vision_attn
 assert "diffusers" not in sys.modules and "timm" not in sys.modules
 import diffusers
-from vision_attn.torchvision_stub import ensure_torchvision
+from vision_attn._compat import ensure_torchvision
 ensure_torchvision()
 from tiny_pipelines import PIPELINE, images_of
 case = PIPELINE["flux"]

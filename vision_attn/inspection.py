@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vision_attn._compat import ensure_torchvision
 from vision_attn.estimate_table import LayerEstimate
 from vision_attn.grid import Grid
 from vision_attn.processors import SPECS, Schedule, Softmax
 from vision_attn.processors.base import AttnSpec, Layer
-from vision_attn.torchvision_stub import ensure_torchvision
 
 _CELL = 6  # pixels of a token in the picture
 

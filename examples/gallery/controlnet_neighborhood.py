@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from vision_attn import Neighborhood, convert
-from vision_attn.torchvision_stub import ensure_torchvision
+from vision_attn._compat import ensure_torchvision
 
 WEIGHTS = ("lllyasviel/sd-controlnet-canny", "stable-diffusion-v1-5/stable-diffusion-v1-5")
 SPEC = Neighborhood(kernel_size=13)

@@ -12,7 +12,7 @@ import diffusers
 import torch
 
 from vision_attn import Clear, generate_highres, load
-from vision_attn.torchvision_stub import ensure_torchvision
+from vision_attn._compat import ensure_torchvision
 
 WEIGHTS = ("black-forest-labs/FLUX.1-dev", "Huage001/CLEAR")
 FILE = "clear_local_16_down_4.safetensors"

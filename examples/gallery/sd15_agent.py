@@ -13,8 +13,8 @@ import diffusers
 import torch
 
 from vision_attn import convert
+from vision_attn._compat import ensure_torchvision
 from vision_attn.processors import AgentSD
-from vision_attn.torchvision_stub import ensure_torchvision
 
 WEIGHTS = ("stable-diffusion-v1-5/stable-diffusion-v1-5",)
 PROMPT = "a watercolour of a fox in the snow"

@@ -12,7 +12,7 @@ import diffusers
 import torch
 
 from vision_attn import generate_highres, load
-from vision_attn.torchvision_stub import ensure_torchvision
+from vision_attn._compat import ensure_torchvision
 
 WEIGHTS = ("stabilityai/stable-diffusion-xl-base-1.0", "Yuanshi/LinFusion-XL")
 PROMPT = "an astronaut floating above the ocean of another planet, cinematic"

@@ -11,7 +11,7 @@ import json
 import math
 import os
 
-from vision_attn.torchvision_stub import ensure_torchvision
+from vision_attn._compat import ensure_torchvision
 
 ensure_torchvision()
 

@@ -9,7 +9,7 @@ A family is one file: a class over `Backbone`, its `checkpoint_filter_fn`, its `
 a call of `register`. Its name is added here.
 """
 
-from vision_attn.torchvision_stub import ensure_torchvision
+from vision_attn._compat import ensure_torchvision
 
 ensure_torchvision()
 

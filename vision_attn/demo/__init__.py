@@ -6,7 +6,7 @@ finds a pipeline class by its name there and nowhere else.
 
 from pathlib import Path
 
-from vision_attn.torchvision_stub import ensure_torchvision
+from vision_attn._compat import ensure_torchvision
 
 ensure_torchvision()
 

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def run(action: str, config: Config) -> dict[str, Any]:
     """Do one thing and return what there is to say of it."""
-    from vision_attn.torchvision_stub import ensure_torchvision  # noqa: PLC0415, before diffusers
+    from vision_attn._compat import ensure_torchvision  # noqa: PLC0415, before diffusers
 
     ensure_torchvision()
     import diffusers  # noqa: PLC0415, optional

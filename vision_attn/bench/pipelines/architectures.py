@@ -51,7 +51,7 @@ class Architecture:
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """Build the model with random weights, drawn where they stay."""
-        from vision_attn.torchvision_stub import ensure_torchvision  # noqa: PLC0415
+        from vision_attn._compat import ensure_torchvision  # noqa: PLC0415
 
         ensure_torchvision()
         import diffusers  # noqa: PLC0415

@@ -32,7 +32,7 @@ def ensure_torchvision() -> bool:
     except RuntimeError:  # "operator torchvision::nms does not exist"
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]
-        sys.modules[_MODULE] = types.ModuleType(_MODULE, "Stand-in, see vision_attn/torchvision_stub.py")
+        sys.modules[_MODULE] = types.ModuleType(_MODULE, "Stand-in, see vision_attn/_compat.py")
         importlib.import_module("torchvision")
         return True
     return False
