@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "vision_attn"
 # From the ground up: a module may import from its own line and from lines above it in this list.
 ORDER = (
-    "torchvision_stub",
+    "_compat",
     "grid",
     "kernels",
     "processors",
@@ -42,7 +42,7 @@ ORDER = (
     "highres_options",
     "highres_specs",
     "highres",
-    "hosts",
+    "pipelines",
     "demo",
     "call_arguments",
     "generation",

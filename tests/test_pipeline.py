@@ -11,10 +11,10 @@ import pytest
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from tiny_pipelines import PIPELINE, PIPELINES, PipelineCase, images_of, ip_adapter_inputs, load_ip_adapter
 
-import vision_attn.hosts
+import vision_attn.pipelines
 from vision_attn import Clear, Conversion, Neighborhood, Softmax, convert
-from vision_attn.hosts.pipeline import set_attn_processor
 from vision_attn.intercept import is_rerouted
+from vision_attn.pipelines import set_attn_processor
 
 all_pipelines = pytest.mark.parametrize("case", PIPELINES, ids=lambda case: case.id)
 SIZE = (12, 10)  # in tokens
@@ -207,7 +207,7 @@ def test_diffusers_own_method_is_not_overwritten(monkeypatch: pytest.MonkeyPatch
     assert diffusers.DiffusionPipeline.set_attn_processor is set_attn_processor
     theirs = lambda pipe, processor: "theirs"
     monkeypatch.setattr(diffusers.DiffusionPipeline, "set_attn_processor", theirs)
-    vision_attn.hosts.register()
+    vision_attn.pipelines.register()
     assert diffusers.DiffusionPipeline.set_attn_processor is theirs
 
 
@@ -226,8 +226,8 @@ conversion = vision_attn.convert(pipe, vision_attn.Clear(radius=2))
 images_of(case, pipe, 6 * case.patch, 4 * case.patch)
 assert set(conversion.status().values()) == {"rerouted"}
 assert not hasattr(diffusers.DiffusionPipeline, "set_attn_processor"), "convert touched the class"
-assert "vision_attn.hosts" not in sys.modules
-import vision_attn.hosts
+assert "vision_attn.pipelines" not in sys.modules
+import vision_attn.pipelines
 assert pipe.set_attn_processor(None) is None and not conversion.models["transformer"]._forward_hooks
 """
 

@@ -9,7 +9,7 @@ import torch
 from test_processors import PROCESSORS
 from tiny_pipelines import PIPELINE, add_lora, ip_adapter_inputs, load_ip_adapter
 
-import vision_attn.hosts  # noqa: F401, pipelines get set_attn_processor
+import vision_attn.pipelines  # noqa: F401, pipelines get set_attn_processor
 from vision_attn.processors import AgentSD, Softmax
 
 SIZE = (16, 16)  # tokens; the levels of a UNet below still divide by the pool

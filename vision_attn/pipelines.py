@@ -1,4 +1,12 @@
-"""`pipe.set_attn_processor`, with the meaning it has on diffusers' models, and our processors besides."""
+"""`pipe.set_attn_processor`, with the meaning it has on diffusers' models, and our processors besides.
+
+Importing this module gives it to every diffusers pipeline, unless diffusers has one of its own by then.
+
+    import vision_attn.pipelines
+    pipe.set_attn_processor("clear", radius=16)
+
+`vision_attn.convert(pipe, ...)` does the same and leaves the class of the pipeline alone.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -82,3 +90,6 @@ def _forward(pipe: Any, processor: Any, options: Mapping[str, Any]) -> None:
             raise ValueError(f"the {name} of this pipeline, a {type(model).__name__}, has no set_attn_processor")
     for model in _denoisers(pipe).values():
         model.set_attn_processor(dict(processor) if isinstance(processor, dict) else processor)  # type: ignore[operator]
+
+
+register()
