@@ -7,9 +7,9 @@ if TYPE_CHECKING:
     from vision_attn.conversion import convert, load, use_grid
     from vision_attn.converted import Conversion
     from vision_attn.estimation import estimate
-    from vision_attn.families import Host
     from vision_attn.grid import Grid
     from vision_attn.highres import generate_highres
+    from vision_attn.hosts import Host
     from vision_attn.processors import RALA, Agent, Clear, HiLo, LinearLocal, LinFusion, Neighborhood, Softmax
 
 __version__ = "0.1.0"

@@ -8,7 +8,7 @@ from torch import nn
 
 from vision_attn.adapter import Adapter, read_adapter
 from vision_attn.converted import Conversion
-from vision_attn.families import Host, find_host
+from vision_attn.hosts import Host, find_host
 from vision_attn.kernels.backend import check_backend
 from vision_attn.model_state import is_converted, undo
 from vision_attn.plan import Plan, fix_grid

@@ -6,8 +6,8 @@ from torch import nn
 
 from vision_attn.cost import check_device, least_bytes, machine_of, seconds
 from vision_attn.estimate_table import Estimate, LayerEstimate
-from vision_attn.families import Host, find_host
-from vision_attn.families.host import heads_of
+from vision_attn.hosts import Host, find_host
+from vision_attn.hosts.host import heads_of
 from vision_attn.policy import Specs, Where, assign, check_specs, selector
 from vision_attn.processors.base import Layer
 from vision_attn.processors.softmax import Softmax

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vision_attn.families.host import Host
+from vision_attn.hosts.host import Host
 from vision_attn.intercept import is_rerouted, restore, state_of
 from vision_attn.layer_state import Shared
 from vision_attn.watching import forget_input, remove_hooks, unwatch

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from vision_attn.cost import break_even
-from vision_attn.families.host import Host, heads_of
 from vision_attn.grid import Grid
 from vision_attn.grid_context import GridContext
+from vision_attn.hosts.host import Host, heads_of
 from vision_attn.intercept import CHILD, refuse_hooked, reroute
 from vision_attn.layer_state import LayerState, Shared
 from vision_attn.model_state import mark, model_state, plain

@@ -17,8 +17,8 @@ from vision_attn.bench.pipelines.step import LONGEST_S, Steps
 from vision_attn.bench.reasons import reason_of
 from vision_attn.converted import Conversion
 from vision_attn.cost import machine_of, seconds
-from vision_attn.families import find_host
-from vision_attn.families.host import heads_of
+from vision_attn.hosts import find_host
+from vision_attn.hosts.host import heads_of
 from vision_attn.processors.base import Layer
 
 _SKIP_S = 60.0  # a step of blocks that differ cannot be extrapolated

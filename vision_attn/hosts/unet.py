@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from vision_attn.families.host import Host, Timestep
 from vision_attn.grid import Grid
+from vision_attn.hosts.host import Host, Timestep
 
 
 def _grid(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:

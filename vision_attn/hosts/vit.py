@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from vision_attn.families.host import Host
 from vision_attn.grid import Grid
+from vision_attn.hosts.host import Host
 
 
 def _patch_embed(model: nn.Module) -> nn.Module:

@@ -2,10 +2,10 @@
 
 from torch import nn
 
-from vision_attn.families.dit import DITS
-from vision_attn.families.host import Host
-from vision_attn.families.unet import UNETS
-from vision_attn.families.vit import VITS
+from vision_attn.hosts.dit import DITS
+from vision_attn.hosts.host import Host
+from vision_attn.hosts.unet import UNETS
+from vision_attn.hosts.vit import VITS
 
 HOSTS: tuple[Host, ...] = (*UNETS, *DITS, *VITS)
 

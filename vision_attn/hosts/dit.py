@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import nn
 
-from vision_attn.families.host import Host, Timestep
-from vision_attn.families.image_ids import grid_of_ids
 from vision_attn.grid import Grid
+from vision_attn.hosts.host import Host, Timestep
+from vision_attn.hosts.image_ids import grid_of_ids
 
 
 def _patches(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
