@@ -14,7 +14,7 @@ from vision_attn.layer_table import LayerTable, Row
 from vision_attn.model_state import is_converted, model_state, undo
 from vision_attn.plan import fix_grid
 from vision_attn.processors.base import AttnSpec
-from vision_attn.targets import candidates_of
+from vision_attn.hosts.targets import candidates_of
 
 
 class Conversion:

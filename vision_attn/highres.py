@@ -29,7 +29,7 @@ from vision_attn.positions import stretched_positions
 from vision_attn.processors.base import AttnSpec
 from vision_attn.processors.clear import Clear
 from vision_attn.redraw import Redraw, decode, encode, image_to_image, is_flow, schedule_for, tiled, unpacked
-from vision_attn.targets import COMPONENTS
+from vision_attn.hosts.targets import COMPONENTS
 
 __all__ = ["HighRes", "Level", "Options", "generate_highres"]
 
