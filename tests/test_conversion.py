@@ -12,8 +12,8 @@ from tiny_hosts import HOST, Layout, noise
 from torch import Tensor, nn
 
 from vision_attn import Clear, Conversion, Grid, Host, Neighborhood, Softmax, convert, grid_context, use_grid
-from vision_attn.intercept import is_rerouted
-from vision_attn.model_state import is_converted
+from vision_attn.conversion.model_state import is_converted
+from vision_attn.conversion.rerouting import is_rerouted
 
 POOLED = Clear(radius=2, pool=2)
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 pytest.importorskip("diffusers")
 
-from vision_attn.conversion import convert
+from vision_attn.conversion.conversion import convert
 from vision_attn.demo import EmojiUNetImg2ImgPipeline, EmojiUNetPipeline, PixelVAE, load_teacher
 from vision_attn.processors import Clear, LinFusion, Softmax
 

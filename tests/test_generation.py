@@ -16,10 +16,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from vision_attn import Clear, convert
 from vision_attn.call_arguments import call_of_text
 from vision_attn.cli import main
+from vision_attn.conversion.model_state import is_converted
 from vision_attn.demo import load_teacher
 from vision_attn.generation import Request, _size, generate
 from vision_attn.highres import Options
-from vision_attn.model_state import is_converted
 
 
 @pytest.fixture(scope="module")

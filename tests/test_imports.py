@@ -88,9 +88,9 @@ def test_imports_point_down(path):
 def test_an_upward_import_is_caught(tmp_path, monkeypatch):
     bad = tmp_path / "vision_attn" / "kernels" / "bad.py"
     bad.parent.mkdir(parents=True)
-    bad.write_text("def f():\n    from vision_attn.conversion import convert\n")
+    bad.write_text("def f():\n    from vision_attn.conversion.conversion import convert\n")
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path / "vision_attn")
-    assert upward(bad) == ["vision_attn.conversion"]
+    assert upward(bad) == ["vision_attn.conversion.conversion"]
 
 
 def test_every_module_has_its_place():

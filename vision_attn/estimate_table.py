@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from vision_attn.conversion.layer_table import aligned
 from vision_attn.grid import Grid
-from vision_attn.layer_table import aligned
 from vision_attn.processors.base import AttnSpec
 
 

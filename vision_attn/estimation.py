@@ -4,15 +4,15 @@ from typing import Any
 
 from torch import nn
 
+from vision_attn.conversion.projections import input_dim
 from vision_attn.cost import check_device, least_bytes, machine_of, seconds
 from vision_attn.estimate_table import Estimate, LayerEstimate
 from vision_attn.hosts import Host, find_host
 from vision_attn.hosts.host import heads_of
 from vision_attn.hosts.policy import Specs, Where, assign, check_specs, selector
+from vision_attn.hosts.targets import targets_of
 from vision_attn.processors.base import Layer
 from vision_attn.processors.softmax import Softmax
-from vision_attn.projections import input_dim
-from vision_attn.hosts.targets import targets_of
 
 _SIDES = (*range(64, 1025, 64), *range(1280, 16385, 256))  # pixels, of the shorter side, for the break-even
 

@@ -14,10 +14,10 @@ from typing import Any
 from torch import nn
 
 from vision_attn._compat import ensure_torchvision
-from vision_attn.conversion import Conversion, reconvert
-from vision_attn.model_state import is_converted
-from vision_attn.processors import AttnSpec, make_spec
+from vision_attn.conversion.conversion import Conversion, reconvert
+from vision_attn.conversion.model_state import is_converted
 from vision_attn.hosts.targets import COMPONENTS
+from vision_attn.processors import AttnSpec, make_spec
 
 
 def register() -> None:

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vision_attn.intercept import CHILD, is_rerouted, state_of
+from vision_attn.conversion.rerouting import CHILD, is_rerouted, state_of
 from vision_attn.processors.base import AttnSpec
 from vision_attn.processors.clear import Clear
 from vision_attn.processors.linfusion import LinFusion

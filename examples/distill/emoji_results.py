@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from vision_attn.conversion import load
+from vision_attn.conversion.conversion import load
 from vision_attn.distill.cache import write_cache
 from vision_attn.distill.config import Config, EvalConfig, OptimizerConfig, RunConfig
 from vision_attn.distill.config_sections import DataConfig, LossConfig, ModelConfig, StudentConfig

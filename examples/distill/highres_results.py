@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from vision_attn.conversion import load
+from vision_attn.conversion.conversion import load
 from vision_attn.distill.evaluate import read_truth
 from vision_attn.distill.measures import agreement, copies
 from vision_attn.highres import Options, generate_highres

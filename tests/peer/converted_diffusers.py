@@ -18,9 +18,9 @@ ensure_torchvision()
 import diffusers  # noqa: E402
 
 from vision_attn import convert  # noqa: E402
+from vision_attn.conversion.state import LayerState  # noqa: E402
 from vision_attn.grid import Grid  # noqa: E402
 from vision_attn.hosts import dit  # noqa: E402
-from vision_attn.layer_state import LayerState  # noqa: E402
 from vision_attn.processors import make_spec  # noqa: E402
 
 MODELS = (

@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from vision_attn.adapter import read_adapter
-from vision_attn.conversion import Conversion, convert, load
+from vision_attn.conversion.conversion import Conversion, convert, load
 from vision_attn.demo import load_teacher, shipped_adapters
 from vision_attn.demo.page import contact_sheet, write_page
 from vision_attn.processors import (

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vision_attn.conversion import convert, load
-from vision_attn.converted import Conversion
+from vision_attn.conversion.conversion import convert, load
+from vision_attn.conversion.converted import Conversion
 from vision_attn.distill.config import Config
 from vision_attn.distill.hosts import denoiser_of
 from vision_attn.distill.trainables import choose_trainables, randomise

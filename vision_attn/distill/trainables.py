@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import nn
 
-from vision_attn.converted import Conversion
+from vision_attn.conversion.converted import Conversion
+from vision_attn.conversion.rerouting import CHILD, is_rerouted
 from vision_attn.distill.config_sections import StudentConfig
-from vision_attn.intercept import CHILD, is_rerouted
 
 _NAMES = {
     "q": ("to_q", "q_proj"),

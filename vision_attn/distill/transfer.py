@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from vision_attn.conversion.model_state import model_state
 from vision_attn.distill.config import Config
 from vision_attn.distill.data import Batch
 from vision_attn.distill.nonfinite import explain
 from vision_attn.distill.sharding import is_sharded
 from vision_attn.distill.step import Noisy, Step
 from vision_attn.distill.student import Student
-from vision_attn.model_state import model_state
 
 
 def transfer(config: Config, accelerator: Any, computing: Step, batches: Iterator[Batch]) -> None:

@@ -7,8 +7,8 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
+from vision_attn.conversion.grids import Probe
 from vision_attn.grid import Grid
-from vision_attn.grid_context import Probe
 
 
 class Timestep(NamedTuple):

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from vision_attn.conversion.model_state import is_converted
 from vision_attn.hosts import Host, is_known
-from vision_attn.model_state import is_converted
 
 COMPONENTS = ("unet", "transformer", "transformer_2", "prior")
 

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vision_attn.bench.candidate import AbsentError
 from vision_attn.bench.pipelines.flex_clear import FlexClear
-from vision_attn.conversion import Conversion, convert
+from vision_attn.conversion.conversion import Conversion, convert
 from vision_attn.grid import Grid
 from vision_attn.processors import (
     RALA,

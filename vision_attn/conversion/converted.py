@@ -8,13 +8,13 @@ from typing import Any
 from torch import nn
 
 from vision_attn.adapter_writing import remove_adapter, write_adapter
-from vision_attn.intercept import is_rerouted, state_of
-from vision_attn.layer_state import LayerState
-from vision_attn.layer_table import LayerTable, Row
-from vision_attn.model_state import is_converted, model_state, undo
-from vision_attn.plan import fix_grid
-from vision_attn.processors.base import AttnSpec
+from vision_attn.conversion.layer_table import LayerTable, Row
+from vision_attn.conversion.model_state import is_converted, model_state, undo
+from vision_attn.conversion.plan import fix_grid
+from vision_attn.conversion.rerouting import is_rerouted, state_of
+from vision_attn.conversion.state import LayerState
 from vision_attn.hosts.targets import candidates_of
+from vision_attn.processors.base import AttnSpec
 
 
 class Conversion:

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vision_attn.key_padding import key_padding
-from vision_attn.layer_state import LayerState
+from vision_attn.conversion.key_padding import key_padding
+from vision_attn.conversion.projections import Projections
+from vision_attn.conversion.situation import locate, moment_of, runs_dense
+from vision_attn.conversion.state import LayerState
 from vision_attn.processors.base import Processor
 from vision_attn.processors.softmax import Softmax
-from vision_attn.projections import Projections
-from vision_attn.situation import locate, moment_of, runs_dense
 
 CHILD = "vision_attn"  # name of the processor in its attention module, so state-dict keys are `*.vision_attn.*`
 STATE = "_vision_attn"

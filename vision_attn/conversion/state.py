@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from vision_attn.conversion.grids import GridContext
 from vision_attn.grid import Grid
-from vision_attn.grid_context import GridContext
 from vision_attn.processors.base import AttnSpec
 
 

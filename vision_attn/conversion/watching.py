@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vision_attn.grid_context import GridContext
-from vision_attn.layer_state import LayerState
+from vision_attn.conversion.grids import GridContext
+from vision_attn.conversion.state import LayerState
 
 _GRID, _LAYERS = "_vision_attn_grid", "_vision_attn_layers"
 

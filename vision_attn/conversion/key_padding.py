@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from vision_attn.conversion.grids import Seen
+from vision_attn.conversion.state import LayerState
 from vision_attn.grid import Grid
-from vision_attn.grid_context import Seen
-from vision_attn.layer_state import LayerState
 
 _HIDDEN = -1e3  # an additive mask hides a key with this or less
 

@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vision_attn.conversion.grids import GridContext
+from vision_attn.conversion.model_state import mark, model_state, plain
+from vision_attn.conversion.projections import input_dim
+from vision_attn.conversion.rerouting import CHILD, refuse_hooked, reroute
+from vision_attn.conversion.state import LayerState, Shared
+from vision_attn.conversion.watching import keep_input, watch
 from vision_attn.cost import break_even
 from vision_attn.grid import Grid
-from vision_attn.grid_context import GridContext
 from vision_attn.hosts.host import Host, heads_of
-from vision_attn.intercept import CHILD, refuse_hooked, reroute
-from vision_attn.layer_state import LayerState, Shared
-from vision_attn.model_state import mark, model_state, plain
 from vision_attn.processors.base import AttnSpec, Layer, Processor
-from vision_attn.projections import input_dim
-from vision_attn.watching import keep_input, watch
 
 
 def fix_grid(contexts: Sequence[GridContext], size: tuple[int, int]) -> None:

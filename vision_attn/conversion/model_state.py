@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vision_attn.conversion.rerouting import is_rerouted, restore, state_of
+from vision_attn.conversion.state import Shared
+from vision_attn.conversion.watching import forget_input, remove_hooks, unwatch
 from vision_attn.hosts.host import Host
-from vision_attn.intercept import is_rerouted, restore, state_of
-from vision_attn.layer_state import Shared
-from vision_attn.watching import forget_input, remove_hooks, unwatch
 
 _STATE = "_vision_attn_model"
 

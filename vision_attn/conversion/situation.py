@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vision_attn.conversion.state import LayerState
 from vision_attn.grid import Grid
-from vision_attn.layer_state import LayerState
 from vision_attn.processors.base import Moment
 
 _log = logging.getLogger(__name__)

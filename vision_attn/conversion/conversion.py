@@ -7,14 +7,14 @@ from typing import Any
 from torch import nn
 
 from vision_attn.adapter import Adapter, read_adapter
-from vision_attn.converted import Conversion
+from vision_attn.conversion.converted import Conversion
+from vision_attn.conversion.model_state import is_converted, undo
+from vision_attn.conversion.plan import Plan, fix_grid
 from vision_attn.hosts import Host, find_host
-from vision_attn.kernels.backend import check_backend
-from vision_attn.model_state import is_converted, undo
-from vision_attn.plan import Plan, fix_grid
 from vision_attn.hosts.policy import Specs, Where, assign, check_specs, selector
-from vision_attn.processors.base import AttnSpec
 from vision_attn.hosts.targets import candidates_of, refuse_converted, targets_of
+from vision_attn.kernels.backend import check_backend
+from vision_attn.processors.base import AttnSpec
 
 __all__ = ["Conversion", "convert", "load", "reconvert", "use_grid"]
 
