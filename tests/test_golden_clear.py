@@ -141,7 +141,7 @@ def pack(x):
 def test_export_writes_the_released_format(name, tmp_path):
     from safetensors.torch import load_file
 
-    from vision_attn.published import export_clear
+    from vision_attn.adapters.published import export_clear
 
     _, _, _, checkpoint = read(name)
     conversion = vision_attn.load(teacher_of(name), checkpoint)

@@ -11,9 +11,9 @@ from golden_case import GOLDEN, TOLERANCE, tensors
 from safetensors.torch import load_file, save_file
 
 from vision_attn import LinFusion, load
+from vision_attn.adapters.published import export_linfusion
 from vision_attn.conversion.rerouting import is_rerouted, state_of
 from vision_attn.grid import Grid
-from vision_attn.published import export_linfusion
 
 CASES = sorted(path.parent.name for path in (GOLDEN / "linfusion").glob("*/meta.json"))
 

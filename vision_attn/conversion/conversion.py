@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from vision_attn.adapter import Adapter, read_adapter
+from vision_attn.adapters.adapter import Adapter, read_adapter
 from vision_attn.conversion.converted import Conversion
 from vision_attn.conversion.model_state import is_converted, undo
 from vision_attn.conversion.plan import Plan, fix_grid

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from vision_attn.adapter_writing import remove_adapter, write_adapter
+from vision_attn.adapters.adapter_writing import remove_adapter, write_adapter
 from vision_attn.conversion.layer_table import LayerTable, Row
 from vision_attn.conversion.model_state import is_converted, model_state, undo
 from vision_attn.conversion.plan import fix_grid

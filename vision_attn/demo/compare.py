@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from vision_attn.adapter import read_adapter
+from vision_attn.adapters.adapter import read_adapter
 from vision_attn.conversion.conversion import Conversion, convert, load
 from vision_attn.demo import load_teacher, shipped_adapters
 from vision_attn.demo.page import contact_sheet, write_page

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
+from vision_attn.adapters.published import export_clear, export_linfusion
 from vision_attn.distill.config import Config
 from vision_attn.distill.data import CachedData
 from vision_attn.distill.sampling import sample, save_sheet, to_images
 from vision_attn.distill.sharding import Shards
 from vision_attn.distill.student import Student
 from vision_attn.distill.trainables import merge_lora
-from vision_attn.published import export_clear, export_linfusion
 
 _PICTURES = 6
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vision_attn.adapter import CONFIG, FORMAT, WEIGHTS
+from vision_attn.adapters.adapter import CONFIG, FORMAT, WEIGHTS
 from vision_attn.conversion.model_state import ModelState, plain
 from vision_attn.conversion.rerouting import CHILD, is_rerouted, state_of
 from vision_attn.processors import to_config

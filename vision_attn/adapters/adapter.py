@@ -15,12 +15,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vision_attn.adapters.published import (
+    CLEAR_TRAINED,
+    LINFUSION_WEIGHTS,
+    is_linfusion,
+    linfusion_adapter,
+    published_adapter,
+)
 from vision_attn.processors import from_config
 from vision_attn.processors.base import AttnSpec
-from vision_attn.published import CLEAR_TRAINED, LINFUSION_WEIGHTS, is_linfusion, linfusion_adapter, published_adapter
 
 CONFIG, WEIGHTS = "config.json", "vision_attn.safetensors"
-FORMAT = "vision_attn.adapter.v1"
+FORMAT = "vision_attn.adapters.adapter.v1"
 
 
 @dataclasses.dataclass(frozen=True)
