@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vision_attn import Clear, HiLo, LinFusion, Neighborhood, Softmax, convert, estimate
 from vision_attn.conversion.rerouting import is_rerouted, state_of
-from vision_attn.cost import MACHINES, break_even, seconds
+from vision_attn.estimation.cost import MACHINES, break_even, seconds
 from vision_attn.grid import Grid
 from vision_attn.hosts import find_host
 from vision_attn.kernels.local_window import Window

@@ -11,8 +11,8 @@ from tiny_hosts import HOST
 
 from vision_attn import Clear, Neighborhood
 from vision_attn.cli import main
+from vision_attn.estimation.inspection import attended
 from vision_attn.grid import Grid
-from vision_attn.inspection import attended
 from vision_attn.kernels.local_window import Window
 from vision_attn.processors import spec_of_text
 

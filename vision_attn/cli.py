@@ -167,8 +167,8 @@ def _distill(arguments: Sequence[str]) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from vision_attn.estimation import estimate  # noqa: PLC0415
-    from vision_attn.inspection import attended, check_picture, fitting, load_target, picture  # noqa: PLC0415
+    from vision_attn.estimation.inspection import attended, check_picture, fitting, load_target, picture  # noqa: PLC0415
+    from vision_attn.estimation.model import estimate  # noqa: PLC0415
     from vision_attn.processors import spec_of_text  # noqa: PLC0415
 
     if options.token is not None and options.picture is None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from vision_attn import Grid, Softmax, convert
 from vision_attn.demo import load_teacher
-from vision_attn.inspection import attended, picture
+from vision_attn.estimation.inspection import attended, picture
 from vision_attn.kernels.window import window_attention
 from vision_attn.processors import AttnSpec, Processor
 

@@ -14,7 +14,7 @@ from vision_attn.conversion.projections import input_dim
 from vision_attn.conversion.rerouting import CHILD, refuse_hooked, reroute
 from vision_attn.conversion.state import LayerState, Shared
 from vision_attn.conversion.watching import keep_input, watch
-from vision_attn.cost import break_even
+from vision_attn.estimation.cost import break_even
 from vision_attn.grid import Grid
 from vision_attn.hosts.host import Host, heads_of
 from vision_attn.processors.base import AttnSpec, Layer, Processor

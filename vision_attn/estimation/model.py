@@ -5,8 +5,8 @@ from typing import Any
 from torch import nn
 
 from vision_attn.conversion.projections import input_dim
-from vision_attn.cost import check_device, least_bytes, machine_of, seconds
-from vision_attn.estimate_table import Estimate, LayerEstimate
+from vision_attn.estimation.cost import check_device, least_bytes, machine_of, seconds
+from vision_attn.estimation.table import Estimate, LayerEstimate
 from vision_attn.hosts import Host, find_host
 from vision_attn.hosts.host import heads_of
 from vision_attn.hosts.policy import Specs, Where, assign, check_specs, selector

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vision_attn._compat import ensure_torchvision
-from vision_attn.estimate_table import LayerEstimate
+from vision_attn.estimation.table import LayerEstimate
 from vision_attn.grid import Grid
 from vision_attn.processors import SPECS, Schedule, Softmax
 from vision_attn.processors.base import AttnSpec, Layer
