@@ -17,7 +17,7 @@ from vision_attn import Clear, Grid, LinFusion, Neighborhood, convert, load
 from vision_attn.conversion.model_state import is_converted
 from vision_attn.demo import load_teacher
 from vision_attn.gallery.example import find_examples, run_example
-from vision_attn.highres import Options
+from vision_attn.highres.levels import Options
 from vision_attn.kernels.dense import dense_attention
 from vision_attn.processors import Layer
 

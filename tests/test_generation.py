@@ -19,7 +19,7 @@ from vision_attn.cli import main
 from vision_attn.conversion.model_state import is_converted
 from vision_attn.demo import load_teacher
 from vision_attn.generation import Request, _size, generate
-from vision_attn.highres import Options
+from vision_attn.highres.levels import Options
 
 
 @pytest.fixture(scope="module")

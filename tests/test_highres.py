@@ -12,13 +12,13 @@ from tiny_pipelines import PIPELINE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vision_attn import Clear, Conversion, LinFusion, Softmax, generate_highres
-from vision_attn.chunked_feed_forward import chunked_feed_forward
 from vision_attn.demo import load_teacher
 from vision_attn.grid import Grid
-from vision_attn.highres import Options
-from vision_attn.highres_specs import Proportional
-from vision_attn.positions import position_ids, stretched_positions
-from vision_attn.redraw import Redraw, image_to_image, noise_level, schedule_for
+from vision_attn.highres.feed_forward import chunked_feed_forward
+from vision_attn.highres.levels import Options
+from vision_attn.highres.positions import position_ids, stretched_positions
+from vision_attn.highres.redraw import Redraw, image_to_image, noise_level, schedule_for
+from vision_attn.highres.specs import Proportional
 
 KINDS = ["sd", "sdxl", "sd3", "flux"]
 

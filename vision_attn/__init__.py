@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from vision_attn.conversion.converted import Conversion
     from vision_attn.estimation.model import estimate
     from vision_attn.grid import Grid
-    from vision_attn.highres import generate_highres
+    from vision_attn.highres.levels import generate_highres
     from vision_attn.hosts import Host
     from vision_attn.processors import RALA, Agent, Clear, HiLo, LinearLocal, LinFusion, Neighborhood, Softmax
 

@@ -23,7 +23,7 @@ from PIL import Image
 from vision_attn.conversion.conversion import load
 from vision_attn.distill.evaluate import read_truth
 from vision_attn.distill.measures import agreement, copies
-from vision_attn.highres import Options, generate_highres
+from vision_attn.highres.levels import Options, generate_highres
 
 PROMPTS = "red apple,rocket,alarm clock,octopus"
 

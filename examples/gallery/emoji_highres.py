@@ -11,7 +11,7 @@ import torch
 
 from vision_attn import Clear, generate_highres
 from vision_attn.demo import load_teacher
-from vision_attn.highres import Options
+from vision_attn.highres.levels import Options
 
 
 def main(pipe=None, out=Path("emoji_highres"), prompt="alarm clock", side=512, steps=10, level_steps=3):

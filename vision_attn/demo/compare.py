@@ -17,6 +17,7 @@ from vision_attn.adapters.adapter import read_adapter
 from vision_attn.conversion.conversion import Conversion, convert, load
 from vision_attn.demo import load_teacher, shipped_adapters
 from vision_attn.demo.page import contact_sheet, write_page
+from vision_attn.highres.redraw import image_to_image
 from vision_attn.processors import (
     RALA,
     Agent,
@@ -30,7 +31,6 @@ from vision_attn.processors import (
     Schedule,
     Softmax,
 )
-from vision_attn.redraw import image_to_image
 
 PROMPTS = ("red apple", "rocket", "octopus", "alarm clock")
 PROCESSORS: tuple[AttnSpec, ...] = (

@@ -25,8 +25,8 @@ from vision_attn.distill.cache_index import refuse_other_model, shard_path, writ
 from vision_attn.distill.config import Config
 from vision_attn.distill.hosts import Interface, denoiser_of, encode_images, interface_of, load_pipeline, record
 from vision_attn.distill.images import Item, find_items, nearest_size, to_pixels
-from vision_attn.highres_options import unit_of
-from vision_attn.positions import position_ids
+from vision_attn.highres.options import unit_of
+from vision_attn.highres.positions import position_ids
 
 SKIPPED = "skipped.txt"
 _PROMPTS = 8  # encoded at a time

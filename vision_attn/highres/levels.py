@@ -20,16 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from vision_attn.chunked_feed_forward import chunked_feed_forward
 from vision_attn.conversion.conversion import convert
 from vision_attn.conversion.model_state import is_converted
-from vision_attn.highres_options import Options, refuse_taken, shift_at, tokens_of, unit_of
-from vision_attn.highres_specs import Proportional, cell_of, specs_of
+from vision_attn.highres.feed_forward import chunked_feed_forward
+from vision_attn.highres.options import Options, refuse_taken, shift_at, tokens_of, unit_of
+from vision_attn.highres.positions import stretched_positions
+from vision_attn.highres.redraw import Redraw, decode, encode, image_to_image, is_flow, schedule_for, tiled, unpacked
+from vision_attn.highres.specs import Proportional, cell_of, specs_of
 from vision_attn.hosts.targets import COMPONENTS
-from vision_attn.positions import stretched_positions
 from vision_attn.processors.base import AttnSpec
 from vision_attn.processors.clear import Clear
-from vision_attn.redraw import Redraw, decode, encode, image_to_image, is_flow, schedule_for, tiled, unpacked
 
 __all__ = ["HighRes", "Level", "Options", "generate_highres"]
 
