@@ -80,7 +80,7 @@ def _add_generate(commands: Any) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from vision_attn.generation import generate, load_pipeline, request_of  # noqa: PLC0415
+    from vision_attn.demo.generation import generate, load_pipeline, request_of  # noqa: PLC0415
 
     request = request_of(options)
     if not options.out.parent.is_dir() or options.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from vision_attn._compat import ensure_torchvision
-from vision_attn.call_arguments import call_of_text, check_call
 from vision_attn.conversion.conversion import Conversion, convert, load
+from vision_attn.demo.call_arguments import call_of_text, check_call
 from vision_attn.highres.levels import Options, generate_highres
 from vision_attn.processors import AttnSpec, spec_of_text
 
