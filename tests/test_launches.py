@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vision_attn.kernels import _launches
-from vision_attn.kernels._custom_op import custom_op
-from vision_attn.kernels._launches import Bound, Kernel, hopper, layout, planned
+from vision_attn.kernels.triton.custom_op import custom_op
+from vision_attn.kernels.triton.launching import Bound, Kernel, hopper, layout, planned
 
 
 class Jit:

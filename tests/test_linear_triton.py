@@ -125,7 +125,7 @@ TILED = [(case, dtype) for dtype in (torch.float32, torch.float16) for case in L
 )
 def test_tiles_that_tma_loads(case, dtype, monkeypatch):
     from vision_attn.kernels import _linear_forward_triton
-    from vision_attn.kernels._plan_triton import Box
+    from vision_attn.kernels.triton.plan import Box
 
     made = []
     monkeypatch.setattr(_linear_forward_triton, "uses_boxes", lambda tensors: True)

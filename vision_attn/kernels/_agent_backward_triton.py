@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from vision_attn.kernels._agent_forward_triton import Blocks, Pairs, choice, logits, parts_of
-from vision_attn.kernels._launches import Kernel
 from vision_attn.kernels._linear_tiles_triton import Launch, put_rows, token_rows
+from vision_attn.kernels.triton.launching import Kernel
 
 # Not tuned: chosen offline by registers and shared memory for sm_90 with triton 3.7.1.
 # Keys: bytes of an element, channels at most. `rows` are the tokens that a program owns.

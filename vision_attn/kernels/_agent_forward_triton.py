@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._launches import Kernel, multiprocessors
 from vision_attn.kernels._linear_tiles_triton import (
     LOG2E,
     Launch,
@@ -27,6 +26,7 @@ from vision_attn.kernels._linear_tiles_triton import (
     put_rows,
     token_rows,
 )
+from vision_attn.kernels.triton.launching import Kernel, multiprocessors
 
 HIDDEN = tl.constexpr(-1e30)
 START = tl.constexpr(-1e16)  # of a running maximum: above what is hidden, below any logit

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vision_attn.kernels._custom_op import custom_op
+from vision_attn.kernels.triton.custom_op import custom_op
 
 
 def agent_attention_triton(

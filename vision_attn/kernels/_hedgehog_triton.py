@@ -5,8 +5,8 @@ The kernel is in `_hedgehog_kernel_triton.py`; triton is imported when it first 
 
 from torch import Tensor
 
-from vision_attn.kernels._custom_op import custom_op
 from vision_attn.kernels._linear_triton import inference_reasons
+from vision_attn.kernels.triton.custom_op import custom_op
 
 LEAST = 1e-12  # of a feature: sums of them divide
 MOST = 128  # channels of a head whose matrix shared memory holds

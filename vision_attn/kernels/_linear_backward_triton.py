@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._launches import Bound, Kernel, planned
 from vision_attn.kernels._linear_forward_triton import Call, config, loading, merged, state_parts
 from vision_attn.kernels._linear_tiles_triton import (
     LANES,
@@ -41,7 +40,8 @@ from vision_attn.kernels._linear_tiles_triton import (
     unit_of,
     weighed,
 )
-from vision_attn.kernels._plan_triton import Plan
+from vision_attn.kernels.triton.launching import Bound, Kernel, planned
+from vision_attn.kernels.triton.plan import Plan
 
 # 16 bits up to 128 channels: tuned on an H200 with triton 3.6; else chosen by registers and shared memory.
 # Keys: bytes of an element, channels of the features and of the values at most.

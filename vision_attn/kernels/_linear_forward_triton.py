@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._launches import Bound, Kernel, hopper, layout, planned
 from vision_attn.kernels._linear_tiles_triton import (
     LANES,
     LOWEST,
@@ -44,7 +43,8 @@ from vision_attn.kernels._linear_tiles_triton import (
     value_block,
     weighed,
 )
-from vision_attn.kernels._plan_triton import Box, Plan, sequence_box, uses_boxes
+from vision_attn.kernels.triton.launching import Bound, Kernel, hopper, layout, planned
+from vision_attn.kernels.triton.plan import Box, Plan, sequence_box, uses_boxes
 
 # 16 bits up to 128 channels: tuned on an H200 with triton 3.6; else chosen by registers and shared memory.
 # Keys: bytes of an element, channels of the features and of the values at most.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vision_attn.grid import Grid
-from vision_attn.kernels._custom_op import custom_op
+from vision_attn.kernels.triton.custom_op import custom_op
 
 
 def linear_local_attention_triton(

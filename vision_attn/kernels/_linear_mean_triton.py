@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._launches import Kernel
 from vision_attn.kernels._linear_tiles_triton import (
     LANES,
     Launch,
@@ -25,6 +24,7 @@ from vision_attn.kernels._linear_tiles_triton import (
     token_rows,
     unit_of,
 )
+from vision_attn.kernels.triton.launching import Kernel
 
 # By channels at most. Up to 128: tuned on an H200 with triton 3.6.
 _MEAN: dict[int, Launch] = {64: Launch(64, 4, 3, 4), 128: Launch(64, 4, 3, 4), 256: Launch(16, 4, 3, 8)}

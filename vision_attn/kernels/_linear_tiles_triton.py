@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._launches import hopper, multiprocessors, next_power
+from vision_attn.kernels.triton.launching import hopper, multiprocessors, next_power
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Where a running maximum starts: below any logit, and so far above minus infinity that differences are finite.

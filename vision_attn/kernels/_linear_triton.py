@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vision_attn.kernels._custom_op import custom_op
+from vision_attn.kernels.triton.custom_op import custom_op
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

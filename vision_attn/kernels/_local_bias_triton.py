@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._launches import Kernel, next_power
 from vision_attn.kernels._local_call_triton import Call, token_strides
 from vision_attn.kernels._local_tiles_triton import (
     LOG2E,
@@ -27,6 +26,7 @@ from vision_attn.kernels._local_tiles_triton import (
     square_penalty,
     window_start,
 )
+from vision_attn.kernels.triton.launching import Kernel, next_power
 
 _COLUMNS = 32
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vision_attn.kernels._launches import layout, multiprocessors, next_power
+from vision_attn.kernels.triton.launching import layout, multiprocessors, next_power
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._launches import Kernel
 from vision_attn.kernels._local_call_triton import Call, Tiles, token_strides
 from vision_attn.kernels._local_forward_triton import config
 from vision_attn.kernels._local_plan_triton import plan_keys
@@ -39,6 +38,7 @@ from vision_attn.kernels._local_tiles_triton import (
     square_penalty,
     store_rows,
 )
+from vision_attn.kernels.triton.launching import Kernel
 
 # Found on one H200 with torch 2.11.0 and triton 3.6.0; keys as in the forward.
 _CONFIGS: dict[tuple[int, int, float], Tiles] = {

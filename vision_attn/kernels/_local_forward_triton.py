@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._launches import Kernel
 from vision_attn.kernels._local_call_triton import Call, Tiles
 from vision_attn.kernels._local_plan_triton import plan_queries
 from vision_attn.kernels._local_tiles_triton import (
@@ -40,6 +39,7 @@ from vision_attn.kernels._local_tiles_triton import (
     square_penalty,
     store_rows,
 )
+from vision_attn.kernels.triton.launching import Kernel
 
 # Found on one H200 with torch 2.11.0 and triton 3.6.0. Keys: bytes of an element, channels at most, window columns at
 # most.

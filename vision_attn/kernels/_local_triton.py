@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from vision_attn.grid import Grid
-from vision_attn.kernels._custom_op import custom_op
 from vision_attn.kernels.local_window import Window
+from vision_attn.kernels.triton.custom_op import custom_op
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from vision_attn.grid import Grid
-from vision_attn.kernels._custom_op import custom_op
 from vision_attn.kernels.dense import dense_attention, seen_keys
+from vision_attn.kernels.triton.custom_op import custom_op
 
 
 def window_attention_triton(

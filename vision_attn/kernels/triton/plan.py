@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vision_attn.kernels._launches import Bound, hopper
+from vision_attn.kernels.triton.launching import Bound, hopper
 
 
 @dataclass(frozen=True)
