@@ -17,7 +17,7 @@ from vision_attn.bench.local.flex import TILE, block_mask, disc_mask, flex_opera
 from vision_attn.bench.local.flops import needed_pairs, outside_pairs, tile_pairs, triton_pairs
 from vision_attn.bench.local.problem import LocalProblem
 from vision_attn.grid import Grid
-from vision_attn.kernels.local_window import Window
+from vision_attn.kernels.local.window import Window
 
 CPU = torch.device("cpu")
 WINDOWS = [
@@ -98,8 +98,8 @@ import torch, triton, triton.language as tl
 sys.path.insert(0, "tests")
 from test_bench_local import TILES, WINDOWS
 from vision_attn.bench.local.flops import tile_pairs
-from vision_attn.kernels._local_call_triton import Call
-from vision_attn.kernels._local_tiles_triton import count_tiles, key_range
+from vision_attn.kernels.local.call import Call
+from vision_attn.kernels.local.tiles import count_tiles, key_range
 
 
 @triton.jit

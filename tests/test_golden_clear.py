@@ -12,7 +12,7 @@ from test_local_triton import _few_programs, inside  # noqa: F401
 import vision_attn
 from vision_attn.grid import Grid
 from vision_attn.kernels.local import local_attention
-from vision_attn.kernels.local_window import Window
+from vision_attn.kernels.local.window import Window
 
 CASES = sorted(path.parent.name for path in (GOLDEN / "clear").glob("*/meta.json"))
 # Inside the model the recording itself is 4.5e-5 away from a float64 run of the same weights (ours: 4e-6).

@@ -8,7 +8,7 @@ from test_local_triton import _few_programs, inside  # noqa: F401
 
 from vision_attn.grid import Grid
 from vision_attn.kernels.local import local_attention
-from vision_attn.kernels.local_window import Window
+from vision_attn.kernels.local.window import Window
 
 CASES = sorted(path.stem for path in (GOLDEN / "attn_na2d").glob("*.json"))
 

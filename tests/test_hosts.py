@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from vision_attn import Clear, Grid, Neighborhood, Softmax, convert
 from vision_attn.conversion.rerouting import is_rerouted, state_of
-from vision_attn.kernels.local_window import Window
+from vision_attn.kernels.local.window import Window
 
 TEXT, BATCH = 7, 2
 RADIUS_2, KERNEL_3 = Window(radius=2), Window(kernel_size=3)

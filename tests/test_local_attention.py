@@ -8,7 +8,7 @@ import torch
 
 from vision_attn.grid import Grid
 from vision_attn.kernels.local import local_attention
-from vision_attn.kernels.local_window import Window
+from vision_attn.kernels.local.window import Window
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from vision_attn.grid import Grid
 from vision_attn.kernels.local import local_attention
-from vision_attn.kernels.local_window import Window
+from vision_attn.kernels.local.window import Window
 
 
 def seconds(function, repeats):
@@ -42,7 +42,7 @@ MEMORY = """
 import resource, torch
 from vision_attn.grid import Grid
 from vision_attn.kernels.local import local_attention
-from vision_attn.kernels.local_window import Window
+from vision_attn.kernels.local.window import Window
 grid = Grid({side}, {side})
 q, k, v = (torch.randn(1, grid.tokens, 4, 64, requires_grad={grad}) for _ in range(3))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

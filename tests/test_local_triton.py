@@ -15,9 +15,9 @@ import torch
 from test_local_attention import CASES, Case, draw, exact_and_plain, run
 
 from vision_attn.grid import Grid
-from vision_attn.kernels._local_triton import local_attention_lse, local_attention_triton, triton_reasons
 from vision_attn.kernels.local import local_attention
-from vision_attn.kernels.local_window import Window
+from vision_attn.kernels.local.op import local_attention_lse, local_attention_triton, triton_reasons
+from vision_attn.kernels.local.window import Window
 
 INTERPRETED = "VISION_ATTN_INTERPRETED"
 inside = pytest.mark.skipif(INTERPRETED not in os.environ, reason="run by test_in_the_interpreter")
@@ -47,7 +47,7 @@ def _few_programs(monkeypatch):
     """Tiles that an interpreter walks quickly; their sizes are no matter of correctness."""
     if INTERPRETED in os.environ:
         from vision_attn.kernels import _local_backward_triton, _local_dkv_triton, _local_forward_triton
-        from vision_attn.kernels._local_call_triton import Tiles
+        from vision_attn.kernels.local.call import Tiles
 
         for module in (_local_dkv_triton, _local_forward_triton, _local_backward_triton):
             table = {(size, 256, math.inf): Tiles((8, 16), (8, 8), 1, 1) for size in (2, 4)}
@@ -198,7 +198,7 @@ def test_extreme_logits_keep_the_budget():
 @inside
 def test_opcheck_and_compile():
     """PyTorch's rules hold (schema, fake kernels, autograd), and one graph holds the operator."""
-    from vision_attn.kernels._local_triton import _local
+    from vision_attn.kernels.local.op import _local
 
     grid, window = Grid(4, 5, prefix=2, suffix=1), Window(kernel_size=3)
     q, k, v = (torch.randn(1, grid.tokens, 1, 16).requires_grad_() for _ in range(3))

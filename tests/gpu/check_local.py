@@ -24,7 +24,7 @@ from test_local_attention import CASES, Case, exact_and_plain, run
 from vision_attn.grid import Grid
 from vision_attn.kernels import _local_triton
 from vision_attn.kernels.local import local_attention
-from vision_attn.kernels.local_window import Window
+from vision_attn.kernels.local.window import Window
 
 DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
 TUNED = [

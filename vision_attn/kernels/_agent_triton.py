@@ -52,7 +52,7 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and bias; empty for what is None."""
     from vision_attn.kernels._agent_backward_triton import backward  # noqa: PLC0415
-    from vision_attn.kernels._local_call_triton import packed  # noqa: PLC0415
+    from vision_attn.kernels.local.call import packed  # noqa: PLC0415
 
     return backward(_pairs(q, k, v, bias, seen, first, scales), packed(do), o, lse)
 
@@ -68,7 +68,7 @@ def _pairs(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seen: Tensor | None, first: int, scales: Sequence[float]
 ) -> Any:
     from vision_attn.kernels._agent_forward_triton import Pairs  # noqa: PLC0415
-    from vision_attn.kernels._local_call_triton import packed  # noqa: PLC0415
+    from vision_attn.kernels.local.call import packed  # noqa: PLC0415
 
     if seen is not None:
         seen = seen.contiguous().view(torch.uint8)

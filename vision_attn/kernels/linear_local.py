@@ -17,7 +17,7 @@ from vision_attn.kernels._linear_local_triton import linear_local_attention_trit
 from vision_attn.kernels._linear_triton import inference_reasons
 from vision_attn.kernels.backend import Implementation, pick
 from vision_attn.kernels.local import check_inputs, check_mask
-from vision_attn.kernels.local_window import PerAxis, per_axis
+from vision_attn.kernels.local.window import PerAxis, per_axis
 from vision_attn.kernels.precision import FLOATS, full_precision, refuse_unlike
 from vision_attn.kernels.window import cell_numbers, from_cells, inside_cells, to_cells
 

@@ -22,7 +22,7 @@ from vision_attn.kernels._window_triton import window_attention_triton
 from vision_attn.kernels.backend import Implementation, pick
 from vision_attn.kernels.dense import dense_attention, seen_keys
 from vision_attn.kernels.local import check_inputs, check_mask
-from vision_attn.kernels.local_window import PerAxis, per_axis
+from vision_attn.kernels.local.window import PerAxis, per_axis
 from vision_attn.kernels.precision import full_precision
 
 _MAX_SCORES = 1 << 24  # logits computed at a time: 64 MiB in float32

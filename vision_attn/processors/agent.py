@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vision_attn.grid import Grid
 from vision_attn.kernels.agent import Agents, Direct, agent_attention
 from vision_attn.kernels.dense import dense_attention, seen_keys
-from vision_attn.kernels.local_window import PerAxis, per_axis
+from vision_attn.kernels.local.window import PerAxis, per_axis
 from vision_attn.processors.base import AttnSpec, Layer, Processor
 from vision_attn.processors.positional import DepthwiseBranch
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vision_attn.grid import Grid
 from vision_attn.kernels.local import local_attention
-from vision_attn.kernels.local_window import PerAxis, Window, per_axis
+from vision_attn.kernels.local.window import PerAxis, Window, per_axis
 from vision_attn.processors.base import AttnSpec, Layer, Processor
 
 

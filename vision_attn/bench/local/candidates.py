@@ -14,7 +14,7 @@ from vision_attn.bench.candidate import AbsentError, Candidate, Prepared
 from vision_attn.bench.local.flops import triton_pairs
 from vision_attn.bench.local.problem import DENSE, LOCAL, UNDILATED, LocalProblem
 from vision_attn.kernels.local import local_attention
-from vision_attn.kernels.local_window import Window
+from vision_attn.kernels.local.window import Window
 
 
 def _flop(problem: LocalProblem, pairs_of_all_heads: int) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 from vision_attn.bench.candidate import AbsentError, Inputs
 from vision_attn.bench.local.exact import attend_rows, seen
 from vision_attn.grid import Grid
-from vision_attn.kernels.local_window import Window
+from vision_attn.kernels.local.window import Window
 
 _WHOLE = 2000  # tokens up to which everything is checked
 _ROWS, _KEYS = 24, 2

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vision_attn.grid import Grid
-from vision_attn.kernels.local_window import Window
+from vision_attn.kernels.local.window import Window
 
 
 def seen(grid: Grid, window: Window | None, queries: Tensor, keys: Tensor) -> Tensor:

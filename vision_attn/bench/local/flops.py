@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from vision_attn.grid import Grid
-from vision_attn.kernels.local_window import Window, window_start
+from vision_attn.kernels.local.window import Window, window_start
 
 Pair = tuple[int, int]
 
@@ -96,9 +96,9 @@ def triton_pairs(
     grid: Grid, window: Window, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
 ) -> int:
     """Count the pairs that the Triton forward computes for q of `shape` [B, N, H, D], with the tiles it chooses."""
-    from vision_attn.kernels._local_call_triton import Call  # noqa: PLC0415
-    from vision_attn.kernels._local_forward_triton import _CONFIGS, _forward, config  # noqa: PLC0415
-    from vision_attn.kernels._local_plan_triton import plan_queries  # noqa: PLC0415
+    from vision_attn.kernels.local.call import Call  # noqa: PLC0415
+    from vision_attn.kernels.local.forward import _CONFIGS, _forward, config  # noqa: PLC0415
+    from vision_attn.kernels.local.plan import plan_queries  # noqa: PLC0415
 
     q = torch.empty(1, dtype=dtype, device=device).expand(shape)
     disc = window.radius is not None

@@ -11,7 +11,7 @@ from vision_attn.bench.candidate import Inputs
 from vision_attn.bench.local.check import errors
 from vision_attn.bench.local.flops import needed_pairs
 from vision_attn.grid import Grid
-from vision_attn.kernels.local_window import Window
+from vision_attn.kernels.local.window import Window
 
 # What a candidate can compute.
 LOCAL, DENSE, UNDILATED = "the same function", "dense attention", "the same window without dilation"

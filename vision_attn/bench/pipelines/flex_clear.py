@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from vision_attn.bench.local.flex import block_mask, disc_mask
 from vision_attn.bench.local.problem import LocalProblem
 from vision_attn.grid import Grid
-from vision_attn.kernels.local_window import Window
+from vision_attn.kernels.local.window import Window
 from vision_attn.processors.base import AttnSpec, Layer, Processor
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vision_attn.kernels._local_call_triton import Call, Tiles, token_strides
+from vision_attn.kernels.local.call import Call, Tiles, token_strides
 from vision_attn.kernels.triton.launching import Bound, Kernel, planned
 from vision_attn.kernels.triton.plan import Box, Plan, box_strides, sequence_box, uses_boxes
 

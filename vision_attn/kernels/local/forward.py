@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._local_call_triton import Call, Tiles
-from vision_attn.kernels._local_plan_triton import plan_queries
-from vision_attn.kernels._local_tiles_triton import (
+from vision_attn.kernels.local.call import Call, Tiles
+from vision_attn.kernels.local.plan import plan_queries
+from vision_attn.kernels.local.tiles import (
     HIDDEN,
     LOG2E,
     LOWEST,

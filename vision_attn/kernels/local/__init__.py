@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from vision_attn.grid import Grid
-from vision_attn.kernels._local_torch import local_attention_torch
-from vision_attn.kernels._local_triton import local_attention_triton, triton_reasons
 from vision_attn.kernels.backend import Implementation, pick
-from vision_attn.kernels.local_window import Window
+from vision_attn.kernels.local.op import local_attention_triton, triton_reasons
+from vision_attn.kernels.local.portable import local_attention_torch
+from vision_attn.kernels.local.window import Window
 from vision_attn.kernels.precision import FLOATS
 
 

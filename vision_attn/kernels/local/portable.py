@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vision_attn.grid import Grid
-from vision_attn.kernels._local_strips import Strip, strips
-from vision_attn.kernels._local_subgrids import subgrids
 from vision_attn.kernels.dense import dense_attention, seen_keys
-from vision_attn.kernels.local_window import Window
+from vision_attn.kernels.local.strips import Strip, strips
+from vision_attn.kernels.local.subgrids import subgrids
+from vision_attn.kernels.local.window import Window
 
 _HIDDEN = -1e30
 _MAX_SCORES = 1 << 23  # logits computed at a time: 32 MiB in float32

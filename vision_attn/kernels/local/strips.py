@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vision_attn.kernels.local_window import window_start
+from vision_attn.kernels.local.window import window_start
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vision_attn.grid import Grid
-from vision_attn.kernels.local_window import Window
+from vision_attn.kernels.local.window import Window
 from vision_attn.kernels.triton.custom_op import custom_op
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -71,7 +71,7 @@ def _local(
 
     In base 2 the backward takes it as it is: rounded twice, large logits would lose what float32 has.
     """
-    from vision_attn.kernels._local_forward_triton import forward  # noqa: PLC0415
+    from vision_attn.kernels.local.forward import forward  # noqa: PLC0415
 
     if scale <= 0:  # hidden logits must stay the lowest after scaling
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
@@ -91,8 +91,8 @@ def _local_backward(
     kernel: Sequence[int], steps: Sequence[int], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, pooled_k, pooled_v and bias; empty for what is None."""
-    from vision_attn.kernels._local_backward_triton import backward  # noqa: PLC0415
-    from vision_attn.kernels._local_call_triton import packed  # noqa: PLC0415
+    from vision_attn.kernels.local.backward import backward  # noqa: PLC0415
+    from vision_attn.kernels.local.call import packed  # noqa: PLC0415
 
     call = _call(q, k, v, pooled_k, pooled_v, bias, mask, size, radius, kernel, steps, scale)
     dq, dk, dv, pooled_dk, pooled_dv, dbias = backward(call, packed(do), dlse, o, lse)
@@ -112,7 +112,7 @@ def _call(
     q: Tensor, k: Tensor, v: Tensor, pooled_k: Tensor | None, pooled_v: Tensor | None, bias: Tensor | None,
     mask: Tensor | None, *rest: Any,
 ) -> Any:  # fmt: skip
-    from vision_attn.kernels._local_call_triton import Call, packed  # noqa: PLC0415
+    from vision_attn.kernels.local.call import Call, packed  # noqa: PLC0415
 
     pooled_k, pooled_v = (None if t is None else packed(t) for t in (pooled_k, pooled_v))
     if bias is not None:

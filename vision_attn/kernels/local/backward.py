@@ -18,12 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._local_bias_triton import bias_gradient
-from vision_attn.kernels._local_call_triton import Call, Tiles, token_strides
-from vision_attn.kernels._local_dkv_triton import key_gradients
-from vision_attn.kernels._local_forward_triton import config
-from vision_attn.kernels._local_plan_triton import plan_queries
-from vision_attn.kernels._local_tiles_triton import (
+from vision_attn.kernels.local.bias_gradient import bias_gradient
+from vision_attn.kernels.local.call import Call, Tiles, token_strides
+from vision_attn.kernels.local.forward import config
+from vision_attn.kernels.local.key_gradients import key_gradients
+from vision_attn.kernels.local.plan import plan_queries
+from vision_attn.kernels.local.tiles import (
     LOG2E,
     band_columns,
     bias_of,

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._local_call_triton import Call, Tiles, token_strides
-from vision_attn.kernels._local_forward_triton import config
-from vision_attn.kernels._local_plan_triton import plan_keys
-from vision_attn.kernels._local_tiles_triton import (
+from vision_attn.kernels.local.call import Call, Tiles, token_strides
+from vision_attn.kernels.local.forward import config
+from vision_attn.kernels.local.plan import plan_keys
+from vision_attn.kernels.local.tiles import (
     HIDDEN,
     LOG2E,
     band_columns,

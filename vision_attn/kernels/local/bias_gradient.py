@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._local_call_triton import Call, token_strides
-from vision_attn.kernels._local_tiles_triton import (
+from vision_attn.kernels.local.call import Call, token_strides
+from vision_attn.kernels.local.tiles import (
     LOG2E,
     bias_of,
     bias_table,
