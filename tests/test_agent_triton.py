@@ -26,7 +26,7 @@ def _few_programs(monkeypatch):
 def few(monkeypatch, length, programs=1):
     from vision_attn.kernels import _agent_backward_triton, _agent_forward_triton
     from vision_attn.kernels._agent_forward_triton import Blocks
-    from vision_attn.kernels._linear_tiles_triton import Launch
+    from vision_attn.kernels.linear.tiles import Launch
 
     table = {(size, 256): Blocks(length, Launch(length, 1, 1, programs)) for size in (2, 4)}
     for module, name in (

@@ -11,8 +11,8 @@ from test_window_triton import rows
 
 from vision_attn.grid import Grid
 from vision_attn.kernels._hedgehog_triton import hedgehog_reasons
-from vision_attn.kernels._linear_triton import inference_reasons, linear_reasons
 from vision_attn.kernels.hedgehog import hedgehog
+from vision_attn.kernels.linear.op import inference_reasons, linear_reasons
 from vision_attn.kernels.linear_local import linear_local_attention
 from vision_attn.processors import LinearLocal, LinFusion
 from vision_attn.processors.base import Layer

@@ -14,8 +14,8 @@ import pytest
 import torch
 from test_operators import CASES, Case, call, inputs_of, run
 
-from vision_attn.kernels._linear_triton import linear_reasons
 from vision_attn.kernels.linear import Features, feature_mean, linear_attention
+from vision_attn.kernels.linear.op import linear_reasons
 
 INTERPRETED = "VISION_ATTN_INTERPRETED"
 inside = pytest.mark.skipif(INTERPRETED not in os.environ, reason="run by test_in_the_interpreter")
@@ -46,7 +46,7 @@ def _few_programs(monkeypatch):
 
 def tiles(monkeypatch, length, programs=1, boxes=False):
     from vision_attn.kernels import _linear_backward_triton, _linear_forward_triton, _linear_mean_triton
-    from vision_attn.kernels._linear_tiles_triton import Launch
+    from vision_attn.kernels.linear.tiles import Launch
 
     plans = [getattr(_linear_forward_triton, f"_plan_{name}") for name in ("state", "merge", "output")]
     plans += [getattr(_linear_backward_triton, f"_plan_{name}") for name in ("queries", "keys")]
@@ -110,8 +110,8 @@ def test_error_is_within_the_budget(case, dtype):
 @pytest.mark.parametrize("id", ["elu", "rala-hidden"])
 def test_parts_of_the_sequence_add_up(id, monkeypatch):
     tiles(monkeypatch, 16, 4)
-    monkeypatch.setattr("vision_attn.kernels._linear_forward_triton.cut", lambda tokens, *rest: (-(-tokens // 16), 16))
-    monkeypatch.setattr("vision_attn.kernels._linear_backward_triton.cut", lambda tokens, *rest: (-(-tokens // 16), 16))
+    monkeypatch.setattr("vision_attn.kernels.linear.forward.cut", lambda tokens, *rest: (-(-tokens // 16), 16))
+    monkeypatch.setattr("vision_attn.kernels.linear.backward.cut", lambda tokens, *rest: (-(-tokens // 16), 16))
     case = next(case for case in LINEAR if case.id == id)
     check_case(Case(case.operator, case.id, case.options | dict(N=50, M=150)), torch.float32)
 
@@ -215,7 +215,7 @@ def test_views_and_channels_that_are_not_neighbours():
 @inside
 def test_opcheck_and_compile():
     """PyTorch's rules hold (schema, fake kernels, autograd), and one graph holds the operator."""
-    from vision_attn.kernels._linear_triton import _linear, _mean
+    from vision_attn.kernels.linear.op import _linear, _mean
 
     q, k, v = (draw(1, 40, 1, 16) for _ in range(3))
     cos, sin = torch.randn(40, 16), torch.randn(40, 16)

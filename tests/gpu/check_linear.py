@@ -186,7 +186,7 @@ def modes():
         torch._dynamo.reset()
         same = dict(repeats=both(f), graph=captured, compiled=both(torch.compile(f, fullgraph=True)))
         found[name] = {key: all(map(torch.equal, both(f), value)) for key, value in same.items()}
-    from vision_attn.kernels._linear_triton import _linear
+    from vision_attn.kernels.linear.op import _linear
 
     torch.library.opcheck(_linear.registered, (*leaves, None, None, None, None, "elu", 1e-6))
     return found

@@ -11,10 +11,10 @@ from multiprocessing import get_context
 import torch
 
 from vision_attn.grid import Grid
-from vision_attn.kernels._linear_tiles_triton import Launch
 from vision_attn.kernels.agent import Agents, agent_attention
 from vision_attn.kernels.hedgehog import hedgehog
 from vision_attn.kernels.linear import Features, feature_mean, linear_attention
+from vision_attn.kernels.linear.tiles import Launch
 from vision_attn.kernels.linear_local import linear_local_attention
 from vision_attn.kernels.window import window_attention
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vision_attn.kernels._agent_forward_triton import Blocks, Pairs, choice, logits, parts_of
-from vision_attn.kernels._linear_tiles_triton import Launch, put_rows, token_rows
+from vision_attn.kernels.linear.tiles import Launch, put_rows, token_rows
 from vision_attn.kernels.triton.launching import Kernel
 
 # Not tuned: chosen offline by registers and shared memory for sm_90 with triton 3.7.1.

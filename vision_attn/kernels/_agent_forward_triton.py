@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._linear_tiles_triton import (
+from vision_attn.kernels.linear.tiles import (
     LOG2E,
     Launch,
     block_of,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vision_attn.kernels._agent_forward_triton import choice
 from vision_attn.kernels._hedgehog_triton import LEAST
-from vision_attn.kernels._linear_tiles_triton import LOG2E, Launch, block_of, cut, put_rows, token_rows
+from vision_attn.kernels.linear.tiles import LOG2E, Launch, block_of, cut, put_rows, token_rows
 from vision_attn.kernels.triton.launching import Kernel
 
 # 16 bits found on one H200 with torch 2.11.0 and triton 3.6.0, float32 chosen by registers and shared memory.

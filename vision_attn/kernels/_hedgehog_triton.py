@@ -5,7 +5,7 @@ The kernel is in `_hedgehog_kernel_triton.py`; triton is imported when it first 
 
 from torch import Tensor
 
-from vision_attn.kernels._linear_triton import inference_reasons
+from vision_attn.kernels.linear.op import inference_reasons
 from vision_attn.kernels.triton.custom_op import custom_op
 
 LEAST = 1e-12  # of a feature: sums of them divide

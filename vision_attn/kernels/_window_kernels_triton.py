@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vision_attn.kernels._agent_backward_triton import key_gradients
 from vision_attn.kernels._agent_forward_triton import HIDDEN, START, Pairs, choice, logits
-from vision_attn.kernels._linear_tiles_triton import LOG2E, block_of, precision_of, put_rows, token_rows
+from vision_attn.kernels.linear.tiles import LOG2E, block_of, precision_of, put_rows, token_rows
 from vision_attn.kernels.triton.launching import Kernel, next_power
 
 # Not tuned: chosen offline by registers and shared memory for sm_90 with triton 3.7.1.

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vision_attn.kernels._agent_triton import agent_attention_triton
-from vision_attn.kernels._linear_triton import linear_reasons
 from vision_attn.kernels.backend import Implementation, pick
 from vision_attn.kernels.dense import dense_attention
+from vision_attn.kernels.linear.op import linear_reasons
 from vision_attn.kernels.precision import full_precision, refuse_unlike
 
 

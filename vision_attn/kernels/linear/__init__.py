@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vision_attn.kernels._linear_triton import feature_mean_triton, linear_attention_triton, linear_reasons
 from vision_attn.kernels.backend import Implementation, pick
+from vision_attn.kernels.linear.op import feature_mean_triton, linear_attention_triton, linear_reasons
 from vision_attn.kernels.precision import full_precision, refuse_unlike
 
 _MAPS = ("elu", "relu", "none")

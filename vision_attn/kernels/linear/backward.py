@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._linear_forward_triton import Call, config, loading, merged, state_parts
-from vision_attn.kernels._linear_tiles_triton import (
+from vision_attn.kernels.linear.forward import Call, config, loading, merged, state_parts
+from vision_attn.kernels.linear.tiles import (
     LANES,
     Launch,
     centred,

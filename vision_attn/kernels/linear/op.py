@@ -85,7 +85,7 @@ def _linear(
     query: Tensor | None, map_: str, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Output; for the backward the state `[B, H, F, D]`, its norm `[B, H, F]`, and `[B, H, 2]` of the global query."""
-    from vision_attn.kernels._linear_forward_triton import forward  # noqa: PLC0415
+    from vision_attn.kernels.linear.forward import forward  # noqa: PLC0415
 
     return forward(_call(q, k, v, cos, sin, weight, query, map_, eps))
 
@@ -107,8 +107,8 @@ def _linear_backward(
     sin: Tensor | None, weight: Tensor | None, query: Tensor | None, map_: str, eps: float, weight_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, weight and query; empty for what is None or not wanted."""
-    from vision_attn.kernels._linear_backward_triton import backward  # noqa: PLC0415
-    from vision_attn.kernels._linear_tiles_triton import aligned  # noqa: PLC0415
+    from vision_attn.kernels.linear.backward import backward  # noqa: PLC0415
+    from vision_attn.kernels.linear.tiles import aligned  # noqa: PLC0415
 
     return backward(_call(q, k, v, cos, sin, weight, query, map_, eps), aligned(do), state, norm, tops, weight_gradient)
 
@@ -128,8 +128,8 @@ def _call(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, weight: Tensor | None,
     query: Tensor | None, map_: str, eps: float,
 ) -> Any:  # fmt: skip
-    from vision_attn.kernels._linear_forward_triton import Call  # noqa: PLC0415
-    from vision_attn.kernels._linear_tiles_triton import aligned  # noqa: PLC0415
+    from vision_attn.kernels.linear.forward import Call  # noqa: PLC0415
+    from vision_attn.kernels.linear.tiles import aligned  # noqa: PLC0415
 
     q, k, v = (aligned(t) for t in (q, k, v))
     cos, sin = (None if t is None else t.contiguous() for t in (cos, sin))
@@ -158,8 +158,8 @@ _linear.register_autograd(_backward, setup_context=_save)
 @custom_op("vision_attn::feature_mean_triton")
 def _mean(q: Tensor, weight: Tensor | None, map_: str) -> tuple[Tensor, Tensor]:
     """Mean `[B, H, F]` and sum of the weights `[B, H]`."""
-    from vision_attn.kernels._linear_mean_triton import feature_sums  # noqa: PLC0415
-    from vision_attn.kernels._linear_tiles_triton import aligned  # noqa: PLC0415
+    from vision_attn.kernels.linear.mean import feature_sums  # noqa: PLC0415
+    from vision_attn.kernels.linear.tiles import aligned  # noqa: PLC0415
 
     return feature_sums(aligned(q), weight, map_)
 
@@ -175,8 +175,8 @@ def _mean_backward(
     dmean: Tensor, mean: Tensor, total: Tensor, q: Tensor, weight: Tensor | None, map_: str, weight_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of q and weight; empty for what is not wanted."""
-    from vision_attn.kernels._linear_mean_triton import feature_sums_gradient  # noqa: PLC0415
-    from vision_attn.kernels._linear_tiles_triton import aligned  # noqa: PLC0415
+    from vision_attn.kernels.linear.mean import feature_sums_gradient  # noqa: PLC0415
+    from vision_attn.kernels.linear.tiles import aligned  # noqa: PLC0415
 
     return feature_sums_gradient(aligned(q), weight, mean, total, dmean, map_, weight_gradient)
 
