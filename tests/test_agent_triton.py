@@ -25,7 +25,7 @@ def _few_programs(monkeypatch):
 
 def few(monkeypatch, length, programs=1):
     from vision_attn.kernels import _agent_backward_triton, _agent_forward_triton
-    from vision_attn.kernels._agent_forward_triton import Blocks
+    from vision_attn.kernels.agent.forward import Blocks
     from vision_attn.kernels.linear.tiles import Launch
 
     table = {(size, 256): Blocks(length, Launch(length, 1, 1, programs)) for size in (2, 4)}
@@ -96,7 +96,7 @@ def test_scales(scale):
 
 @inside
 def test_opcheck_and_compile():
-    from vision_attn.kernels._agent_triton import _attend
+    from vision_attn.kernels.agent.op import _attend
 
     q, k, v, bias = draw(2, 20, 1, 16), draw(2, 9, 1, 16), draw(2, 9, 1, 16), draw(1, 20, 7)
     seen = torch.rand(2, 9) > 0.3

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._agent_forward_triton import START, choice
 from vision_attn.kernels._window_kernels_triton import Cells, meet_shared, places_of, scores_of, update
+from vision_attn.kernels.agent.forward import START, choice
 from vision_attn.kernels.linear.forward import Call, merged, state_parts
 from vision_attn.kernels.linear.tiles import block_of, put_rows, token_rows
 from vision_attn.kernels.triton.launching import Kernel

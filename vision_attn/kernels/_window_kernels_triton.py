@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._agent_backward_triton import key_gradients
-from vision_attn.kernels._agent_forward_triton import HIDDEN, START, Pairs, choice, logits
+from vision_attn.kernels.agent.backward import key_gradients
+from vision_attn.kernels.agent.forward import HIDDEN, START, Pairs, choice, logits
 from vision_attn.kernels.linear.tiles import LOG2E, block_of, precision_of, put_rows, token_rows
 from vision_attn.kernels.triton.launching import Kernel, next_power
 

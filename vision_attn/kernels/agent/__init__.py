@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vision_attn.kernels._agent_triton import agent_attention_triton
+from vision_attn.kernels.agent.op import agent_attention_triton
 from vision_attn.kernels.backend import Implementation, pick
 from vision_attn.kernels.dense import dense_attention
 from vision_attn.kernels.linear.op import linear_reasons

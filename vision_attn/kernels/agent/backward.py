@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._agent_forward_triton import Blocks, Pairs, choice, logits, parts_of
+from vision_attn.kernels.agent.forward import Blocks, Pairs, choice, logits, parts_of
 from vision_attn.kernels.linear.tiles import Launch, put_rows, token_rows
 from vision_attn.kernels.triton.launching import Kernel
 

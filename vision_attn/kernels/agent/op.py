@@ -34,7 +34,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seen: Tensor | None, first: int, scales: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp in base 2; the first keys have a bias `[H, N, first]` and a scale of their own."""
-    from vision_attn.kernels._agent_forward_triton import forward  # noqa: PLC0415
+    from vision_attn.kernels.agent.forward import forward  # noqa: PLC0415
 
     return forward(_pairs(q, k, v, bias, seen, first, scales))
 
@@ -51,7 +51,7 @@ def _attend_backward(
     first: int, scales: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and bias; empty for what is None."""
-    from vision_attn.kernels._agent_backward_triton import backward  # noqa: PLC0415
+    from vision_attn.kernels.agent.backward import backward  # noqa: PLC0415
     from vision_attn.kernels.local.call import packed  # noqa: PLC0415
 
     return backward(_pairs(q, k, v, bias, seen, first, scales), packed(do), o, lse)
@@ -67,7 +67,7 @@ def _(
 def _pairs(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seen: Tensor | None, first: int, scales: Sequence[float]
 ) -> Any:
-    from vision_attn.kernels._agent_forward_triton import Pairs  # noqa: PLC0415
+    from vision_attn.kernels.agent.forward import Pairs  # noqa: PLC0415
     from vision_attn.kernels.local.call import packed  # noqa: PLC0415
 
     if seen is not None:
