@@ -60,7 +60,7 @@ def test_batches(B):
 
 @inside
 def test_opcheck_and_compile():
-    from vision_attn.kernels._window_triton import _window
+    from vision_attn.kernels.window.op import _window
 
     q, k, v = (draw(1, 20, 1, 16) for _ in range(3))
     shared, seen = [draw(1, 3, 1, 16) for _ in range(2)], torch.tensor([[True, False, True]])

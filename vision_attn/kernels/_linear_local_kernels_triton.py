@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._window_kernels_triton import Cells, meet_shared, places_of, scores_of, update
 from vision_attn.kernels.agent.forward import START, choice
 from vision_attn.kernels.linear.forward import Call, merged, state_parts
 from vision_attn.kernels.linear.tiles import block_of, put_rows, token_rows
 from vision_attn.kernels.triton.launching import Kernel
+from vision_attn.kernels.window.kernels import Cells, meet_shared, places_of, scores_of, update
 
 # Up to 128 channels of 16 bits found on one H200 with torch 2.11.0 and triton 3.6.0, the others chosen by registers and
 # shared memory. Keys: bytes of an element, channels at most. Slots of a tile, warps, pipeline stages, features that are

@@ -33,8 +33,8 @@ def _linear_local(
 ) -> Tensor:  # fmt: skip
     """Output of the grid's tokens."""
     from vision_attn.kernels._linear_local_kernels_triton import forward  # noqa: PLC0415
-    from vision_attn.kernels._window_triton import cells_of  # noqa: PLC0415
     from vision_attn.kernels.linear.tiles import aligned  # noqa: PLC0415
+    from vision_attn.kernels.window.op import cells_of  # noqa: PLC0415
 
     v, a, b = aligned(v), aligned(a), aligned(b)  # the sums are those of linear attention, which asks for it
     call = cells_of(q, k, v, shared_k, shared_v, seen if shared_k is not None else None, size, cell, scale)

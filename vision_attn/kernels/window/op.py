@@ -35,7 +35,7 @@ def _window(
     size: Sequence[int], cell: Sequence[int], scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and log-sum-exp in base 2 of the grid's tokens."""
-    from vision_attn.kernels._window_kernels_triton import forward  # noqa: PLC0415
+    from vision_attn.kernels.window.kernels import forward  # noqa: PLC0415
 
     return forward(cells_of(q, k, v, shared_k, shared_v, seen, size, cell, scale))
 
@@ -52,8 +52,8 @@ def _window_backward(
     shared_v: Tensor | None, seen: Tensor | None, size: Sequence[int], cell: Sequence[int], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, shared_k and shared_v; empty for what is None."""
-    from vision_attn.kernels._window_kernels_triton import backward  # noqa: PLC0415
     from vision_attn.kernels.local.call import packed  # noqa: PLC0415
+    from vision_attn.kernels.window.kernels import backward  # noqa: PLC0415
 
     return backward(cells_of(q, k, v, shared_k, shared_v, seen, size, cell, scale), packed(do), o, lse)
 
@@ -71,8 +71,8 @@ def cells_of(
     q: Tensor, k: Tensor, v: Tensor, shared_k: Tensor | None, shared_v: Tensor | None, seen: Tensor | None,
     size: Sequence[int], cell: Sequence[int], scale: float,
 ) -> Any:  # fmt: skip
-    from vision_attn.kernels._window_kernels_triton import Cells  # noqa: PLC0415
     from vision_attn.kernels.local.call import packed  # noqa: PLC0415
+    from vision_attn.kernels.window.kernels import Cells  # noqa: PLC0415
 
     k_out, v_out = (None if t is None else packed(t) for t in (shared_k, shared_v))
     if seen is not None:

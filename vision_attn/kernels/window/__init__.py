@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vision_attn.grid import Grid
-from vision_attn.kernels._window_triton import window_attention_triton
 from vision_attn.kernels.backend import Implementation, pick
 from vision_attn.kernels.dense import dense_attention, seen_keys
 from vision_attn.kernels.linear.op import linear_reasons
 from vision_attn.kernels.local import check_inputs, check_mask
 from vision_attn.kernels.local.window import PerAxis, per_axis
 from vision_attn.kernels.precision import full_precision
+from vision_attn.kernels.window.op import window_attention_triton
 
 _MAX_SCORES = 1 << 24  # logits computed at a time: 64 MiB in float32
 
