@@ -96,7 +96,7 @@ def test_an_empty_batch():
 @inside
 def test_opcheck_and_compile():
     from vision_attn.kernels._hedgehog_triton import _features
-    from vision_attn.kernels._linear_local_triton import _linear_local
+    from vision_attn.kernels.linear_local.op import _linear_local
 
     q, k, v, a, b = (draw(1, 20, 1, 16).detach().abs() for _ in range(5))
     shared, seen = [draw(1, 3, 1, 16).detach() for _ in range(2)], torch.tensor([[True, False, True]])

@@ -32,8 +32,8 @@ def _linear_local(
     seen: Tensor | None, gate: Tensor, size: Sequence[int], cell: Sequence[int], scale: float,
 ) -> Tensor:  # fmt: skip
     """Output of the grid's tokens."""
-    from vision_attn.kernels._linear_local_kernels_triton import forward  # noqa: PLC0415
     from vision_attn.kernels.linear.tiles import aligned  # noqa: PLC0415
+    from vision_attn.kernels.linear_local.forward import forward  # noqa: PLC0415
     from vision_attn.kernels.window.op import cells_of  # noqa: PLC0415
 
     v, a, b = aligned(v), aligned(a), aligned(b)  # the sums are those of linear attention, which asks for it

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from vision_attn.grid import Grid
-from vision_attn.kernels._linear_local_triton import linear_local_attention_triton
 from vision_attn.kernels.backend import Implementation, pick
 from vision_attn.kernels.linear.op import inference_reasons
+from vision_attn.kernels.linear_local.op import linear_local_attention_triton
 from vision_attn.kernels.local import check_inputs, check_mask
 from vision_attn.kernels.local.window import PerAxis, per_axis
 from vision_attn.kernels.precision import FLOATS, full_precision, refuse_unlike
