@@ -10,8 +10,8 @@ from test_operators import CASES, Case, call, inputs_of
 from test_window_triton import rows
 
 from vision_attn.grid import Grid
-from vision_attn.kernels._hedgehog_triton import hedgehog_reasons
 from vision_attn.kernels.hedgehog import hedgehog
+from vision_attn.kernels.hedgehog.op import hedgehog_reasons
 from vision_attn.kernels.linear.op import inference_reasons, linear_reasons
 from vision_attn.kernels.linear_local import linear_local_attention
 from vision_attn.processors import LinearLocal, LinFusion
@@ -95,7 +95,7 @@ def test_an_empty_batch():
 
 @inside
 def test_opcheck_and_compile():
-    from vision_attn.kernels._hedgehog_triton import _features
+    from vision_attn.kernels.hedgehog.op import _features
     from vision_attn.kernels.linear_local.op import _linear_local
 
     q, k, v, a, b = (draw(1, 20, 1, 16).detach().abs() for _ in range(5))

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from vision_attn.grid import Grid
-from vision_attn.kernels._hedgehog_triton import hedgehog_reasons
 from vision_attn.kernels.hedgehog import hedgehog
+from vision_attn.kernels.hedgehog.op import hedgehog_reasons
 from vision_attn.kernels.linear import Features, linear_attention
 from vision_attn.processors.base import AttnSpec, Layer, Processor
 

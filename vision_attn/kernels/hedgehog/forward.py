@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels._hedgehog_triton import LEAST
 from vision_attn.kernels.agent.forward import choice
+from vision_attn.kernels.hedgehog.op import LEAST
 from vision_attn.kernels.linear.tiles import LOG2E, Launch, block_of, cut, put_rows, token_rows
 from vision_attn.kernels.triton.launching import Kernel
 

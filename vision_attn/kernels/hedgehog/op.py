@@ -28,7 +28,7 @@ def hedgehog_triton(x: Tensor, weight: Tensor) -> Tensor:
 @custom_op("vision_attn::hedgehog_triton")
 def _features(x: Tensor, weight: Tensor) -> Tensor:
     """Features `[B, N, H, 2 D]`."""
-    from vision_attn.kernels._hedgehog_kernel_triton import forward  # noqa: PLC0415
+    from vision_attn.kernels.hedgehog.forward import forward  # noqa: PLC0415
     from vision_attn.kernels.local.call import packed  # noqa: PLC0415
 
     return forward(packed(x), weight.contiguous())
