@@ -11,7 +11,7 @@ import pytest
 import torch
 from golden_case import GOLDEN, TOLERANCE, mechanism
 
-from vision_attn.backbones.agent_attention import AgentSelfAttention
+from vision_attn.backbones.agent.attention import AgentSelfAttention
 from vision_attn.backbones.cross_shaped_attention import AgentStripeAttention, StripeAttention
 from vision_attn.backbones.hilo_attention import HiLoSelfAttention
 from vision_attn.backbones.rala_attention import RALASelfAttention, rotary, rotary_frequencies

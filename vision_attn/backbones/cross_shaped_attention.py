@@ -16,7 +16,7 @@ import torch
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from vision_attn.backbones.agent_attention import add_biases, agent_grid_of, attend, reset_biases
+from vision_attn.backbones.agent.attention import add_biases, agent_grid_of, attend, reset_biases
 from vision_attn.backbones.blocks import refuse_heads
 from vision_attn.backbones.scripted import operator
 from vision_attn.grid import Grid

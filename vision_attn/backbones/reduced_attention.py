@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from vision_attn.backbones.agent_attention import Size, add_biases, agent_grid_of, attend, reset_biases
+from vision_attn.backbones.agent.attention import Size, add_biases, agent_grid_of, attend, reset_biases
 from vision_attn.backbones.blocks import refuse_heads
 
 

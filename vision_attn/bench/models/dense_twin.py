@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vision_attn.backbones.agent_attention import AgentSelfAttention
+from vision_attn.backbones.agent.attention import AgentSelfAttention
 from vision_attn.backbones.hilo_attention import HiLoSelfAttention
 from vision_attn.backbones.nat_attention import NeighborhoodAttention
 from vision_attn.backbones.rala_attention import RALASelfAttention

@@ -14,7 +14,7 @@ from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from vision_attn.backbones.agent_family import AgentBackbone, agent_cfg, checkpoint_filter
+from vision_attn.backbones.agent.family import AgentBackbone, agent_cfg, checkpoint_filter
 from vision_attn.backbones.blocks import Stage
 from vision_attn.backbones.checkpoints import Rule, rename, unwrap
 from vision_attn.backbones.cswin_layers import ConvEmbed, CSwinBlock, NormedConv, branches

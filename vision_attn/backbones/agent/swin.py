@@ -16,8 +16,8 @@ from timm.models import checkpoint, generate_default_cfgs, register_notrace_modu
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torch import Tensor, nn
 
-from vision_attn.backbones.agent_attention import AgentSelfAttention
-from vision_attn.backbones.agent_family import AgentBackbone, agent_cfg, checkpoint_filter
+from vision_attn.backbones.agent.attention import AgentSelfAttention
+from vision_attn.backbones.agent.family import AgentBackbone, agent_cfg, checkpoint_filter
 from vision_attn.backbones.blocks import PreNormBlock, Stage
 from vision_attn.backbones.checkpoints import Rule
 from vision_attn.backbones.nat import patches

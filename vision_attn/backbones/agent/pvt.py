@@ -14,7 +14,7 @@ from timm.layers import ClassifierHead, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import nn
 
-from vision_attn.backbones.agent_family import AgentBackbone, agent_cfg, checkpoint_filter
+from vision_attn.backbones.agent.family import AgentBackbone, agent_cfg, checkpoint_filter
 from vision_attn.backbones.blocks import PreNormBlock
 from vision_attn.backbones.checkpoints import Rule
 from vision_attn.backbones.nat import patches

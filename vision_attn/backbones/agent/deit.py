@@ -15,8 +15,8 @@ from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vision_attn.backbones.agent_attention import AgentSelfAttention
-from vision_attn.backbones.agent_family import AgentBackbone, agent_cfg, checkpoint_filter
+from vision_attn.backbones.agent.attention import AgentSelfAttention
+from vision_attn.backbones.agent.family import AgentBackbone, agent_cfg, checkpoint_filter
 from vision_attn.backbones.checkpoints import Rule
 from vision_attn.backbones.pyramid import map_size
 from vision_attn.backbones.registry import register
