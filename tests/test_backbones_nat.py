@@ -6,7 +6,7 @@ import torch
 from backbone_families import FAMILIES
 
 from vision_attn.backbones import NAT, NATIsotropic
-from vision_attn.backbones.nat_attention import NeighborhoodAttention
+from vision_attn.backbones.nat.attention import NeighborhoodAttention
 
 
 def test_padded_cells_are_keys_with_the_value_of_the_bias():

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from vision_attn.backbones.nat_attention import NeighborhoodAttention
+from vision_attn.backbones.nat.attention import NeighborhoodAttention
 from vision_attn.bench.candidate import AbsentError
 from vision_attn.bench.document import read_document
 from vision_attn.bench.entries import models

@@ -26,8 +26,8 @@ from vision_attn.backbones import (  # noqa: E402
     ravlt,
 )
 from vision_attn.backbones.backbone import Backbone  # noqa: E402
-from vision_attn.backbones.nat import NAT  # noqa: E402
-from vision_attn.backbones.nat_isotropic import NATIsotropic  # noqa: E402
+from vision_attn.backbones.nat.isotropic import NATIsotropic  # noqa: E402
+from vision_attn.backbones.nat.nat import NAT  # noqa: E402
 
 __all__ = [
     "NAT",

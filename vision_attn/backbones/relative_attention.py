@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor
 
-from vision_attn.backbones.nat_attention import NeighborhoodAttention
+from vision_attn.backbones.nat.attention import NeighborhoodAttention
 
 
 @register_notrace_module

@@ -17,7 +17,7 @@ from torch import nn
 from vision_attn.backbones.agent.family import AgentBackbone, agent_cfg, checkpoint_filter
 from vision_attn.backbones.blocks import PreNormBlock
 from vision_attn.backbones.checkpoints import Rule
-from vision_attn.backbones.nat import patches
+from vision_attn.backbones.nat.nat import patches
 from vision_attn.backbones.pvt_layers import MapPatches, PositionedStage, Positions
 from vision_attn.backbones.pyramid import levels_of, map_size
 from vision_attn.backbones.reduced_attention import AgentReducedAttention, ReducedAttention

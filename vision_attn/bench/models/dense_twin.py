@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from vision_attn.backbones.agent.attention import AgentSelfAttention
 from vision_attn.backbones.hilo_attention import HiLoSelfAttention
-from vision_attn.backbones.nat_attention import NeighborhoodAttention
+from vision_attn.backbones.nat.attention import NeighborhoodAttention
 from vision_attn.backbones.rala_attention import RALASelfAttention
 from vision_attn.kernels.dense import dense_attention
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from timm.models import generate_default_cfgs
 
-from vision_attn.backbones.dinat import AT_224, AT_384, CHECKPOINTS, alternating
-from vision_attn.backbones.nat import NAT
-from vision_attn.backbones.nat_checkpoint import checkpoint_filter_fn
+from vision_attn.backbones.nat.checkpoint import checkpoint_filter_fn
+from vision_attn.backbones.nat.dinat import AT_224, AT_384, CHECKPOINTS, alternating
+from vision_attn.backbones.nat.nat import NAT
 from vision_attn.backbones.registry import cfg, register
 
 

@@ -14,10 +14,10 @@ from torch import nn
 
 from vision_attn.backbones.backbone import Backbone
 from vision_attn.backbones.blocks import PreNormBlock
-from vision_attn.backbones.dinat import CHECKPOINTS
-from vision_attn.backbones.nat import patches
-from vision_attn.backbones.nat_attention import NeighborhoodAttention
-from vision_attn.backbones.nat_checkpoint import checkpoint_filter_fn
+from vision_attn.backbones.nat.attention import NeighborhoodAttention
+from vision_attn.backbones.nat.checkpoint import checkpoint_filter_fn
+from vision_attn.backbones.nat.dinat import CHECKPOINTS
+from vision_attn.backbones.nat.nat import patches
 from vision_attn.backbones.registry import cfg, register
 from vision_attn.backbones.relative_attention import RelativeAttention
 

@@ -17,9 +17,9 @@ from torch import nn
 
 from vision_attn.backbones.backbone import Backbone
 from vision_attn.backbones.blocks import PreNormBlock, Stage
-from vision_attn.backbones.nat_attention import NeighborhoodAttention
-from vision_attn.backbones.nat_checkpoint import checkpoint_filter_fn
-from vision_attn.backbones.nat_layers import ConvDownsample, ConvTokenizer
+from vision_attn.backbones.nat.attention import NeighborhoodAttention
+from vision_attn.backbones.nat.checkpoint import checkpoint_filter_fn
+from vision_attn.backbones.nat.layers import ConvDownsample, ConvTokenizer
 from vision_attn.backbones.registry import cfg, register
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from timm.models import generate_default_cfgs
 
-from vision_attn.backbones.nat import BASE, DEEP, MINI, NAT, SMALL, TINY
-from vision_attn.backbones.nat_checkpoint import checkpoint_filter_fn
+from vision_attn.backbones.nat.checkpoint import checkpoint_filter_fn
+from vision_attn.backbones.nat.nat import BASE, DEEP, MINI, NAT, SMALL, TINY
 from vision_attn.backbones.registry import cfg, register
 
 CHECKPOINTS = "https://shi-labs.com/projects/dinat/checkpoints"
