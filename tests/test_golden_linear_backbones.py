@@ -14,7 +14,7 @@ from golden_case import GOLDEN, TOLERANCE, mechanism
 from linear_families import ROWS
 from test_golden_backbones import assert_near, official_features
 
-from vision_attn.backbones.litv2_layers import DeformableMerging
+from vision_attn.backbones.litv2.layers import DeformableMerging
 
 CASES = [f"{family}/{path.stem}" for family in ROWS for path in sorted((GOLDEN / family).glob("*.json"))]
 MERGINGS = [f"dcn_v1/{path.stem}" for path in sorted((GOLDEN / "dcn_v1").glob("*.json"))]

@@ -13,8 +13,8 @@ from golden_case import GOLDEN, TOLERANCE, mechanism
 
 from vision_attn.backbones.agent.attention import AgentSelfAttention
 from vision_attn.backbones.cross_shaped_attention import AgentStripeAttention, StripeAttention
-from vision_attn.backbones.hilo_attention import HiLoSelfAttention
-from vision_attn.backbones.rala_attention import RALASelfAttention, rotary, rotary_frequencies
+from vision_attn.backbones.litv2.attention import HiLoSelfAttention
+from vision_attn.backbones.ravlt.attention import RALASelfAttention, rotary, rotary_frequencies
 from vision_attn.backbones.reduced_attention import AgentReducedAttention, ReducedAttention
 from vision_attn.processors.hilo import low_heads
 

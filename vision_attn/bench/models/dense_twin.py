@@ -5,9 +5,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from vision_attn.backbones.agent.attention import AgentSelfAttention
-from vision_attn.backbones.hilo_attention import HiLoSelfAttention
+from vision_attn.backbones.litv2.attention import HiLoSelfAttention
 from vision_attn.backbones.nat.attention import NeighborhoodAttention
-from vision_attn.backbones.rala_attention import RALASelfAttention
+from vision_attn.backbones.ravlt.attention import RALASelfAttention
 from vision_attn.kernels.dense import dense_attention
 
 

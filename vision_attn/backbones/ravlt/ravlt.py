@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vision_attn.backbones.backbone import Backbone
 from vision_attn.backbones.checkpoints import refuse_mismatch, rename, unwrap
 from vision_attn.backbones.pyramid import levels_of
-from vision_attn.backbones.ravlt_layers import ConvMerging, ConvStem, Projection, RALABlock, RALAStage
+from vision_attn.backbones.ravlt.layers import ConvMerging, ConvStem, Projection, RALABlock, RALAStage
 from vision_attn.backbones.registry import cfg, register
 
 

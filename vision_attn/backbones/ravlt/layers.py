@@ -8,7 +8,7 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from vision_attn.backbones.pointwise import PointwiseConv2d
-from vision_attn.backbones.rala_attention import RALASelfAttention, rotary
+from vision_attn.backbones.ravlt.attention import RALASelfAttention, rotary
 
 
 class ConvStem(nn.Module):
