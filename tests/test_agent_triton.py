@@ -24,15 +24,16 @@ def _few_programs(monkeypatch):
 
 
 def few(monkeypatch, length, programs=1):
-    from vision_attn.kernels import _agent_backward_triton, _agent_forward_triton
+    from vision_attn.kernels.agent import backward as agent_backward
+    from vision_attn.kernels.agent import forward as agent_forward
     from vision_attn.kernels.agent.forward import Blocks
     from vision_attn.kernels.linear.tiles import Launch
 
     table = {(size, 256): Blocks(length, Launch(length, 1, 1, programs)) for size in (2, 4)}
     for module, name in (
-        (_agent_forward_triton, "_FORWARD"),
-        (_agent_backward_triton, "_QUERIES"),
-        (_agent_backward_triton, "_KEYS"),
+        (agent_forward, "_FORWARD"),
+        (agent_backward, "_QUERIES"),
+        (agent_backward, "_KEYS"),
     ):
         monkeypatch.setattr(module, name, table)
 

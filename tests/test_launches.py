@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vision_attn.kernels import _launches
+from vision_attn.kernels.triton import launching as triton_launching
 from vision_attn.kernels.triton.custom_op import custom_op
 from vision_attn.kernels.triton.launching import Bound, Kernel, hopper, layout, planned
 
@@ -113,7 +113,7 @@ def test_plans_are_remembered_by_layout_and_not_without_bound(monkeypatch):
     others = [(SimpleNamespace(key=2), base[:8], 2), (call, base[:9], 2), (call, base[:16:2], 2), (call, base[:8], 3)]
     others += [(call, base[1:9], 2), (call, base[:8].to(torch.int32), 2)]
     assert [plan(*other) for other in others] == [2, 3, 4, 5, 6, 7]
-    monkeypatch.setattr(_launches, "_MOST", 7)
+    monkeypatch.setattr(triton_launching, "_MOST", 7)
     assert plan(call, base[:10], 2) == 8
     assert plan(call, base[:8], 2) == 9
     plan.forget()
@@ -131,23 +131,23 @@ def test_a_layout_keeps_no_tensor():
 )
 def test_which_gpus_have_tma(major, hip, expected, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(_launches, "_properties", lambda device: SimpleNamespace(major=major))
+    monkeypatch.setattr(triton_launching, "_properties", lambda device: SimpleNamespace(major=major))
     assert hopper(SimpleNamespace(is_cuda=True, device="cuda:0")) == expected
     assert not hopper(torch.zeros(1))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_which_tensors_tma_can_load(monkeypatch):
-    from vision_attn.kernels import _plan_triton
+    from vision_attn.kernels.triton import plan as triton_plan
 
     whole, one = torch.zeros(2, 6, 3, 8), torch.zeros(1, 6, 1, 8)
-    assert not _plan_triton.uses_boxes([whole])  # not on a GPU
-    monkeypatch.setattr(_plan_triton, "hopper", lambda t: True)
-    assert _plan_triton.uses_boxes([whole, whole.transpose(1, 2), whole[:, 1:], one.expand(1, 6, 1, 8)])
+    assert not triton_plan.uses_boxes([whole])  # not on a GPU
+    monkeypatch.setattr(triton_plan, "hopper", lambda t: True)
+    assert triton_plan.uses_boxes([whole, whole.transpose(1, 2), whole[:, 1:], one.expand(1, 6, 1, 8)])
     shifted = torch.zeros(2 * 6 * 3 * 8 + 1)[1:].view(2, 6, 3, 8)
     odd = torch.zeros(2, 6, 3, 9)[..., :8]
     for refused in (shifted, odd, one.expand(2, 6, 1, 8)):
-        assert not _plan_triton.uses_boxes([whole, refused])
+        assert not triton_plan.uses_boxes([whole, refused])
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def _few_programs(monkeypatch):
 
 
 def slots(monkeypatch, length, features=64):
-    from vision_attn.kernels import _linear_local_kernels_triton as kernels
+    from vision_attn.kernels.linear_local import forward as kernels
 
     rows(monkeypatch, length)
     monkeypatch.setattr(kernels, "_TILES", {(size, 256): (length, 1, 1, features) for size in (2, 4)})

@@ -45,26 +45,28 @@ def _few_programs(monkeypatch):
 
 
 def tiles(monkeypatch, length, programs=1, boxes=False):
-    from vision_attn.kernels import _linear_backward_triton, _linear_forward_triton, _linear_mean_triton
+    from vision_attn.kernels.linear import backward as linear_backward
+    from vision_attn.kernels.linear import forward as linear_forward
+    from vision_attn.kernels.linear import mean as linear_mean
     from vision_attn.kernels.linear.tiles import Launch
 
-    plans = [getattr(_linear_forward_triton, f"_plan_{name}") for name in ("state", "merge", "output")]
-    plans += [getattr(_linear_backward_triton, f"_plan_{name}") for name in ("queries", "keys")]
+    plans = [getattr(linear_forward, f"_plan_{name}") for name in ("state", "merge", "output")]
+    plans += [getattr(linear_backward, f"_plan_{name}") for name in ("queries", "keys")]
     for plan in plans:
         plan.forget()
     launch = Launch(length, 1, 1, programs)
     launch = replace(launch, boxes=launch if boxes else None)
     table = {(size, 256, 256): launch for size in (2, 4)}
     for module, name in (
-        (_linear_forward_triton, "_STATE"),
-        (_linear_forward_triton, "_HEAVY_STATE"),
-        (_linear_forward_triton, "_OUTPUT"),
-        (_linear_forward_triton, "_SCALED_OUTPUT"),
-        (_linear_backward_triton, "_QUERIES"),
-        (_linear_backward_triton, "_KEYS"),
+        (linear_forward, "_STATE"),
+        (linear_forward, "_HEAVY_STATE"),
+        (linear_forward, "_OUTPUT"),
+        (linear_forward, "_SCALED_OUTPUT"),
+        (linear_backward, "_QUERIES"),
+        (linear_backward, "_KEYS"),
     ):
         monkeypatch.setattr(module, name, table)
-    monkeypatch.setattr(_linear_mean_triton, "_MEAN", {256: table[2, 256, 256]})
+    monkeypatch.setattr(linear_mean, "_MEAN", {256: table[2, 256, 256]})
 
 
 def one_head(case):
@@ -124,11 +126,11 @@ TILED = [(case, dtype) for dtype in (torch.float32, torch.float16) for case in L
     ("case", "dtype"), [*TILED, *((c, torch.float32) for c in LINEAR if c.id == "rala"), (WIDE, torch.float16)], ids=str
 )
 def test_tiles_that_tma_loads(case, dtype, monkeypatch):
-    from vision_attn.kernels import _linear_forward_triton
+    from vision_attn.kernels.linear import forward as linear_forward
     from vision_attn.kernels.triton.plan import Box
 
     made = []
-    monkeypatch.setattr(_linear_forward_triton, "uses_boxes", lambda tensors: True)
+    monkeypatch.setattr(linear_forward, "uses_boxes", lambda tensors: True)
     monkeypatch.setattr(Box, "of", lambda self, t, of=Box.of: made.append(self.tile) or of(self, t))
     tiles(monkeypatch, 32, 2, boxes=True)
     check_case(case, dtype)

@@ -182,11 +182,11 @@ def test_pairs_count_the_window():
 @pytest.mark.parametrize("case", [CASES[i] for i in (3, 14)], ids=str)
 def test_opcheck(case, monkeypatch):
     """The custom operators keep PyTorch's rules: schema, fake kernels, autograd."""
-    from vision_attn.kernels import _local_torch
+    from vision_attn.kernels.local import portable as local_portable
 
     calls = []
-    op = _local_torch._grid_attention
-    monkeypatch.setattr(_local_torch, "_grid_attention", lambda *args: calls.append(args) or op(*args))
+    op = local_portable._grid_attention
+    monkeypatch.setattr(local_portable, "_grid_attention", lambda *args: calls.append(args) or op(*args))
     inputs = draw(case, torch.float32)
     run(case, inputs, "torch")
     torch.library.opcheck(

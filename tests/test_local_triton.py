@@ -46,10 +46,12 @@ def test_in_the_interpreter(speed):
 def _few_programs(monkeypatch):
     """Tiles that an interpreter walks quickly; their sizes are no matter of correctness."""
     if INTERPRETED in os.environ:
-        from vision_attn.kernels import _local_backward_triton, _local_dkv_triton, _local_forward_triton
+        from vision_attn.kernels.local import backward as local_backward
+        from vision_attn.kernels.local import forward as local_forward
+        from vision_attn.kernels.local import key_gradients as local_key_gradients
         from vision_attn.kernels.local.call import Tiles
 
-        for module in (_local_dkv_triton, _local_forward_triton, _local_backward_triton):
+        for module in (local_key_gradients, local_forward, local_backward):
             table = {(size, 256, math.inf): Tiles((8, 16), (8, 8), 1, 1) for size in (2, 4)}
             monkeypatch.setattr(module, "_CONFIGS", table)
 
@@ -97,12 +99,12 @@ def test_a_table_of_biases_is_near_or_read_where_it_lies(near, monkeypatch):
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder
 
-    from vision_attn.kernels import _local_tiles_triton
+    from vision_attn.kernels.local import tiles as local_tiles
 
     gather, gathered = InterpreterBuilder.create_gather, []
     monkeypatch.setattr(InterpreterBuilder, "create_gather", lambda *args: gathered.append(1) or gather(*args))
     if not near:
-        monkeypatch.setattr(_local_tiles_triton, "BIAS_NEAR", tl.constexpr(8))
+        monkeypatch.setattr(local_tiles, "BIAS_NEAR", tl.constexpr(8))
     few_heads(monkeypatch, heads=2)
     low, exact = exact_and_plain(CASES[12], torch.float32)
     for o, p, e in zip(triton_run(CASES[12], low), run(CASES[12], low, "reference"), exact, strict=True):
@@ -113,13 +115,14 @@ def test_a_table_of_biases_is_near_or_read_where_it_lies(near, monkeypatch):
 @pytest.fixture
 def boxes(monkeypatch):
     """Fetch tiles through TMA descriptors, as on Hopper."""
-    from vision_attn.kernels import _local_plan_triton, _plan_triton
+    from vision_attn.kernels.local import plan as local_plan
+    from vision_attn.kernels.triton import plan as triton_plan
 
-    _local_plan_triton.plan_queries.forget()
-    _local_plan_triton.plan_keys.forget()
-    monkeypatch.setattr(_local_plan_triton, "uses_boxes", lambda tensors: True)
+    local_plan.plan_queries.forget()
+    local_plan.plan_keys.forget()
+    monkeypatch.setattr(local_plan, "uses_boxes", lambda tensors: True)
     # what the interpreter asks of a tensor, to copy one that is on a GPU
-    Shifted = _plan_triton.Shifted
+    Shifted = triton_plan.Shifted
     for name in ("untyped_storage", "storage_offset", "size", "stride"):
         monkeypatch.setattr(Shifted, name, lambda self, name=name: getattr(self.tensor, name)(), raising=False)
     for name in ("new_empty", "set_"):

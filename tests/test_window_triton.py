@@ -20,10 +20,10 @@ def _few_programs(monkeypatch):
 
 
 def rows(monkeypatch, length):
-    from vision_attn.kernels import _window_kernels_triton
+    from vision_attn.kernels.window import kernels as window_kernels
 
     table = {(size, 256): ((length, 1),) * 3 for size in (2, 4)}
-    monkeypatch.setattr(_window_kernels_triton, "_TILES", table)
+    monkeypatch.setattr(window_kernels, "_TILES", table)
 
 
 WINDOW = [one_head(case) for case in CASES if case.operator == "window"]

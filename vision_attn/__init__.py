@@ -17,10 +17,10 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Agent": "processors.agent",
     "Clear": "processors.clear",
-    "Conversion": "converted",
+    "Conversion": "conversion",
     "Grid": "grid",
     "HiLo": "processors.hilo",
-    "Host": "families.host",
+    "Host": "hosts.host",
     "LinFusion": "processors.linfusion",
     "LinearLocal": "processors.linear_local",
     "Neighborhood": "processors.neighborhood",

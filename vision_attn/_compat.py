@@ -5,8 +5,8 @@ load, and `import torchvision` (hence timm and parts of transformers) stops in `
 which registers shapes for operators that do not exist. timm and diffusers need torchvision's Python transforms only, so
 an empty stand-in for that one module is enough.
 
-The test suite, `vision_attn.pipelines`, the demo and the backbones call `ensure_torchvision()` before they import timm or
-diffusers. It changes nothing where torchvision works or is absent.
+The test suite, `vision_attn.pipelines`, the demo and the backbones call `ensure_torchvision()` before they import timm
+or diffusers. It changes nothing where torchvision works or is absent.
 """
 
 import importlib

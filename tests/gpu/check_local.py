@@ -22,8 +22,8 @@ import torch
 from test_local_attention import CASES, Case, exact_and_plain, run
 
 from vision_attn.grid import Grid
-from vision_attn.kernels import _local_triton
 from vision_attn.kernels.local import local_attention
+from vision_attn.kernels.local import op as local_op
 from vision_attn.kernels.local.window import Window
 
 DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
@@ -62,7 +62,7 @@ def check(case, name):
     plain = run(case, low, "reference")
     q, k, v, window, mask, leaves = low
     scale = case.scale if case.scale is not None else q.shape[-1] ** -0.5
-    o = _local_triton.local_attention_triton(q, k, v, case.grid, window, mask, scale)
+    o = local_op.local_attention_triton(q, k, v, case.grid, window, mask, scale)
     cotangent = torch.cos(0.7 * torch.arange(o.numel(), dtype=torch.float64)).view_as(o).to(o.dtype)
     ours = [o, *torch.autograd.grad(o, leaves, cotangent)]
     for leaf, a, p, e in zip(leaves_of(case), ours, plain, exact, strict=True):
@@ -94,7 +94,7 @@ def large():
     last = [t.detach()[2:].requires_grad_() for t in (q, k, v)]
     results = []
     for tensors, cotangent in ((whole, do), (last, do[2:])):
-        o = _local_triton.local_attention_triton(*tensors, grid, window, None, 128**-0.5)
+        o = local_op.local_attention_triton(*tensors, grid, window, None, 128**-0.5)
         results.append([o, *torch.autograd.grad(o, tensors, cotangent)])
     for leaf, a, b in zip("oqkv", *results, strict=True):
         shares[leaf] = round(((a[2:] - b).abs().max() / (0.01 * b.abs().max())).item(), 3)
@@ -109,7 +109,7 @@ def memory():
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    o = _local_triton.local_attention_triton(q, k, v, grid, window, None, 128**-0.5)
+    o = local_op.local_attention_triton(q, k, v, grid, window, None, 128**-0.5)
     forward = torch.cuda.max_memory_allocated() - before - o.nbytes - o.numel() // 128 * 4
     torch.autograd.grad(o, (q, k, v), do)
     both = torch.cuda.max_memory_allocated() - before - 4 * o.nbytes - o.numel() // 128 * 4
@@ -144,7 +144,7 @@ def modes():
     torch.cuda.synchronize()
     compiled = torch.compile(local_attention, fullgraph=True)
     numbers = [40, 40, 77, 0], 0.0, [5, 5], [2, 2], 0.125
-    torch.library.opcheck(_local_triton._local.registered, (q, k, v, None, None, None, None, *numbers))
+    torch.library.opcheck(local_op._local.registered, (q, k, v, None, None, None, None, *numbers))
     same = dict(repeats=both(local_attention), graph=captured, compiled=both(compiled))
     return dict(opcheck=True, **{name: equal(results) for name, results in same.items()})
 

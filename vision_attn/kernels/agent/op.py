@@ -1,6 +1,6 @@
 """Agent attention in Triton: the operator of both stages, its gradient, and the two calls.
 
-The kernels are in `_agent_forward_triton.py` and `_agent_backward_triton.py`; triton is imported when they first run.
+The kernels are in `forward.py` and `backward.py`; triton is imported when they first run.
 """
 
 from collections.abc import Sequence

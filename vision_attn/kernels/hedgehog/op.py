@@ -1,6 +1,6 @@
 """The Hedgehog's features in Triton, for inference: gradients are the portable path's.
 
-The kernel is in `_hedgehog_kernel_triton.py`; triton is imported when it first runs.
+The kernel is in `forward.py`; triton is imported when it first runs.
 """
 
 from torch import Tensor

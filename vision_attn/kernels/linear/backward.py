@@ -4,7 +4,7 @@
     dS = sum_i phi(q_i) / den_i do_i^T,   y = -sum_i phi(q_i) / den_i e_i
     dv_j = w_j dS^T phi(k_j),   dphi(k_j) = w_j (dS (v_j - m) + y)
 
-(rotation left out; den is the normaliser, m see `_linear_tiles_triton.py`.) The first launch reads q and do and writes
+(rotation left out; den is the normaliser, m see `tiles.py`.) The first launch reads q and do and writes
 dq, the last reads k and v and writes dk and dv: seven tensors in all, which is the floor. o is not needed. Where a
 state does not fit in the registers beside all that, q and do are read once more.
 """

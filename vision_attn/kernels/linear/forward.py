@@ -1,7 +1,7 @@
 """The forward of linear attention in Triton: partial states of keys and values, their merge, and the output.
 
 Three launches. The first reads k and v once and leaves a float32 state for each part of the keys; the second adds the
-parts in a fixed order (see `_linear_tiles_triton.py`); the third reads q once and writes o once.
+parts in a fixed order (see `tiles.py`); the third reads q once and writes o once.
 """
 
 # ruff: noqa: ANN001, ANN202, PLR0912, PLR0915  # the compiler of a kernel reads no annotations

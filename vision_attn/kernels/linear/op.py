@@ -1,6 +1,6 @@
 """Linear attention in Triton: the operators, their gradients, and when they can run.
 
-The kernels are in `_linear_forward_triton.py`, `_linear_backward_triton.py` and `_linear_mean_triton.py`; triton is
+The kernels are in `forward.py`, `backward.py` and `mean.py`; triton is
 imported when they first run.
 """
 

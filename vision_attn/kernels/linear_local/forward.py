@@ -1,7 +1,7 @@
 """Softmax inside windows and linear attention outside of them, in Triton: the forward.
 
 What lies outside a window is the whole grid without the window. The sums over the grid are the state of linear
-attention, from its own kernels; a second launch walks the windows as `_window_kernels_triton.py` does, and takes the
+attention, from its own kernels; a second launch walks the windows as `window/kernels.py` does, and takes the
 linear part of each window's own keys away where it adds their softmax part.
 """
 

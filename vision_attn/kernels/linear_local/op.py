@@ -1,6 +1,6 @@
 """`linear_local_attention` in Triton, for inference: gradients are the portable path's.
 
-The kernels are in `_linear_local_kernels_triton.py`; triton is imported when they first run.
+The kernels are in `forward.py`; triton is imported when they first run.
 """
 
 from collections.abc import Sequence

@@ -3,7 +3,7 @@
     o_i = sum_j softmax_j(scale * q_i . k_j + bias_ij) v_j,    j in window(i) + prefix + suffix + pooled
 
 The window is a disc (CLEAR) or a square (NATTEN): see `local_window.py`. This file holds the signature, the checks and
-the definition; `_local_torch.py` is the portable implementation, `_local_triton.py` the fused one.
+the definition; `portable.py` is the portable implementation, `op.py` the fused one.
 """
 
 import torch

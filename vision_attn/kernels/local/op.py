@@ -1,6 +1,6 @@
 """Local attention in Triton: the operator, its gradient, and when it can run.
 
-The kernels are in `_local_forward_triton.py` and `_local_backward_triton.py`; triton is imported when they first run.
+The kernels are in `forward.py` and `backward.py`; triton is imported when they first run.
 """
 
 import importlib.util

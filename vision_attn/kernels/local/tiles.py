@@ -5,7 +5,7 @@ rows; every band starts at its own first needed column. A dilated window is an u
 `dilation`-th row and column: all coordinates here are those of the sub-grid.
 """
 
-# ruff: noqa: ANN001, ANN202, SIM108  # the compiler of a kernel reads no annotations
+# ruff: noqa: ANN001, SIM108  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
 
 import triton
@@ -124,6 +124,7 @@ def shared_seen(index, stop, mask_row, prefix, image, MASK: tl.constexpr):
 
 @triton.jit
 def window_start(i, length, K):
+    """First key of query `i` on an axis: the window is moved inside the grid."""
     return tl.minimum(tl.maximum(i - K // 2, 0), length - K)
 
 

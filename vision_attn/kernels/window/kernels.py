@@ -100,6 +100,7 @@ def scores_of(x, keys, cell, other, token, stop, scale, PRECISION: tl.constexpr)
 
 @triton.jit
 def update(s, values, m, l, acc, PRECISION: tl.constexpr):
+    """Add a tile of keys to an online softmax: its maximum m, sum l and weighed values acc."""
     top = tl.maximum(m, tl.max(s, 1))
     p = tl.math.exp2(s - top[:, None])
     shrink = tl.math.exp2(m - top)

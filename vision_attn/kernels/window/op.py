@@ -1,6 +1,6 @@
 """Window attention in Triton: the operator on the grid's tokens, its gradient, and the dense rows of the others.
 
-The kernels are in `_window_kernels_triton.py`; triton is imported when they first run.
+The kernels are in `kernels.py`; triton is imported when they first run.
 """
 
 from collections.abc import Sequence
@@ -76,6 +76,7 @@ def cells_of(
 
     k_out, v_out = (None if t is None else packed(t) for t in (shared_k, shared_v))
     if seen is not None:
+    """Pack the cells of a grid, and the tokens outside it, for the kernels."""
         seen = seen.contiguous().view(torch.uint8)
     return Cells(packed(q), packed(k), packed(v), k_out, v_out, seen, (size[0], size[1]), (cell[0], cell[1]), scale)
 

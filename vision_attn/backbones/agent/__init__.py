@@ -1,0 +1,1 @@
+"""Backbones with agent attention: importing a module registers its variants with timm."""

@@ -1,0 +1,1 @@
+"""Backbones with neighborhood attention: importing a module registers its variants with timm."""
