@@ -26,7 +26,7 @@ from vision_attn.processors import from_config
 from vision_attn.processors.base import AttnSpec
 
 CONFIG, WEIGHTS = "config.json", "vision_attn.safetensors"
-FORMAT = "vision_attn.adapters.adapter.v1"
+FORMAT = "vision_attn.adapter.v1"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,12 +71,12 @@ def cells_of(
     q: Tensor, k: Tensor, v: Tensor, shared_k: Tensor | None, shared_v: Tensor | None, seen: Tensor | None,
     size: Sequence[int], cell: Sequence[int], scale: float,
 ) -> Any:  # fmt: skip
+    """Pack the cells of a grid, and the tokens outside it, for the kernels."""
     from vision_attn.kernels.local.call import packed  # noqa: PLC0415
     from vision_attn.kernels.window.kernels import Cells  # noqa: PLC0415
 
     k_out, v_out = (None if t is None else packed(t) for t in (shared_k, shared_v))
     if seen is not None:
-    """Pack the cells of a grid, and the tokens outside it, for the kernels."""
         seen = seen.contiguous().view(torch.uint8)
     return Cells(packed(q), packed(k), packed(v), k_out, v_out, seen, (size[0], size[1]), (cell[0], cell[1]), scale)
 
