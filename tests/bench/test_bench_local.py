@@ -135,7 +135,7 @@ for grid, window in WINDOWS:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 def test_the_kernels_own_count_agrees(tmp_path):
     (tmp_path / "count.py").write_text(KERNEL)
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
     command = [sys.executable, str(tmp_path / "count.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=root)

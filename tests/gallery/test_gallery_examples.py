@@ -21,7 +21,7 @@ from vision_attn.highres.levels import Options
 from vision_attn.kernels.dense import dense_attention
 from vision_attn.processors import Layer
 
-FOLDER = Path(__file__).parent.parent / "examples" / "gallery"
+FOLDER = Path(__file__).parents[2] / "examples" / "gallery"
 EXAMPLES = {example.name: example for example in find_examples(FOLDER)}
 HUB = [name for name, example in EXAMPLES.items() if example.weights]
 SMALL: dict[str, dict[str, Any]] = {  # arguments with which the offline ones take a second

@@ -92,7 +92,7 @@ def test_ready_embeddings(pipe):
 
 def psnr_to_icons(pipe, steps, count):
     """PSNR in dB of the first `count` icons at 32 x 32 pixels, each drawn from its own seed."""
-    icons = np.asarray(Image.open(Path(__file__).parent / "golden" / "emoji" / "icons.png"), float) / 255
+    icons = np.asarray(Image.open(Path(__file__).parents[1] / "golden" / "emoji" / "icons.png"), float) / 255
     prompts = ["red apple", "alarm clock", "angry face", "house"][:count]
     seeds = [torch.Generator().manual_seed(seed) for seed in range(count)]
     images = draw(pipe, prompts, generator=seeds, num_inference_steps=steps)

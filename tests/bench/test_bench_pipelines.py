@@ -79,7 +79,7 @@ def test_an_extrapolated_step_is_marked(stored, tmp_path, capsys):
 
 def test_a_candidate_looks_alike_in_all_plots(tmp_path):
     pytest.importorskip("matplotlib")
-    plot_document(Path(__file__).parents[1] / "bench" / "results" / "pipelines_h200.json", tmp_path)
+    plot_document(Path(__file__).parents[2] / "bench" / "results" / "pipelines_h200.json", tmp_path)
     drawn = {name: (tmp_path / f"pipelines_{name}.svg").read_text().lower() for name in ("flux", "sdxl")}
     flex, linfusion = "#0072b2", "#e69f00"
     assert all(linfusion in picture for picture in drawn.values())

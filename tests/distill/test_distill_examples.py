@@ -12,7 +12,7 @@ from vision_attn import Clear, convert
 from vision_attn.demo import load_teacher
 from vision_attn.distill.config import read_config
 
-EXAMPLES = Path(__file__).parent.parent / "examples" / "distill"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "distill"
 FILES = sorted(EXAMPLES.glob("*.yaml"))
 
 

@@ -17,7 +17,7 @@ from vision_attn.gallery.example import Shown, find_examples, read_example, run_
 from vision_attn.gallery.page import write_page
 from vision_attn.gallery.results import html_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 LOOKS = [
     pytest.param(

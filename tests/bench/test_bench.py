@@ -93,7 +93,7 @@ def test_a_case_is_stored_once_in_the_order_of_the_entry():
         (["table"], "needs a FILE"),
         (["kernels", "results.json"], "needs a FILE, and only they do"),
         (["table", str(Path(__file__))], "is not JSON"),
-        (["table", str(Path(__file__).parent.parent / "docs" / "demo_sheet.jpg")], "demo_sheet.jpg is not JSON"),
+        (["table", str(Path(__file__).parents[2] / "docs" / "demo_sheet.jpg")], "demo_sheet.jpg is not JSON"),
     ],
 )
 def test_unknown_names_are_refused(arguments, message, capsys):

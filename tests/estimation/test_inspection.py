@@ -48,7 +48,7 @@ def test_a_pipeline_a_model_and_a_timm_name(tmp_path: Path, capsys: pytest.Captu
     assert drawn.getpixel((15 * 6, 0)) == (220, 30, 30) and drawn.getpixel((0, 0)) == (255, 255, 255)
     assert main(["inspect", "vit_tiny_patch16_224", *size, "--processor", "hilo:alpha=0.5"]) == 0
     assert "blocks.11.attn" in capsys.readouterr().out
-    demo = Path(__file__).parent.parent / "vision_attn" / "demo" / "weights" / "flux_nano"
+    demo = Path(__file__).parents[2] / "vision_attn" / "demo" / "weights" / "flux_nano"
     assert main(["inspect", str(demo), *size]) == 0
     assert "single_transformer_blocks" in capsys.readouterr().out
 
