@@ -4,8 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vision_attn.conversion.conversion import convert, load, use_grid
-    from vision_attn.conversion.converted import Conversion
+    from vision_attn.conversion.conversion import Conversion, convert, load, use_grid
     from vision_attn.estimation.model import estimate
     from vision_attn.grid import Grid
     from vision_attn.highres.levels import generate_highres

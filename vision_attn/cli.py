@@ -80,7 +80,8 @@ def _add_generate(commands: Any) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from vision_attn.demo.generation import generate, load_pipeline, request_of  # noqa: PLC0415
+    from vision_attn.demo.generation import generate, request_of  # noqa: PLC0415
+    from vision_attn.demo.loading import load_pipeline  # noqa: PLC0415
 
     request = request_of(options)
     if not options.out.parent.is_dir() or options.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
@@ -167,7 +168,8 @@ def _distill(arguments: Sequence[str]) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from vision_attn.estimation.inspection import attended, check_picture, fitting, load_target, picture  # noqa: PLC0415
+    from vision_attn.demo.loading import load_target  # noqa: PLC0415
+    from vision_attn.estimation.inspection import attended, check_picture, fitting, picture  # noqa: PLC0415
     from vision_attn.estimation.model import estimate  # noqa: PLC0415
     from vision_attn.processors import spec_of_text  # noqa: PLC0415
 

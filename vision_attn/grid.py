@@ -14,6 +14,8 @@ values are `[B, N, H, D]`.
 
 from dataclasses import dataclass
 
+from vision_attn._checks import check_int
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -39,11 +41,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         for name, least in (("height", 1), ("width", 1), ("prefix", 0), ("suffix", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int (in tokens), got {value!r}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            check_int(name, getattr(self, name), least, "an int (in tokens)")
 
     @property
     def image_tokens(self) -> int:

@@ -8,15 +8,16 @@ Importing this module gives it to every diffusers pipeline, unless diffusers has
 `vision_attn.convert(pipe, ...)` does the same and leaves the class of the pipeline alone.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from vision_attn._compat import ensure_torchvision
-from vision_attn.conversion.conversion import Conversion, reconvert
-from vision_attn.conversion.model_state import is_converted
-from vision_attn.hosts.targets import COMPONENTS
+from vision_attn.conversion.conversion import Conversion, convert
+from vision_attn.conversion.state import is_converted
+from vision_attn.hosts.selection import COMPONENTS
 from vision_attn.processors import AttnSpec, make_spec
 
 
@@ -37,8 +38,7 @@ def set_attn_processor(pipe: Any, processor: Any, **options: Any) -> Conversion 
         processor: One of our specs (`Clear(radius=16)`), a sequence of them or a dictionary of them by pattern, as
             for `convert`; the name of one, with its fields in `options`; a processor of diffusers or a dictionary of
             them, which goes to the denoiser's own `set_attn_processor`; or None, which gives the host back as it was.
-        options: Fields of a processor given by name, and options of `convert`: `where`, `min_tokens`, `grid`,
-            `backend`, `components`, `only_if_faster`.
+        options: Fields of a processor given by name, and options of `convert` such as `where` or `min_tokens`.
 
     Returns:
         The conversion, or None for a processor of diffusers and for None.
@@ -61,10 +61,15 @@ def set_attn_processor(pipe: Any, processor: Any, **options: Any) -> Conversion 
         processor = make_spec(processor, **options)
     elif options:
         raise TypeError(f"unknown options {', '.join(options)}: known are {', '.join(_CONVERT)}")
-    return reconvert(pipe, processor, **arguments)
+    return convert(pipe, processor, replace=True, **arguments)
 
 
-_CONVERT = ("where", "min_tokens", "grid", "backend", "components", "only_if_faster")
+_CONVERT = tuple(
+    name
+    for name, parameter in inspect.signature(convert).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+    and name not in ("host", "replace")  # the models of a pipeline are known
+)
 
 
 def _is_ours(processor: Any) -> bool:

@@ -11,9 +11,9 @@ from test_hosts import RADIUS_2, TEXT, DenseOracle, run, stock
 from tiny_hosts import HOST, Layout, noise
 from torch import Tensor, nn
 
-from vision_attn import Clear, Conversion, Grid, Host, Neighborhood, Softmax, convert, grid_context, use_grid
-from vision_attn.conversion.model_state import is_converted
-from vision_attn.conversion.rerouting import is_rerouted
+from vision_attn import Clear, Conversion, Grid, Host, Neighborhood, Softmax, convert, use_grid
+from vision_attn.conversion import grids
+from vision_attn.conversion.state import is_converted, is_rerouted
 
 POOLED = Clear(radius=2, pool=2)
 
@@ -246,8 +246,8 @@ def test_a_given_grid_is_not_read_while_a_cuda_graph_is_captured(monkeypatch: py
     case, model = HOST["flux"], HOST["flux"].build()
     conversion = convert(model, Clear(radius=2), grid=(12, 10))
     want = run(case, model, 12, 10)
-    monkeypatch.setattr(grid_context, "_capturing", lambda: True)
-    monkeypatch.setattr(grid_context.GridContext, "_read", None)
+    monkeypatch.setattr(grids, "_capturing", lambda: True)
+    monkeypatch.setattr(grids.GridContext, "_read", None)
     assert torch.equal(run(case, model, 12, 10), want)
     with pytest.raises(RuntimeError, match=r"the grid given, 12 x 10, is not that of .*img_ids has 100 tokens"):
         run(case, model, 10, 10)

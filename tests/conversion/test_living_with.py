@@ -18,7 +18,7 @@ from tiny_hosts import HOST, noise, randomise
 from torch import Tensor, nn
 
 from vision_attn import Clear, Conversion, Softmax, convert
-from vision_attn.conversion.rerouting import is_rerouted
+from vision_attn.conversion.state import is_rerouted
 
 SIZE = (16, 8)
 

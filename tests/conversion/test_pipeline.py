@@ -13,7 +13,7 @@ from tiny_pipelines import PIPELINE, PIPELINES, PipelineCase, images_of, ip_adap
 
 import vision_attn.pipelines
 from vision_attn import Clear, Conversion, Neighborhood, Softmax, convert
-from vision_attn.conversion.rerouting import is_rerouted
+from vision_attn.conversion.state import is_rerouted
 from vision_attn.pipelines import set_attn_processor
 
 all_pipelines = pytest.mark.parametrize("case", PIPELINES, ids=lambda case: case.id)

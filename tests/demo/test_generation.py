@@ -15,10 +15,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from vision_attn import Clear, convert
 from vision_attn.cli import main
-from vision_attn.conversion.model_state import is_converted
+from vision_attn.conversion.state import is_converted
 from vision_attn.demo import load_teacher
-from vision_attn.demo.call_arguments import call_of_text
-from vision_attn.demo.generation import Request, _size, generate
+from vision_attn.demo.generation import Request, _size, call_of_text, generate
 from vision_attn.highres.levels import Options
 
 

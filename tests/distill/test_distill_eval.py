@@ -15,7 +15,7 @@ from vision_attn.demo import load_teacher
 from vision_attn.distill.cache import write_cache
 from vision_attn.distill.evaluate import Evaluation, read_truth
 from vision_attn.distill.measures import agreement, copies, kernel_distance, retrieval
-from vision_attn.highres.options import unit_of
+from vision_attn.highres.levels import unit_of
 from vision_attn.highres.positions import stretched_positions
 
 

@@ -12,7 +12,7 @@ from tiny_pipelines import PIPELINE
 from torch.utils.flop_counter import FlopCounterMode
 
 from vision_attn import Clear, HiLo, LinFusion, Neighborhood, Softmax, convert, estimate
-from vision_attn.conversion.rerouting import is_rerouted, state_of
+from vision_attn.conversion.state import is_rerouted, state_of
 from vision_attn.estimation.cost import MACHINES, break_even, seconds
 from vision_attn.grid import Grid
 from vision_attn.hosts import find_host

@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_pipelines import PIPELINE
 
 from vision_attn import Clear, Grid, LinFusion, Neighborhood, convert, load
-from vision_attn.conversion.model_state import is_converted
+from vision_attn.conversion.state import is_converted
 from vision_attn.demo import load_teacher
 from vision_attn.gallery.example import find_examples, run_example
 from vision_attn.highres.levels import Options

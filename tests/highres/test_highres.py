@@ -15,10 +15,9 @@ from vision_attn import Clear, Conversion, LinFusion, Softmax, generate_highres
 from vision_attn.demo import load_teacher
 from vision_attn.grid import Grid
 from vision_attn.highres.feed_forward import chunked_feed_forward
-from vision_attn.highres.levels import Options
+from vision_attn.highres.levels import Options, Proportional
 from vision_attn.highres.positions import position_ids, stretched_positions
 from vision_attn.highres.redraw import Redraw, image_to_image, noise_level, schedule_for
-from vision_attn.highres.specs import Proportional
 
 KINDS = ["sd", "sdxl", "sd3", "flux"]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vision_attn import Clear, Grid, Neighborhood, Softmax, convert
-from vision_attn.conversion.rerouting import is_rerouted, state_of
+from vision_attn.conversion.state import is_rerouted, state_of
 from vision_attn.kernels.local.window import Window
 
 TEXT, BATCH = 7, 2

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from vision_attn import LinFusion, load
 from vision_attn.adapters.published import export_linfusion
-from vision_attn.conversion.rerouting import is_rerouted, state_of
+from vision_attn.conversion.state import is_rerouted, state_of
 from vision_attn.grid import Grid
 
 CASES = sorted(path.parent.name for path in (GOLDEN / "linfusion").glob("*/meta.json"))

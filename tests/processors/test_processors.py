@@ -24,7 +24,7 @@ from vision_attn import (
     convert,
     load,
 )
-from vision_attn.conversion.rerouting import is_rerouted, state_of
+from vision_attn.conversion.state import is_rerouted, state_of
 from vision_attn.processors import SPECS, AgentSD, Schedule
 
 PROCESSORS = {

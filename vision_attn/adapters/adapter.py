@@ -6,13 +6,15 @@ is ever unpickled.
 """
 
 import dataclasses
+import importlib.metadata
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vision_attn.adapters.published import (
@@ -22,7 +24,7 @@ from vision_attn.adapters.published import (
     linfusion_adapter,
     published_adapter,
 )
-from vision_attn.processors import from_config
+from vision_attn.processors import from_config, to_config
 from vision_attn.processors.base import AttnSpec
 
 CONFIG, WEIGHTS = "config.json", "vision_attn.safetensors"
@@ -186,3 +188,48 @@ def _fetch(source: str | Path, weight_name: str | None, *, subfolder: str = "", 
         return Path(snapshot_download(str(source), allow_patterns=wanted, **hub)) / subfolder
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise FileNotFoundError(f"{source} is neither here nor could it be downloaded: {error}") from None
+
+
+def write_adapter(folder: Path, adapter: Adapter, base_name: str) -> None:
+    """Write an adapter folder. The files appear complete or not at all.
+
+    Args:
+        folder: Is made if it does not exist. Files of an earlier adapter are replaced.
+        adapter: What to write.
+        base_name: Of the base model, where it is known.
+    """
+    groups: dict[AttnSpec, list[str]] = {}
+    for name, spec in adapter.layers.items():
+        groups.setdefault(spec, []).append(str(name))
+    content = {
+        "format": FORMAT,
+        "component": adapter.component,
+        "base_model": {"class": adapter.model_class, "name": base_name},
+        "processors": [{"spec": to_config(spec), "layers": names} for spec, names in groups.items()],
+        "min_tokens": adapter.min_tokens,
+        "versions": {name: _version(name) for name in ("vision_attn", "torch", "diffusers", "timm")},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors.items()}
+    save_file(tensors, folder / f"{WEIGHTS}.part", metadata={"format": "pt"})
+    (folder / f"{CONFIG}.part").write_text(json.dumps(content, indent=2) + "\n")
+    for name in (WEIGHTS, CONFIG):
+        os.replace(folder / f"{name}.part", folder / name)
+
+
+def remove_adapter(folder: Path) -> None:
+    """Remove the files that `write_adapter` wrote into a folder."""
+    try:
+        ours = json.loads((folder / CONFIG).read_text()).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError):
+        return
+    if ours:
+        for name in (CONFIG, WEIGHTS):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vision_attn.conversion.rerouting import CHILD, is_rerouted, state_of
-from vision_attn.processors.base import AttnSpec
+from vision_attn.hosts.host import heads_of
+from vision_attn.processors.base import CHILD, AttnSpec
 from vision_attn.processors.clear import Clear
 from vision_attn.processors.linfusion import LinFusion
 
@@ -137,8 +137,7 @@ def check_clear(conversion: Any) -> tuple[nn.Module, Clear]:
     Raises:
         ValueError: If it is not a FLUX.1 with one `Clear` of whole radius on all layers.
     """
-    model, layers = _only_model(conversion)
-    specs = {state.spec for _, state in layers}
+    model, specs = _only_model(conversion), set(conversion.specs.values())
     spec = next(iter(specs))
     if type(model).__name__ != "FluxTransformer2DModel" or len(specs) > 1 or not isinstance(spec, Clear):
         raise ValueError(
@@ -165,17 +164,17 @@ def export_linfusion(conversion: Any, folder: str | Path) -> Path:
     """
     modules_list: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
-    for number, (module, state) in enumerate(check_linfusion(conversion)):
-        halved = _QUERIES_AND_KEYS if state.spec.mid_dim == -1 else ()
+    for number, (name, spec, module) in enumerate(check_linfusion(conversion)):
+        halved = _QUERIES_AND_KEYS if spec.mid_dim == -1 else ()
         for key, value in _released_names(module).items():
             tensor = value.detach().cpu().contiguous()
             tensors[f"{number}.{key}"] = tensor / 2 if key in halved else tensor
         modules_list.append(
             {
                 "dim_n": module.to_q.in_features,
-                "heads": state.num_heads,
-                "module_name": state.name,
-                "projection_mid_dim": state.spec.mid_dim,
+                "heads": heads_of(name, module)[0],
+                "module_name": name,
+                "projection_mid_dim": spec.mid_dim,
             }
         )
     folder = Path(folder)
@@ -185,20 +184,21 @@ def export_linfusion(conversion: Any, folder: str | Path) -> Path:
     return folder
 
 
-def check_linfusion(conversion: Any) -> list[tuple[Any, Any]]:
-    """Return the layers, and their states, of a conversion that LinFusion's format can hold.
+def check_linfusion(conversion: Any) -> list[tuple[str, LinFusion, Any]]:
+    """Return name, spec and module of the layers of a conversion that LinFusion's format can hold.
 
     Raises:
         ValueError: If a layer is no `LinFusion(feature_map='elu')`, or its projections are not separate and unbiased.
     """
-    layers = _only_model(conversion)[1]
-    for module, state in layers:
-        spec: Any = state.spec
+    model, layers = _only_model(conversion), []
+    for name, spec in conversion.specs.items():
         if not isinstance(spec, LinFusion) or spec.feature_map != "elu":
-            raise ValueError(f"LinFusion's format has no place for {spec} on {state.name}")
+            raise ValueError(f"LinFusion's format has no place for {spec} on {name}")
+        module = model.get_submodule(name)
+        layers.append((name, spec, module))
         own, keys = _released_names(module), [key.removeprefix("0.") for key in _linfusion_keys(0, spec.mid_dim)]
         if set(own) != set(keys):
-            raise ValueError(f"LinFusion's format has {', '.join(keys)}, and {state.name} has {', '.join(own)}")
+            raise ValueError(f"LinFusion's format has {', '.join(keys)}, and {name} has {', '.join(own)}")
     return layers
 
 
@@ -206,11 +206,11 @@ def _released_names(module: nn.Module) -> dict[str, Tensor]:
     return {key.replace(f"{CHILD}.", ""): tensor for key, tensor in module.state_dict().items()}
 
 
-def _only_model(conversion: Any) -> tuple[nn.Module, list[tuple[Any, Any]]]:
+def _only_model(conversion: Any) -> nn.Module:
     if len(conversion.models) != 1:
         raise ValueError(f"a released file is for one model, and this conversion has {', '.join(conversion.models)}")
-    model = next(iter(conversion.models.values()))
-    return model, [(module, state_of(module)) for module in model.modules() if is_rerouted(module)]
+    model: nn.Module = next(iter(conversion.models.values()))
+    return model
 
 
 def _write(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Path:

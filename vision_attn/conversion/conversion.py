@@ -1,25 +1,33 @@
 """`convert` joins a processor to a host, `load` does it as a saved conversion says; both return a `Conversion`."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from vision_attn.adapters.adapter import Adapter, read_adapter
-from vision_attn.conversion.converted import Conversion
-from vision_attn.conversion.model_state import is_converted, undo
-from vision_attn.conversion.plan import Plan, fix_grid
+from vision_attn._checks import check_int
+from vision_attn.adapters.adapter import Adapter, read_adapter, remove_adapter, write_adapter
+from vision_attn.conversion.plan import Plan, fix_grid, undo
+from vision_attn.conversion.state import (
+    LayerState,
+    ModelState,
+    is_converted,
+    is_rerouted,
+    model_state,
+    plain,
+    state_of,
+)
+from vision_attn.estimation.model import aligned
 from vision_attn.hosts import Host, find_host
-from vision_attn.hosts.policy import Specs, Where, assign, check_specs, selector
-from vision_attn.hosts.targets import candidates_of, refuse_converted, targets_of
+from vision_attn.hosts.selection import Specs, Where, assign, candidates_of, check_specs, selector, targets_of
 from vision_attn.kernels.backend import check_backend
-from vision_attn.processors.base import AttnSpec
-
-__all__ = ["Conversion", "convert", "load", "reconvert", "use_grid"]
+from vision_attn.processors.base import CHILD, AttnSpec
 
 
-def convert(
+def convert(  # noqa: PLR0913, the one call that users make
     target: Any,
     spec: Specs,
     *,
@@ -30,7 +38,8 @@ def convert(
     host: Host | None = None,
     components: tuple[str, ...] | None = None,
     only_if_faster: bool = False,
-) -> Conversion:
+    replace: bool = False,
+) -> "Conversion":
     """Replace the self-attention over the image of a model, or of a pipeline's denoisers, in place.
 
     The model is changed only if everything fits.
@@ -51,44 +60,19 @@ def convert(
         only_if_faster: Layers run their own attention on grids that are too small for the processor to pay, by the
             measured rates of `estimate` for the device that the model is on now; their status says so. It is about
             this machine, so `Conversion.save` does not keep it.
+        replace: Take the place of an earlier conversion, which stays if this one is refused.
 
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If the model is unknown or converted already, no layer is selected, or a layer cannot be rerouted.
     """
-    refuse_converted(targets_of(target, components, host))
-    return reconvert(
-        target,
-        spec,
-        where=where,
-        min_tokens=min_tokens,
-        grid=grid,
-        backend=backend,
-        host=host,
-        components=components,
-        only_if_faster=only_if_faster,
-    )
-
-
-def reconvert(
-    target: Any,
-    spec: Specs,
-    *,
-    where: Where = None,
-    min_tokens: int = 0,
-    grid: tuple[int, int] | None = None,
-    backend: str = "auto",
-    host: Host | None = None,
-    components: tuple[str, ...] | None = None,
-    only_if_faster: bool = False,
-) -> Conversion:
-    """Convert like `convert`, in the place of an earlier conversion if there is one."""
-    if isinstance(min_tokens, bool) or not isinstance(min_tokens, int) or min_tokens < 0:
-        raise ValueError(f"min_tokens must be a number of tokens, at least 0, got {min_tokens!r}")
+    check_int("min_tokens", min_tokens, 0, "a number of tokens")
     check_specs(spec)
     _check(host, backend)
     select = selector(where)
     models = targets_of(target, components, host)
+    if not replace:
+        refuse_converted(models)
     plans = []
     for model in models.values():
         family = host or find_host(model)
@@ -112,6 +96,13 @@ def _check(host: Any, backend: str) -> None:
     check_backend(backend)
 
 
+def refuse_converted(models: dict[str, nn.Module]) -> None:
+    """Refuse models that are converted already."""
+    done = [name or type(model).__name__ for name, model in models.items() if is_converted(model)]
+    if done:
+        raise ValueError(f"{', '.join(done)} is converted already: revert() the conversion first")
+
+
 def use_grid(target: Any, height: int, width: int) -> AbstractContextManager[None]:
     """Fix the grid of a converted model or pipeline inside a `with` block: see `Conversion.use_grid`."""
     return Conversion.of(target).use_grid(height, width)
@@ -126,7 +117,7 @@ def load(
     host: Host | None = None,
     backend: str = "auto",
     **hub: Any,
-) -> Conversion:
+) -> "Conversion":
     """Convert a model or pipeline as a saved adapter says, and load its weights.
 
     Reads what `Conversion.save` wrote, and as they are the released CLEAR weights
@@ -177,3 +168,212 @@ def _model_for(adapter: Adapter, target: Any, host: Host | None) -> tuple[str, n
     if ("" in models or not adapter.component) and len(models) == 1:
         return next(iter(models.items()))
     raise ValueError(f"{adapter.source} is for {adapter.component!r}, but there is only {', '.join(candidates)}")
+
+
+class Row(NamedTuple):
+    """One converted layer. `tokens` and `attended` (mean share of tokens seen) are of its last forward, else None."""
+
+    name: str
+    heads: int
+    tokens: int | None
+    attended: float | None
+    status: str
+
+
+class LayerTable(list[Row]):
+    """The converted layers; prints as a table."""
+
+    def __str__(self) -> str:
+        cells = [("layer", "heads", "tokens", "attended", "status")]
+        for row in self:
+            attended = "-" if row.attended is None else f"{row.attended:.1%}"
+            cells.append(
+                (row.name, str(row.heads), "-" if row.tokens is None else str(row.tokens), attended, row.status)
+            )
+        return aligned(cells)
+
+
+class Conversion:
+    """The converted models of a pipeline, or one model. It holds no state: `Conversion.of(model)` makes another.
+
+    Args:
+        models: The converted models by component name, '' for a model by itself.
+    """
+
+    def __init__(self, models: dict[str, nn.Module]) -> None:
+        self.models = models
+
+    @classmethod
+    def of(cls, target: Any) -> "Conversion":
+        """Return the conversion of a converted model or pipeline.
+
+        Raises:
+            ValueError: If nothing of it is converted.
+        """
+        models = {name: model for name, model in candidates_of(target).items() if is_converted(model)}
+        if not models:
+            raise ValueError(f"this {type(target).__name__} is not converted")
+        return cls(models)
+
+    def _converted(self) -> list[tuple[str, nn.Module]]:
+        """The models by component name.
+
+        Raises:
+            ValueError: If one was reverted.
+        """
+        for name, model in self.models.items():
+            if not is_converted(model):
+                raise ValueError(f"{name or type(model).__name__} is not converted: it was reverted")
+        return list(self.models.items())
+
+    def _rerouted(self) -> Iterator[tuple[str, nn.Module, LayerState]]:
+        for component, model in self._converted():
+            for module in model.modules():
+                if is_rerouted(module):
+                    state = state_of(module)
+                    yield f"{component}.{state.name}" if len(self.models) > 1 else state.name, module, state
+
+    @property
+    def layers(self) -> LayerTable:
+        """The converted layers with their heads, tokens, attended share and status."""
+        table = LayerTable()
+        for name, _, state in self._rerouted():
+            grid, attended = state.grid, None
+            if grid is not None:
+                attended = state.spec.attended(grid) if state.status == "rerouted" else 1.0
+            table.append(Row(name, state.num_heads, grid.tokens if grid is not None else None, attended, state.status))
+        return table
+
+    def status(self) -> dict[str, str]:
+        """Return what became of each layer's last call: 'rerouted', 'dense: why', or 'not run yet'."""
+        return {name: state.status for name, _, state in self._rerouted()}
+
+    @property
+    def spec(self) -> AttnSpec:
+        """The spec that the first layer was converted with; `specs` has them all."""
+        return next(state.spec for _, _, state in self._rerouted())
+
+    @property
+    def specs(self) -> dict[str, AttnSpec]:
+        """The spec of each converted layer by name."""
+        return {name: state.spec for name, _, state in self._rerouted()}
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters that the conversion added, under their names in the model."""
+        for name, module, _ in self._rerouted():
+            for inner, parameter in module.vision_attn.named_parameters():  # type: ignore[union-attr]
+                yield f"{name}.vision_attn.{inner}", parameter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters that the conversion added: what to train when the host is frozen.
+
+        They have the dtype of their layer. Of a 16-bit host, train them in float32 under autocast, as
+        `vision_attn.distill` does: `for p in conversion.parameters(): p.data = p.data.float()`.
+        """
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    @contextmanager
+    def bypassed(self) -> Iterator[None]:
+        """Run the host's own attention inside the `with` block: the teacher of the same weights.
+
+        With gradient checkpointing, which runs layers again, `backward` belongs inside the same block as its forward.
+        """
+        shared = [model_state(model).shared for _, model in self._converted()]
+        before = [s.bypassed for s in shared]
+        for s in shared:
+            s.bypassed = True
+        try:
+            yield
+        finally:
+            for s, value in zip(shared, before, strict=True):
+                s.bypassed = value
+
+    @contextmanager
+    def use_grid(self, height: int, width: int) -> Iterator[None]:
+        """Fix the grid, in tokens, inside the `with` block, for hosts whose grid `torch.compile` cannot read.
+
+        Compiled code is specialised on the grid: for more than 8 sizes raise `torch._dynamo.config.recompile_limit`.
+        """
+        contexts = {id(state.context): state.context for _, _, state in self._rerouted()}.values()
+        before = [context.fixed for context in contexts]
+        fix_grid(list(contexts), (height, width))
+        try:
+            yield
+        finally:
+            for context, fixed in zip(contexts, before, strict=True):
+                context.fix(fixed)
+
+    def revert(self) -> None:
+        """Give the host back as it was: classes, hooks, switches, keys, and the weights that `load` replaced."""
+        for _, model in self._converted():
+            undo(model)
+
+    def save(self, folder: str | Path) -> None:
+        """Write an adapter folder, from which `load` restores this conversion.
+
+        It holds `config.json` and one safetensors file with the tensors that the conversion added, and those of the
+        host that have changed since, under their names in the model. Several components get a folder each.
+
+        Args:
+            folder: Is made if it does not exist. Files of an earlier adapter are replaced.
+        """
+        root = Path(folder)
+        places = {component: root / component if len(self.models) > 1 else root for component in self.models}
+        for component, model in self._converted():
+            write_adapter(places[component], _adapter_of(model, component), _base_name(model))
+        if root not in places.values():
+            remove_adapter(root)  # of one component, which would be read first
+
+    def __repr__(self) -> str:
+        if not all(is_converted(model) for model in self.models.values()):
+            return "a conversion that was reverted"
+        table = self.layers
+        done = sum(row.status == "rerouted" for row in table)
+        specs = dict.fromkeys(str(state.spec) for _, _, state in self._rerouted())
+        return f"{', '.join(specs)} on {len(table)} layers, {done} rerouted in the last forward"
+
+
+def _adapter_of(model: nn.Module, component: str) -> Adapter:
+    """Return what is to be saved of a converted model; LoRA layers have files of their own.
+
+    Raises:
+        ValueError: If projections were fused since the conversion, and trained.
+    """
+    state = model_state(model)
+    _refuse_fused(model, state)
+    layers: dict[str | None, AttnSpec] = {s.name: s.spec for s in map(state_of, filter(is_rerouted, model.modules()))}
+    changed = state.changed(model)
+    own = {plain(name): tensor for name, tensor in model.state_dict().items()}
+    kept = {name: tensor for name, tensor in own.items() if f".{CHILD}." in name or name in changed}
+    return Adapter("", component, layers, kept, state.shared.min_tokens, type(model).__name__)
+
+
+def _base_name(model: nn.Module) -> str:
+    """Name of the model that was converted, '' if it does not say."""
+    config: Any = getattr(model, "config", None)
+    return getattr(config, "_name_or_path", "") or getattr(model, "pretrained_cfg", {}).get("architecture", "")
+
+
+def _refuse_fused(model: nn.Module, state: ModelState) -> None:
+    """Refuse projections that were fused since the conversion and are no longer the copy of what was fused."""
+    names: dict[str, Tensor] = {plain(name): parameter for name, parameter in model.named_parameters()}
+    known = {plain(name) for name in state.fingerprints}
+    for name, parameter in names.items():
+        layer, _, rest = name.rpartition(".to_")
+        role, _, kind = rest.partition(".")
+        if name in known or role not in _FUSED:
+            continue
+        parts = [names[f"{layer}.{part}.{kind}"] for part in _FUSED[role] if f"{layer}.{part}.{kind}" in names]
+        if not parts or not torch.equal(torch.cat(parts), parameter):
+            raise ValueError(
+                f"{name} is no parameter of the model that was converted, and not saved: unfuse_qkv_projections() "
+                "before training, and fuse again afterwards"
+            )
+
+
+_FUSED = {
+    "qkv": ("to_q", "to_k", "to_v"),
+    "kv": ("to_k", "to_v"),
+    "added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}

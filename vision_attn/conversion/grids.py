@@ -10,15 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from vision_attn.grid import Grid
-
-Probe = Callable[[nn.Module, Mapping[str, Any]], Grid | str]
-"""Returns the grid that a forward of a module attends over, from its arguments by name, or the reason for none.
-
-Tokens of the sequence that the grid leaves out (the text of a DiT) are placed by the host's `others`.
-"""
-
+from vision_attn.hosts.host import Probe
 
 UNSEEN = "no forward pass of the host has been seen"
+_GRID = "_vision_attn_grid"  # attribute of a watched module
 
 
 def _capturing() -> bool:
@@ -203,3 +198,29 @@ class GridContext:
         prefix = found.prefix + (others if self.others == "prefix" else 0)
         suffix = found.suffix + (others if self.others == "suffix" else 0)
         return Grid(found.height, found.width, prefix, suffix)
+
+
+def watch(module: nn.Module, context: GridContext) -> None:
+    """Let `context` see the grid of every forward of `module`."""
+    setattr(module, _GRID, context)
+    module.register_forward_pre_hook(_see_grid, with_kwargs=True)
+
+
+def unwatch(module: nn.Module) -> None:
+    """Undo `watch`, if the module is watched."""
+    remove_hooks(module, _see_grid)
+    vars(module).pop(_GRID, None)
+
+
+def _see_grid(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    context: GridContext = module.__dict__[_GRID]
+    context.see(module, args, kwargs)
+
+
+def remove_hooks(module: nn.Module, function: Callable[..., Any]) -> None:
+    """Remove a forward hook by its function: unlike handles, this works on a copy of the module too."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if hook is function]:
+            del hooks[key]
+            for flags in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs):
+                flags.pop(key, None)

@@ -1,4 +1,4 @@
-"""What converting one model will change. A plan checks everything before it touches anything."""
+"""What converting one model will change, checked before anything is touched; and how it is given back."""
 
 import inspect
 import math
@@ -6,18 +6,29 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from vision_attn.conversion.grids import GridContext
-from vision_attn.conversion.model_state import mark, model_state, plain
-from vision_attn.conversion.projections import input_dim
-from vision_attn.conversion.rerouting import CHILD, refuse_hooked, reroute
-from vision_attn.conversion.state import LayerState, Shared
-from vision_attn.conversion.watching import keep_input, watch
+from vision_attn.conversion.grids import GridContext, remove_hooks, unwatch, watch
+from vision_attn.conversion.rerouting import refuse_hooked, reroute, restore
+from vision_attn.conversion.state import (
+    Fingerprint,
+    LayerState,
+    ModelState,
+    Shared,
+    forget,
+    is_rerouted,
+    model_state,
+    plain,
+    remember,
+    state_of,
+)
 from vision_attn.estimation.cost import break_even
 from vision_attn.grid import Grid
-from vision_attn.hosts.host import Host, heads_of
-from vision_attn.processors.base import AttnSpec, Layer, Processor
+from vision_attn.hosts.host import Host, heads_of, input_dim
+from vision_attn.processors.base import CHILD, AttnSpec, Layer, Processor
+
+_LAYERS = "_vision_attn_layers"  # attribute of a block: states of the layers that want its input
 
 
 def fix_grid(contexts: Sequence[GridContext], size: tuple[int, int]) -> None:
@@ -194,3 +205,99 @@ def _attention_backend(processor: Any) -> str | None:
     registry = getattr(dispatch, "_AttentionBackendRegistry", None)
     backend = processor._attention_backend or getattr(registry, "_active_backend", None)
     return None if backend is None else str(getattr(backend, "value", backend))
+
+
+def mark(model: nn.Module, shared: Shared, host: Host) -> None:
+    """Make a model a converted one and watch its forward passes."""
+    fingerprints = {name: Fingerprint.of(parameter) for name, parameter in model.named_parameters()}
+    remember(model, ModelState(shared, host, fingerprints))
+    model.register_forward_pre_hook(_begin, with_kwargs=True)
+    model.register_forward_hook(_end)
+
+
+def undo(model: nn.Module) -> None:
+    """Give a converted model back as it was.
+
+    Raises:
+        ValueError: If LoRA layers are fused into weights that `load` replaced.
+    """
+    state = model_state(model)
+    replaced = {id(tensor) for tensor, _ in state.originals}
+    for name, module in model.named_modules():
+        if getattr(module, "merged", False) is True and any(id(p) in replaced for p in module.parameters()):
+            raise ValueError(f"LoRA is fused into {name}, whose weights would be put back: call unfuse_lora() first")
+    for module in list(model.modules()):
+        if is_rerouted(module):
+            for name, value in state_of(module).replaced.items():
+                setattr(module, name, value)
+            restore(module)
+        unwatch(module)
+        forget_input(module)
+    for hook in (_begin, _end):
+        remove_hooks(model, hook)
+    for tensor, original in state.originals:
+        tensor.data = original.to(tensor.device, tensor.dtype)
+    forget(model)
+
+
+def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward of the whole model begins."""
+    state = model_state(model)
+    shared, host = state.shared, state.host
+    if torch.compiler.is_compiling():
+        if shared.thresholds:
+            raise RuntimeError("torch.compile cannot read the timestep of a schedule: compile the blocks only")
+        return
+    shared.ran = shared.rerouted = 0
+    if not (shared.thresholds or host.finest):
+        return
+    inputs = {**dict(zip(list(inspect.signature(type(model).forward).parameters)[1:], args, strict=False)), **kwargs}
+    if host.finest:
+        height, width = inputs[host.finest].shape[-2:]
+        shared.finest = height * width
+    if shared.thresholds:
+        shared.progress = _passed(shared.thresholds, host, inputs)
+
+
+def _passed(thresholds: tuple[float, ...], host: Host, inputs: Mapping[str, Any]) -> float | None:
+    """Return the last threshold that the denoising has passed: few values, for compiled blocks depend on it."""
+    time = inputs.get(host.timestep.argument) if host.timestep is not None else None
+    if time is None or host.timestep is None:
+        return None
+    _, noise, image = host.timestep
+    value = float(time.flatten()[0]) if isinstance(time, Tensor) else float(time)
+    progress = (value - noise) / (image - noise)
+    return max((t for t in thresholds if t <= progress + 1e-6), default=0.0)
+
+
+def _end(model: nn.Module, args: Any, output: Any) -> None:
+    """Refuse a forward in which layers ran and none of them was rerouted."""
+    if torch.compiler.is_compiling():
+        return
+    shared = model_state(model).shared
+    if shared.ran and not shared.rerouted and not shared.bypassed:
+        states = [state_of(module) for module in model.modules() if is_rerouted(module)]
+        reasons = sorted({state.status for state in states})
+        raise RuntimeError(
+            f"none of the {len(states)} converted layers of this {type(model).__name__} was rerouted: "
+            f"{'; '.join(reasons)}. Give a grid that cannot be read with use_grid(), or revert() the conversion"
+        )
+
+
+def keep_input(block: nn.Module, state: LayerState) -> None:
+    """Let a layer know the tokens that enter its block."""
+    vars(block).setdefault(_LAYERS, []).append(state)
+    remove_hooks(block, _hand_over)
+    block.register_forward_pre_hook(_hand_over, with_kwargs=True)
+
+
+def _hand_over(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    tokens = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() == 3), None)
+    for state in vars(block)[_LAYERS]:
+        state.block_input = tokens
+
+
+def forget_input(block: nn.Module) -> None:
+    """Undo `keep_input`, if it was done."""
+    remove_hooks(block, _hand_over)
+    vars(block).pop(_LAYERS, None)

@@ -60,15 +60,6 @@ class Projections:
         return torch.cat([*parts, y[..., done:]], -1)
 
 
-def input_dim(module: nn.Module) -> int | None:
-    """Return the channels of the tokens that a module projects to queries, None if it does not say."""
-    for name in ("to_q", "to_qkv", "to_qkv_mlp_proj", "qkv", "q_proj"):
-        projection: Any = getattr(module, name, None)
-        if projection is not None and hasattr(projection, "in_features"):
-            return int(projection.in_features)
-    return None
-
-
 def _table(module: nn.Module) -> list[tuple[Tensor, list[_Rows]]]:
     """Return the weights that project queries and keys, with their rows."""
     found = []

@@ -8,6 +8,8 @@ the layer's processor, and lets every other call through.
 
 import functools
 import inspect
+import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,15 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vision_attn.conversion.key_padding import key_padding
+from vision_attn.conversion.grids import Seen
 from vision_attn.conversion.projections import Projections
-from vision_attn.conversion.situation import locate, moment_of, runs_dense
-from vision_attn.conversion.state import LayerState
-from vision_attn.processors.base import Processor
+from vision_attn.conversion.state import LAYER, LayerState, state_of
+from vision_attn.grid import Grid
+from vision_attn.processors.base import CHILD, Moment, Processor
 from vision_attn.processors.softmax import Softmax
 
-CHILD = "vision_attn"  # name of the processor in its attention module, so state-dict keys are `*.vision_attn.*`
-STATE = "_vision_attn"
+_log = logging.getLogger(__name__)
 
 
 def refuse_hooked(name: str, module: nn.Module) -> None:
@@ -42,7 +43,7 @@ def refuse_hooked(name: str, module: nn.Module) -> None:
 
 def reroute(module: nn.Module, processor: nn.Module, state: LayerState) -> None:
     """Make `module` answer its attention over the grid with `processor`. `restore` undoes it."""
-    setattr(module, STATE, state)
+    setattr(module, LAYER, state)
     module.add_module(CHILD, processor)
     module.__class__ = rerouted_class(type(module))  # type: ignore[arg-type]
 
@@ -51,17 +52,7 @@ def restore(module: nn.Module) -> None:
     """Give a rerouted module its own class back and take the processor out."""
     module.__class__ = type(module).__mro__[1]
     del module._modules[CHILD]
-    delattr(module, STATE)
-
-
-def is_rerouted(module: nn.Module) -> bool:
-    """Whether `module` answers its attention with a processor."""
-    return STATE in vars(module)
-
-
-def state_of(module: nn.Module) -> LayerState:
-    """Return the state of a rerouted module."""
-    return vars(module)[STATE]
+    delattr(module, LAYER)
 
 
 @functools.cache
@@ -70,7 +61,7 @@ def rerouted_class(base: Any) -> type[nn.Module]:
 
     class Rerouted(base):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            state: LayerState = self.__dict__[STATE]
+            state: LayerState = self.__dict__[LAYER]
             if state.shared.bypassed:
                 state.block_input = None
                 return super().forward(*args, **kwargs)
@@ -185,3 +176,100 @@ def _never_reached(state: LayerState, module: nn.Module) -> str:
         "(disable_xformers_memory_efficient_attention), another attention backend (set_attention_backend('native')), "
         "AttnProcessor (set_attn_processor(AttnProcessor2_0())), timm's fused_attn=False; or revert()"
     )
+
+
+def runs_dense(state: LayerState, kwargs: dict[str, Any]) -> bool:
+    """Whether the forward that begins is known to run the host's own attention."""
+    if state.mask_means_dense and kwargs.get("attention_mask") is not None:
+        return True
+    found = state.context.known()
+    return isinstance(found, str) or found.image_tokens < max(state.shared.min_tokens, state.break_even)
+
+
+def moment_of(state: LayerState) -> Moment:
+    """Return what is known of the forward that begins; the block's input is handed over once."""
+    shared, found = state.shared, state.context.known()
+    block_input, state.block_input = state.block_input, None
+    downsample = 1
+    if shared.finest is not None and not isinstance(found, str):
+        downsample = math.ceil(math.sqrt(shared.finest // found.image_tokens))
+    generator = None if block_input is None else shared.random(block_input.device)
+    return Moment(shared.progress, downsample, block_input, generator)
+
+
+def locate(state: LayerState, query: Tensor, key: Tensor, attn_mask: Tensor | None) -> Grid | None:
+    """Return the grid of a call that is to be rerouted; None lets it through."""
+    if query.dim() != 4 or query.shape[-2] != key.shape[-2]:
+        return None  # cross-attention
+    found = state.context.locate(query.shape[-2])
+    if isinstance(found, str):
+        state.note(None, f"dense: {found}")
+    elif attn_mask is not None and state.mask_means_dense:
+        status = "dense: the attention mask says that the grid lies elsewhere in each sample"
+        state.note(found, status, expected=True)
+        if not torch.compiler.is_compiling() and not state.shared.warned:
+            state.shared.warned = True
+            _log.warning("%s runs %s", state.name, status)
+    elif found.image_tokens < state.shared.min_tokens:
+        few = f"dense: {found.image_tokens} tokens are below min_tokens={state.shared.min_tokens}"
+        state.note(found, few, expected=True)
+    elif found.image_tokens < state.break_even:
+        least = "never faster" if state.break_even == math.inf else f"faster from {state.break_even:.0f} tokens on"
+        state.note(found, f"dense: {state.spec} is {least}, and there are {found.image_tokens}", expected=True)
+    else:
+        return found
+    return None
+
+
+def key_padding(attn_mask: Tensor | None, grid: Grid, state: LayerState) -> Tensor | None:
+    """Turn a mask of `scaled_dot_product_attention` into one over prefix and suffix keys.
+
+    Args:
+        attn_mask: Bool (True is seen) or additive (0 is seen, -1000 or less is hidden), broadcasts to `[B, H, N, N]`.
+        grid: Where the image tokens lie.
+        state: The layer, for its name and for the mask that it checked last.
+
+    Returns:
+        Bool `[B or 1, prefix + suffix]`, or None if every key is seen.
+
+    Raises:
+        ValueError: If the mask depends on query or head, hides grid tokens, or biases the logits.
+    """
+    if attn_mask is None:
+        return None
+    if attn_mask.dim() != 4 or attn_mask.shape[-2] != 1 or attn_mask.shape[-1] != grid.tokens:
+        raise ValueError(
+            f"{state.name}: cannot honour an attention mask of shape {tuple(attn_mask.shape)}: only key padding "
+            f"[B, 1, 1, {grid.tokens}] over tokens outside the grid can be"
+        )
+    if torch.compiler.is_compiling():
+        seen, problem = _read(attn_mask, grid)
+        torch._assert_async(~problem.any(), f"{state.name}: the attention mask is not key padding outside the grid")
+        return seen if grid.prefix + grid.suffix else None
+    if state.padding is not None:
+        last, known, result = state.padding
+        if last.is_of(attn_mask) and known == grid:
+            return result
+    seen, problem = _read(attn_mask, grid)
+    by_head, hides_grid, biases, hides = torch.cat([problem, ~seen.all()[None]]).tolist()
+    for found, what in ((by_head, "differs by head"), (hides_grid, "hides grid tokens"), (biases, "biases the logits")):
+        if found:
+            raise ValueError(
+                f"{state.name}: cannot honour an attention mask that {what}: only key padding over tokens outside the "
+                f"grid can be. Leave the mask away, or the layer out (where=)"
+            )
+    result = seen if hides else None
+    state.padding = (Seen(attn_mask), grid, result)
+    return result
+
+
+_HIDDEN = -1e3  # an additive mask hides a key with this or less
+
+
+def _read(attn_mask: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Return the mask `[B, prefix + suffix]` and three flags: differs by head, hides the grid, is no mask."""
+    keys = attn_mask[:, 0, 0]
+    seen = keys if keys.dtype == torch.bool else keys > _HIDDEN
+    biases = torch.zeros_like(seen) if keys.dtype == torch.bool else seen & (keys != 0)
+    flags = [(attn_mask != attn_mask[:, :1]).any(), ~seen[:, grid.image].all(), biases.any()]
+    return torch.cat([seen[:, : grid.prefix], seen[:, grid.image.stop :]], 1), torch.stack(flags)

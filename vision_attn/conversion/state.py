@@ -1,4 +1,4 @@
-"""What a rerouted layer remembers, and what all layers of one converted model share.
+"""What a converted model remembers: of each rerouted layer, of all layers together, and of the host as it was.
 
 All state lives on the host's modules, without closures: copies, pickles and saved models take it along.
 """
@@ -7,10 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from vision_attn.conversion.grids import GridContext
 from vision_attn.grid import Grid
+from vision_attn.hosts.host import Host
 from vision_attn.processors.base import AttnSpec
+
+LAYER, _MODEL = "_vision_attn", "_vision_attn_model"  # attributes of a rerouted module, and of its model
 
 
 @dataclass
@@ -94,3 +98,102 @@ class LayerState:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "padding": None, "block_input": None}
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Tells whether a parameter was written to: its version, and up to 1024 of its values, spread evenly.
+
+    The version counts writes, but not those through `.data`; a copy of the model has versions of its own.
+    """
+
+    version: int | None
+    sample: Tensor | None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Fingerprint":
+        """Take the fingerprint of a parameter."""
+        if tensor.is_meta:
+            return cls(None, None)
+        flat = tensor.detach().flatten()
+        version = None if tensor.is_inference() else tensor._version
+        return cls(version, flat[:: max(1, flat.numel() // 1024)].to("cpu", copy=True))
+
+    def differs(self, tensor: Tensor) -> bool:
+        """Whether `tensor` was written to since."""
+        now = Fingerprint.of(tensor)
+        if self.sample is None or now.sample is None:
+            return False
+        written = self.version is not None and self.version != now.version
+        return written or not torch.equal(self.sample.to(now.sample.dtype), now.sample)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"version": None, "sample": self.sample}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+@dataclass
+class ModelState:
+    """What a converted model knows.
+
+    Attributes:
+        shared: State that the layers share.
+        host: The model's family.
+        fingerprints: Of each parameter at conversion, to tell later which were trained.
+        originals: Parameters whose data `load` replaced, with that data, to put back on revert.
+    """
+
+    shared: Shared
+    host: Host
+    fingerprints: dict[str, Fingerprint]
+    originals: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def changed(self, model: nn.Module) -> set[str]:
+        """Return the names of the model's own parameters that were written to or replaced since conversion."""
+        replaced = {id(parameter) for parameter, _ in self.originals}
+        names = {plain(name): parameter for name, parameter in model.named_parameters()}
+        known = {plain(name): print_ for name, print_ in self.fingerprints.items() if not is_lora(name)}
+        written = {name for name, print_ in known.items() if name in names and print_.differs(names[name])}
+        return written | {name for name, parameter in names.items() if id(parameter) in replaced}
+
+
+def is_rerouted(module: nn.Module) -> bool:
+    """Whether `module` answers its attention with a processor."""
+    return LAYER in vars(module)
+
+
+def state_of(module: nn.Module) -> LayerState:
+    """Return the state of a rerouted module."""
+    return vars(module)[LAYER]
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether a model was converted and not reverted."""
+    return _MODEL in vars(model)
+
+
+def model_state(model: nn.Module) -> ModelState:
+    """Return the state of a converted model."""
+    return vars(model)[_MODEL]
+
+
+def remember(model: nn.Module, state: ModelState) -> None:
+    """Make a model a converted one."""
+    setattr(model, _MODEL, state)
+
+
+def forget(model: nn.Module) -> None:
+    """Undo `remember`."""
+    delattr(model, _MODEL)
+
+
+def plain(name: str) -> str:
+    """Return the name that a parameter has in a model without LoRA."""
+    return name.replace(".base_layer.", ".")
+
+
+def is_lora(name: str) -> bool:
+    """Whether a parameter is one of LoRA, which has files of its own."""
+    return ".lora_" in name

@@ -1,23 +1,19 @@
 """`vision-attn generate`: one picture of a pipeline, converted as the arguments say, at any size."""
 
+import ast
+import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from vision_attn._compat import ensure_torchvision
+from vision_attn._checks import is_int
 from vision_attn.conversion.conversion import Conversion, convert, load
-from vision_attn.demo.call_arguments import call_of_text, check_call
 from vision_attn.highres.levels import Options, generate_highres
 from vision_attn.processors import AttnSpec, spec_of_text
 
-TEACHERS = {
-    "emoji": "base",
-    "emoji-nano": "nano",
-    "emoji-unet": "unet",
-}  # the offline ones, and their names in the demo
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_TENSORS = {torch.Tensor, torch.FloatTensor, torch.LongTensor}
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ class Request:
             raise ValueError("--min-tokens goes with --attention, without --highres and --adapter")
         numbers = dict(height=self.height, width=self.width, steps=self.call.get("num_inference_steps"))
         for name, value in (*numbers.items(), ("num_images_per_prompt", self.call.get("num_images_per_prompt"))):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if value is not None and (not is_int(value) or value < 1):
                 raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
 
 
@@ -84,50 +80,6 @@ def request_of(arguments: Any) -> Request:
         arguments.prompt, arguments.height, arguments.width, attention, arguments.adapter, arguments.min_tokens,
         options, arguments.seed, call,
     )  # fmt: skip
-
-
-def load_pipeline(name: str, *, device: str | None = None, dtype: str | None = None) -> Any:
-    """Load a text-to-image pipeline.
-
-    Args:
-        name: Folder or hub name of a diffusers pipeline, or an embedded teacher: 'emoji', 'emoji-nano', 'emoji-unet'.
-        device: Such as 'cpu' or 'cuda', a GPU where there is one if None.
-        dtype: 'float32', 'float16' or 'bfloat16'; bfloat16 on a GPU and float32 on a CPU if None.
-
-    Raises:
-        ValueError: If there is no such pipeline, or no such device here.
-    """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    _check_device(device)
-    kind = DTYPES[dtype] if dtype else torch.float32 if device == "cpu" else torch.bfloat16
-    ensure_torchvision()
-    import vision_attn.demo  # noqa: PLC0415, diffusers learns its pipelines
-
-    if name in TEACHERS:
-        teacher = vision_attn.demo.load_teacher(TEACHERS[name])
-        return teacher if (device, kind) == ("cpu", torch.float32) else teacher.to(device, kind)
-    is_folder = (Path(name) / "model_index.json").exists()
-    if not is_folder and (Path(name).exists() or name.count("/") != 1):
-        raise ValueError(
-            f"{name} is neither a folder with model_index.json, nor a name on the hub, nor one of {', '.join(TEACHERS)}"
-        )
-    from diffusers import DiffusionPipeline  # noqa: PLC0415, diffusers is optional
-
-    try:
-        return DiffusionPipeline.from_pretrained(name, torch_dtype=kind).to(device)
-    except OSError as error:
-        raise ValueError(f"{name} could not be loaded: {str(error).strip().splitlines()[0]}") from None
-
-
-def _check_device(device: str) -> None:
-    """Refuse a device that cannot be used here."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: no GPU can be used here")
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built for the device
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--device {device} cannot be used here, give cpu or cuda: {reason}") from None
 
 
 def generate(pipe: Any, request: Request) -> tuple[Any, str]:
@@ -197,3 +149,40 @@ def _attention(conversion: Conversion | None, request: Request) -> str:
     seen = f", a token sees {sum(shares) / len(shares):.1%}" if shares else ""
     specs = " and ".join(dict.fromkeys(map(str, conversion.specs.values())))
     return f"{specs} in {len(rows)} of {len(conversion.layers)} layers{seen}"
+
+
+def call_of_text(items: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments that a command line gives as `name=value`: Python values, or else text.
+
+    Raises:
+        ValueError: If one has no value.
+    """
+    call: dict[str, Any] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"--set takes name=value, got {item!r}")
+        try:
+            call[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            call[name] = value
+    return call
+
+
+def check_call(pipe: Any, call: dict[str, Any]) -> None:
+    """Refuse arguments that the pipeline's call does not have, and no tensors where it takes nothing else."""
+    known: dict[str, inspect.Parameter] = {}
+    for kind in type(pipe).__mro__:
+        if "__call__" in vars(kind):
+            parameters = inspect.signature(kind.__call__).parameters
+            known = {**parameters, **known}
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+                break
+    own = {"self", "prompt", "height", "width", "generator", "output_type", "return_dict", "args", "kwargs"}
+    names = sorted(set(known) - own)
+    if unknown := sorted(set(call) - set(names)):
+        raise ValueError(f"{type(pipe).__name__} takes no {', '.join(unknown)}: it takes {', '.join(names)}")
+    for name, value in call.items():
+        kinds = set(get_args(known[name].annotation) or [known[name].annotation]) - {type(None)}
+        if kinds <= _TENSORS and not isinstance(value, torch.Tensor | None):
+            raise ValueError(f"{type(pipe).__name__} takes a tensor as {name}, got {value!r}")

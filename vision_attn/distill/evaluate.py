@@ -18,7 +18,7 @@ from vision_attn.distill.generate import read_prompts
 from vision_attn.distill.hosts import denoiser_of
 from vision_attn.distill.losses import Noising, Outputs
 from vision_attn.distill.measures import agreement, copies, kernel_distance, retrieval
-from vision_attn.highres.options import unit_of
+from vision_attn.highres.levels import unit_of
 from vision_attn.highres.positions import stretched_positions
 
 _SAMPLES = 16  # of the cache, for the error of predictions

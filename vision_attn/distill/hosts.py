@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vision_attn._compat import ensure_torchvision
 from vision_attn.distill.config_sections import ModelConfig
 from vision_attn.highres.redraw import encode
-from vision_attn.hosts.targets import targets_of
+from vision_attn.hosts.selection import targets_of
 
 EMOJI = "emoji:"
 _PROMPT_PARTS = ("text_encoder", "tokenizer", "image_encoder", "feature_extractor", "safety_checker")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vision_attn.distill.data import Batch
 from vision_attn.distill.hosts import Interface
-from vision_attn.highres.options import shift_at
+from vision_attn.highres.levels import shift_at
 from vision_attn.highres.redraw import decode, unpacked
 
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vision_attn.adapters.published import check_clear, check_linfusion
-from vision_attn.conversion.conversion import convert, load
-from vision_attn.conversion.converted import Conversion
+from vision_attn.conversion.conversion import Conversion, convert, load
 from vision_attn.distill.config import Config
 from vision_attn.distill.hosts import denoiser_of
 from vision_attn.distill.trainables import choose_trainables, randomise

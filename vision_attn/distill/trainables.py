@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import nn
 
-from vision_attn.conversion.converted import Conversion
-from vision_attn.conversion.rerouting import CHILD, is_rerouted
+from vision_attn.conversion.conversion import Conversion
+from vision_attn.conversion.state import is_rerouted
 from vision_attn.distill.config_sections import StudentConfig
+from vision_attn.processors.base import CHILD
 
 _NAMES = {
     "q": ("to_q", "q_proj"),

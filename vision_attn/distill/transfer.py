@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vision_attn.conversion.model_state import model_state
+from vision_attn.conversion.state import model_state
 from vision_attn.distill.config import Config
 from vision_attn.distill.data import Batch
 from vision_attn.distill.nonfinite import explain

@@ -1,6 +1,5 @@
-"""`vision-attn inspect`: what a conversion would need of a model, and a picture of what a token attends to."""
+"""What `vision-attn inspect` shows beside `estimate`: processors that fit, and a picture of what a token attends to."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,72 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vision_attn._compat import ensure_torchvision
-from vision_attn.estimation.table import LayerEstimate
+from vision_attn.estimation.model import LayerEstimate
 from vision_attn.grid import Grid
 from vision_attn.processors import SPECS, Schedule, Softmax
 from vision_attn.processors.base import AttnSpec, Layer
 
 _CELL = 6  # pixels of a token in the picture
-
-
-def load_target(name: str) -> Any:
-    """Load what is to be inspected: without weights where its configuration is enough.
-
-    Args:
-        name: Folder or hub name of a diffusers pipeline or model, or the name of a timm model.
-
-    Raises:
-        ValueError: If it is neither.
-    """
-    folder = Path(name)
-    ensure_torchvision()
-    if (folder / "model_index.json").exists():
-        return _denoiser(folder) or _pipeline(folder)
-    if (folder / "config.json").exists():
-        return _diffusers_model(json.loads((folder / "config.json").read_text()), name)
-    import timm  # noqa: PLC0415
-
-    import vision_attn.backbones  # noqa: F401, PLC0415, timm learns them
-
-    if timm.is_model(name):
-        try:
-            return timm.create_model(name, dynamic_img_size=True)
-        except TypeError:  # no vision transformer: `estimate` says that it is not known
-            return timm.create_model(name)
-    if name.count("/") == 1 and not folder.exists():
-        try:
-            return _pipeline(name)
-        except OSError as error:
-            raise ValueError(f"{name} could not be loaded: {str(error).strip().splitlines()[0]}") from None
-    raise ValueError(
-        f"{name} is neither a folder with model_index.json or config.json, nor a timm model, nor a name on the hub"
-    )
-
-
-def _denoiser(folder: Path) -> Any:
-    """Build the denoiser of a saved pipeline from configurations alone; None if they do not say enough."""
-    index = json.loads((folder / "model_index.json").read_text())
-    names = [name for name in ("transformer", "unet") if (folder / name / "config.json").exists()]
-    vae = folder / "vae" / "config.json"
-    if len(names) != 1 or "controlnet" in index or not vae.exists():
-        return None
-    config, levels = (json.loads(f.read_text()) for f in (folder / names[0] / "config.json", vae))
-    import diffusers  # noqa: PLC0415
-
-    if not hasattr(diffusers, str(config.get("_class_name"))) or "block_out_channels" not in levels:
-        return None
-    model = _diffusers_model(config, str(folder / names[0]))
-    model.vae_scale_factor = 2 ** (len(levels["block_out_channels"]) - 1)  # pixels per latent, for `estimate`
-    return model
-
-
-def _pipeline(name: str | Path) -> Any:
-    from diffusers import DiffusionPipeline  # noqa: PLC0415
-
-    import vision_attn.demo  # noqa: F401, PLC0415, diffusers learns its pipelines
-
-    return DiffusionPipeline.from_pretrained(name)
 
 
 def fitting(layers: Sequence[LayerEstimate]) -> str:
@@ -92,16 +31,6 @@ def fitting(layers: Sequence[LayerEstimate]) -> str:
         else:
             fit.append(name)
     return "\n".join([f"processors that fit every grid with their defaults: {', '.join(fit)}", *others])
-
-
-def _diffusers_model(config: dict[str, Any], name: str) -> Any:
-    import diffusers  # noqa: PLC0415
-
-    kind = getattr(diffusers, str(config.get("_class_name")), None)
-    if kind is None:
-        raise ValueError(f"{name}/config.json is no diffusers model: its class is {config.get('_class_name')!r}")
-    with torch.device("meta"):
-        return kind.from_config(config)
 
 
 def attended(spec: AttnSpec, grid: Grid, row: int, column: int) -> Tensor:

@@ -1,17 +1,17 @@
 """`estimate`: what a conversion would need and save at a size of the image, before anything is converted."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from vision_attn.conversion.projections import input_dim
 from vision_attn.estimation.cost import check_device, least_bytes, machine_of, seconds
-from vision_attn.estimation.table import Estimate, LayerEstimate
+from vision_attn.grid import Grid
 from vision_attn.hosts import Host, find_host
-from vision_attn.hosts.host import heads_of
-from vision_attn.hosts.policy import Specs, Where, assign, check_specs, selector
-from vision_attn.hosts.targets import targets_of
-from vision_attn.processors.base import Layer
+from vision_attn.hosts.host import heads_of, input_dim
+from vision_attn.hosts.selection import Specs, Where, assign, check_specs, selector, targets_of
+from vision_attn.processors.base import AttnSpec, Layer
 from vision_attn.processors.softmax import Softmax
 
 _SIDES = (*range(64, 1025, 64), *range(1280, 16385, 256))  # pixels, of the shorter side, for the break-even
@@ -27,7 +27,7 @@ def estimate(
     host: Host | None = None,
     vae_scale_factor: int | None = None,
     device: str | None = None,
-) -> Estimate:
+) -> "Estimate":
     """Estimate what `convert(target, spec)` needs and saves, without converting or running anything.
 
     Operations are counted; times are estimated from rates that were measured on one H200 and one CPU core, and decide
@@ -63,6 +63,94 @@ def estimate(
         rows += _rows_of(model, host, spec, where, (height, width), scale, device)
         other += _other_flops(model, host or find_host(model), (height // scale, width // scale))
     return Estimate(rows, other, _pays_from(models, host, spec, where, (height, width), scale, device))
+
+
+@dataclass(frozen=True)
+class LayerEstimate:
+    """One layer.
+
+    Attributes:
+        name: Of the layer.
+        spec: Its processor, `Softmax()` if it is not converted.
+        grid: Its tokens.
+        dense_flops: Operations of dense attention over one sequence, without projections.
+        flops: Operations that the processor needs.
+        attended: Mean share of the tokens that one token attends to.
+        bytes: Of q, k, v and o.
+        dense_seconds: Estimated time of dense attention.
+        seconds: Estimated time of the processor.
+    """
+
+    name: str
+    spec: AttnSpec
+    grid: Grid
+    dense_flops: float
+    flops: float
+    attended: float
+    bytes: int
+    dense_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a conversion would need at one size; prints as a table.
+
+    Attributes:
+        layers: All attention layers over a grid.
+        other_flops: Operations of the linear and convolution layers of the model, without small ones.
+        pays_from: The smallest (height, width) in pixels, of the asked shape, from which on the conversion is faster;
+            None if it never is.
+    """
+
+    layers: list[LayerEstimate]
+    other_flops: float
+    pays_from: tuple[int, int] | None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(row.grid.tokens for row in self.layers)
+
+    @property
+    def attention_share(self) -> float:
+        """Share of attention in the operations of the dense model."""
+        dense = sum(row.dense_flops for row in self.layers)
+        return dense / (dense + self.other_flops)
+
+    @property
+    def converted_share(self) -> float:
+        """Operations of the converted model, as a share of the dense one's."""
+        dense = sum(row.dense_flops for row in self.layers) + self.other_flops
+        return (sum(row.flops for row in self.layers) + self.other_flops) / dense
+
+    def __str__(self) -> str:
+        header = ("layer", "processor", "grid", "tokens", "attended", "GFLOP dense", "GFLOP", "MB")
+        cells = [header]
+        cells += [
+            (
+                row.name,
+                str(row.spec),
+                f"{row.grid.height} x {row.grid.width}",
+                str(row.grid.tokens),
+                f"{row.attended:.1%}",
+                f"{row.dense_flops / 1e9:.3g}",
+                f"{row.flops / 1e9:.3g}",
+                f"{row.bytes / 1e6:.3g}",
+            )
+            for row in self.layers
+        ]
+        pays = "never faster" if self.pays_from is None else "faster from {} x {} pixels on".format(*self.pays_from)
+        return (
+            f"{aligned(cells)}\nattention is {self.attention_share:.1%} of the model's operations; converted, the "
+            f"model needs {self.converted_share:.1%} of them; the conversion is {pays}"
+        )
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> str:
+    """Return rows of equal length as text with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
 
 def _rows_of(

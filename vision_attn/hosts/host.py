@@ -1,14 +1,19 @@
 """What `convert` must know of a kind of host: which modules attend over the grid, and where the grid is."""
 
 import fnmatch
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from vision_attn.conversion.grids import Probe
 from vision_attn.grid import Grid
+
+Probe = Callable[[nn.Module, Mapping[str, Any]], Grid | str]
+"""Returns the grid that a forward of a module attends over, from its arguments by name, or the reason for none.
+
+Tokens of the sequence that the grid leaves out (the text of a DiT) are placed by the host's `others`.
+"""
 
 
 class Timestep(NamedTuple):
@@ -135,3 +140,12 @@ def heads_of(name: str, module: nn.Module) -> tuple[int, int]:
     if num_heads is None or (head_dim is None and inner is None):
         raise ValueError(f"{name}: a {type(module).__name__} does not tell its heads: it needs `heads` and `head_dim`")
     return num_heads, inner // num_heads if head_dim is None else head_dim
+
+
+def input_dim(module: nn.Module) -> int | None:
+    """Return the channels of the tokens that a module projects to queries, None if it does not say."""
+    for name in ("to_q", "to_qkv", "to_qkv_mlp_proj", "qkv", "q_proj"):
+        projection: Any = getattr(module, name, None)
+        if projection is not None and hasattr(projection, "in_features"):
+            return int(projection.in_features)
+    return None

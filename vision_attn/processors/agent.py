@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vision_attn._checks import check_int
 from vision_attn.grid import Grid
 from vision_attn.kernels.agent import Agents, Direct, agent_attention
 from vision_attn.kernels.dense import dense_attention, seen_keys
@@ -45,10 +46,8 @@ class Agent(AttnSpec):
     def __post_init__(self) -> None:
         if isinstance(self.num_agents, (tuple, list)):
             object.__setattr__(self, "num_agents", per_axis(self.num_agents, "num_agents", 1))
-        elif isinstance(self.num_agents, bool) or not isinstance(self.num_agents, int):
-            raise TypeError(f"num_agents must be an int or (rows, columns), got {self.num_agents!r}")
-        elif self.num_agents < 1:
-            raise ValueError(f"num_agents must be at least 1, got {self.num_agents}")
+        else:
+            check_int("num_agents", self.num_agents, 1, "an int or (rows, columns)")
         for name in ("biases", "dwc"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vision_attn._checks import check_int, check_number
 from vision_attn.grid import Grid
 from vision_attn.kernels.agent import Agents
 from vision_attn.kernels.dense import dense_attention, seen_keys
@@ -56,14 +57,10 @@ class AgentSD(AttnSpec):
         if isinstance(self.cell, tuple) and len(sides) != 2:
             raise ValueError(f"cell must be a side or (height, width), got {self.cell}")
         for name, value in (*(("cell", side) for side in sides), ("max_downsample", self.max_downsample)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            check_int(name, value, 1)
         for name in ("ratio", "agent_ratio"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name} must be a number, got {value!r}")
+            check_number(name, value)
             if not 0 <= value < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
 

@@ -9,6 +9,8 @@ from torch import Generator, Tensor, nn
 
 from vision_attn.grid import Grid
 
+CHILD = "vision_attn"  # name of a processor in its attention module, so state-dict keys are `*.vision_attn.*`
+
 
 @dataclass(frozen=True)
 class Layer:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vision_attn._checks import check_int
 from vision_attn.grid import Grid
 from vision_attn.kernels.local import local_attention
 from vision_attn.kernels.local.window import Window
@@ -46,10 +47,7 @@ class Clear(AttnSpec):
             value = getattr(self, name)
             if value is None and name == "native_tokens":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            check_int(name, value, least)
 
     def build(self, layer: Layer) -> "ClearAttention":
         """Return the processor of one layer."""

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vision_attn._checks import check_int, check_number
 from vision_attn.grid import Grid
 from vision_attn.kernels.dense import dense_attention, seen_keys
 from vision_attn.kernels.window import window_attention
@@ -40,14 +41,10 @@ class HiLo(AttnSpec):
     window_size: int = 2
 
     def __post_init__(self) -> None:
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float):
-            raise TypeError(f"alpha must be a number, got {self.alpha!r}")
+        check_number("alpha", self.alpha)
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must be between 0 and 1, got {self.alpha}")
-        if isinstance(self.window_size, bool) or not isinstance(self.window_size, int):
-            raise TypeError(f"window_size must be an int, got {self.window_size!r}")
-        if self.window_size < 1:
-            raise ValueError(f"window_size must be at least 1, got {self.window_size}")
+        check_int("window_size", self.window_size, 1)
 
     def build(self, layer: Layer) -> "HiLoAttention":
         """Return the processor of one layer."""

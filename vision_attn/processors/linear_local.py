@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vision_attn._checks import check_int, check_number
 from vision_attn.grid import Grid
 from vision_attn.kernels.dense import dense_attention, seen_keys
 from vision_attn.kernels.linear_local import linear_local_attention
@@ -37,12 +38,8 @@ class LinearLocal(AttnSpec):
     gate: float = 0.99
 
     def __post_init__(self) -> None:
-        if isinstance(self.window_size, bool) or not isinstance(self.window_size, int):
-            raise TypeError(f"window_size must be an int, got {self.window_size!r}")
-        if self.window_size < 1:
-            raise ValueError(f"window_size must be at least 1, got {self.window_size}")
-        if isinstance(self.gate, bool) or not isinstance(self.gate, int | float):
-            raise TypeError(f"gate must be a number, got {self.gate!r}")
+        check_int("window_size", self.window_size, 1)
+        check_number("gate", self.gate)
         if not 0 < self.gate < 1:
             raise ValueError(f"gate must lie between 0 and 1, got {self.gate}")
 

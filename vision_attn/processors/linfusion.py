@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vision_attn._checks import check_one_of, is_int
 from vision_attn.grid import Grid
 from vision_attn.kernels.hedgehog import hedgehog
 from vision_attn.kernels.hedgehog.op import hedgehog_reasons
@@ -41,12 +42,11 @@ class LinFusion(AttnSpec):
 
     def __post_init__(self) -> None:
         mid = self.mid_dim
-        if mid is not None and (isinstance(mid, bool) or not isinstance(mid, int)):
+        if mid is not None and not is_int(mid):
             raise TypeError(f"mid_dim must be an int or None, got {mid!r}")
         if mid is not None and mid != -1 and mid < 1:
             raise ValueError(f"mid_dim must be at least 1, or -1 for no residual network, got {mid}")
-        if self.feature_map not in ("elu", "hedgehog"):
-            raise ValueError(f"feature_map must be 'elu' or 'hedgehog', got {self.feature_map!r}")
+        check_one_of("feature_map", self.feature_map, ("elu", "hedgehog"))
 
     def build(self, layer: Layer) -> "LinFusionAttention":
         """Return the processor of one layer."""

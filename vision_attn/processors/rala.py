@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vision_attn._checks import is_int
 from vision_attn.grid import Grid
 from vision_attn.kernels.linear import Features, feature_mean, linear_attention
 from vision_attn.processors.base import AttnSpec, Layer, Processor
@@ -36,7 +37,7 @@ class RALA(AttnSpec):
 
     def __post_init__(self) -> None:
         size = self.kernel_size
-        if isinstance(size, bool) or not isinstance(size, int):
+        if not is_int(size):
             raise TypeError(f"kernel_size must be an int, got {size!r}")
         if size < 0 or (size and size % 2 == 0):
             raise ValueError(f"kernel_size must be odd, or 0 for no positional branch, got {size}")

@@ -15,7 +15,7 @@ from vision_attn.bench.pipelines.attention import STOCK, WAYS, Way
 from vision_attn.bench.pipelines.case import PipelineCase
 from vision_attn.bench.pipelines.step import LONGEST_S, Steps
 from vision_attn.bench.reasons import reason_of
-from vision_attn.conversion.converted import Conversion
+from vision_attn.conversion.conversion import Conversion
 from vision_attn.estimation.cost import machine_of, seconds
 from vision_attn.hosts import find_host
 from vision_attn.hosts.host import heads_of

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vision_attn._checks import check_number, is_int
 from vision_attn.grid import Grid
 
 PerAxis = int | tuple[int, int]
@@ -26,7 +27,7 @@ def per_axis(value: PerAxis, name: str, least: int) -> tuple[int, int]:
     if type(value) is int and value >= least:
         return value, value
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, int) for v in pair):
+    if len(pair) != 2 or not all(map(is_int, pair)):
         raise TypeError(f"{name} must be an int or a pair of ints (vertical, horizontal), got {value!r}")
     if min(pair) < least:
         raise ValueError(f"{name} must be at least {least}, got {value!r}")
@@ -68,8 +69,7 @@ class Window:
                 f"kernel_size={self.kernel_size!r}"
             )
         if self.radius is not None:
-            if isinstance(self.radius, bool) or not isinstance(self.radius, (int, float)):
-                raise TypeError(f"radius must be a number of tokens, got {self.radius!r}")
+            check_number("radius", self.radius, "a number of tokens")
             if not self.radius > 0:
                 raise ValueError(f"radius must be above 0, got {self.radius}")
             if self.bias is not None or self.dilation not in (1, (1, 1)):

@@ -1,0 +1,53 @@
+"""Checks of arguments. Each error says which one, what was given and what would do."""
+
+from collections.abc import Iterable
+from typing import Any
+
+
+def is_int(value: object) -> bool:
+    """Whether `value` is an int; True and False are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is an int or a float; True and False are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_int(name: str, value: Any, least: int, what: str = "an int") -> None:
+    """Refuse what is no int of at least `least`.
+
+    Args:
+        name: Of the argument, for the error.
+        value: What was given.
+        least: The smallest value allowed.
+        what: What would do, for the error.
+
+    Raises:
+        TypeError: If it is no int, or a bool.
+        ValueError: If it is too small.
+    """
+    if not is_int(value):
+        raise TypeError(f"{name} must be {what}, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_number(name: str, value: Any, what: str = "a number") -> None:
+    """Refuse what is no number.
+
+    Raises:
+        TypeError: If it is neither an int nor a float, or a bool.
+    """
+    if not is_number(value):
+        raise TypeError(f"{name} must be {what}, got {value!r}")
+
+
+def check_one_of(name: str, value: Any, known: Iterable[Any]) -> None:
+    """Refuse a value that is not known.
+
+    Raises:
+        ValueError: If `value` is none of `known`.
+    """
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")

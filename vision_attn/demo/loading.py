@@ -1,0 +1,129 @@
+"""Loads what a command names: a folder, a name on the hub, a timm model, or an embedded teacher."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vision_attn._compat import ensure_torchvision
+
+TEACHERS = {
+    "emoji": "base",
+    "emoji-nano": "nano",
+    "emoji-unet": "unet",
+}  # the offline ones, and their names in the demo
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load_pipeline(name: str, *, device: str | None = None, dtype: str | None = None) -> Any:
+    """Load a text-to-image pipeline.
+
+    Args:
+        name: Folder or hub name of a diffusers pipeline, or an embedded teacher: 'emoji', 'emoji-nano', 'emoji-unet'.
+        device: Such as 'cpu' or 'cuda', a GPU where there is one if None.
+        dtype: 'float32', 'float16' or 'bfloat16'; bfloat16 on a GPU and float32 on a CPU if None.
+
+    Raises:
+        ValueError: If there is no such pipeline, or no such device here.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(device)
+    kind = DTYPES[dtype] if dtype else torch.float32 if device == "cpu" else torch.bfloat16
+    ensure_torchvision()
+    import vision_attn.demo  # noqa: PLC0415, diffusers learns its pipelines
+
+    if name in TEACHERS:
+        teacher = vision_attn.demo.load_teacher(TEACHERS[name])
+        return teacher if (device, kind) == ("cpu", torch.float32) else teacher.to(device, kind)
+    is_folder = (Path(name) / "model_index.json").exists()
+    if not is_folder and (Path(name).exists() or name.count("/") != 1):
+        raise ValueError(
+            f"{name} is neither a folder with model_index.json, nor a name on the hub, nor one of {', '.join(TEACHERS)}"
+        )
+    from diffusers import DiffusionPipeline  # noqa: PLC0415, diffusers is optional
+
+    try:
+        return DiffusionPipeline.from_pretrained(name, torch_dtype=kind).to(device)
+    except OSError as error:
+        raise ValueError(f"{name} could not be loaded: {str(error).strip().splitlines()[0]}") from None
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that cannot be used here."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: no GPU can be used here")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built for the device
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used here, give cpu or cuda: {reason}") from None
+
+
+def load_target(name: str) -> Any:
+    """Load what is to be inspected: without weights where its configuration is enough.
+
+    Args:
+        name: Folder or hub name of a diffusers pipeline or model, or the name of a timm model.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    folder = Path(name)
+    ensure_torchvision()
+    if (folder / "model_index.json").exists():
+        return _denoiser(folder) or _pipeline(folder)
+    if (folder / "config.json").exists():
+        return _diffusers_model(json.loads((folder / "config.json").read_text()), name)
+    import timm  # noqa: PLC0415
+
+    import vision_attn.backbones  # noqa: F401, PLC0415, timm learns them
+
+    if timm.is_model(name):
+        try:
+            return timm.create_model(name, dynamic_img_size=True)
+        except TypeError:  # no vision transformer: `estimate` says that it is not known
+            return timm.create_model(name)
+    if name.count("/") == 1 and not folder.exists():
+        try:
+            return _pipeline(name)
+        except OSError as error:
+            raise ValueError(f"{name} could not be loaded: {str(error).strip().splitlines()[0]}") from None
+    raise ValueError(
+        f"{name} is neither a folder with model_index.json or config.json, nor a timm model, nor a name on the hub"
+    )
+
+
+def _denoiser(folder: Path) -> Any:
+    """Build the denoiser of a saved pipeline from configurations alone; None if they do not say enough."""
+    index = json.loads((folder / "model_index.json").read_text())
+    names = [name for name in ("transformer", "unet") if (folder / name / "config.json").exists()]
+    vae = folder / "vae" / "config.json"
+    if len(names) != 1 or "controlnet" in index or not vae.exists():
+        return None
+    config, levels = (json.loads(f.read_text()) for f in (folder / names[0] / "config.json", vae))
+    import diffusers  # noqa: PLC0415
+
+    if not hasattr(diffusers, str(config.get("_class_name"))) or "block_out_channels" not in levels:
+        return None
+    model = _diffusers_model(config, str(folder / names[0]))
+    model.vae_scale_factor = 2 ** (len(levels["block_out_channels"]) - 1)  # pixels per latent, for `estimate`
+    return model
+
+
+def _pipeline(name: str | Path) -> Any:
+    from diffusers import DiffusionPipeline  # noqa: PLC0415
+
+    import vision_attn.demo  # noqa: F401, PLC0415, diffusers learns its pipelines
+
+    return DiffusionPipeline.from_pretrained(name)
+
+
+def _diffusers_model(config: dict[str, Any], name: str) -> Any:
+    import diffusers  # noqa: PLC0415
+
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    if kind is None:
+        raise ValueError(f"{name}/config.json is no diffusers model: its class is {config.get('_class_name')!r}")
+    with torch.device("meta"):
+        return kind.from_config(config)
