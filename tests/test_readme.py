@@ -130,7 +130,7 @@ SHELL = [line.partition("  #")[0].strip() for block in re.findall(r"```bash\n(.*
 SMALL = {  # what stands for what takes long
     "vision-attn gallery": "vision-attn gallery --help",
     "generate emoji ": "generate emoji-nano ",
-    "--height 512 --width 512": "--height 64 --width 64 --steps 2 --level-steps 1",
+    "--height 512 --width 512": "--height 64 --width 64 --num-inference-steps 2 --level-inference-steps 1",
     "vit_base_patch16_224 --height 1024 --width 1024": "vit_tiny_patch16_224 --height 256 --width 256",
     "accelerate launch -m vision_attn.distill": "vision-attn distill train --print-config",
 }

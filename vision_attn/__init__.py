@@ -4,37 +4,51 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vision_attn.conversion.conversion import Conversion, convert, load, use_grid
-    from vision_attn.estimation.model import estimate
+    from vision_attn.conversion import Conversion, convert, load, use_grid
+    from vision_attn.estimation import estimate
     from vision_attn.grid import Grid
-    from vision_attn.highres.levels import generate_highres
+    from vision_attn.highres import Options, generate_highres
     from vision_attn.hosts import Host
-    from vision_attn.processors import RALA, Agent, Clear, HiLo, LinearLocal, LinFusion, Neighborhood, Softmax
+    from vision_attn.processors import (
+        RALA,
+        Agent,
+        AgentSD,
+        Clear,
+        HiLo,
+        LinearLocal,
+        LinFusion,
+        Neighborhood,
+        Schedule,
+        Softmax,
+    )
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Agent": "processors.agent",
-    "Clear": "processors.clear",
-    "Conversion": "conversion",
-    "Grid": "grid",
-    "HiLo": "processors.hilo",
-    "Host": "hosts.host",
-    "LinFusion": "processors.linfusion",
-    "LinearLocal": "processors.linear_local",
-    "Neighborhood": "processors.neighborhood",
-    "RALA": "processors.rala",
-    "Softmax": "processors.softmax",
-    "convert": "conversion",
-    "estimate": "estimation",
-    "generate_highres": "highres",
-    "load": "conversion",
-    "use_grid": "conversion",
+    "conversion": ("Conversion", "convert", "load", "use_grid"),
+    "estimation": ("estimate",),
+    "grid": ("Grid",),
+    "highres": ("Options", "generate_highres"),
+    "hosts": ("Host",),
+    "processors": (
+        "RALA",
+        "Agent",
+        "AgentSD",
+        "Clear",
+        "HiLo",
+        "LinFusion",
+        "LinearLocal",
+        "Neighborhood",
+        "Schedule",
+        "Softmax",
+    ),
 }
+_PLACE = {name: folder for folder, names in _PUBLIC.items() for name in names}
 
 __all__ = [
     "RALA",
     "Agent",
+    "AgentSD",
     "Clear",
     "Conversion",
     "Grid",
@@ -43,6 +57,8 @@ __all__ = [
     "LinFusion",
     "LinearLocal",
     "Neighborhood",
+    "Options",
+    "Schedule",
     "Softmax",
     "convert",
     "estimate",
@@ -53,9 +69,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name not in _PLACE:
         raise AttributeError(f"module 'vision_attn' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"vision_attn.{_PUBLIC[name]}"), name)
+    value = getattr(importlib.import_module(f"vision_attn.{_PLACE[name]}"), name)
     globals()[name] = value
     return value
 

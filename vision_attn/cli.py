@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for pictures, table and page")
     demo.add_argument("--prompt", action="append", help="what to draw; may be given several times")
     demo.add_argument("--teacher", choices=("base", "nano", "unet"), default="base", help="the embedded teacher")
-    demo.add_argument("--steps", type=int, default=10, help="denoising steps at 128 px")
+    demo.add_argument("--num-inference-steps", type=int, default=10, help="denoising steps at 128 px")
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
     inspect = commands.add_parser("inspect", help="what a conversion needs of a model at a size, and where it pays")
@@ -64,14 +64,16 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument("--out", type=Path, default=Path("picture.png"), help="file of the picture")
     generate.add_argument("--height", type=int, help="in pixels")
     generate.add_argument("--width", type=int)
-    generate.add_argument("--attention", help="name of a processor, fields after a colon: clear:radius=8")
+    generate.add_argument("--processor", help="name of a processor, fields after a colon: clear:radius=8")
     generate.add_argument("--adapter", help="folder, file or hub name of trained weights; it names its attention")
     generate.add_argument("--min-tokens", type=int, default=0, help="layers with fewer keep their attention")
     generate.add_argument("--highres", action="store_true", help="from coarse to fine, above the training size")
-    generate.add_argument("--level-steps", type=int, help="with --highres: steps of each level above the first")
+    generate.add_argument(
+        "--level-inference-steps", type=int, help="with --highres: steps of each level above the first"
+    )
     generate.add_argument("--strength", type=float, nargs="+", help="with --highres: noise levels of those levels")
     generate.add_argument("--rope", choices=("ntk", "interpolate", "none"), help="with --highres: FLUX's positions")
-    generate.add_argument("--steps", type=int, help="denoising steps, of the first level with --highres")
+    generate.add_argument("--num-inference-steps", type=int, help="denoising steps, of the first level with --highres")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--set", action="append", default=[], help="any argument of the pipeline: guidance_scale=5")
     generate.add_argument("--device", help="cpu or cuda; a GPU where there is one")
@@ -135,7 +137,11 @@ def _demo(options: argparse.Namespace) -> None:
     diffusers.utils.logging.disable_progress_bar()
     print("Drawing at 128 px and redrawing at 256 px with each attention; two cores need about five minutes.")
     results, page = compare(
-        options.out, options.prompt or PROMPTS, teacher=options.teacher, steps=options.steps, seed=options.seed
+        options.out,
+        options.prompt or PROMPTS,
+        teacher=options.teacher,
+        steps=options.num_inference_steps,
+        seed=options.seed,
     )
     print(f"\n{text_table(results)}\n\nPictures, contact sheet and page: {page.resolve()}")
 
@@ -178,7 +184,9 @@ def _inspect(options: argparse.Namespace) -> None:
     if options.picture is not None:
         check_picture(options.picture)
     spec = spec_of_text(options.processor)
-    found = estimate(load_target(options.model), options.height, options.width, spec, device=options.device)
+    found = estimate(
+        load_target(options.model), spec, height=options.height, width=options.width, device=options.device
+    )
     print(found, fitting(found.layers), sep="\n")
     if options.picture is not None:
         grid = found.layers[0].grid

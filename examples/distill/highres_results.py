@@ -34,7 +34,9 @@ def draw(pipe, way: str, prompt: str, side: int, args):
     if way == "direct":
         call = dict(num_inference_steps=args.steps, generator=noise, output_type="pt")
         return pipe(prompt, height=side, width=side, **call).images[0].float().cpu()
-    options = Options(steps=args.steps, level_steps=args.level_steps, strength=(0.35, 0.25, 0.2))
+    options = Options(
+        num_inference_steps=args.steps, level_inference_steps=args.level_steps, strength=(0.35, 0.25, 0.2)
+    )
     image = generate_highres(pipe, prompt, side, side, options=options, generator=noise).images[0]
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
 

@@ -14,7 +14,7 @@ from vision_attn.demo import load_teacher
 from vision_attn.highres.levels import Options
 
 
-def main(pipe=None, out=Path("emoji_highres"), prompt="alarm clock", side=512, steps=10, level_steps=3):
+def main(pipe=None, out=Path("emoji_highres"), prompt="alarm clock", side=512, steps=10, level_inference_steps=3):
     out.mkdir(parents=True, exist_ok=True)
     pipe = pipe or load_teacher()
     noise = torch.Generator().manual_seed(0)
@@ -22,9 +22,9 @@ def main(pipe=None, out=Path("emoji_highres"), prompt="alarm clock", side=512, s
     direct.save(out / "direct-256.png")
     captions = {"direct-256.png": "drawn directly at 256 px, dense attention"}
 
-    options = Options(steps=steps, level_steps=level_steps, strength=(0.35, 0.25))
+    options = Options(num_inference_steps=steps, level_inference_steps=level_inference_steps, strength=(0.35, 0.25))
     noise = torch.Generator().manual_seed(0)
-    drawn = generate_highres(pipe, prompt, side, side, options=options, attn=Clear(radius=8), generator=noise)
+    drawn = generate_highres(pipe, prompt, side, side, options=options, spec=Clear(radius=8), generator=noise)
     for level in drawn.levels:
         file = f"level-{level.height}.png"
         level.images[0].save(out / file)

@@ -136,7 +136,11 @@ for grid, window in WINDOWS:
 def test_the_kernels_own_count_agrees(tmp_path):
     (tmp_path / "count.py").write_text(KERNEL)
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join([str(root), str(Path(__file__).parent)]),
+    }
     command = [sys.executable, str(tmp_path / "count.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=root)
     assert done.returncode == 0 and done.stdout.count("ok") == 15, done.stdout + done.stderr

@@ -67,7 +67,7 @@ def test_ip_adapter_loaded_after_conversion(host_id: str) -> None:
             outputs.append(call(host_id, model, **ip_adapter_inputs(model, 2)))
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-5)
     assert outputs[2].isfinite().all() and distance(outputs[2], outputs[0]) > 1e-3
-    assert set(Conversion.of(model).status().values()) == {"rerouted"}
+    assert set(Conversion.of(model).status.values()) == {"rerouted"}
     Conversion.of(model).revert()
     with torch.no_grad():
         assert torch.equal(call(host_id, model, **ip_adapter_inputs(model, 2)), outputs[0])

@@ -45,7 +45,7 @@ def test_where(where: Any, layers: int) -> None:
     conversion = convert(model, Clear(radius=2), where=where)
     assert len(conversion.layers) == layers
     run(HOST["sd15-unet"], model, 12, 10)
-    assert set(conversion.status().values()) == {"rerouted"}
+    assert set(conversion.status.values()) == {"rerouted"}
 
 
 def test_min_tokens_leaves_small_grids_dense() -> None:
@@ -55,7 +55,7 @@ def test_min_tokens_leaves_small_grids_dense() -> None:
     with DenseOracle({Layout(0, (12, 10)), Layout(0, (6, 5))}, RADIUS_2):
         want = run(case, case.build(), 12, 10)
     torch.testing.assert_close(output, want, rtol=0, atol=2e-5)
-    assert conversion.status()["mid_block.attentions.0.transformer_blocks.0.attn1"].startswith("dense: 9 tokens")
+    assert conversion.status["mid_block.attentions.0.transformer_blocks.0.attn1"].startswith("dense: 9 tokens")
     conversion.revert()
     convert(model, Clear(radius=2), min_tokens=121)
     assert torch.equal(run(case, model, 12, 10), stock("sd15-unet"))
@@ -92,7 +92,7 @@ def test_backends_agree(backend: str) -> None:
 def test_layers_print_as_a_table() -> None:
     case, model = HOST["flux"], HOST["flux"].build()
     conversion = convert(model, Clear(radius=2))
-    assert set(conversion.status().values()) == {"not run yet"}
+    assert set(conversion.status.values()) == {"not run yet"}
     assert str(conversion.layers).splitlines()[1].split() == [
         "transformer_blocks.0.attn", "2", "-", "-", "not", "run", "yet",
     ]  # fmt: skip
@@ -136,7 +136,7 @@ def test_cogview4_with_a_mask_stays_dense(seen: list[int]) -> None:
     want = model(**inputs).sample
     conversion = convert(model, Clear(radius=2))
     assert torch.equal(model(**inputs).sample, want)
-    assert all(status.startswith("dense: the attention mask") for status in conversion.status().values())
+    assert all(status.startswith("dense: the attention mask") for status in conversion.status.values())
 
 
 class ToyAttention(nn.Module):
@@ -215,10 +215,10 @@ def test_a_given_grid_that_is_not_the_forwards_is_refused(host_id: str, given: t
     conversion = convert(model, Clear(radius=2), grid=given)
     with pytest.raises(RuntimeError, match=f"the grid given, {given[0]} x {given[1]}, is not that of .*12 x 10"):
         run(case, model, 12, 10)
-    assert set(conversion.status().values()) != {"rerouted"}
+    assert set(conversion.status.values()) != {"rerouted"}
     with conversion.use_grid(12, 10):
         run(case, model, 12, 10)
-    assert set(conversion.status().values()) == {"rerouted"}
+    assert set(conversion.status.values()) == {"rerouted"}
 
 
 def test_a_vit_that_drops_patches_is_refused() -> None:
@@ -251,4 +251,4 @@ def test_a_given_grid_is_not_read_while_a_cuda_graph_is_captured(monkeypatch: py
     assert torch.equal(run(case, model, 12, 10), want)
     with pytest.raises(RuntimeError, match=r"the grid given, 12 x 10, is not that of .*img_ids has 100 tokens"):
         run(case, model, 10, 10)
-    assert set(conversion.status().values()) == {"rerouted"}
+    assert set(conversion.status.values()) == {"rerouted"}

@@ -40,7 +40,7 @@ def test_softmax_gives_the_same_images(case: PipelineCase) -> None:
     stock = images(case, pipe)
     assert isinstance(pipe.set_attn_processor(Softmax()), Conversion)
     assert np.abs(images(case, pipe) - stock).max() <= 1e-6
-    assert set(Conversion.of(pipe).status().values()) == {"rerouted"}
+    assert set(Conversion.of(pipe).status.values()) == {"rerouted"}
 
 
 @all_pipelines
@@ -135,7 +135,7 @@ def test_a_processor_that_hides_ours_is_named() -> None:
     with pytest.raises(RuntimeError, match=r"attn1 never called scaled_dot_product_attention.*AttnProcessor"):
         images(case, pipe)
     pipe.set_attn_processor(AttnProcessor2_0())
-    assert set(Conversion.of(pipe).status()) and np.isfinite(images(case, pipe)).all()
+    assert set(Conversion.of(pipe).status) and np.isfinite(images(case, pipe)).all()
 
 
 @pytest.mark.parametrize("pipeline_id", ["sd", "sdxl", "sd3", "flux"])
@@ -157,7 +157,7 @@ def test_controlnet_is_converted_when_asked_for() -> None:
             conversion = pipe.set_attn_processor("clear", radius=2, components=components)
             assert set(conversion.models) == set(components)
             if len(components) == 2:
-                assert {name.split(".")[0] for name in conversion.status()} == set(components)
+                assert {name.split(".")[0] for name in conversion.status} == set(components)
         seen.append(images(case, pipe))
     assert min(np.abs(seen[i] - seen[j]).max() for i in range(4) for j in range(i)) > 1e-5
     default = case.build()
@@ -213,7 +213,7 @@ def test_diffusers_own_method_is_not_overwritten(monkeypatch: pytest.MonkeyPatch
 
 FRESH = """
 import sys
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/support")
 import vision_attn
 assert "diffusers" not in sys.modules and "timm" not in sys.modules
 import diffusers
@@ -224,7 +224,7 @@ case = PIPELINE["flux"]
 pipe = case.build()
 conversion = vision_attn.convert(pipe, vision_attn.Clear(radius=2))
 images_of(case, pipe, 6 * case.patch, 4 * case.patch)
-assert set(conversion.status().values()) == {"rerouted"}
+assert set(conversion.status.values()) == {"rerouted"}
 assert not hasattr(diffusers.DiffusionPipeline, "set_attn_processor"), "convert touched the class"
 assert "vision_attn.pipelines" not in sys.modules
 import vision_attn.pipelines

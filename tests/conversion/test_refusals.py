@@ -75,7 +75,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception
     "backend": (VIT, dict(backend="cuda"), ValueError, "'auto', 'triton', 'torch', 'reference', got 'cuda'"),
     "where-type": (VIT, dict(where=3), TypeError, "where must be a pattern"),
     "where-selects-nothing": (VIT, dict(where="blocks.9.*"), ValueError, "where selects no layer .*blocks.0.attn"),
-    "min-tokens": (VIT, dict(min_tokens=-1), ValueError, "min_tokens must be a number of tokens.* -1"),
+    "min-tokens": (VIT, dict(min_tokens=-1), ValueError, "min_tokens must be at least 0, got -1"),
     "grid-kind": (VIT, dict(grid="12x10"), ValueError, r"grid must be \(height, width\) in tokens, got '12x10'"),
     "grid-value": (VIT, dict(grid=(12, 0)), ValueError, "width must be at least 1, got 0"),
     "grid-float": (VIT, dict(grid=(12.0, 10)), TypeError, "height must be an int"),
@@ -200,7 +200,7 @@ def test_a_forward_that_cannot_be_rerouted_raises(
     change(model)
     with torch.no_grad(), pytest.raises(error, match=message):
         model(**case.inputs(12, 10, 2, TEXT) | inputs)
-    assert len(str(conversion.layers).splitlines()) == 1 + len(conversion.status())
+    assert len(str(conversion.layers).splitlines()) == 1 + len(conversion.status)
     conversion.revert()
     assert run(case, model.eval(), 12, 10).isfinite().all()
     cure(model)

@@ -40,23 +40,37 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_the_offline_teacher_plain_converted_and_above_its_size(tmp_path: Path, capsys: Any, nano: Any) -> None:
-    out, common = tmp_path / "a.png", ["emoji-nano", "red apple", "--steps", "2", "--out", str(tmp_path / "a.png")]
+    out, common = (
+        tmp_path / "a.png",
+        ["emoji-nano", "red apple", "--num-inference-steps", "2", "--out", str(tmp_path / "a.png")],
+    )
     assert "128 x 128 pixels, the host's attention" in run(capsys, *common)
     own = nano("red apple", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
     assert np.array_equal(pixels(out), np.asarray(own, np.float32))
-    text = run(capsys, *common, "--attention", "clear:radius=4", "--height", "128", "--width", "96")
+    text = run(capsys, *common, "--processor", "clear:radius=4", "--height", "128", "--width", "96")
     assert "Clear(radius=4) in 5 of 5 layers, a token sees " in text and pixels(out).shape == (128, 96, 3)
-    text = run(capsys, *common, "--attention", "clear:radius=4", "--min-tokens", "2000")
+    text = run(capsys, *common, "--processor", "clear:radius=4", "--min-tokens", "2000")
     assert "Clear(radius=4) in 0 of 5 layers" in text
-    levels = ["--highres", "--height", "256", "--width", "256", "--level-steps", "1", "--strength", "0.3", "0.2"]
-    text = run(capsys, *common, *levels, "--attention", "clear:radius=4", "--rope", "interpolate")
+    levels = [
+        "--highres",
+        "--height",
+        "256",
+        "--width",
+        "256",
+        "--level-inference-steps",
+        "1",
+        "--strength",
+        "0.3",
+        "0.2",
+    ]
+    text = run(capsys, *common, *levels, "--processor", "clear:radius=4", "--rope", "interpolate")
     assert "128 x 128, 256 x 256, Clear(radius=4) above the first level" in text and pixels(out).shape == (256, 256, 3)
     run(capsys, *common, "--seed", "1", "--set", "true_cfg_scale=1.0")
     assert not np.array_equal(pixels(out), np.asarray(own, np.float32))
 
 
 def test_the_other_side_is_the_pipelines_own(tmp_path: Path, capsys: Any) -> None:
-    common = ["emoji-unet", "red apple", "--steps", "1", "--out", str(tmp_path / "a.png")]
+    common = ["emoji-unet", "red apple", "--num-inference-steps", "1", "--out", str(tmp_path / "a.png")]
     assert "96 x 128 pixels" in run(capsys, *common, "--height", "96")
     assert "128 x 96 pixels" in run(capsys, *common, "--width", "96")
     pipe: Any = build_sd()
@@ -74,20 +88,20 @@ def test_an_adapter_names_its_attention(by_levels: bool, tmp_path: Path, nano: A
     conversion = convert(nano, Clear(radius=3, pool=2))
     conversion.save(tmp_path)
     conversion.revert()
-    options = Options(steps=2, level_steps=1, quiet=True) if by_levels else None
+    options = Options(num_inference_steps=2, level_inference_steps=1, quiet=True) if by_levels else None
     sides = (256, 256) if by_levels else (None, None)
     call = {} if by_levels else {"num_inference_steps": 2}
     image, note = generate(nano, Request("rocket", *sides, adapter=str(tmp_path), options=options, call=call))
     assert image.size == ((256, 256) if by_levels else (128, 128))
     assert "Clear(radius=3, pool=2) in 5 of 5 layers" in note and not is_converted(nano.transformer)
     spec = Clear(radius=3, pool=2, native_tokens=1032)
-    request = Request("rocket", *sides, attention=spec, adapter=str(tmp_path), options=options, call=call)
+    request = Request("rocket", *sides, spec=spec, adapter=str(tmp_path), options=options, call=call)
     assert str(spec) in generate(nano, request)[1]
 
 
 def test_the_pipeline_is_as_before_when_drawing_fails(nano: Any) -> None:
     with pytest.raises(ValueError, match="does not know: 'xylophonist'"):
-        generate(nano, Request("xylophonist", attention=Clear(radius=4)))
+        generate(nano, Request("xylophonist", spec=Clear(radius=4)))
     assert not is_converted(nano.transformer)
 
 
@@ -109,8 +123,19 @@ def test_a_stable_diffusion_folder(tmp_path: Path, capsys: Any) -> None:
     pipe = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)  # type: ignore[arg-type]
     pipe.save_pretrained(tmp_path / "sd")
     out = tmp_path / "b.png"
-    common = [str(tmp_path / "sd"), "a fox", "--height", "128", "--width", "64", "--steps", "2", "--out", str(out)]
-    text = run(capsys, *common, "--attention", "neighborhood:kernel_size=3", "--min-tokens", "9")
+    common = [
+        str(tmp_path / "sd"),
+        "a fox",
+        "--height",
+        "128",
+        "--width",
+        "64",
+        "--num-inference-steps",
+        "2",
+        "--out",
+        str(out),
+    ]
+    text = run(capsys, *common, "--processor", "neighborhood:kernel_size=3", "--min-tokens", "9")
     assert "128 x 64 pixels, Neighborhood(kernel_size=3) in " in text and pixels(out).shape == (128, 64, 3)
     text = run(capsys, *common, "--set", "guidance_scale=1.0", "--set", "negative_prompt=a cat")
     assert "the host's attention" in text
@@ -119,14 +144,17 @@ def test_a_stable_diffusion_folder(tmp_path: Path, capsys: Any) -> None:
 BAD: dict[str, tuple[list[str], str]] = {
     "model": (["emojis"], "emojis is neither a folder with model_index.json"),
     "hub": (["nobody/nothing"], "nobody/nothing could not be loaded"),
-    "processor": (["emoji-nano", "--attention", "cleer"], "unknown processor 'cleer'"),
-    "field": (["emoji-nano", "--attention", "clear:size=3"], "Clear has no field size"),
-    "window": (["emoji-nano", "--attention", "neighborhood:kernel_size=99"], "does not fit"),
+    "processor": (["emoji-nano", "--processor", "cleer"], "unknown processor 'cleer'"),
+    "field": (["emoji-nano", "--processor", "clear:size=3"], "Clear has no field size"),
+    "window": (["emoji-nano", "--processor", "neighborhood:kernel_size=99"], "does not fit"),
     "size": (["emoji-nano", "--highres"], "--highres needs --height and --width"),
     "unit": (["emoji-nano", "--highres", "--height", "254", "--width", "256"], "multiples of 4 pixels"),
-    "levels": (["emoji-nano", "--level-steps", "3", "--rope", "ntk"], "--level-steps and --rope go with --highres"),
+    "levels": (
+        ["emoji-nano", "--level-inference-steps", "3", "--rope", "ntk"],
+        "--level-inference-steps and --rope go with --highres",
+    ),
     "strength": (["emoji-nano", "--highres", "--strength", "2"], "strength must hold noise levels"),
-    "min-tokens": (["emoji-nano", "--min-tokens", "9"], "--min-tokens goes with --attention"),
+    "min-tokens": (["emoji-nano", "--min-tokens", "9"], "--min-tokens goes with --processor"),
     "argument": (["emoji-nano", "--set", "guidance=3"], "EmojiPipeline takes no guidance: it takes "),
     "own-argument": (["emoji-nano", "--set", "height=3"], "EmojiPipeline takes no height"),
     "value": (["emoji-nano", "--set", "guidance"], "--set takes name=value"),
@@ -136,10 +164,10 @@ BAD: dict[str, tuple[list[str], str]] = {
     "meta": (["emoji-nano", "--device", "meta"], "--device meta cannot be used here"),
     "height": (["emoji-nano", "--height", "0"], "height must be an int of at least 1, got 0"),
     "width": (["emoji-nano", "--width", "-8"], "width must be an int of at least 1, got -8"),
-    "steps": (["emoji-nano", "--steps", "0"], "steps must be an int of at least 1, got 0"),
+    "steps": (["emoji-nano", "--num-inference-steps", "0"], "num_inference_steps must be an int of at least 1, got 0"),
     "images": (["emoji-nano", "--set", "num_images_per_prompt=0"], "num_images_per_prompt must be an int of at"),
     "tensor": (["emoji-nano", "--set", "latents=1"], "EmojiPipeline takes a tensor as latents, got 1"),
-    "schedule": (["emoji-nano", "--attention", "schedule"], "unknown processor 'schedule'"),
+    "schedule": (["emoji-nano", "--processor", "schedule"], "unknown processor 'schedule'"),
     "out": (["emoji-nano", "--out", "no-such-folder/a.png"], "--out must be"),
     "suffix": (["emoji-nano", "--out", "a.txt"], "--out must be"),
 }

@@ -38,7 +38,7 @@ def test_the_grids_are_those_of_a_real_forward(case: HostCase) -> None:
     run(case, model, height, width)
     real = {row.name: row for row in conversion.layers}
     scale = scale_of(case)
-    rows = estimate(model, height * scale, width * scale, Clear(2), vae_scale_factor=1).layers
+    rows = estimate(model, Clear(2), height=height * scale, width=width * scale, vae_scale_factor=1).layers
     assert {row.name for row in rows} == set(real)
     grids = {state_of(m).name: state_of(m).grid for m in model.modules() if is_rerouted(m)}
     for row in rows:
@@ -47,7 +47,7 @@ def test_the_grids_are_those_of_a_real_forward(case: HostCase) -> None:
 
 
 def test_operations_of_a_window_are_counted_exactly() -> None:
-    rows = estimate(HOST["sd15-unet"].build(), 96, 80, Clear(2)).layers
+    rows = estimate(HOST["sd15-unet"].build(), Clear(2), height=96, width=80).layers
     grid = rows[0].grid
     pairs = Window(radius=2).allowed(grid).sum().item()
     heads_times_channels = rows[0].dense_flops / 4 / grid.tokens**2
@@ -60,7 +60,7 @@ def test_the_models_operations_are_near_those_that_run(host_id: str, scale: int)
     case, (height, width) = HOST[host_id], (24, 32)
     model = case.build()
     short = replace(find_host(model), text=7) if host_id == "flux" else None  # it reckons with 512 tokens of text
-    found = estimate(model, height * scale, width * scale, Softmax(), host=short, vae_scale_factor=1)
+    found = estimate(model, Softmax(), height=height * scale, width=width * scale, host=short, vae_scale_factor=1)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         run(case, model, height, width, batch=1, text=7)
     estimated = sum(row.dense_flops for row in found.layers) + found.other_flops
@@ -74,7 +74,7 @@ def test_the_models_operations_are_near_those_that_run(host_id: str, scale: int)
 )
 def test_the_grid_is_that_of_the_patch_embedding(name: str, options: dict[str, bool], pixels: int) -> None:
     model = timm.create_model(name, dynamic_img_size=True, depth=1, **options).eval()
-    row = estimate(model, pixels, pixels, Clear(2)).layers[0]
+    row = estimate(model, Clear(2), height=pixels, width=pixels).layers[0]
     conversion = convert(model, Clear(2))
     model(torch.randn(1, 3, pixels, pixels))
     assert [layer.tokens for layer in conversion.layers] == [row.grid.tokens]
@@ -82,15 +82,15 @@ def test_the_grid_is_that_of_the_patch_embedding(name: str, options: dict[str, b
 
 def test_shares_and_break_even_have_the_right_order() -> None:
     model = HOST["flux"].build()
-    small, large = (estimate(model, side, side, Clear(8), device="cuda") for side in (512, 4096))
+    small, large = (estimate(model, Clear(8), height=side, width=side, device="cuda") for side in (512, 4096))
     assert small.attention_share < large.attention_share < 1
     assert large.converted_share < small.converted_share < 1.2
     assert small.pays_from == large.pays_from is not None
-    assert estimate(model, 512, 512, Clear(math.inf)).pays_from is None
+    assert estimate(model, Clear(math.inf), height=512, width=512).pays_from is None
     at = small.pays_from[0]
-    rows = estimate(model, at, at, Clear(8), device="cuda").layers
+    rows = estimate(model, Clear(8), height=at, width=at, device="cuda").layers
     assert sum(row.seconds for row in rows) < sum(row.dense_seconds for row in rows)
-    rows = estimate(model, at // 2, at // 2, Clear(8), device="cuda").layers
+    rows = estimate(model, Clear(8), height=at // 2, width=at // 2, device="cuda").layers
     assert sum(row.seconds for row in rows) >= sum(row.dense_seconds for row in rows)
     assert "faster from" in str(small) and "transformer_blocks.0.attn" in str(small)
 
@@ -120,7 +120,7 @@ def test_a_schedule_costs_what_its_stages_do() -> None:
     assert break_even(half, layer, 512, "cuda", 2) is not None
     assert break_even(Schedule(((1.0, Softmax()),)), layer, 512, "cuda", 2) is None
     model = HOST["flux"].build()
-    found, exact = (estimate(model, 4096, 4096, spec, device="cuda") for spec in (whole, linear))
+    found, exact = (estimate(model, spec, height=4096, width=4096, device="cuda") for spec in (whole, linear))
     assert found.converted_share == pytest.approx(exact.converted_share) and found.pays_from == exact.pays_from
 
 
@@ -130,7 +130,7 @@ def test_layers_below_the_break_even_are_left_alone() -> None:
     before = run(case, model, 48, 48)
     conversion = convert(model, Clear(3), only_if_faster=True)
     output = run(case, model, 48, 48)
-    status = conversion.status()
+    status = conversion.status
     low = [name for name in status if "mid_block" in name or "down_blocks.1" in name]
     assert low and all("faster" in status[name] and "dense" in status[name] for name in low)
     assert status["down_blocks.0.attentions.0.transformer_blocks.0.attn1"] == "rerouted"
@@ -142,7 +142,7 @@ def test_layers_below_the_break_even_are_left_alone() -> None:
 
 def test_a_pipeline_is_asked_in_pixels() -> None:
     pipe = PIPELINE["sd"].build()
-    rows = estimate(pipe, 64, 128, Clear(2)).layers
+    rows = estimate(pipe, Clear(2), height=64, width=128).layers
     factor = pipe.vae_scale_factor
     assert (rows[0].grid.height, rows[0].grid.width) == (64 // factor, 128 // factor)
 
@@ -150,28 +150,29 @@ def test_a_pipeline_is_asked_in_pixels() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((0, 64, Clear(2)), ValueError, "positive"),
-        ((64, 64, "clear"), TypeError, "clear"),
-        ((64, 64, {"nothing.*": Clear(2)}), ValueError, "nothing"),
-        ((64, 64, []), ValueError, "no spec"),
-        ((64, 7, Clear(2)), ValueError, "an image of 64 x 7 pixels is smaller than a token of down_blocks.0"),
+        ((Clear(2), 0, 64), ValueError, "positive"),
+        (("clear", 64, 64), TypeError, "clear"),
+        (({"nothing.*": Clear(2)}, 64, 64), ValueError, "nothing"),
+        (([], 64, 64), ValueError, "no spec"),
+        ((Clear(2), 64, 7), ValueError, "an image of 64 x 7 pixels is smaller than a token of down_blocks.0"),
     ],
     ids=["size", "spec", "pattern", "empty", "token"],
 )
 def test_bad_input_is_refused(arguments: tuple, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        estimate(HOST["sd15-unet"].build(), *arguments)
+        spec, height, width = arguments
+        estimate(HOST["sd15-unet"].build(), spec, height=height, width=width)
 
 
 def test_where_and_device_are_checked_as_by_convert() -> None:
     model = HOST["flux"].build()
     for refuse in (
         lambda: convert(model, Clear(2), where="nope"),
-        lambda: estimate(model, 64, 64, Clear(2), where="nope"),
+        lambda: estimate(model, Clear(2), height=64, width=64, where="nope"),
     ):
         with pytest.raises(ValueError, match=r"where selects no layer of FluxTransformer2DModel; it has .* layers\)"):
             refuse()
     with pytest.raises(ValueError, match="device must be 'cuda' or 'cpu', whose rates are known, got 'nope'"):
-        estimate(model, 64, 64, Clear(2), device="nope")
-    numbered, plain = (estimate(model, 64, 64, Clear(2), device=device) for device in ("cpu:0", "cpu"))
-    assert numbered == plain != estimate(model, 64, 64, Clear(2), device="cuda")
+        estimate(model, Clear(2), height=64, width=64, device="nope")
+    numbered, plain = (estimate(model, Clear(2), height=64, width=64, device=device) for device in ("cpu:0", "cpu"))
+    assert numbered == plain != estimate(model, Clear(2), height=64, width=64, device="cuda")

@@ -25,7 +25,7 @@ FOLDER = Path(__file__).parents[2] / "examples" / "gallery"
 EXAMPLES = {example.name: example for example in find_examples(FOLDER)}
 HUB = [name for name, example in EXAMPLES.items() if example.weights]
 SMALL: dict[str, dict[str, Any]] = {  # arguments with which the offline ones take a second
-    "emoji_highres": dict(side=256, steps=2, level_steps=1),
+    "emoji_highres": dict(side=256, steps=2, level_inference_steps=1),
     "own_processor": dict(prompts=("red apple",), steps=1),
     "vit_attention": dict(steps=1),
     "dinat_features": dict(steps=1),
@@ -102,7 +102,9 @@ def test_a_controlnet_and_its_unet(tmp_path: Path) -> None:
 
 def levels(pipe: Any) -> dict[str, Any]:
     base = 8 * pipe.vae_scale_factor
-    return dict(side=2 * base, options=Options(steps=2, level_steps=1, base=(base, base), quiet=True))
+    return dict(
+        side=2 * base, options=Options(num_inference_steps=2, level_inference_steps=1, base=(base, base), quiet=True)
+    )
 
 
 def test_sdxl_beside_linfusion(tmp_path: Path) -> None:

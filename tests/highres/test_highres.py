@@ -30,11 +30,11 @@ def arguments(pipeline_id: str) -> dict[str, Any]:
 
 
 def draw(pipe: Any, pipeline_id: str, side: int, **options: Any) -> Any:
-    attn, callback = options.pop("attn", None), options.pop("callback", None)
-    fields = dict(steps=3, level_steps=2, quiet=True) | options
+    spec, callback = options.pop("spec", None), options.pop("callback", None)
+    fields = dict(num_inference_steps=3, level_inference_steps=2, quiet=True) | options
     generator = torch.Generator().manual_seed(0)
     return generate_highres(
-        pipe, None, side, side, options=Options(**fields), attn=attn, generator=generator, callback=callback,
+        pipe, None, side, side, options=Options(**fields), spec=spec, generator=generator, callback=callback,
         **arguments(pipeline_id),
     )  # fmt: skip
 
@@ -63,7 +63,7 @@ def test_processors_by_level_and_back(pipeline_id: str) -> None:
     base = base_of(pipe)
     options = dict(base=(base, base))
     dense, softmax, local, linear = (
-        np.asarray(draw(pipe, pipeline_id, 2 * base, attn=attn, **options).images[0], np.float32)
+        np.asarray(draw(pipe, pipeline_id, 2 * base, spec=attn, **options).images[0], np.float32)
         for attn in (None, Softmax(), Clear(radius=2), [None, LinFusion()])
     )
     assert np.abs(dense - softmax).max() <= 1
@@ -75,7 +75,7 @@ def test_processors_by_level_and_back(pipeline_id: str) -> None:
 def test_the_first_level_is_the_pipelines_own_picture() -> None:
     pipe: Any = PIPELINE["flux"].build()
     base = base_of(pipe)
-    ours = draw(pipe, "flux", base, base=(base, base), steps=2).images[0]
+    ours = draw(pipe, "flux", base, base=(base, base), num_inference_steps=2).images[0]
     call = PIPELINE["flux"].call(base, base) | dict(output_type="pil")
     assert np.abs(np.asarray(ours, np.int32) - np.asarray(pipe(**call).images[0], np.int32)).max() <= 1
 
@@ -215,9 +215,9 @@ def test_one_strength_is_a_tuple_of_it_and_a_base_may_be_a_list() -> None:
         (dict(skip_residual=True), TypeError, "skip_residual must be a number above 0, or None"),
         (dict(skip_residual="3"), TypeError, "skip_residual must be a number above 0, or None"),
         (dict(skip_residual=0), ValueError, "skip_residual must be a number above 0, or None"),
-        (dict(level_steps=True), TypeError, "level_steps must be an int, at least 1, got True"),
-        (dict(steps=2.0), TypeError, r"steps must be an int, at least 1, got 2\.0"),
-        (dict(level_steps=0), ValueError, "level_steps must be an int, at least 1, got 0"),
+        (dict(level_inference_steps=True), TypeError, "level_inference_steps must be an int, at least 1, got True"),
+        (dict(num_inference_steps=2.0), TypeError, r"num_inference_steps must be an int, at least 1, got 2\.0"),
+        (dict(level_inference_steps=0), ValueError, "level_inference_steps must be an int, at least 1, got 0"),
         (dict(factor="2"), TypeError, "factor must be a number above 1"),
         (dict(factor=float("nan")), ValueError, "factor must be a number above 1"),
         (dict(strength="0.3"), TypeError, "strength must hold noise levels"),
@@ -242,8 +242,8 @@ BAD = {
     "strength": (dict(options=dict(strength=(1.2,))), "strength"),
     "rope": (dict(options=dict(rope="yarn")), "yarn"),
     "shift": (dict(options=dict(shift="linear")), "linear"),
-    "steps": (dict(options=dict(steps=0)), "steps"),
-    "attn": (dict(attn=[None]), "levels|list"),
+    "steps": (dict(options=dict(num_inference_steps=0)), "steps"),
+    "spec": (dict(spec=[None]), "levels|list"),
     "base": (dict(options=dict(base=(10**4, 10**4))), "base"),
 }
 
@@ -256,7 +256,7 @@ def test_bad_input_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=message):
         options = Options(**({"quiet": True, "base": (base_of(pipe),) * 2} | given.get("options", {})))
         generate_highres(
-            pipe, None, given.get("height", side), side, options=options, attn=given.get("attn"), **arguments("sd")
+            pipe, None, given.get("height", side), side, options=options, spec=given.get("spec"), **arguments("sd")
         )
 
 
@@ -267,9 +267,9 @@ def test_a_converted_pipeline_is_not_converted_again() -> None:
     conversion = convert(pipe, Clear(radius=2))
     base = base_of(pipe)
     with pytest.raises(ValueError, match="converted already"):
-        draw(pipe, "sd", 2 * base, base=(base, base), attn=Clear(radius=3))
+        draw(pipe, "sd", 2 * base, base=(base, base), spec=Clear(radius=3))
     draw(pipe, "sd", 2 * base, base=(base, base))
-    assert set(conversion.status().values()) == {"rerouted"}
+    assert set(conversion.status.values()) == {"rerouted"}
 
 
 @pytest.mark.parametrize("teacher", ["nano", "unet"])
@@ -277,7 +277,7 @@ def test_the_embedded_teachers(teacher: str) -> None:
     from vision_attn.demo import load_teacher
 
     pipe = load_teacher(teacher)
-    options = Options(steps=3, level_steps=2, strength=(0.3,), rope="interpolate", quiet=True)
+    options = Options(num_inference_steps=3, level_inference_steps=2, strength=(0.3,), rope="interpolate", quiet=True)
     generator = torch.Generator().manual_seed(0)
     result = generate_highres(pipe, "red apple", 256, 256, options=options, generator=generator)
     assert [level.height for level in result.levels] == [128, 256]
@@ -300,14 +300,14 @@ def test_levels_are_multiples_of_pooled_cells():
         assert all(length % (4 * unit) == 0 for size in sizes for length in size)
     assert any(height % (4 * unit) for height, _ in Options().sizes(pipe, 40 * unit, 36 * unit))
     with pytest.raises(ValueError, match=f"multiples of {4 * unit} pixels .4 tokens, a pooled cell"):
-        generate_highres(pipe, "a cat", 40 * unit, 38 * unit, attn=Clear(radius=4, pool=4))
+        generate_highres(pipe, "a cat", 40 * unit, 38 * unit, spec=Clear(radius=4, pool=4))
 
 
 def test_a_pooled_clear_at_every_level():
     pipe = load_teacher("nano")
     unit = pipe.vae_scale_factor * 2
-    options = Options(steps=1, level_steps=1, base=(8 * unit, 8 * unit), quiet=True)
-    result = generate_highres(pipe, "a cat", 20 * unit, 20 * unit, options=options, attn=Clear(radius=4, pool=4))
+    options = Options(num_inference_steps=1, level_inference_steps=1, base=(8 * unit, 8 * unit), quiet=True)
+    result = generate_highres(pipe, "a cat", 20 * unit, 20 * unit, options=options, spec=Clear(radius=4, pool=4))
     assert [level.height // unit for level in result.levels] == [8, 16, 20]
 
 
@@ -320,6 +320,6 @@ def test_the_scale_of_a_level_counts_the_text():
 def test_a_pipeline_keeps_its_dtype() -> None:
     pipe = load_teacher("nano").to(torch.bfloat16)
     unit = pipe.vae_scale_factor * 2
-    options = Options(steps=1, level_steps=1, base=(8 * unit, 8 * unit), quiet=True)
+    options = Options(num_inference_steps=1, level_inference_steps=1, base=(8 * unit, 8 * unit), quiet=True)
     generate_highres(pipe, "a cat", 16 * unit, 16 * unit, options=options)
     assert pipe.transformer.dtype == torch.bfloat16

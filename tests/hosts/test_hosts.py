@@ -93,7 +93,7 @@ def test_attending_to_everything_changes_nothing(case: HostCase, spec: Any) -> N
     model = case.build()
     conversion = convert(model, spec)
     torch.testing.assert_close(run(case, model, *size_of(case)), stock(case.id), rtol=0, atol=1e-5)
-    assert "rerouted" in conversion.status().values()
+    assert "rerouted" in conversion.status.values()
 
 
 @all_hosts
@@ -135,7 +135,7 @@ def test_it_finds_the_grids(case: HostCase) -> None:
     rows = [row for row in conversion.layers if row.status == "rerouted"]
     states = [state_of(module) for module in model.modules() if is_rerouted(module)]
     if case.id in MASKED_DENSE:
-        dense = [status for name, status in conversion.status().items() if name.startswith("layers.")]
+        dense = [status for name, status in conversion.status.items() if name.startswith("layers.")]
         assert len(dense) == 2 and all(status.startswith("dense: ") for status in dense)
         layouts = {layout for layout in layouts if not layout.prefix}
         states = [state for state in states if state.status == "rerouted"]

@@ -13,32 +13,19 @@ from torch import nn
 from vision_attn import (
     RALA,
     Agent,
-    Clear,
     Grid,
     HiLo,
     Host,
     LinearLocal,
     LinFusion,
-    Neighborhood,
     Softmax,
     convert,
     load,
 )
 from vision_attn.conversion.state import is_rerouted, state_of
-from vision_attn.processors import SPECS, AgentSD, Schedule
+from vision_attn.processors import REGISTRY, AgentSD, Schedule
 
-PROCESSORS = {
-    "clear": Clear(radius=2),
-    "clear-pool": Clear(radius=2, pool=2),
-    "neighborhood": Neighborhood(3),
-    "linfusion": LinFusion(),
-    "linfusion-hedgehog": LinFusion(mid_dim=4, feature_map="hedgehog"),
-    "linear-local": LinearLocal(window_size=4),
-    "agent": Agent(num_agents=9, biases=True, dwc=True),
-    "agent-sd": AgentSD(cell=(1, 2), ratio=0.5, agent_ratio=0.9, max_downsample=2, random=False),
-    "hilo": HiLo(alpha=0.5),
-    "rala": RALA(),
-}
+PROCESSORS = {name: spec for known in REGISTRY.values() for name, spec in known.tests.items()}
 UNLIKE = {"clear-pool": (16, 8)}  # lower levels of a UNet must still divide by the pool
 pairs = pytest.mark.parametrize(
     ("case", "name"), [(case, name) for case in HOSTS for name in PROCESSORS], ids=lambda v: getattr(v, "id", v)
@@ -57,7 +44,9 @@ def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def test_the_table_has_every_processor() -> None:
-    assert {type(spec) for spec in PROCESSORS.values()} | {Softmax, Schedule} == set(SPECS.values())
+    assert {type(spec) for spec in PROCESSORS.values()} | {Softmax, Schedule} == {
+        known.spec for known in REGISTRY.values()
+    }
 
 
 @pairs
@@ -180,7 +169,7 @@ def test_softmax_leaves_a_layer_alone_that_never_calls_attention() -> None:
     conversion = convert(model, Softmax())
     model.set_attention_slice("max")  # type: ignore[operator]
     torch.testing.assert_close(run(case, model, *size_of(case)), stock(case.id), rtol=0, atol=1e-5)
-    assert set(conversion.status().values()) == {"dense: the host's own code computed it"}
+    assert set(conversion.status.values()) == {"dense: the host's own code computed it"}
 
 
 def test_a_bypassed_layer_does_not_keep_its_blocks_input() -> None:
@@ -206,7 +195,7 @@ def test_a_residual_network_on_a_module_that_tells_only_heads_and_head_dim() -> 
     host = Host(layers=("0",), probe=lambda module, inputs: Grid(3, 4))
     conversion = convert(model, LinFusion(), host=host)
     assert model(torch.randn(2, 12, 8)).shape == (2, 12, 8)
-    assert set(conversion.status().values()) == {"rerouted"}
+    assert set(conversion.status.values()) == {"rerouted"}
 
 
 def test_networks_whose_weights_are_stored_in_8_bits() -> None:

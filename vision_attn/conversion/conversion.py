@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -244,8 +245,9 @@ class Conversion:
             table.append(Row(name, state.num_heads, grid.tokens if grid is not None else None, attended, state.status))
         return table
 
+    @property
     def status(self) -> dict[str, str]:
-        """Return what became of each layer's last call: 'rerouted', 'dense: why', or 'not run yet'."""
+        """What became of each layer's last call: 'rerouted', 'dense: why', or 'not run yet'."""
         return {name: state.status for name, _, state in self._rerouted()}
 
     @property
@@ -309,8 +311,42 @@ class Conversion:
         for _, model in self._converted():
             undo(model)
 
-    def save(self, folder: str | Path) -> None:
-        """Write an adapter folder, from which `load` restores this conversion.
+    @classmethod
+    def from_pretrained(cls, target: Any, source: str | Path, **options: Any) -> "Conversion":
+        """Convert a model or pipeline as a saved adapter says: `vision_attn.load` under the name that diffusers uses.
+
+        Args:
+            target: What `convert` takes.
+            source: A folder, a safetensors file, or the name of a repository on the Hugging Face hub.
+            options: As for `vision_attn.load`.
+        """
+        return load(target, source, **options)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, commit_message: str = ""
+    ) -> str:
+        """Upload the adapter folder to the Hugging Face hub, from which `load(target, repo_id)` restores it.
+
+        Args:
+            repo_id: Name of the repository, 'user/name'; it is made if it does not exist.
+            private: Whether a new repository is private; the account's own default if None.
+            token: Of the account; the one that is logged in if None.
+            commit_message: Of the upload.
+
+        Returns:
+            The address of the commit.
+        """
+        from huggingface_hub import HfApi  # noqa: PLC0415, only where one uploads
+
+        api = HfApi(token=token)
+        repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            message = commit_message or f"Upload a conversion to {self.spec}"
+            return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write an adapter folder, from which `load` restores this conversion; `save` is a short name of it.
 
         It holds `config.json` and one safetensors file with the tensors that the conversion added, and those of the
         host that have changed since, under their names in the model. Several components get a folder each.
@@ -324,6 +360,8 @@ class Conversion:
             write_adapter(places[component], _adapter_of(model, component), _base_name(model))
         if root not in places.values():
             remove_adapter(root)  # of one component, which would be read first
+
+    save = save_pretrained
 
     def __repr__(self) -> str:
         if not all(is_converted(model) for model in self.models.values()):

@@ -18,33 +18,16 @@ from vision_attn.conversion.conversion import Conversion, convert, load
 from vision_attn.demo import load_teacher, shipped_adapters
 from vision_attn.demo.page import contact_sheet, write_page
 from vision_attn.highres.redraw import image_to_image
-from vision_attn.processors import (
-    RALA,
-    Agent,
-    AgentSD,
-    AttnSpec,
-    Clear,
-    HiLo,
-    LinearLocal,
-    LinFusion,
-    Neighborhood,
-    Schedule,
-    Softmax,
-)
+from vision_attn.processors import AgentSD, AttnSpec, Schedule, Softmax, registrations
 
 PROMPTS = ("red apple", "rocket", "octopus", "alarm clock")
-PROCESSORS: tuple[AttnSpec, ...] = (
-    Softmax(),
-    Clear(radius=8),
-    Neighborhood(kernel_size=13),
-    LinearLocal(),
-    AgentSD.schedule(),
-    Agent(num_agents=256),
-    HiLo(alpha=0.5),
-    LinFusion(),
-    RALA(),
+# Dense attention first, then what is worth drawing at 256 px without training, then what needs it.
+PROCESSORS: tuple[AttnSpec, ...] = tuple(
+    spec
+    for known in sorted(registrations(), key=lambda known: known.spec is not Softmax)
+    for spec in (*known.demo, *((AgentSD.schedule(),) if known.spec is AgentSD else ()))
 )
-AT_LARGE = (Softmax, Clear, Neighborhood, LinearLocal)  # what is worth drawing at 256 px without training
+AT_LARGE = tuple(known.spec for known in registrations() if known.draws_untrained)
 NATIVE, LARGE = 128, 256  # pixels a side; the teacher was trained at 128
 MIN_TOKENS = 256  # the UNet's 8 x 8 grid stays dense: it costs nothing, and large windows do not fit
 STRENGTH = 0.2  # of image-to-image: sharp edges, and still one object

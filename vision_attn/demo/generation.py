@@ -16,6 +16,9 @@ from vision_attn.processors import AttnSpec, spec_of_text
 _TENSORS = {torch.Tensor, torch.FloatTensor, torch.LongTensor}
 
 
+_LEVELS = ("num_inference_steps", "level_inference_steps", "strength", "rope")  # arguments of `Options`
+
+
 @dataclass(frozen=True)
 class Request:
     """What to draw, and with which attention.
@@ -24,7 +27,7 @@ class Request:
         prompt: What to draw.
         height: In pixels, the pipeline's own if None.
         width: In pixels, the pipeline's own if None.
-        attention: The processor, None for that of the adapter, or of the host.
+        spec: The processor, None for that of the adapter, or of the host.
         adapter: Folder, file or hub name of trained weights, as for `load`.
         min_tokens: Layers with fewer tokens keep their own attention.
         options: How levels are made, for `generate_highres`; None for one plain call of the pipeline.
@@ -38,7 +41,7 @@ class Request:
     prompt: str
     height: int | None = None
     width: int | None = None
-    attention: AttnSpec | None = None
+    spec: AttnSpec | None = None
     adapter: str | None = None
     min_tokens: int = 0
     options: Options | None = None
@@ -48,9 +51,9 @@ class Request:
     def __post_init__(self) -> None:
         if self.options is not None and (self.height is None or self.width is None):
             raise ValueError("--highres needs --height and --width")
-        if self.min_tokens and (self.options is not None or self.adapter is not None or self.attention is None):
-            raise ValueError("--min-tokens goes with --attention, without --highres and --adapter")
-        numbers = dict(height=self.height, width=self.width, steps=self.call.get("num_inference_steps"))
+        if self.min_tokens and (self.options is not None or self.adapter is not None or self.spec is None):
+            raise ValueError("--min-tokens goes with --processor, without --highres and --adapter")
+        numbers = dict(height=self.height, width=self.width, num_inference_steps=self.call.get("num_inference_steps"))
         for name, value in (*numbers.items(), ("num_images_per_prompt", self.call.get("num_images_per_prompt"))):
             if value is not None and (not is_int(value) or value < 1):
                 raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
@@ -63,7 +66,7 @@ def request_of(arguments: Any) -> Request:
         ValueError: If they contradict each other, or a value is out of its range.
         TypeError: If the processor has no such field.
     """
-    given: dict[str, Any] = {name: getattr(arguments, name) for name in ("steps", "level_steps", "strength", "rope")}
+    given: dict[str, Any] = {name: getattr(arguments, name) for name in _LEVELS}
     given = {name: value for name, value in given.items() if value is not None}
     call = call_of_text(arguments.set)
     options = None
@@ -71,13 +74,13 @@ def request_of(arguments: Any) -> Request:
         if "strength" in given:
             given["strength"] = tuple(given["strength"])
         options = Options(**given)
-    elif extra := [f"--{name.replace('_', '-')}" for name in given if name != "steps"]:
+    elif extra := [f"--{name.replace('_', '-')}" for name in given if name != "num_inference_steps"]:
         raise ValueError(f"{' and '.join(extra)} go with --highres")
-    elif "steps" in given:
-        call["num_inference_steps"] = given["steps"]
-    attention = spec_of_text(arguments.attention) if arguments.attention else None
+    elif "num_inference_steps" in given:
+        call["num_inference_steps"] = given["num_inference_steps"]
+    spec = spec_of_text(arguments.processor) if arguments.processor else None
     return Request(
-        arguments.prompt, arguments.height, arguments.width, attention, arguments.adapter, arguments.min_tokens,
+        arguments.prompt, arguments.height, arguments.width, spec, arguments.adapter, arguments.min_tokens,
         options, arguments.seed, call,
     )  # fmt: skip
 
@@ -99,14 +102,14 @@ def generate(pipe: Any, request: Request) -> tuple[Any, str]:
     conversion: Conversion | None = None
     levels = request.options is not None
     if request.adapter is not None:
-        conversion = load(pipe, request.adapter, spec=request.attention)
-    elif request.attention is not None and not levels:
-        conversion = convert(pipe, request.attention, min_tokens=request.min_tokens)
+        conversion = load(pipe, request.adapter, spec=request.spec)
+    elif request.spec is not None and not levels:
+        conversion = convert(pipe, request.spec, min_tokens=request.min_tokens)
     try:
         noise = torch.Generator().manual_seed(request.seed)
         if request.options is not None:
             assert request.height is not None and request.width is not None
-            image, note = _by_levels(pipe, request, noise, request.attention if conversion is None else None)
+            image, note = _by_levels(pipe, request, noise, request.spec if conversion is None else None)
         else:
             size = _size(pipe, request.height, request.width)
             image = pipe(prompt=request.prompt, generator=noise, **size, **request.call).images[0]
@@ -132,10 +135,10 @@ def _size(pipe: Any, height: int | None, width: int | None) -> dict[str, int]:
     return own | given
 
 
-def _by_levels(pipe: Any, request: Request, noise: torch.Generator, attn: AttnSpec | None) -> tuple[Any, str]:
+def _by_levels(pipe: Any, request: Request, noise: torch.Generator, spec: AttnSpec | None) -> tuple[Any, str]:
     size = (request.height, request.width)
     drawn = generate_highres(
-        pipe, request.prompt, *size, options=request.options, attn=attn, generator=noise, **request.call  # type: ignore
+        pipe, request.prompt, *size, options=request.options, spec=spec, generator=noise, **request.call  # type: ignore
     )  # fmt: skip
     return drawn.images[0], "pixels: " + ", ".join(f"{one.height} x {one.width}" for one in drawn.levels)
 
@@ -143,7 +146,7 @@ def _by_levels(pipe: Any, request: Request, noise: torch.Generator, attn: AttnSp
 def _attention(conversion: Conversion | None, request: Request) -> str:
     """Describe what was rerouted."""
     if conversion is None:
-        return f"{request.attention} above the first level" if request.attention else "the host's attention"
+        return f"{request.spec} above the first level" if request.spec else "the host's attention"
     rows = [row for row in conversion.layers if row.status == "rerouted"]
     shares = [row.attended for row in rows if row.attended is not None]
     seen = f", a token sees {sum(shares) / len(shares):.1%}" if shares else ""

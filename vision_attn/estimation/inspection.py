@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vision_attn.estimation.model import LayerEstimate
 from vision_attn.grid import Grid
-from vision_attn.processors import SPECS, Schedule, Softmax
+from vision_attn.processors import REGISTRY, Schedule, Softmax
 from vision_attn.processors.base import AttnSpec, Layer
 
 _CELL = 6  # pixels of a token in the picture
@@ -19,7 +19,8 @@ def fitting(layers: Sequence[LayerEstimate]) -> str:
     """Say which processors fit all grids with their defaults, and why others do not."""
     grids = {row.grid: row.name for row in reversed(layers)}
     fit, others = [], []
-    for name, kind in SPECS.items():
+    for name, known in REGISTRY.items():
+        kind = known.spec
         if kind in (Schedule, Softmax):
             continue
         for grid, layer in grids.items():

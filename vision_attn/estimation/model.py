@@ -19,10 +19,10 @@ _SIDES = (*range(64, 1025, 64), *range(1280, 16385, 256))  # pixels, of the shor
 
 def estimate(
     target: Any,
-    height: int,
-    width: int,
     spec: Specs,
     *,
+    height: int,
+    width: int,
     where: Where = None,
     host: Host | None = None,
     vae_scale_factor: int | None = None,
@@ -35,9 +35,9 @@ def estimate(
 
     Args:
         target: A diffusers pipeline, a diffusers UNet or DiT, or a timm vision transformer.
+        spec: As for `convert`.
         height: Height of the image in pixels.
         width: Width of the image in pixels.
-        spec: As for `convert`.
         where: As for `convert`.
         host: As for `convert`.
         vae_scale_factor: Pixels per latent; the pipeline's own, 8 for a diffusers model by itself, 1 for timm.

@@ -43,8 +43,8 @@ class Options:
     """How `generate_highres` makes its levels.
 
     Args:
-        steps: Denoising steps of the first level.
-        level_steps: Steps of each further one.
+        num_inference_steps: Denoising steps of the first level.
+        level_inference_steps: Steps of each further one.
         base: (height, width) of the first level in pixels; the largest of the asked shape with no more pixels than the
             native size, if None.
         factor: Enlargement from level to level, above 1.
@@ -63,8 +63,8 @@ class Options:
         ValueError: If a value is out of its range.
     """
 
-    steps: int = 28
-    level_steps: int = 14
+    num_inference_steps: int = 28
+    level_inference_steps: int = 14
     base: tuple[int, int] | None = None
     factor: float = 2.0
     strength: float | tuple[float, ...] = (0.6, 0.45, 0.35, 0.3)
@@ -75,7 +75,7 @@ class Options:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "level_steps"):
+        for name in ("num_inference_steps", "level_inference_steps"):
             _check_count(name, getattr(self, name))
         if self.base is not None:
             object.__setattr__(self, "base", _checked_base(self.base))
@@ -219,20 +219,20 @@ class Proportional(Clear):
         return self.first + grid.prefix + grid.suffix
 
 
-def cell_of(attn: Any) -> int:
+def cell_of(spec: Any) -> int:
     """Return the tokens that the sides of every level must be multiples of."""
-    given = [attn] if isinstance(attn, AttnSpec) else attn or []
+    given = [spec] if isinstance(spec, AttnSpec) else spec or []
     specs = [s for spec in given for s in ([s for _, s in spec.stages] if isinstance(spec, Schedule) else [spec])]
     return math.lcm(*(spec.pool for spec in specs if isinstance(spec, Clear)))
 
 
-def specs_of(attn: Any, levels: int) -> list[AttnSpec | None]:
+def specs_of(spec: Any, levels: int) -> list[AttnSpec | None]:
     """Return the processor of each level."""
-    if attn is None or isinstance(attn, AttnSpec):
-        return [None, *[attn] * (levels - 1)]
-    specs = list(attn)
+    if spec is None or isinstance(spec, AttnSpec):
+        return [None, *[spec] * (levels - 1)]
+    specs = list(spec)
     if len(specs) != levels or not all(spec is None or isinstance(spec, AttnSpec) for spec in specs):
-        raise ValueError(f"attn must be a spec, or a list of {levels} specs or None, one for each level, got {attn!r}")
+        raise ValueError(f"spec must be a spec, or a list of {levels} specs or None, one for each level, got {spec!r}")
     return specs
 
 
@@ -274,7 +274,7 @@ def generate_highres(
     width: int,
     *,
     options: Options | None = None,
-    attn: AttnSpec | Sequence[AttnSpec | None] | None = None,
+    spec: AttnSpec | Sequence[AttnSpec | None] | None = None,
     generator: torch.Generator | None = None,
     callback: Callable[[int, Level], None] | None = None,
     **call: Any,
@@ -287,7 +287,7 @@ def generate_highres(
         height: Of the picture in pixels.
         width: Of the picture in pixels.
         options: How levels are made, see `Options`.
-        attn: Processor of the levels above the first; or a list with one for each level, None for the pipeline as it
+        spec: Processor of the levels above the first; or a list with one for each level, None for the pipeline as it
             is. A `Clear` without `native_tokens` gets those of the first level (the proportional scale).
         generator: Of all noise.
         callback: Is called with the number and the result of each level that is done.
@@ -299,15 +299,15 @@ def generate_highres(
     """
     refuse_taken(call)
     options = options or Options()
-    sizes = options.sizes(pipe, height, width, cell_of(attn))
+    sizes = options.sizes(pipe, height, width, cell_of(spec))
     strengths = options.strengths(len(sizes))
-    specs = specs_of(attn, len(sizes))
+    specs = specs_of(spec, len(sizes))
     redraw = image_to_image(pipe)
     converted = any(is_converted(m) for m in _denoisers(pipe))
     if converted and any(spec is not None for spec in specs):
-        raise ValueError("the pipeline is converted already: revert() it, or leave attn away")
+        raise ValueError("the pipeline is converted already: revert() it, or leave spec away")
     levels: list[Level] = []
-    total = options.steps + (len(sizes) - 1) * options.level_steps
+    total = options.num_inference_steps + (len(sizes) - 1) * options.level_inference_steps
     with tqdm(total=total, unit="step", disable=options.quiet) as bar, ExitStack() as restored, torch.no_grad():
         restored.enter_context(_without_bars(pipe, redraw))
         picture: Tensor | None = None
@@ -338,7 +338,11 @@ def _first(pipe: Any, size: tuple[int, int], options: Options, tick: Any, argume
         return tensors
 
     height, width = size
-    steps = {"num_inference_steps": options.steps, "callback_on_step_end": after_step, "output_type": "latent"}
+    steps = {
+        "num_inference_steps": options.num_inference_steps,
+        "callback_on_step_end": after_step,
+        "output_type": "latent",
+    }
     return unpacked(pipe, pipe(height=height, width=width, **steps, **arguments).images, height, width)
 
 
@@ -356,7 +360,7 @@ def _next(
 
     clean = encode(redraw, enlarged)
     noise = randn_tensor(clean.shape, generator=arguments["generator"], device=clean.device, dtype=clean.dtype)
-    schedule = schedule_for(redraw, level, options.level_steps, shift)
+    schedule = schedule_for(redraw, level, options.level_inference_steps, shift)
     known = inspect.signature(type(redraw).__call__).parameters
     size = dict(zip(("height", "width"), enlarged.shape[-2:], strict=True))
     size = {name: side for name, side in size.items() if name in known}

@@ -6,7 +6,7 @@ from typing import Any
 
 from vision_attn.processors.agent import Agent
 from vision_attn.processors.agent_sd import AgentSD
-from vision_attn.processors.base import AttnSpec, Layer, Moment, Processor
+from vision_attn.processors.base import REGISTRY, AttnSpec, Layer, Moment, Processor, register, registrations
 from vision_attn.processors.clear import Clear
 from vision_attn.processors.hilo import HiLo
 from vision_attn.processors.linear_local import LinearLocal
@@ -16,12 +16,9 @@ from vision_attn.processors.rala import RALA
 from vision_attn.processors.schedule import Schedule
 from vision_attn.processors.softmax import Softmax
 
-_ALL = (Agent, AgentSD, Clear, HiLo, LinFusion, LinearLocal, Neighborhood, RALA, Schedule, Softmax)
-SPECS: dict[str, type[AttnSpec]] = {spec.__name__.lower(): spec for spec in _ALL}
-
 __all__ = [
     "RALA",
-    "SPECS",
+    "REGISTRY",
     "Agent",
     "AgentSD",
     "AttnSpec",
@@ -37,6 +34,8 @@ __all__ = [
     "Softmax",
     "from_config",
     "make_spec",
+    "register",
+    "registrations",
     "spec_of_text",
     "to_config",
 ]
@@ -49,9 +48,9 @@ def make_spec(name: str, **fields: object) -> AttnSpec:
         ValueError: If no spec has that name; the known ones are listed.
         TypeError: If the spec has no such field, or lacks one.
     """
-    if not isinstance(name, str) or name.lower() not in SPECS:
-        raise ValueError(f"unknown processor {name!r}: known are {', '.join(sorted(SPECS))}")
-    spec = SPECS[name.lower()]
+    if not isinstance(name, str) or name.lower() not in REGISTRY:
+        raise ValueError(f"unknown processor {name!r}: known are {', '.join(sorted(REGISTRY))}")
+    spec = REGISTRY[name.lower()].spec
     known = list(getattr(spec, "__dataclass_fields__", {}))
     unknown = sorted(set(fields) - set(known))
     if unknown:
@@ -69,7 +68,7 @@ def spec_of_text(text: str) -> AttnSpec:
         TypeError: If the processor has no such field.
     """
     name, _, rest = text.partition(":")
-    known = sorted(key for key, spec in SPECS.items() if spec is not Schedule)
+    known = sorted(key for key, known in REGISTRY.items() if known.spec is not Schedule)
     if name.lower() not in known:
         raise ValueError(f"unknown processor {name!r}: known are {', '.join(known)}")
     fields: dict[str, object] = {}

@@ -23,10 +23,11 @@ from vision_attn.grid import Grid
 from vision_attn.kernels.agent import Agents, Direct, agent_attention
 from vision_attn.kernels.dense import dense_attention, seen_keys
 from vision_attn.kernels.local.window import PerAxis, per_axis
-from vision_attn.processors.base import AttnSpec, Layer, Processor
+from vision_attn.processors.base import AttnSpec, Layer, Processor, register
 from vision_attn.processors.positional import DepthwiseBranch
 
 
+@register(tests={"agent": dict(num_agents=9, biases=True, dwc=True)}, demo=[dict(num_agents=256)], bench={"agent": {}})
 @dataclass(frozen=True)
 class Agent(AttnSpec):
     """Agent attention as a module that can learn. Untrained it blurs; biases and convolution start at zero.

@@ -23,11 +23,14 @@ from vision_attn.grid import Grid
 from vision_attn.kernels.agent import Agents
 from vision_attn.kernels.dense import dense_attention, seen_keys
 from vision_attn.processors.agent import attend_through
-from vision_attn.processors.base import AttnSpec, Layer, Moment, Processor
+from vision_attn.processors.base import AttnSpec, Layer, Moment, Processor, register
 from vision_attn.processors.schedule import Schedule
 from vision_attn.processors.token_merging import Matching
 
 
+@register(
+    tests={"agent-sd": dict(cell=(1, 2), ratio=0.5, agent_ratio=0.9, max_downsample=2, random=False)},
+)
 @dataclass(frozen=True)
 class AgentSD(AttnSpec):
     """Agents from merged tokens, at the host's full resolution only. Needs no training, and has no parameters.

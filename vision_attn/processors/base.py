@@ -2,8 +2,10 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 from torch import Generator, Tensor, nn
 
@@ -122,3 +124,73 @@ class AttnSpec(ABC):
     def passes(self) -> float:
         """How often q, k, v and o go through memory, in units of one read or write of each of them."""
         return 1.0
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What the package's lists know of a processor: each of them is made from here.
+
+    Attributes:
+        spec: Its class. Its name, in any case, is that of `set_attn_processor`, of commands and of settings.
+        tests: Specs for tiny hosts, by name: the tests run each of them.
+        demo: Specs that the demo draws with.
+        bench: Specs that the benchmark of pipelines times, by name.
+        draws_untrained: Whether a converted model is worth drawing with before it is trained.
+    """
+
+    spec: type[AttnSpec]
+    tests: Mapping[str, AttnSpec]
+    demo: tuple[AttnSpec, ...]
+    bench: Mapping[str, AttnSpec]
+    draws_untrained: bool
+
+
+REGISTRY: dict[str, Registration] = {}
+
+
+def registrations() -> list[Registration]:
+    """Return all processors in the order of tables: first what is worth drawing with untrained."""
+    return sorted(REGISTRY.values(), key=lambda known: not known.draws_untrained)
+
+
+_Spec = TypeVar("_Spec", bound=AttnSpec)
+
+
+def register(
+    *,
+    tests: Mapping[str, Mapping[str, Any]],
+    demo: Sequence[Mapping[str, Any]] = (),
+    bench: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    draws_untrained: bool = False,
+) -> Callable[[type[_Spec]], type[_Spec]]:
+    """Make a processor known by its name, and to the lists of the tests, the demo and the benchmark.
+
+        @register(tests={"clear": dict(radius=2)}, demo=[dict(radius=8)], bench={"clear r16": dict(radius=16)})
+        @dataclass(frozen=True)
+        class Clear(AttnSpec): ...
+
+    Args:
+        tests: Fields that fit a grid of a few tokens, by the name of the test's row; empty for what tests of its own
+            cover.
+        demo: Fields that the demo shows.
+        bench: Fields that the benchmark of pipelines times, by the candidate's name.
+        draws_untrained: Whether a converted model is worth drawing with before it is trained.
+
+    Raises:
+        ValueError: If the name is taken.
+    """
+
+    def add(spec: type[_Spec]) -> type[_Spec]:
+        name = spec.__name__.lower()
+        if name in REGISTRY and REGISTRY[name].spec.__qualname__ != spec.__qualname__:
+            raise ValueError(f"the name {name!r} is taken by {REGISTRY[name].spec!r}")
+        REGISTRY[name] = Registration(
+            spec,
+            {row: spec(**fields) for row, fields in tests.items()},
+            tuple(spec(**fields) for fields in demo),
+            {row: spec(**fields) for row, fields in bench.items()},
+            draws_untrained,
+        )
+        return spec
+
+    return add

@@ -19,9 +19,15 @@ from vision_attn._checks import check_int
 from vision_attn.grid import Grid
 from vision_attn.kernels.local import local_attention
 from vision_attn.kernels.local.window import Window
-from vision_attn.processors.base import AttnSpec, Layer, Processor
+from vision_attn.processors.base import AttnSpec, Layer, Processor, register
 
 
+@register(
+    tests={"clear": dict(radius=2), "clear-pool": dict(radius=2, pool=2)},
+    demo=[dict(radius=8)],
+    bench={"clear r16": dict(radius=16), "clear r8": dict(radius=8)},
+    draws_untrained=True,
+)
 @dataclass(frozen=True)
 class Clear(AttnSpec):
     """A disc of `radius` tokens, and with `pool` > 1 one key for each `pool` x `pool` cell of the grid.

@@ -20,7 +20,7 @@ from vision_attn._checks import check_int, check_number
 from vision_attn.grid import Grid
 from vision_attn.kernels.dense import dense_attention, seen_keys
 from vision_attn.kernels.window import window_attention
-from vision_attn.processors.base import AttnSpec, Layer, Processor
+from vision_attn.processors.base import AttnSpec, Layer, Processor, register
 
 
 def low_heads(num_heads: int, alpha: float, window_size: int) -> int:
@@ -28,6 +28,7 @@ def low_heads(num_heads: int, alpha: float, window_size: int) -> int:
     return num_heads if window_size == 1 else int(num_heads * alpha)
 
 
+@register(tests={"hilo": dict(alpha=0.5)}, demo=[dict(alpha=0.5)], bench={"hilo": {}})
 @dataclass(frozen=True)
 class HiLo(AttnSpec):
     """High heads in windows, low heads over pooled keys. It has no parameters; a pretrained host needs training.

@@ -20,10 +20,11 @@ from vision_attn._checks import check_int, check_number
 from vision_attn.grid import Grid
 from vision_attn.kernels.dense import dense_attention, seen_keys
 from vision_attn.kernels.linear_local import linear_local_attention
-from vision_attn.processors.base import AttnSpec, Layer, Processor
+from vision_attn.processors.base import AttnSpec, Layer, Processor, register
 from vision_attn.processors.linfusion import Hedgehog
 
 
+@register(tests={"linear-local": dict(window_size=4)}, demo=[{}], bench={"linear local": {}}, draws_untrained=True)
 @dataclass(frozen=True)
 class LinearLocal(AttnSpec):
     """A softmax window with linear features for everything outside it. Needs training, but less than linear attention.

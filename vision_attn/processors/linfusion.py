@@ -20,11 +20,15 @@ from torch import Tensor, nn
 from vision_attn._checks import check_one_of, is_int
 from vision_attn.grid import Grid
 from vision_attn.kernels.hedgehog import hedgehog
-from vision_attn.kernels.hedgehog.op import hedgehog_reasons
 from vision_attn.kernels.linear import Features, linear_attention
-from vision_attn.processors.base import AttnSpec, Layer, Processor
+from vision_attn.processors.base import AttnSpec, Layer, Processor, register
 
 
+@register(
+    tests={"linfusion": {}, "linfusion-hedgehog": dict(mid_dim=4, feature_map="hedgehog")},
+    demo=[{}],
+    bench={"linfusion": {}},
+)
 @dataclass(frozen=True)
 class LinFusion(AttnSpec):
     """Linear attention that inherits the host's weights. Needs training (the authors: 100K steps).
@@ -101,10 +105,7 @@ class Hedgehog(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return features `[B, N, H, 2 D]`: see `hedgehog`, whose fused kernel has no gradients for training."""
         weight = self.weight.to(x.device)  # offloading may have parked it elsewhere
-        backend = "torch" if self.backend == "reference" else self.backend
-        if backend == "triton" and hedgehog_reasons(x, weight, auto=False):
-            backend = "torch"
-        return hedgehog(x, weight, backend=backend)
+        return hedgehog(x, weight, backend="torch" if self.backend == "reference" else self.backend)
 
 
 class LinFusionAttention(Processor):

@@ -17,9 +17,15 @@ from torch import Tensor
 from vision_attn.grid import Grid
 from vision_attn.kernels.local import local_attention
 from vision_attn.kernels.local.window import PerAxis, Window, per_axis
-from vision_attn.processors.base import AttnSpec, Layer, Processor
+from vision_attn.processors.base import AttnSpec, Layer, Processor, register
 
 
+@register(
+    tests={"neighborhood": dict(kernel_size=3)},
+    demo=[dict(kernel_size=13)],
+    bench={"neighborhood k33": dict(kernel_size=33), "neighborhood k13": dict(kernel_size=13)},
+    draws_untrained=True,
+)
 @dataclass(frozen=True)
 class Neighborhood(AttnSpec):
     """A window of `kernel_size` x `kernel_size` tokens, `dilation` apart, kept inside the grid.

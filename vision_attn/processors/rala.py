@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from vision_attn._checks import is_int
 from vision_attn.grid import Grid
 from vision_attn.kernels.linear import Features, feature_mean, linear_attention
-from vision_attn.processors.base import AttnSpec, Layer, Processor
+from vision_attn.processors.base import AttnSpec, Layer, Processor, register
 from vision_attn.processors.linfusion import key_weight
 from vision_attn.processors.positional import DepthwiseBranch
 
 
+@register(tests={"rala": {}}, demo=[{}], bench={"rala": {}})
 @dataclass(frozen=True)
 class RALA(AttnSpec):
     """Rank-augmented linear attention. Needs training.

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from vision_attn.grid import Grid
-from vision_attn.processors.base import AttnSpec, Layer, Moment, Processor
+from vision_attn.processors.base import AttnSpec, Layer, Moment, Processor, register
 
 
+@register(tests={})  # its stages are other processors
 @dataclass(frozen=True)
 class Schedule(AttnSpec):
     """Runs each stage's processor until a share of the denoising is done.

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from vision_attn.grid import Grid
 from vision_attn.kernels.dense import dense_attention, seen_keys
-from vision_attn.processors.base import AttnSpec, Layer, Processor
+from vision_attn.processors.base import AttnSpec, Layer, Processor, register
 
 
+@register(tests={}, demo=[{}], draws_untrained=True)
 @dataclass(frozen=True)
 class Softmax(AttnSpec):
     """The host's own attention. Needs no training: a model converted to it computes what it did before."""

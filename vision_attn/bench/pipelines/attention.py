@@ -17,17 +17,7 @@ from vision_attn.bench.candidate import AbsentError
 from vision_attn.bench.pipelines.flex_clear import FlexClear
 from vision_attn.conversion.conversion import Conversion, convert
 from vision_attn.grid import Grid
-from vision_attn.processors import (
-    RALA,
-    Agent,
-    AttnSpec,
-    Clear,
-    HiLo,
-    LinearLocal,
-    LinFusion,
-    Neighborhood,
-    Softmax,
-)
+from vision_attn.processors import AttnSpec, Clear, Neighborhood, Softmax, registrations
 
 _CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
@@ -83,13 +73,10 @@ def _flex(radius: float, model: nn.Module, grid: Grid, device: torch.device) -> 
     return _converted(FlexClear.on(grid, radius, device), 0, model, grid, device)
 
 
-def _ours(name: str, spec: AttnSpec, least: int = 0) -> Way:
+def _ours(name: str, spec: AttnSpec) -> Way:
+    """A window must fit: the coarse levels of a UNet keep their own attention."""
+    least = spec.kernel_size**2 if isinstance(spec, Neighborhood) and isinstance(spec.kernel_size, int) else 0
     return Way(name, str(spec), partial(_converted, spec, least), spec, least)
-
-
-def _square(side: int) -> Way:
-    """The window must fit: the coarse levels of a UNet keep their own attention."""
-    return _ours(f"neighborhood k{side}", Neighborhood(kernel_size=side), side**2)
 
 
 STOCK = ("stock sdpa", "stock cudnn")
@@ -99,14 +86,6 @@ WAYS = {
         Way(STOCK[0], "dense attention, PyTorch's choice of backend", _stock, Softmax()),
         Way(STOCK[1], "dense attention, cuDNN wherever it can", _cudnn, Softmax()),
         Way("flex r16", "Clear(radius=16) by FlexAttention", partial(_flex, 16), Clear(radius=16)),
-        _ours("clear r16", Clear(radius=16)),
-        _ours("clear r8", Clear(radius=8)),
-        _square(33),
-        _square(13),
-        _ours("linfusion", LinFusion()),
-        _ours("linear local", LinearLocal()),
-        _ours("agent", Agent()),
-        _ours("hilo", HiLo()),
-        _ours("rala", RALA()),
+        *(_ours(name, spec) for known in registrations() for name, spec in known.bench.items()),
     )
 }

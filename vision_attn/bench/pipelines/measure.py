@@ -129,7 +129,7 @@ def _rerouted(conversion: Conversion, min_tokens: int, whole: bool) -> dict[str,
         RuntimeError: If a layer ran the host's own attention and has `min_tokens`: the time would not be that of the
             processor.
     """
-    status = conversion.status()
+    status = conversion.status
     few = f"below min_tokens={min_tokens}"
     wrong = {name: why for name, why in status.items() if why.startswith("dense") and not why.endswith(few)}
     done = sum(why == "rerouted" for why in status.values())
