@@ -26,6 +26,7 @@ from vision_attn.processors.base import CHILD, Moment, Processor
 from vision_attn.processors.softmax import Softmax
 
 _log = logging.getLogger(__name__)
+_MASKED = "dense: the attention mask says that the grid lies elsewhere in each sample"
 
 
 def refuse_hooked(name: str, module: nn.Module) -> None:
@@ -67,7 +68,7 @@ def rerouted_class(base: Any) -> type[nn.Module]:
                 return super().forward(*args, **kwargs)
             if getattr(getattr(self, "processor", None), "_parallel_config", None) is not None:
                 raise ValueError(f"{state.name} runs with context parallelism, which cuts the grid: revert() first")
-            mode = _Reroute(self, runs_dense(state, kwargs))
+            mode = _Reroute(self, kwargs.get("attention_mask") is not None)
             with mode:
                 output = super().forward(*args, **kwargs)
             if not torch.compiler.is_compiling() and not mode.reached:
@@ -94,7 +95,7 @@ def _rebuild(make: Callable[..., Any], base: Any, *args: Any) -> Any:
 class _Reroute(TorchFunctionMode):
     """Answers the attention of one module while its forward runs."""
 
-    def __init__(self, module: nn.Module, runs_dense: bool) -> None:
+    def __init__(self, module: nn.Module, masked: bool) -> None:
         super().__init__()
         self.module = module
         self.reached = False
@@ -102,7 +103,8 @@ class _Reroute(TorchFunctionMode):
         state = state_of(module)
         if self.processor.wants:
             self.processor = self.processor.at(moment_of(state))
-        residuals = {} if runs_dense else self.processor.residuals()
+        dense = dense_reason(state, state.context.known(), masked)
+        residuals = self.processor.residuals() if dense is None else {}
         self.projections = Projections(module, residuals) if residuals else None
 
     def __torch_function__(
@@ -178,12 +180,18 @@ def _never_reached(state: LayerState, module: nn.Module) -> str:
     )
 
 
-def runs_dense(state: LayerState, kwargs: dict[str, Any]) -> bool:
-    """Whether the forward that begins is known to run the host's own attention."""
-    if state.mask_means_dense and kwargs.get("attention_mask") is not None:
-        return True
-    found = state.context.known()
-    return isinstance(found, str) or found.image_tokens < max(state.shared.min_tokens, state.break_even)
+def dense_reason(state: LayerState, found: Grid | str, masked: bool) -> str | None:
+    """Return why a layer runs the host's own attention over what its context found; None if it is rerouted."""
+    if isinstance(found, str):
+        return f"dense: {found}"
+    if masked and state.mask_means_dense:
+        return _MASKED
+    if found.image_tokens < state.shared.min_tokens:
+        return f"dense: {found.image_tokens} tokens are below min_tokens={state.shared.min_tokens}"
+    if found.image_tokens < state.break_even:
+        least = "never faster" if state.break_even == math.inf else f"faster from {state.break_even:.0f} tokens on"
+        return f"dense: {state.spec} is {least}, and there are {found.image_tokens}"
+    return None
 
 
 def moment_of(state: LayerState) -> Moment:
@@ -202,22 +210,13 @@ def locate(state: LayerState, query: Tensor, key: Tensor, attn_mask: Tensor | No
     if query.dim() != 4 or query.shape[-2] != key.shape[-2]:
         return None  # cross-attention
     found = state.context.locate(query.shape[-2])
-    if isinstance(found, str):
-        state.note(None, f"dense: {found}")
-    elif attn_mask is not None and state.mask_means_dense:
-        status = "dense: the attention mask says that the grid lies elsewhere in each sample"
-        state.note(found, status, expected=True)
-        if not torch.compiler.is_compiling() and not state.shared.warned:
-            state.shared.warned = True
-            _log.warning("%s runs %s", state.name, status)
-    elif found.image_tokens < state.shared.min_tokens:
-        few = f"dense: {found.image_tokens} tokens are below min_tokens={state.shared.min_tokens}"
-        state.note(found, few, expected=True)
-    elif found.image_tokens < state.break_even:
-        least = "never faster" if state.break_even == math.inf else f"faster from {state.break_even:.0f} tokens on"
-        state.note(found, f"dense: {state.spec} is {least}, and there are {found.image_tokens}", expected=True)
-    else:
+    reason = dense_reason(state, found, attn_mask is not None)
+    if not isinstance(found, str) and reason is None:
         return found
+    state.note(None if isinstance(found, str) else found, reason or "", expected=not isinstance(found, str))
+    if reason is _MASKED and not torch.compiler.is_compiling() and not state.shared.warned:
+        state.shared.warned = True
+        _log.warning("%s runs %s", state.name, reason)
     return None
 
 

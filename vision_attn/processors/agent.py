@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vision_attn._checks import check_int
 from vision_attn.grid import Grid
 from vision_attn.kernels.agent import Agents, Direct, agent_attention
-from vision_attn.kernels.dense import dense_attention, seen_keys
+from vision_attn.kernels.dense import outside, seen_keys, with_dense_rows
 from vision_attn.kernels.local.window import PerAxis, per_axis
 from vision_attn.processors.base import AttnSpec, Layer, Processor, register
 from vision_attn.processors.positional import DepthwiseBranch
@@ -110,17 +110,13 @@ def attend_through(
     backend: str,
 ) -> Tensor:
     """Attend through agents where queries `[B, N, H, D]` lie in the grid, densely where they do not."""
-    pre, image, post = slice(0, grid.prefix), grid.image, slice(grid.image.stop, grid.tokens)
     seen = seen_keys(mask, grid)
     everything = None if seen is None else seen[:, 0, 0]
     direct = None
     if grid.prefix + grid.suffix:
-        direct = Direct(torch.cat([k[:, pre], k[:, post]], 1), torch.cat([v[:, pre], v[:, post]], 1), mask)
-    o = agent_attention(q[:, image], k, v, agents, seen=everything, direct=direct, scale=scale, backend=backend)
-    if direct is None:
-        return o
-    rest = dense_attention(torch.cat([q[:, pre], q[:, post]], 1), k, v, seen=seen, scale=scale)
-    return torch.cat([rest[:, pre], o, rest[:, grid.prefix :]], 1)
+        direct = Direct(outside(k, grid), outside(v, grid), mask)
+    o = agent_attention(q[:, grid.image], k, v, agents, seen=everything, direct=direct, scale=scale, backend=backend)
+    return with_dense_rows(o, q, k, v, grid, mask=mask, scale=scale)
 
 
 def pool_agents(q: Tensor, grid: Grid, agent_grid: tuple[int, int]) -> Tensor:

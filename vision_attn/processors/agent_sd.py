@@ -21,7 +21,7 @@ from torch import Tensor
 from vision_attn._checks import check_int, check_number
 from vision_attn.grid import Grid
 from vision_attn.kernels.agent import Agents
-from vision_attn.kernels.dense import dense_attention, seen_keys
+from vision_attn.kernels.dense import around, dense_attention, outside, seen_keys, with_dense_rows
 from vision_attn.processors.agent import attend_through
 from vision_attn.processors.base import AttnSpec, Layer, Moment, Processor, register
 from vision_attn.processors.schedule import Schedule
@@ -140,12 +140,7 @@ class AgentSDAttention(Processor):
             o = o + spec.shortcut * short_v[:, inner.image]
         else:
             o = dense_attention(short_q, short_k, short_v, seen=seen_keys(mask, inner), scale=scale)[:, inner.image]
-        image = matching.unmerge(o, n - kept)
-        if not grid.prefix + grid.suffix:
-            return image
-        rest = torch.cat([q[:, : grid.prefix], q[:, grid.image.stop :]], 1)
-        rest = dense_attention(rest, k, v, seen=seen_keys(mask, grid), scale=scale)
-        return torch.cat([rest[:, : grid.prefix], image, rest[:, grid.prefix :]], 1)
+        return with_dense_rows(matching.unmerge(o, n - kept), q, k, v, grid, mask=mask, scale=scale)
 
     def _generator(self, q: Tensor, moment: Moment) -> torch.Generator | None:
         """The authors draw only for even batches, for they expect the unconditional half in the same batch."""
@@ -153,8 +148,7 @@ class AgentSDAttention(Processor):
 
     @staticmethod
     def _merge(t: Tensor, grid: Grid, matching: Matching, merged: int) -> Tensor:
-        image = matching.merge(t[:, grid.image], merged)
-        return torch.cat([t[:, : grid.prefix], image, t[:, grid.image.stop :]], 1)
+        return around(outside(t, grid), matching.merge(t[:, grid.image], merged), grid)
 
 
 def _metric(block_input: Tensor | None, k: Tensor, grid: Grid) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vision_attn._checks import check_int, check_number
 from vision_attn.grid import Grid
-from vision_attn.kernels.dense import dense_attention, seen_keys
+from vision_attn.kernels.dense import around, dense_attention, outside, seen_keys, with_dense_rows
 from vision_attn.kernels.window import window_attention
 from vision_attn.processors.base import AttnSpec, Layer, Processor, register
 
@@ -83,16 +83,11 @@ class HiLoAttention(Processor):
         return torch.cat(outputs, 2)
 
     def _low(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None, scale: float | None) -> Tensor:
-        pre, image, post = slice(0, grid.prefix), grid.image, slice(grid.image.stop, grid.tokens)
-        keys, values = (
-            torch.cat([t[:, pre], pool_means(t[:, image], grid, self.spec.window_size), t[:, post]], 1) for t in (k, v)
-        )
+        image, size = grid.image, self.spec.window_size
+        keys, values = (around(outside(t, grid), pool_means(t[:, image], grid, size), grid) for t in (k, v))
         pooled = Grid(1, keys.shape[1] - grid.prefix - grid.suffix, grid.prefix, grid.suffix)
         o = dense_attention(q[:, image], keys, values, seen=seen_keys(mask, pooled), scale=scale)
-        if not grid.prefix + grid.suffix:
-            return o
-        rest = dense_attention(torch.cat([q[:, pre], q[:, post]], 1), k, v, seen=seen_keys(mask, grid), scale=scale)
-        return torch.cat([rest[:, pre], o, rest[:, grid.prefix :]], 1)
+        return with_dense_rows(o, q, k, v, grid, mask=mask, scale=scale)
 
 
 def pool_means(t: Tensor, grid: Grid, window_size: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vision_attn._checks import check_int, check_number
 from vision_attn.grid import Grid
-from vision_attn.kernels.dense import dense_attention, seen_keys
+from vision_attn.kernels.dense import with_dense_rows
 from vision_attn.kernels.linear_local import linear_local_attention
 from vision_attn.processors.base import AttnSpec, Layer, Processor, register
 from vision_attn.processors.linfusion import Hedgehog
@@ -95,8 +95,4 @@ class LinearLocalAttention(Processor):
             scale=scale,
             backend=self.backend,
         )
-        pre, post = slice(0, grid.prefix), slice(grid.image.stop, grid.tokens)
-        if not grid.prefix + grid.suffix:
-            return o
-        rest = dense_attention(torch.cat([q[:, pre], q[:, post]], 1), k, v, seen=seen_keys(mask, grid), scale=scale)
-        return torch.cat([rest[:, pre], o, rest[:, grid.prefix :]], 1)
+        return with_dense_rows(o, q, k, v, grid, mask=mask, scale=scale)

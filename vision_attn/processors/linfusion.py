@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vision_attn._checks import check_one_of, is_int
 from vision_attn.grid import Grid
+from vision_attn.kernels.dense import around
 from vision_attn.kernels.hedgehog import hedgehog
 from vision_attn.kernels.linear import Features, linear_attention
 from vision_attn.processors.base import AttnSpec, Layer, Processor, register
@@ -147,5 +148,4 @@ def key_weight(mask: Tensor | None, grid: Grid, q: Tensor) -> Tensor | None:
     """Turn a key mask `[B, prefix + suffix]` into weights `[B, N, 1]` of all keys, in the dtype of q."""
     if mask is None:
         return None
-    ones = mask.new_ones(len(mask), grid.image_tokens)
-    return torch.cat([mask[:, : grid.prefix], ones, mask[:, grid.prefix :]], 1)[..., None].to(q.dtype)
+    return around(mask, mask.new_ones(len(mask), grid.image_tokens), grid)[..., None].to(q.dtype)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vision_attn.grid import Grid
 from vision_attn.kernels.backend import Implementation, pick
+from vision_attn.kernels.dense import around, outside
 from vision_attn.kernels.linear.op import inference_reasons
 from vision_attn.kernels.linear_local.op import linear_local_attention_triton
 from vision_attn.kernels.local import check_inputs, check_mask
@@ -89,15 +90,15 @@ def _torch(
     mask: Tensor | None,
     scale: float,
 ) -> Tensor:
-    wide, image, outside = torch.promote_types(v.dtype, torch.float32), grid.image, grid.prefix + grid.suffix
+    wide, image, shared = torch.promote_types(v.dtype, torch.float32), grid.image, grid.prefix + grid.suffix
     queries, keys, values, a, b = (to_cells(t[:, image].to(wide), grid, cell) for t in (q[0], k[0], v, q[1], k[1]))
     inside = inside_cells(grid, cell, v.device)
     scores = torch.einsum("bclhd,bcmhd->bchlm", queries * scale, keys)
     if inside is not None:
         scores = scores.masked_fill(~inside[:, None, None], -torch.inf)
         b = b * inside[..., None, None]
-    if outside:
-        k_out, v_out = (torch.cat([t[:, : grid.prefix], t[:, image.stop :]], 1).to(wide) for t in (k[0], v))
+    if shared:
+        k_out, v_out = (outside(t, grid).to(wide) for t in (k[0], v))
         beside = torch.einsum("bclhd,behd->bchle", queries * scale, k_out)
         if mask is not None:
             beside = beside.masked_fill(~mask[:, None, None, None], -torch.inf)
@@ -105,7 +106,7 @@ def _torch(
     weights = (scores - scores.amax(-1, keepdim=True).detach()).exp() * gate.to(wide)[:, None, None]
     L = keys.shape[2]
     o = torch.einsum("bchlm,bcmhd->bclhd", weights[..., :L], values)
-    if outside:
+    if shared:
         o = o + torch.einsum("bchle,behd->bclhd", weights[..., L:], v_out)
     own, norm = torch.einsum("bcmhf,bcmhd->bchfd", b, values), b.sum(2)  # of each cell
     o = o + torch.einsum("bclhf,bchfd->bclhd", a, own.sum(1, keepdim=True) - own)
@@ -131,8 +132,7 @@ def _reference(
     own[:, image] = number == number[:, None]
     seen = own.expand(v.shape[0], -1, -1)
     if mask is not None:
-        ones = mask.new_ones(len(mask), grid.image_tokens)
-        seen = seen & torch.cat([mask[:, : grid.prefix], ones, mask[:, grid.prefix :]], 1)[:, None]
+        seen = seen & around(mask, mask.new_ones(len(mask), grid.image_tokens), grid)[:, None]
     scores = torch.einsum("bnhd,bmhd->bhnm", q[0][:, image].to(wide), k[0].to(wide)) * scale
     scores = scores.masked_fill(~seen[:, None], -torch.inf)
     exact = (scores - scores.amax(-1, keepdim=True).detach()).exp() * gate.to(wide)[:, None, None]

@@ -5,10 +5,10 @@ The kernels are in `forward.py`; triton is imported when they first run.
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from vision_attn.grid import Grid
+from vision_attn.kernels.dense import outside
 from vision_attn.kernels.triton.custom_op import custom_op
 
 
@@ -21,7 +21,7 @@ def linear_local_attention_triton(
     small = [min(c, s) for c, s in zip(cell, size, strict=True)]
     shared: list[Tensor | None] = [None, None]
     if grid.prefix + grid.suffix:
-        shared = [torch.cat([t[:, : grid.prefix], t[:, image.stop :]], 1) for t in (k[0], v)]
+        shared = [outside(t, grid) for t in (k[0], v)]
     inner = [t[:, image] for t in (q[0], k[0], v, q[1], k[1])]
     return _linear_local(*inner, *shared, mask, gate.float(), size, small, scale)
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vision_attn.grid import Grid
-from vision_attn.kernels.dense import dense_attention, seen_keys
+from vision_attn.kernels.dense import dense_attention, outside, seen_keys, with_dense_rows
 from vision_attn.kernels.local.strips import Strip, strips
 from vision_attn.kernels.local.subgrids import subgrids
 from vision_attn.kernels.local.window import Window
@@ -30,13 +30,13 @@ def local_attention_torch(
     q: Tensor, k: Tensor, v: Tensor, grid: Grid, window: Window, mask: Tensor | None, scale: float
 ) -> Tensor:
     """Run `local_attention` on checked inputs."""
-    pre, image, post = slice(0, grid.prefix), grid.image, slice(grid.image.stop, grid.tokens)
+    image = grid.image
     pooled = window.pooled or (k[:, :0], v[:, :0])
     if window.covers(grid) and window.bias is None:
         keys, values = torch.cat([k, pooled[0]], 1), torch.cat([v, pooled[1]], 1)
         o = dense_attention(q[:, image], keys, values, seen=seen_keys(mask, grid, pooled[0].shape[1]), scale=scale)
     else:
-        k_shared, v_shared = (torch.cat([t[:, pre], t[:, post], p], 1) for t, p in zip((k, v), pooled, strict=True))
+        k_shared, v_shared = (torch.cat([outside(t, grid), p], 1) for t, p in zip((k, v), pooled, strict=True))
         hidden = None
         if mask is not None:
             hidden = F.pad((~mask).to(torch.promote_types(q.dtype, torch.float32)) * _HIDDEN, (0, pooled[0].shape[1]))
@@ -44,11 +44,7 @@ def local_attention_torch(
             q[:, image], k[:, image], v[:, image], k_shared, v_shared, window.bias, hidden,
             [grid.height, grid.width], *_geometry(grid, window), scale,
         )  # fmt: skip
-    if not grid.prefix + grid.suffix:
-        return o
-    rest = torch.cat([q[:, pre], q[:, post]], 1)
-    rest = dense_attention(rest, k, v, seen=seen_keys(mask, grid), scale=scale)
-    return torch.cat([rest[:, pre], o, rest[:, grid.prefix :]], 1)
+    return with_dense_rows(o, q, k, v, grid, mask=mask, scale=scale)
 
 
 def _geometry(grid: Grid, window: Window) -> tuple[float, list[int], list[int]]:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vision_attn.grid import Grid
 from vision_attn.kernels.backend import Implementation, pick
-from vision_attn.kernels.dense import dense_attention, seen_keys
+from vision_attn.kernels.dense import outside, seen_keys, with_dense_rows
 from vision_attn.kernels.linear.op import linear_reasons
 from vision_attn.kernels.local import check_inputs, check_mask
 from vision_attn.kernels.local.window import PerAxis, per_axis
@@ -75,11 +75,11 @@ def window_attention(
 def _torch(
     q: Tensor, k: Tensor, v: Tensor, grid: Grid, cell: tuple[int, int], mask: Tensor | None, scale: float
 ) -> Tensor:
-    image, outside = grid.image, grid.prefix + grid.suffix
+    image, shared = grid.image, grid.prefix + grid.suffix
     queries, keys, values = (to_cells(t[:, image], grid, cell) for t in (q, k, v))
     inside = inside_cells(grid, cell, q.device)
-    if outside:
-        k_shared, v_shared = (torch.cat([t[:, : grid.prefix], t[:, image.stop :]], 1).transpose(1, 2) for t in (k, v))
+    if shared:
+        k_shared, v_shared = (outside(t, grid).transpose(1, 2) for t in (k, v))
         o = _with_shared(queries * scale, keys, values, k_shared, v_shared, inside, mask)
     else:
         hidden = None if inside is None else inside[:, None, None]
@@ -88,12 +88,7 @@ def _torch(
             hidden = hidden.expand(q.shape[0], -1, -1, -1, -1).flatten(0, 1)
         o = F.scaled_dot_product_attention(q_flat, k_flat, v_flat, hidden, scale=scale).transpose(1, 2)
         o = o.unflatten(0, queries.shape[:2])
-    o = from_cells(o, grid, cell)
-    if not outside:
-        return o
-    rest = torch.cat([q[:, : grid.prefix], q[:, image.stop :]], 1)
-    rest = dense_attention(rest, k, v, seen=seen_keys(mask, grid), scale=scale)
-    return torch.cat([rest[:, : grid.prefix], o, rest[:, grid.prefix :]], 1)
+    return with_dense_rows(from_cells(o, grid, cell), q, k, v, grid, mask=mask, scale=scale)
 
 
 def to_cells(t: Tensor, grid: Grid, cell: tuple[int, int]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vision_attn.grid import Grid
-from vision_attn.kernels.dense import dense_attention, seen_keys
+from vision_attn.kernels.dense import outside, with_dense_rows
 from vision_attn.kernels.triton.custom_op import custom_op
 
 
@@ -22,11 +22,9 @@ def window_attention_triton(
     small = [min(c, s) for c, s in zip(cell, size, strict=True)]
     if not grid.prefix + grid.suffix:
         return _window(q, k, v, None, None, None, size, small, scale)[0]
-    shared = [torch.cat([t[:, : grid.prefix], t[:, image.stop :]], 1) for t in (k, v)]
+    shared = [outside(t, grid) for t in (k, v)]
     o = _window(q[:, image], k[:, image], v[:, image], *shared, mask, size, small, scale)[0]
-    rest = torch.cat([q[:, : grid.prefix], q[:, image.stop :]], 1)
-    rest = dense_attention(rest, k, v, seen=seen_keys(mask, grid), scale=scale)
-    return torch.cat([rest[:, : grid.prefix], o, rest[:, grid.prefix :]], 1)
+    return with_dense_rows(o, q, k, v, grid, mask=mask, scale=scale)
 
 
 @custom_op("vision_attn::window_triton")
