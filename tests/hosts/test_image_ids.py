@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vision_attn.grid import Grid
-from vision_attn.hosts.image_ids import grid_of_ids
+from vision_attn.hosts.dit import grid_of_ids
 
 
 def ids(height, width, segment=0, dtype=torch.float32, columns=3, start=0, step=1.0):
