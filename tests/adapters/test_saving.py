@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from converted_hosts import POOLED
+from host_runs import run
 from safetensors.torch import load_file, save_file
-from test_conversion import POOLED, assert_untouched, state
-from test_hosts import run
 from tiny_hosts import HOST
 from tiny_pipelines import PIPELINE, add_lora, images_of
 from torch import nn
+from untouched import assert_untouched, state
 
 from vision_attn import Clear, Conversion, Neighborhood, convert, load
 

@@ -7,10 +7,10 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from converted_hosts import CLEAR, SIZE, call, converted, expected, hosts, specs
 from diffusers.hooks import apply_group_offloading
+from host_runs import distance, run, stock
 from peft import LoraConfig, get_peft_model
-from test_hosts import distance, run
-from test_living_with import CLEAR, SIZE, call, converted, expected, hosts, specs, stock
 from tiny_hosts import HOST, noise
 from tiny_pipelines import add_lora, ip_adapter_inputs, load_ip_adapter
 from torch import nn
@@ -102,19 +102,19 @@ def test_offload_hooks(host_id: str, spec: Any, offload: Any, before: bool) -> N
     for _ in range(2):
         assert torch.equal(run(HOST[host_id], model, *SIZE), expected(host_id, spec))
     conversion.revert()
-    assert torch.equal(run(HOST[host_id], model, *SIZE), stock(host_id))
+    assert torch.equal(run(HOST[host_id], model, *SIZE), stock(host_id, SIZE))
 
 
 @hosts("flux", "sd15-unet", "sd3", "pixart", "hunyuandit", "auraflow", "qwen-image")
 @when
 def test_fused_projections(host_id: str, before: bool) -> None:
-    for spec, want in ((Softmax(), stock(host_id)), (CLEAR, expected(host_id, CLEAR))):
+    for spec, want in ((Softmax(), stock(host_id, SIZE)), (CLEAR, expected(host_id, CLEAR))):
         model = HOST[host_id].build()
         steps = [model.fuse_qkv_projections, partial(convert, model, spec)]
         for step in steps if before else steps[::-1]:
             step()
         torch.testing.assert_close(run(HOST[host_id], model, *SIZE), want, rtol=0, atol=1e-5)
     Conversion.of(model).revert()
-    torch.testing.assert_close(run(HOST[host_id], model, *SIZE), stock(host_id), rtol=0, atol=1e-5)
+    torch.testing.assert_close(run(HOST[host_id], model, *SIZE), stock(host_id, SIZE), rtol=0, atol=1e-5)
     model.unfuse_qkv_projections()
-    assert torch.equal(run(HOST[host_id], model, *SIZE), stock(host_id))
+    assert torch.equal(run(HOST[host_id], model, *SIZE), stock(host_id, SIZE))

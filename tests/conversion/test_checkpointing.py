@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_hosts import TEXT, run
-from test_living_with import POOLED, SIZE, call, converted, hosts
+from converted_hosts import POOLED, SIZE, call, converted, hosts
+from host_runs import TEXT, run
 from tiny_hosts import HOST
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint

@@ -6,8 +6,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from test_hosts import TEXT, distance, run
-from test_living_with import CLEAR, POOLED, SIZE, call, converted, expected, small_sd3, stock
+from converted_hosts import CLEAR, POOLED, SIZE, call, converted, expected
+from host_runs import TEXT, distance, run, stock
 from tiny_hosts import CHANNELS, HOST, TEXT_DIM, randomise
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -24,6 +24,11 @@ def small_unet() -> nn.Module:
             norm_num_groups=8, cross_attention_dim=TEXT_DIM, attention_head_dim=2,
         )
     )  # fmt: skip
+
+
+def small_sd3() -> nn.Module:
+    config = dict(HOST["sd3"].build().config) | dict(num_layers=1)
+    return randomise(diffusers.SD3Transformer2DModel.from_config(config))
 
 
 COMPILED = {
@@ -123,4 +128,4 @@ def test_compiled_whole_with_another_grid_is_refused(host_id: str, compiler: Any
         except RuntimeError as error:
             assert "the grid given, " in str(error)
         else:
-            torch.testing.assert_close(got, stock(host_id), rtol=0, atol=1e-5)
+            torch.testing.assert_close(got, stock(host_id, SIZE), rtol=0, atol=1e-5)

@@ -7,29 +7,15 @@ from typing import Any
 import pytest
 import timm
 import torch
-from test_hosts import RADIUS_2, TEXT, DenseOracle, run, stock
+from converted_hosts import POOLED
+from dense_oracle import RADIUS_2, DenseOracle
+from host_runs import TEXT, run, stock
 from tiny_hosts import HOST, Layout, noise
 from torch import Tensor, nn
 
 from vision_attn import Clear, Conversion, Grid, Host, Neighborhood, Softmax, convert, use_grid
 from vision_attn.conversion import grids
-from vision_attn.conversion.state import is_converted, is_rerouted
-
-POOLED = Clear(radius=2, pool=2)
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_untouched(model: nn.Module, before: dict[str, Tensor]) -> None:
-    after = model.state_dict()
-    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
-    assert not any(is_rerouted(module) for module in model.modules())
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
-    with pytest.raises(ValueError, match="not converted"):
-        Conversion.of(model)
-
+from vision_attn.conversion.state import is_converted
 
 WHERE = {
     "glob": ("down_blocks.*", 2),

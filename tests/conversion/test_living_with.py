@@ -4,62 +4,20 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import timm
 import torch
+from converted_hosts import CLEAR, POOLED, SIZE, call, converted, expected, hosts, specs
+from host_runs import TEXT, distance, run, stock
 from safetensors.torch import load_file
-from test_hosts import TEXT, distance, run
-from tiny_hosts import HOST, noise, randomise
+from tiny_hosts import HOST, noise
 from torch import Tensor, nn
 
 from vision_attn import Clear, Conversion, Softmax, convert
 from vision_attn.conversion.state import is_rerouted
-
-SIZE = (16, 8)
-
-
-CLEAR, POOLED = Clear(radius=2), Clear(radius=2, pool=2)
-
-
-specs = pytest.mark.parametrize("spec", [CLEAR, POOLED], ids=["clear", "pooled"])
-
-
-def hosts(*names: str) -> Any:
-    return pytest.mark.parametrize("host_id", names)
-
-
-def converted(host_id: str, spec: Any) -> nn.Module:
-    """A converted host, with its added parameters as if they had been trained."""
-    model = HOST[host_id].build()
-    conversion = convert(model, spec)
-    with torch.no_grad():
-        for i, parameter in enumerate(conversion.parameters()):
-            parameter.add_(0.1 * noise(*parameter.shape, seed=i))
-    return model
-
-
-@cache
-def stock(host_id: str) -> Tensor:
-    return run(HOST[host_id], HOST[host_id].build(), *SIZE)
-
-
-@cache
-def expected(host_id: str, spec: Any) -> Tensor:
-    return run(HOST[host_id], converted(host_id, spec), *SIZE)
-
-
-def call(host_id: str, model: Any, size: tuple[int, int] = SIZE, **more: Any) -> Tensor:
-    return HOST[host_id].output(model(**HOST[host_id].inputs(*size, 2, TEXT), **more))
-
-
-def changed_by(model: nn.Module, action: Callable[[nn.Module], Any]) -> nn.Module:
-    action(model)
-    return model
 
 
 def through_a_file(model: nn.Module) -> nn.Module:
@@ -80,7 +38,7 @@ def test_copies(host_id: str, make: Any) -> None:
     assert torch.equal(run(HOST[host_id], other, *SIZE), expected(host_id, POOLED))
     assert [type(m).__name__ for m in other.modules()] == [type(m).__name__ for m in model.modules()]
     Conversion.of(other).revert()
-    assert torch.equal(run(HOST[host_id], other, *SIZE), stock(host_id))
+    assert torch.equal(run(HOST[host_id], other, *SIZE), stock(host_id, SIZE))
     assert torch.equal(run(HOST[host_id], model, *SIZE), expected(host_id, POOLED))
     with Conversion.of(make(model)).bypassed():
         assert torch.equal(run(HOST[host_id], model, *SIZE), expected(host_id, POOLED))
@@ -109,7 +67,7 @@ def test_save_pretrained(host_id: str, spec: Any, tmp_path: Path) -> None:
     loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert sorted(info["unexpected_keys"]) == sorted(added) and not info["missing_keys"]
     assert not any(is_rerouted(module) for module in loaded.modules())
-    assert torch.equal(run(HOST[host_id], loaded.eval(), *SIZE), stock(host_id))
+    assert torch.equal(run(HOST[host_id], loaded.eval(), *SIZE), stock(host_id, SIZE))
     convert(loaded, spec)
     loaded.load_state_dict(tensors)
     assert torch.equal(run(HOST[host_id], loaded, *SIZE), expected(host_id, spec))
@@ -124,7 +82,7 @@ def test_autocast(host_id: str) -> None:
         models = [HOST[host_id].build(), converted(host_id, Softmax()), converted(host_id, POOLED)]
         plain, softmax, output = [run(HOST[host_id], model, *SIZE) for model in models]
     assert output.dtype == plain.dtype and torch.equal(softmax, plain)
-    rounding = distance(plain.float(), stock(host_id))
+    rounding = distance(plain.float(), stock(host_id, SIZE))
     assert 0 < distance(output.float(), expected(host_id, POOLED)) < 2 * rounding + 2**-8
 
 
@@ -143,17 +101,12 @@ def test_half_precision(host_id: str, dtype: torch.dtype, tmp_path: Path) -> Non
         with torch.no_grad():
             outputs.append(HOST[host_id].output(model(**lowered(HOST[host_id].inputs(*SIZE, 2, TEXT), dtype))))
     assert outputs[2].dtype == outputs[0].dtype and torch.equal(outputs[0], outputs[1])
-    rounding = distance(outputs[0].float(), stock(host_id))
+    rounding = distance(outputs[0].float(), stock(host_id, SIZE))
     limit = 2 * rounding + torch.finfo(dtype).eps
     assert 0 < distance(outputs[2].float(), expected(host_id, POOLED)) < limit
     conversion = Conversion.of(model)
     conversion.save(tmp_path)
     assert set(load_file(tmp_path / "vision_attn.safetensors")) == {name for name, _ in conversion.named_parameters()}
-
-
-def small_sd3() -> nn.Module:
-    config = dict(HOST["sd3"].build().config) | dict(num_layers=1)
-    return randomise(diffusers.SD3Transformer2DModel.from_config(config))
 
 
 @hosts("flux", "sd15-unet", "vit")

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_processors import PROCESSORS
+from processor_table import PROCESSORS
 from tiny_pipelines import PIPELINE, add_lora, ip_adapter_inputs, load_ip_adapter
 
 import vision_attn.pipelines  # noqa: F401, pipelines get set_attn_processor

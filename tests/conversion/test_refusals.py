@@ -9,13 +9,14 @@ import pytest
 import timm
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from converted_hosts import POOLED
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
-from test_conversion import POOLED, assert_untouched, state
-from test_hosts import TEXT, run, stock
+from host_runs import TEXT, run, stock
 from tiny_hosts import HOST, noise
 from tiny_pipelines import PIPELINE
 from torch import Tensor, nn
+from untouched import assert_untouched, state
 
 from vision_attn import Clear, Conversion, Neighborhood, Softmax, convert, load
 from vision_attn.processors import make_spec

@@ -3,12 +3,12 @@
 import diffusers
 import pytest
 import torch
-from test_golden_clear import CASES as CLEAR_CASES
-from test_golden_clear import pack, teacher_of
-from test_golden_clear import read as read_clear
-from test_golden_linfusion import CASES as LINFUSION_CASES
-from test_golden_linfusion import arguments as unet_arguments
-from test_golden_linfusion import read as read_linfusion
+from golden_clear import CASES as CLEAR_CASES
+from golden_clear import pack, teacher_of
+from golden_clear import read as read_clear
+from golden_linfusion import CASES as LINFUSION_CASES
+from golden_linfusion import arguments as unet_arguments
+from golden_linfusion import read as read_linfusion
 
 from vision_attn import load
 from vision_attn.distill.config_sections import LossConfig

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
-from test_hosts import run
+from host_runs import run
 from tiny_hosts import HOST, HOSTS, HostCase
 from tiny_pipelines import PIPELINE
 from torch.utils.flop_counter import FlopCounterMode

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from test_processors import PROCESSORS
+from processor_table import PROCESSORS
 from tiny_hosts import HOST
 
 from vision_attn import Clear, Neighborhood

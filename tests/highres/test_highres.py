@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from test_hosts import run
+from host_runs import run
 from tiny_hosts import HOST
 from tiny_pipelines import PIPELINE
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -2,77 +2,23 @@
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from dense_oracle import KERNEL_3, RADIUS_2, DenseOracle, grid_of, mask_of
+from host_runs import BATCH, TEXT, distance, run, size_of, stock
 from tiny_hosts import HOST, HOSTS, VIDEO_HOSTS, HostCase, Layout
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
-from vision_attn import Clear, Grid, Neighborhood, Softmax, convert
+from vision_attn import Clear, Neighborhood, Softmax, convert
 from vision_attn.conversion.state import is_rerouted, state_of
 from vision_attn.kernels.local.window import Window
 
-TEXT, BATCH = 7, 2
-RADIUS_2, KERNEL_3 = Window(radius=2), Window(kernel_size=3)
 LOCAL = {Clear(radius=2): RADIUS_2, Neighborhood(kernel_size=3): KERNEL_3}
 MASKED_DENSE = {"lumina2-ragged"}  # in a batch whose grids start at different tokens, the joint layers stay dense
 TRAINED = ["flux", "sd3", "sd15-unet", "vit"]
 all_hosts = pytest.mark.parametrize("case", HOSTS, ids=lambda case: case.id)
-
-
-def grid_of(layout: Layout) -> Grid:
-    """A row's layout as the package writes it: reference images are suffix tokens."""
-    image = layout.grid[0] * layout.grid[1]
-    return Grid(*layout.grid, prefix=layout.prefix, suffix=layout.tokens - layout.prefix - image)
-
-
-class DenseOracle(TorchFunctionMode):
-    """Adds the dense mask of a window to the self-attention calls over the grid: what a conversion must compute."""
-
-    def __init__(self, layouts: set[Layout], window: Window, masked_dense: bool = False) -> None:
-        super().__init__()
-        self.masks = {layout.tokens: self._mask(grid_of(layout), window) for layout in layouts}
-        assert len(self.masks) == len(layouts)
-        self.masked_dense = masked_dense
-        self.calls = 0
-
-    @staticmethod
-    def _mask(grid: Grid, window: Window) -> Tensor:
-        seen = torch.ones(grid.tokens, grid.tokens, dtype=torch.bool)
-        seen[grid.image, grid.image] = window.allowed(grid)
-        return seen
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        inputs = dict(zip(names, args, strict=False)) | kwargs
-        mask, tokens = inputs.get("attn_mask"), inputs["query"].shape[-2]
-        if tokens == inputs["key"].shape[-2] and tokens in self.masks and not (self.masked_dense and mask is not None):
-            assert mask is None or mask.dtype == torch.bool
-            seen = self.masks[tokens]
-            inputs["attn_mask"] = seen if mask is None else seen & mask
-            self.calls += 1
-        return func(**inputs)
-
-
-def size_of(case: HostCase) -> tuple[int, int]:
-    return (6, 6) if case.fixed_size else (12, 10)  # the lowest level of a UNet is then 3 x 3
-
-
-def run(case: HostCase, model: nn.Module, height: int, width: int, batch: int = BATCH, text: int = TEXT) -> Tensor:
-    with torch.no_grad():
-        return case.output(model(**case.inputs(height, width, batch, text)))
-
-
-@cache
-def stock(host_id: str) -> Tensor:
-    return run(HOST[host_id], HOST[host_id].build(), *size_of(HOST[host_id]))
 
 
 def oracle_of(case: HostCase, window: Window) -> Tensor:
@@ -81,10 +27,6 @@ def oracle_of(case: HostCase, window: Window) -> Tensor:
         output = run(case, case.build(), *size)
     assert oracle.calls
     return output
-
-
-def distance(one: Tensor, other: Tensor) -> float:
-    return ((one - other).norm() / other.norm()).item()
 
 
 @all_hosts
@@ -144,7 +86,7 @@ def test_it_finds_the_grids(case: HostCase) -> None:
     assert {(g.height, g.width) for g in (state.grid for state in states)} == case.grids(*size)
     assert {row.tokens for row in rows} == {layout.tokens for layout in layouts}
     for row, state in zip(rows, states, strict=True):
-        mask = DenseOracle._mask(state.grid, RADIUS_2)
+        mask = mask_of(state.grid, RADIUS_2)
         assert row.attended == pytest.approx(mask.double().mean().item())
 
 

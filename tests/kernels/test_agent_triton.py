@@ -7,8 +7,8 @@ import os
 
 import pytest
 import torch
-from test_golden_mechanisms import LAYERS, build
-from test_golden_mechanisms import TOLERANCE as GOLDEN_TOLERANCE
+from golden_case import TOLERANCE as GOLDEN_TOLERANCE
+from golden_layers import LAYERS, build
 from test_linear_triton import INTERPRETED, draw, inside, shares, tiles
 from test_operators import CASES, Case, call, inputs_of, run
 

@@ -1,12 +1,10 @@
 """A tiny FLUX transformer with CLEAR's released-format weights, recorded from the authors' code."""
 
-import json
-
 import pytest
 import safetensors.torch
 import torch
-from diffusers import FluxTransformer2DModel
-from golden_case import GOLDEN, TOLERANCE, tensors
+from golden_case import TOLERANCE
+from golden_clear import CASES, pack, read, teacher_of
 from test_local_triton import _few_programs, inside  # noqa: F401
 
 import vision_attn
@@ -14,22 +12,8 @@ from vision_attn.grid import Grid
 from vision_attn.kernels.local import local_attention
 from vision_attn.kernels.local.window import Window
 
-CASES = sorted(path.parent.name for path in (GOLDEN / "clear").glob("*/meta.json"))
 # Inside the model the recording itself is 4.5e-5 away from a float64 run of the same weights (ours: 4e-6).
 INNER_TOLERANCE = dict(atol=1e-4, rtol=1e-4)
-INPUTS = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance", "img_ids", "txt_ids")
-
-
-def teacher_of(name):
-    return FluxTransformer2DModel.from_pretrained(GOLDEN / "clear" / name / "transformer").eval()
-
-
-def read(name):
-    folder = GOLDEN / "clear" / name
-    meta = json.loads((folder / "meta.json").read_text())
-    io = tensors(f"clear/{name}/io.safetensors")
-    inputs = [{key: io[f"g{i}.{key}"] for key in INPUTS if f"g{i}.{key}" in io} for i in range(len(meta["grids"]))]
-    return meta, io, inputs, folder / meta["ckpt"]
 
 
 def run(model, inputs):
@@ -129,12 +113,6 @@ def test_distillation_losses_and_gradients(name):
     }
     for key in grads.keys() & io.keys():
         torch.testing.assert_close(grads[key], io[key], **TOLERANCE)
-
-
-def pack(x):
-    """`[B, C, 2 h, 2 w]` to `[B, h w, 4 C]`, as FLUX packs its latents."""
-    B, C, height, width = x.shape
-    return x.view(B, C, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, 4 * C)
 
 
 @pytest.mark.parametrize("name", CASES)

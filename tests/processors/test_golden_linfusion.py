@@ -6,34 +6,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
-from golden_case import GOLDEN, TOLERANCE, tensors
+from golden_case import TOLERANCE
+from golden_linfusion import CASES, arguments, read
 from safetensors.torch import load_file, save_file
 
 from vision_attn import LinFusion, load
 from vision_attn.adapters.published import export_linfusion
 from vision_attn.conversion.state import is_rerouted, state_of
 from vision_attn.grid import Grid
-
-CASES = sorted(path.parent.name for path in (GOLDEN / "linfusion").glob("*/meta.json"))
-
-
-def read(name):
-    folder = GOLDEN / "linfusion" / name
-    meta, io = json.loads((folder / "meta.json").read_text()), tensors(f"linfusion/{name}/io.safetensors")
-    return meta, io, UNet2DConditionModel.from_pretrained(folder / "unet").eval(), folder / "linfusion"
-
-
-def arguments(io, prefix, sample="sample", timestep="timestep"):
-    extra = {key: io[f"g0.{key}"] for key in ("text_embeds", "time_ids") if f"g0.{key}" in io}
-    g = prefix if prefix.startswith("g") else "g0."
-    extra = {key: io[f"{g}{key}"] for key in extra}
-    return dict(
-        sample=io[prefix + sample],
-        timestep=io[prefix + timestep],
-        encoder_hidden_states=io[f"{g}encoder_hidden_states"],
-        added_cond_kwargs=extra or None,
-    )
 
 
 def attention_outputs(unet, names):

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_conversion import assert_untouched, state
-from test_hosts import distance, run, size_of, stock
+from host_runs import distance, run, size_of, stock
+from processor_table import PROCESSORS
 from tiny_hosts import HOST, HOSTS, HostCase
 from torch import nn
+from untouched import assert_untouched, state
 
 from vision_attn import (
     RALA,
@@ -25,7 +26,6 @@ from vision_attn import (
 from vision_attn.conversion.state import is_rerouted, state_of
 from vision_attn.processors import REGISTRY, AgentSD, Schedule
 
-PROCESSORS = {name: spec for known in REGISTRY.values() for name, spec in known.tests.items()}
 UNLIKE = {"clear-pool": (16, 8)}  # lower levels of a UNet must still divide by the pool
 pairs = pytest.mark.parametrize(
     ("case", "name"), [(case, name) for case in HOSTS for name in PROCESSORS], ids=lambda v: getattr(v, "id", v)

@@ -1,0 +1,32 @@
+"""Runs of the tiny hosts: the size that suits each, its output there, and the output before any conversion."""
+
+from functools import cache
+
+import torch
+from tiny_hosts import HOST, HostCase
+from torch import Tensor, nn
+
+TEXT, BATCH = 7, 2
+
+
+def size_of(case: HostCase) -> tuple[int, int]:
+    """Return height and width in tokens; the lowest level of a UNet is then 3 x 3."""
+    return (6, 6) if case.fixed_size else (12, 10)
+
+
+def run(case: HostCase, model: nn.Module, height: int, width: int, batch: int = BATCH, text: int = TEXT) -> Tensor:
+    """Return what a model answers to the inputs of its row, without gradients."""
+    with torch.no_grad():
+        return case.output(model(**case.inputs(height, width, batch, text)))
+
+
+@cache
+def stock(host_id: str, size: tuple[int, int] | None = None) -> Tensor:
+    """Return the output of a host that nobody converted, at `size_of` it unless a size is given."""
+    case = HOST[host_id]
+    return run(case, case.build(), *(size or size_of(case)))
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """Return the norm of the difference as a share of the norm of `other`."""
+    return ((one - other).norm() / other.norm()).item()
