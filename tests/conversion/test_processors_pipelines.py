@@ -1,11 +1,13 @@
 """Every processor in pipelines, with ControlNet, image to image, IP-Adapter and LoRA."""
 
 from functools import cache
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from covering import quick
 from processor_table import PROCESSORS
 from tiny_pipelines import PIPELINE, add_lora, ip_adapter_inputs, load_ip_adapter
 
@@ -13,10 +15,14 @@ import vision_attn.pipelines  # noqa: F401, pipelines get set_attn_processor
 from vision_attn.processors import AgentSD, Softmax
 
 SIZE = (16, 16)  # tokens; the levels of a UNet below still divide by the pool
-ADDITIONS = ("nothing", "ip-adapter", "lora")
-cases = pytest.mark.parametrize(
-    ("pipeline_id", "addition"),
-    [(p, a) for p in ("sd", "sd-img2img", "sd-controlnet", "flux", "flux-img2img") for a in ADDITIONS],
+WITH_ADDITIONS = list(
+    product(("sd", "sd-img2img", "sd-controlnet", "flux", "flux-img2img"), ("nothing", "ip-adapter", "lora"))
+)
+PAIRWISE = quick(
+    [(*case, name) for case in WITH_ADDITIONS for name in PROCESSORS],
+    (lambda pipeline_id, addition, name: (pipeline_id, addition), 1),
+    (lambda pipeline_id, addition, name: (pipeline_id, name), 1),
+    (lambda pipeline_id, addition, name: (addition, name), 1),
 )
 
 
@@ -43,15 +49,14 @@ def stock(pipeline_id: str, addition: str) -> np.ndarray:
     return draw(pipeline_id, addition, None)
 
 
-@cases
+@pytest.mark.parametrize(("pipeline_id", "addition"), WITH_ADDITIONS)
 def test_softmax_gives_the_stock_images(pipeline_id: str, addition: str) -> None:
     assert np.abs(draw(pipeline_id, addition, Softmax()) - stock(pipeline_id, addition)).max() <= 1e-5
     if addition != "nothing":
         assert np.abs(stock(pipeline_id, addition) - stock(pipeline_id, "nothing")).max() > 1e-4
 
 
-@cases
-@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize(("pipeline_id", "addition", "name"), PAIRWISE)
 def test_others_run(pipeline_id: str, addition: str, name: str) -> None:
     image = draw(pipeline_id, addition, PROCESSORS[name])
     assert np.isfinite(image).all()

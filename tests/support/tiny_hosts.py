@@ -15,6 +15,7 @@ __all__ = [
     "CHANNELS",
     "HOST",
     "HOSTS",
+    "KIND",
     "POOLED_DIM",
     "TEXT_DIM",
     "VIDEO_HOSTS",
@@ -46,3 +47,5 @@ VIDEO_HOSTS: list[HostCase] = [
     )
 ]  # fmt: skip
 HOST: dict[str, HostCase] = {case.id: case for case in [*HOSTS, *VIDEO_HOSTS]}
+KINDS = {"unet": UNETS, "latent-dit": LATENT_DITS, "packed-dit": PACKED_DITS, "vit": VITS}
+KIND: dict[str, str] = {case.id: kind for kind, cases in KINDS.items() for case in cases}
