@@ -33,14 +33,23 @@ def check_int(name: str, value: Any, least: int, what: str = "an int") -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
-def check_number(name: str, value: Any, what: str = "a number") -> None:
-    """Refuse what is no number.
+def check_number(name: str, value: Any, what: str = "a number", *, least: float | None = None) -> None:
+    """Refuse what is no number, or is too small.
+
+    Args:
+        name: Of the argument, for the error.
+        value: What was given.
+        what: What would do, for the error.
+        least: The smallest value allowed, if there is one.
 
     Raises:
         TypeError: If it is neither an int nor a float, or a bool.
+        ValueError: If it is too small.
     """
     if not is_number(value):
         raise TypeError(f"{name} must be {what}, got {value!r}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def check_one_of(name: str, value: Any, known: Iterable[Any]) -> None:

@@ -25,8 +25,16 @@ from PIL import Image
 
 from vision_attn.conversion.conversion import load
 from vision_attn.distill.cache import write_cache
-from vision_attn.distill.config import Config, EvalConfig, OptimizerConfig, RunConfig
-from vision_attn.distill.config_sections import DataConfig, LossConfig, ModelConfig, StudentConfig
+from vision_attn.distill.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    StudentConfig,
+)
 from vision_attn.distill.evaluate import Evaluation, read_truth
 from vision_attn.distill.generate import generate, read_prompts
 from vision_attn.distill.loop import train

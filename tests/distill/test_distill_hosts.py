@@ -107,7 +107,7 @@ def test_the_unet_teacher_has_its_pooled_row():
 
 
 def settings_of(base):
-    from vision_attn.distill.config_sections import ModelConfig
+    from vision_attn.distill.config import ModelConfig
 
     return ModelConfig(base)
 

@@ -11,7 +11,7 @@ from golden_linfusion import arguments as unet_arguments
 from golden_linfusion import read as read_linfusion
 
 from vision_attn import load
-from vision_attn.distill.config_sections import LossConfig
+from vision_attn.distill.config import LossConfig
 from vision_attn.distill.losses import Noising, Outputs, distillation_losses
 from vision_attn.distill.student import attention_outputs
 

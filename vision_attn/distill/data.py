@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vision_attn.distill.cache_index import read_index
-from vision_attn.distill.config_sections import DataConfig
+from vision_attn.distill.config import DataConfig
 from vision_attn.distill.hosts import Interface
 
 

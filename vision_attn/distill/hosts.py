@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vision_attn._compat import ensure_torchvision
-from vision_attn.distill.config_sections import ModelConfig
+from vision_attn.distill.config import ModelConfig
 from vision_attn.highres.redraw import encode
 from vision_attn.hosts.selection import targets_of
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vision_attn.distill.config_sections import LossConfig
+from vision_attn.distill.config import LossConfig
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import nn
 
 from vision_attn.conversion.conversion import Conversion
 from vision_attn.conversion.state import is_rerouted
-from vision_attn.distill.config_sections import StudentConfig
+from vision_attn.distill.config import StudentConfig
 from vision_attn.processors.base import CHILD
 
 _NAMES = {
