@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from vision_attn.distill.cache_index import refuse_other_model, shard_path, write_index
 from vision_attn.distill.config import Config
-from vision_attn.distill.hosts import Interface, denoiser_of, encode_images, interface_of, load_pipeline, record
+from vision_attn.distill.denoiser import Interface, denoiser_of, encode_images, interface_of, load_pipeline, record
 from vision_attn.distill.images import Item, find_items, nearest_size, to_pixels
 from vision_attn.highres.levels import unit_of
 from vision_attn.highres.positions import position_ids

@@ -83,8 +83,8 @@ def run(action: str, config: Config) -> dict[str, Any]:
 def _evaluate(config: Config, device: str) -> dict[str, Any]:
     """Compare the adapter with its teacher."""
     from vision_attn.conversion.conversion import load  # noqa: PLC0415
+    from vision_attn.distill.denoiser import load_pipeline  # noqa: PLC0415
     from vision_attn.distill.evaluate import Evaluation  # noqa: PLC0415
-    from vision_attn.distill.hosts import load_pipeline  # noqa: PLC0415
 
     adapter = config.eval.adapter or config.run.out / "adapter"
     if not adapter.exists():

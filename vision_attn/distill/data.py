@@ -3,7 +3,6 @@
 import json
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,45 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vision_attn.distill.cache_index import read_index
 from vision_attn.distill.config import DataConfig
-from vision_attn.distill.hosts import Interface
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples of one size.
-
-    Attributes:
-        size: (height, width) in pixels.
-        latents: Clean, as the denoiser gets them.
-        tensors: The denoiser's other tensors by name.
-        null: Its tensors with one row per sample, for the empty prompt, `[1, ...]`.
-    """
-
-    size: tuple[int, int]
-    latents: Tensor
-    tensors: dict[str, Tensor]
-    null: dict[str, Tensor]
-
-    def to(self, device: Any, dtype: torch.dtype) -> "Batch":
-        """Move to a device; what has a row per sample gets the model's dtype, latents stay float32."""
-
-        def move(name: str, value: Tensor) -> Tensor:
-            fitting = name in self.null and value.is_floating_point()
-            return value.to(device, dtype if fitting else value.dtype, non_blocking=True)
-
-        tensors = {name: move(name, value) for name, value in self.tensors.items()}
-        null = {name: move(name, value) for name, value in self.null.items()}
-        return Batch(self.size, self.latents.to(device, torch.float32, non_blocking=True), tensors, null)
-
-    def without_prompts(self, chosen: Tensor) -> dict[str, Tensor]:
-        """Return the tensors with the empty prompt in the rows where `chosen` `[B]` is true."""
-        rows = chosen.to(self.latents.device)
-        return {
-            name: torch.where(rows.view(-1, *[1] * (value.dim() - 1)), self.null[name], value)
-            if name in self.null
-            else value
-            for name, value in self.tensors.items()
-        }
+from vision_attn.distill.denoiser import Batch, Interface
 
 
 class CachedData(Dataset[Batch]):

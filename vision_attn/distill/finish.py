@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vision_attn.adapters.published import export_clear, export_linfusion
 from vision_attn.distill.config import Config
 from vision_attn.distill.data import CachedData
-from vision_attn.distill.sampling import sample, save_sheet, to_images
+from vision_attn.distill.denoiser import sample, to_images
 from vision_attn.distill.sharding import Shards
 from vision_attn.distill.student import Student
 from vision_attn.distill.trainables import merge_lora
@@ -78,3 +79,14 @@ def write_sheet(config: Config, student: Student, data: CachedData, step: int, *
     if main:
         save_sheet(path, [to_images(student.pipe, latents, size) for latents in rows])
     return path
+
+
+def save_sheet(path: Path, rows: list[Tensor]) -> None:
+    """Write rows of pictures `[B, 3, height, width]` in [0, 1] as one PNG."""
+    from PIL import Image  # noqa: PLC0415, optional
+
+    sheet = torch.cat([torch.cat(list(row), 2) for row in rows], 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    Image.fromarray((sheet * 255).round().byte().permute(1, 2, 0).numpy()).save(part, "PNG")
+    part.replace(path)

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from vision_attn.distill.config import Config
-from vision_attn.distill.hosts import load_pipeline
+from vision_attn.distill.denoiser import load_pipeline
 
 
 def read_prompts(path: Path, setting: str) -> list[str]:

@@ -10,9 +10,9 @@ import torch
 from vision_attn.distill.averaging import Averaging
 from vision_attn.distill.checkpoint import Checkpoints
 from vision_attn.distill.config import Config
-from vision_attn.distill.data import Batch, CachedData, Order, batches_of
+from vision_attn.distill.data import CachedData, Order, batches_of
+from vision_attn.distill.denoiser import Batch, load_pipeline
 from vision_attn.distill.finish import save_adapter, write_sheet
-from vision_attn.distill.hosts import load_pipeline
 from vision_attn.distill.launch import leave_frozen, make_accelerator
 from vision_attn.distill.metrics import Metrics
 from vision_attn.distill.nonfinite import explain

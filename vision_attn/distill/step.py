@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from vision_attn.distill.config import Config
-from vision_attn.distill.data import Batch
-from vision_attn.distill.hosts import Interface
+from vision_attn.distill.denoiser import Batch, Interface
 from vision_attn.distill.losses import Noising, Outputs, distillation_losses
 from vision_attn.distill.student import Student, attention_outputs
 

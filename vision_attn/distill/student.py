@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vision_attn.adapters.published import check_clear, check_linfusion
 from vision_attn.conversion.conversion import Conversion, convert, load
 from vision_attn.distill.config import Config
-from vision_attn.distill.hosts import denoiser_of
+from vision_attn.distill.denoiser import denoiser_of
 from vision_attn.distill.trainables import choose_trainables, randomise
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from vision_attn.conversion.state import model_state
 from vision_attn.distill.config import Config
-from vision_attn.distill.data import Batch
+from vision_attn.distill.denoiser import Batch
 from vision_attn.distill.nonfinite import explain
 from vision_attn.distill.sharding import is_sharded
 from vision_attn.distill.step import Noisy, Step

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from vision_attn._compat import ensure_torchvision
 from vision_attn.distill.config import ModelConfig
-from vision_attn.highres.redraw import encode
+from vision_attn.highres.levels import shift_at
+from vision_attn.highres.redraw import decode, encode, unpacked
 from vision_attn.hosts.selection import targets_of
 
 EMOJI = "emoji:"
@@ -62,6 +63,44 @@ class Interface:
     def from_config(cls, config: Mapping[str, Any]) -> "Interface":
         """Undo `config`."""
         return cls(**{**config, "batched": tuple(config["batched"])})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one size.
+
+    Attributes:
+        size: (height, width) in pixels.
+        latents: Clean, as the denoiser gets them.
+        tensors: The denoiser's other tensors by name.
+        null: Its tensors with one row per sample, for the empty prompt, `[1, ...]`.
+    """
+
+    size: tuple[int, int]
+    latents: Tensor
+    tensors: dict[str, Tensor]
+    null: dict[str, Tensor]
+
+    def to(self, device: Any, dtype: torch.dtype) -> "Batch":
+        """Move to a device; what has a row per sample gets the model's dtype, latents stay float32."""
+
+        def move(name: str, value: Tensor) -> Tensor:
+            fitting = name in self.null and value.is_floating_point()
+            return value.to(device, dtype if fitting else value.dtype, non_blocking=True)
+
+        tensors = {name: move(name, value) for name, value in self.tensors.items()}
+        null = {name: move(name, value) for name, value in self.null.items()}
+        return Batch(self.size, self.latents.to(device, torch.float32, non_blocking=True), tensors, null)
+
+    def without_prompts(self, chosen: Tensor) -> dict[str, Tensor]:
+        """Return the tensors with the empty prompt in the rows where `chosen` `[B]` is true."""
+        rows = chosen.to(self.latents.device)
+        return {
+            name: torch.where(rows.view(-1, *[1] * (value.dim() - 1)), self.null[name], value)
+            if name in self.null
+            else value
+            for name, value in self.tensors.items()
+        }
 
 
 def load_pipeline(config: ModelConfig, *, prompts: bool = True) -> Any:
@@ -179,3 +218,59 @@ def encode_images(pipe: Any, images: Tensor) -> Tensor:
     latents = encode(pipe, images)
     packs = hasattr(pipe, "_pack_latents") and hasattr(pipe, "_unpack_latents")
     return pipe._pack_latents(latents, *latents.shape) if packs else latents
+
+
+def sample(
+    model: Any, pipe: Any, interface: Interface, batch: Batch, noise: Tensor, *, steps: int, guidance: float = 1.0
+) -> Tensor:
+    """Denoise with the pipeline's scheduler; returns latents like `noise`.
+
+    Args:
+        model: The denoiser as it is called.
+        pipe: Its pipeline, for the scheduler and the native size.
+        interface: How the denoiser is called.
+        batch: The embeddings; its latents are not looked at.
+        noise: To begin with.
+        steps: Denoising steps.
+        guidance: Of classifier-free guidance against the empty prompt; 1 is none.
+    """
+    scheduler, flow = _fresh(pipe, batch.size)
+    if flow:
+        scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
+    else:
+        scheduler.set_timesteps(steps)
+    latents = noise * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else noise
+    everything = torch.ones(len(noise), dtype=torch.bool)
+    dtype = next(model.parameters()).dtype if hasattr(model, "parameters") else noise.dtype
+    with torch.no_grad():
+        for time in scheduler.timesteps:
+            scaled = latents if flow else scheduler.scale_model_input(latents, time)
+
+            def predict(tensors: dict[str, Tensor], scaled: Tensor = scaled, time: Tensor = time) -> Tensor:
+                call = interface.arguments(scaled.to(dtype), time.expand(len(noise)), tensors)
+                output = model(**call)[0].float()
+                half = output.dim() == 4 and output.shape[1] == 2 * noise.shape[1]
+                return output.chunk(2, 1)[0] if half else output
+
+            prediction = predict(batch.tensors)
+            if guidance != 1:
+                null = predict(batch.without_prompts(everything))
+                prediction = null + guidance * (prediction - null)
+            latents = scheduler.step(prediction, time, latents, return_dict=False)[0]
+    return latents
+
+
+def _fresh(pipe: Any, size: tuple[int, int]) -> tuple[Any, bool]:
+    """Return a scheduler of the pipeline's kind; that of flow matching with the static shift for a size in pixels."""
+    config = pipe.scheduler.config
+    if not hasattr(pipe.scheduler, "scale_noise"):
+        return type(pipe.scheduler).from_config(config), False
+    shift = shift_at(pipe, size, "sqrt")
+    return type(pipe.scheduler).from_config(config, use_dynamic_shifting=False, shift=shift), True
+
+
+def to_images(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
+    """Decode latents as the denoiser gives them into pictures `[B, 3, height, width]` in [0, 1], on the CPU."""
+    with torch.no_grad():
+        pixels = decode(pipe, unpacked(pipe, latents.to(pipe.vae.device), *size))
+    return (pixels.cpu() / 2 + 0.5).clamp(0, 1)

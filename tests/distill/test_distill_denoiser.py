@@ -7,8 +7,15 @@ from distill_case import settings
 from tiny_hosts import HOST, TEXT_DIM, noise
 from tiny_pipelines import PIPELINE, PipelineCase, _pipeline, _vae
 
-from vision_attn.distill.data import Batch
-from vision_attn.distill.hosts import Interface, denoiser_of, encode_images, interface_of, load_pipeline, record
+from vision_attn.distill.denoiser import (
+    Batch,
+    Interface,
+    denoiser_of,
+    encode_images,
+    interface_of,
+    load_pipeline,
+    record,
+)
 from vision_attn.distill.step import Step
 from vision_attn.distill.student import make_student
 
