@@ -36,7 +36,7 @@ from vision_attn.distill.config import (
     StudentConfig,
 )
 from vision_attn.distill.evaluate import Evaluation, read_truth
-from vision_attn.distill.generate import generate, read_prompts
+from vision_attn.distill.images import generate, read_prompts
 from vision_attn.distill.loop import train
 from vision_attn.distill.student import make_student
 

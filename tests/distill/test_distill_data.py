@@ -18,8 +18,7 @@ from vision_attn.distill import cache
 from vision_attn.distill.cache import write_cache
 from vision_attn.distill.config import read_config
 from vision_attn.distill.data import CachedData, Order
-from vision_attn.distill.generate import generate
-from vision_attn.distill.images import find_items, nearest_size
+from vision_attn.distill.images import find_items, generate, nearest_size
 
 NAMES = ("emoji:nano", "FluxTransformer2DModel")
 

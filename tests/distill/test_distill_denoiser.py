@@ -16,7 +16,7 @@ from vision_attn.distill.denoiser import (
     load_pipeline,
     record,
 )
-from vision_attn.distill.step import Step
+from vision_attn.distill.losses import Step
 from vision_attn.distill.student import make_student
 
 

@@ -15,10 +15,10 @@ from PIL import Image
 
 import vision_attn
 from vision_attn.demo import load_teacher
-from vision_attn.distill import checkpoint, loop
+from vision_attn.distill import loop, output
 from vision_attn.distill.cache import write_cache
 from vision_attn.distill.loop import train
-from vision_attn.distill.nonfinite import NonFiniteError
+from vision_attn.distill.losses import NonFiniteError
 from vision_attn.distill.student import Student
 
 
@@ -117,7 +117,7 @@ def test_checkpoints_are_rotated_and_a_half_written_one_is_passed_over(root):
 @pytest.mark.parametrize("where", ["parameters", "optimizer"])
 def test_a_full_disk_leaves_the_last_checkpoint(root, where, monkeypatch):
     config = settings(root, run__steps=4, run__save_every=2)
-    real = checkpoint.save_file, torch.save
+    real = output.save_file, torch.save
 
     def full(*args, **kwargs):
         if len(list((root / "out").glob("checkpoint-*[0-9]"))) == 1:
@@ -125,7 +125,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(root, where, monkeypatch):
         return real[where == "optimizer"](*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(*((checkpoint, "save_file", full) if where == "parameters" else (torch, "save", full)))
+        patched.setattr(*((output, "save_file", full) if where == "parameters" else (torch, "save", full)))
         with pytest.raises(OSError, match=r"step 4 could not be written.*complete one: checkpoint-00000002"):
             train(config)
     assert [path.name for path in (root / "out").glob("checkpoint-*")] == ["checkpoint-00000002"]

@@ -10,6 +10,7 @@ earlier run stays in use until the new one is finished. Images that cannot be re
 import hashlib
 import json
 import logging
+import re
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
@@ -21,14 +22,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from vision_attn.distill.cache_index import refuse_other_model, shard_path, write_index
 from vision_attn.distill.config import Config
+from vision_attn.distill.data import FORMAT, INDEX, read_index
 from vision_attn.distill.denoiser import Interface, denoiser_of, encode_images, interface_of, load_pipeline, record
 from vision_attn.distill.images import Item, find_items, nearest_size, to_pixels
 from vision_attn.highres.levels import unit_of
 from vision_attn.highres.positions import position_ids
 
 SKIPPED = "skipped.txt"
+_SHARD = re.compile(r"\d+x\d+-\d{5,}(-[0-9a-f]{16})?\.(safetensors|part)")
 _PROMPTS = 8  # encoded at a time
 _log = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ def write_cache(config: Config, *, device: str = "cpu", pipe: Any = None) -> dic
     folder = config.data.cache
     folder.mkdir(parents=True, exist_ok=True)
     identity = _identity(config, pipe, interface)
-    refuse_other_model(folder, identity)
+    _refuse_other_model(folder, identity)
     buckets, skipped = _buckets(items, config)
     samples = 0
     shards: list[Path] = []
@@ -66,7 +68,7 @@ def write_cache(config: Config, *, device: str = "cpu", pipe: Any = None) -> dic
             for first in range(0, len(members), config.data.shard_size):
                 part = members[first : first + config.data.shard_size]
                 digest = _digest([one for one, _ in part], size, config)
-                path = shard_path(folder, size, first // config.data.shard_size, digest)
+                path = _shard_path(folder, size, first // config.data.shard_size, digest)
                 made, failed = _shard(path, [item for _, item in part], size, pipe, interface, config)
                 skipped |= failed
                 samples += made
@@ -75,7 +77,7 @@ def write_cache(config: Config, *, device: str = "cpu", pipe: Any = None) -> dic
     (folder / SKIPPED).write_text("".join(f"{key}: {why}\n" for key, why in sorted(skipped.items())))
     if not samples:
         raise ValueError(f"none of the {len(items)} images in {config.data.images} can be used: see {folder / SKIPPED}")
-    write_index(folder, identity, config.data.sizes, shards)
+    _write_index(folder, identity, config.data.sizes, shards)
     return {"samples": samples, "shards": len(shards), "skipped": len(skipped)}
 
 
@@ -180,3 +182,46 @@ def _positions(pipe: Any, shared: dict[str, Tensor], size: tuple[int, int], conf
     if ids.shape != shared[name].shape:
         raise ValueError(f"data.native: the positions of a {type(pipe).__name__} are not FLUX.1's")
     return {name: ids}
+
+
+def _shard_path(folder: Path, size: tuple[int, int], number: int, digest: str) -> Path:
+    """Return the file of a shard.
+
+    Args:
+        folder: Of the cache.
+        size: (height, width) in pixels.
+        number: Among the shards of this size.
+        digest: 16 hexadecimal digits, which tell what it was made of.
+    """
+    return folder / f"{size[0]}x{size[1]}-{number:05d}-{digest}.safetensors"
+
+
+def _refuse_other_model(folder: Path, identity: dict[str, Any]) -> None:
+    """Refuse a folder whose cache was made for another model than `identity` says.
+
+    Raises:
+        ValueError: If it was, or its index is damaged.
+    """
+    if not (folder / INDEX).exists():
+        return
+    old = read_index(folder)
+    what = ", ".join(f"{k} {old.get(k)!r}, not {identity[k]!r}" for k in identity if old.get(k) != identity[k])
+    if what:
+        raise ValueError(f"data.cache: {folder} holds another cache ({what}): give another folder")
+
+
+def _write_index(folder: Path, identity: dict[str, Any], sizes: list[tuple[int, int]], shards: list[Path]) -> None:
+    """Put a finished cache in the place of the one before, and delete the shards that it does not use.
+
+    Args:
+        folder: Of the cache.
+        identity: What it must agree in with the training that reads it.
+        sizes: All of `data.sizes`.
+        shards: Its files, in their order.
+    """
+    index = {"format": FORMAT, **identity, "sizes": sizes, "shards": [path.name for path in shards]}
+    (folder / f"{INDEX}.part").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / f"{INDEX}.part").replace(folder / INDEX)
+    for path in set(folder.iterdir()) - set(shards):
+        if _SHARD.fullmatch(path.name):
+            path.unlink()

@@ -69,7 +69,7 @@ def run(action: str, config: Config) -> dict[str, Any]:
     if action == "generate":
         from accelerate import PartialState  # noqa: PLC0415
 
-        from vision_attn.distill.generate import generate  # noqa: PLC0415
+        from vision_attn.distill.images import generate  # noqa: PLC0415
 
         state = PartialState()
         return generate(config, device=str(state.device), rank=state.process_index, world=state.num_processes)

@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +11,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vision_attn.distill.cache_index import read_index
 from vision_attn.distill.config import DataConfig
 from vision_attn.distill.denoiser import Batch, Interface
+
+INDEX = "index.json"
+FORMAT = "vision_attn.cache.v2"
+EARLIER = "vision_attn.cache.v1"  # does not say which shards are in use
 
 
 class CachedData(Dataset[Batch]):
@@ -30,6 +34,11 @@ class CachedData(Dataset[Batch]):
 
     def __init__(self, config: DataConfig, base: str, denoiser: str) -> None:
         folder, index = config.cache, read_index(config.cache)
+        if index["format"] == EARLIER:
+            raise ValueError(
+                f"data.cache: {folder} was made by an earlier version, which did not keep what it was made of: "
+                "run 'vision-attn distill cache' again"
+            )
         for name, wanted in (("base", base), ("denoiser", denoiser)):
             if index[name] != wanted:
                 raise ValueError(f"data.cache: {folder} was made for the {name} {index[name]!r}, not for {wanted!r}")
@@ -77,6 +86,27 @@ class CachedData(Dataset[Batch]):
         null = {name.removeprefix("null."): t for name, t in rest.items() if name.startswith("null.")}
         size = tuple(json.loads(file.metadata()["size"]))
         return Batch(size, latents, {**rows, **shared}, null)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Read what a cache says of itself.
+
+    Raises:
+        FileNotFoundError: If there is no cache, or it was never finished.
+        ValueError: If it is damaged.
+    """
+    path = folder / INDEX
+    if not path.exists():
+        raise FileNotFoundError(
+            f"data.cache: {folder} holds no cache that was finished: make it with 'vision-attn distill cache'"
+        )
+    try:
+        index = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"data.cache: {path} is damaged: {error}") from None
+    if not isinstance(index, dict) or index.get("format") not in (FORMAT, EARLIER):
+        raise ValueError(f"data.cache: {path} is not of the format {FORMAT!r}")
+    return index
 
 
 def _check_sizes(config: DataConfig, cached: list[list[int]]) -> None:

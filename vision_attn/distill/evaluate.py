@@ -15,7 +15,7 @@ from tqdm import tqdm
 from vision_attn.distill.config import Config
 from vision_attn.distill.data import CachedData
 from vision_attn.distill.denoiser import Batch, denoiser_of
-from vision_attn.distill.generate import read_prompts
+from vision_attn.distill.images import read_prompts
 from vision_attn.distill.losses import Noising, Outputs
 from vision_attn.distill.measures import agreement, copies, kernel_distance, retrieval
 from vision_attn.highres.levels import unit_of

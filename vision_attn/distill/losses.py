@@ -16,9 +16,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from vision_attn.distill.config import LossConfig
+from vision_attn.distill.config import Config, LossConfig
+from vision_attn.distill.denoiser import Batch, Interface
+from vision_attn.distill.parameters import holds_shards, own
+from vision_attn.distill.student import Student, attention_outputs
 
 
 @dataclass(frozen=True)
@@ -136,3 +139,111 @@ class Noising:
             return clean
         picture_part, noise_part = self._parts(timesteps, clean)
         return picture_part * noise - noise_part * clean
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """What both models are given for a batch, and what they are to predict.
+
+    Attributes:
+        call: The denoiser's arguments.
+        latents: The noisy latents.
+        target: The scheduler's.
+    """
+
+    call: dict[str, Any]
+    latents: Tensor
+    target: Tensor
+
+
+class Step:
+    """Computes the losses of a batch.
+
+    Args:
+        config: `loss`, `data.null_prob` and `run.seed` are used.
+        student: What is trained.
+        interface: How its denoiser is called.
+    """
+
+    def __init__(self, config: Config, student: Student, interface: Interface) -> None:
+        self.config, self.student, self.interface = config, student, interface
+        self.noising = Noising(student.pipe.scheduler)
+        weights = config.loss
+        self.layers = student.compared(weights.layers, weights.every) if weights.attention else []
+
+    def noisy(self, batch: Batch, number: int) -> Noisy:
+        """Add noise to a batch. It depends on the seed and `number` alone, whatever ran before."""
+        generator = torch.Generator().manual_seed(self.config.run.seed * 7_368_787 + number)
+        clean = batch.latents
+        timesteps = self.noising.draw(len(clean), self.config.loss.noise_levels, generator)
+        noise = torch.randn(clean.shape, generator=generator).to(clean)
+        chosen = torch.rand(len(clean), generator=generator) < self.config.data.null_prob
+        latents = self.noising.add(clean, noise, timesteps)
+        call = self.interface.arguments(latents.to(self.student.dtype), timesteps, batch.without_prompts(chosen))
+        return Noisy(call, latents, self.noising.target(clean, noise, timesteps))
+
+    def losses(self, model: Any, noisy: Noisy) -> dict[str, Tensor]:
+        """Return the losses by name, and 'total'.
+
+        Args:
+            model: The student's model as it is called: wrapped for several processes.
+            noisy: What `noisy` returned.
+        """
+        weights, student = self.config.loss, self.student
+        with student.teaching(model) as teacher:
+            needed = bool(weights.prediction or self.layers or weights.variance)
+            taught = self._forward(teacher, student.copy or student.model, noisy) if needed else None
+        learned = self._forward(model, student.model, noisy)
+        return distillation_losses(learned, taught or learned, noisy.target, weights)
+
+    def _forward(self, model: Any, inner: Any, noisy: Noisy) -> Outputs:
+        with attention_outputs(inner, self.layers) as attention:
+            output = model(**noisy.call)[0]
+        return Outputs.of(output, noisy.latents, dict(attention))
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or a gradient is NaN or infinite."""
+
+
+def explain(step: int, what: str, computing: Step, noisy: Noisy) -> NonFiniteError:
+    """Run the student once more on the batch and name the first layer whose output is not finite."""
+    model, parameters = computing.student.model, computing.student.parameters
+    bad = [name for name, p in parameters.items() if not torch.isfinite(own(p)).all()]
+    if bad:
+        layer: str | None = f"parameters are not finite: {', '.join(bad[:4])}"
+    elif holds_shards(parameters):  # the other processes would have to run the model too
+        layer = "in which layer is not looked for in a sharded model"
+    else:
+        layer = _first(model, noisy)
+    if layer is None:
+        gradients = [
+            name for name, p in parameters.items() if p.grad is not None and not torch.isfinite(own(p.grad)).all()
+        ]
+        named = f"its first non-finite gradients are those of {', '.join(gradients[:4])}"
+        layer = f"the forward pass is finite; {named}" if gradients else "the forward pass is finite here"
+    return NonFiniteError(
+        f"step {step}: {what} is not finite; {layer}. Lower optimizer.learning_rate, keep optimizer.clip at 1, or "
+        "compute in bf16 rather than fp16"
+    )
+
+
+def _first(model: nn.Module, noisy: Noisy) -> str | None:
+    found: list[str] = []
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            tensors = output if isinstance(output, tuple) else (output,)
+            if not found and any(isinstance(t, Tensor) and not torch.isfinite(t).all() for t in tensors):
+                found.append(name)
+
+        return hook
+
+    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            model(**noisy.call)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return f"the first layer whose output is not: {found[0]}" if found else None

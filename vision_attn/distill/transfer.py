@@ -20,9 +20,8 @@ from tqdm import tqdm
 from vision_attn.conversion.state import model_state
 from vision_attn.distill.config import Config
 from vision_attn.distill.denoiser import Batch
-from vision_attn.distill.nonfinite import explain
-from vision_attn.distill.sharding import is_sharded
-from vision_attn.distill.step import Noisy, Step
+from vision_attn.distill.losses import Noisy, Step, explain
+from vision_attn.distill.parameters import is_sharded
 from vision_attn.distill.student import Student
 
 

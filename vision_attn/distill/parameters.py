@@ -5,7 +5,8 @@ checkpointed is looked up again after `accelerator.prepare`, and what is saved i
 called by all processes alike; they do nothing to models that are whole.
 """
 
-from collections.abc import Iterator
+import importlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from vision_attn.distill.config import OptimizerConfig
 from vision_attn.distill.student import Student
 
 
@@ -105,3 +107,104 @@ def holds_shards(parameters: dict[str, nn.Parameter]) -> bool:
 def checksum(parameters: dict[str, nn.Parameter]) -> Tensor:
     """Return a sum `[1]` over what this process holds of the parameters."""
     return torch.stack([own(p.detach()).double().abs().sum() for p in parameters.values()]).sum().reshape(1)
+
+
+_LIBRARIES = {
+    "adamw8bit": ("bitsandbytes", "optim.AdamW8bit"),
+    "schedulefree": ("schedulefree", "AdamWScheduleFree"),
+    "prodigy": ("prodigyopt", "Prodigy"),
+}
+
+
+def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> Any:
+    """Return the optimiser.
+
+    Raises:
+        ValueError: If its library is not installed.
+    """
+    values: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
+    if config.name == "adamw":
+        return torch.optim.AdamW(parameters, **values)
+    library, path = _LIBRARIES[config.name]
+    try:
+        found: Any = importlib.import_module(library)
+    except ImportError as error:
+        raise ValueError(f"optimizer.name: '{config.name}' needs {library} (pip install {library}): {error}") from None
+    for part in path.split("."):
+        found = getattr(found, part)
+    if config.name == "prodigy":
+        values |= {"use_bias_correction": True, "safeguard_warmup": True}  # as CLEAR was trained
+    if config.name == "schedulefree":
+        values["warmup_steps"] = config.warmup
+    return found(parameters, **values)
+
+
+def make_schedule(config: OptimizerConfig, optimizer: Any, steps: int) -> Any:
+    """Return the schedule of the learning rate. A schedule-free optimiser has its own warmup."""
+    from diffusers.optimization import get_scheduler  # noqa: PLC0415, diffusers is optional
+
+    own = config.name == "schedulefree"
+    name = config.schedule if config.schedule != "constant" else "constant_with_warmup"
+    return get_scheduler(
+        "constant" if own else name,
+        optimizer,
+        num_warmup_steps=0 if own else config.warmup,
+        num_training_steps=steps,
+    )
+
+
+class Averaging:
+    """Keeps the mean of parameters over the updates, if one is wanted.
+
+    Args:
+        config: `ema` is used.
+        parameters: Trained, on their device.
+        optimizer: Of these parameters.
+
+    Attributes:
+        ema: The mean, None if none is kept.
+    """
+
+    def __init__(self, config: OptimizerConfig, parameters: list[nn.Parameter], optimizer: Any) -> None:
+        from diffusers.training_utils import EMAModel  # noqa: PLC0415, diffusers is optional
+
+        self.parameters, self.optimizer = parameters, optimizer
+        self.ema = EMAModel(parameters, decay=config.ema, use_ema_warmup=True, power=0.75) if config.ema else None
+        if self.ema is not None:
+            self.ema.to(parameters[0].device)
+
+    def begin(self) -> None:
+        """An update begins: a schedule-free optimiser wants the parameters that learn."""
+        if hasattr(self.optimizer, "train"):
+            self.optimizer.train()
+
+    def update(self) -> None:
+        """An update is done."""
+        if self.ema is not None:
+            self.ema.step(self.parameters)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the mean for a checkpoint, whole if the model is sharded."""
+        assert self.ema is not None, "registered only with a mean"
+        state = self.ema.state_dict()
+        return {**state, "shadow_params": [whole(p) for p in state["shadow_params"]]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the mean of a checkpoint."""
+        assert self.ema is not None, "registered only with a mean"
+        pairs = zip(state["shadow_params"], self.parameters, strict=True)
+        self.ema.load_state_dict({**state, "shadow_params": [shard_like(p, like) for p, like in pairs]})
+
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """Have the mean in the model inside the `with` block."""
+        if hasattr(self.optimizer, "eval"):
+            self.optimizer.eval()
+        if self.ema is not None:
+            self.ema.store(self.parameters)
+            self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            if self.ema is not None:
+                self.ema.restore(self.parameters)

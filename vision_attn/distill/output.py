@@ -7,16 +7,22 @@ the parameters and the random numbers of each process. The order of the data and
 import json
 import logging
 import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from tqdm import tqdm
 
+from vision_attn.adapters.published import export_clear, export_linfusion
 from vision_attn.distill.config import Config
-from vision_attn.distill.sharding import checksum, is_sharded
+from vision_attn.distill.data import CachedData
+from vision_attn.distill.denoiser import sample, to_images
+from vision_attn.distill.parameters import Shards, checksum, is_sharded
+from vision_attn.distill.student import Student, merge_lora
 
 STATE, TRAINED = "state.json", "trained.safetensors"
 _PREFIX = "checkpoint-"
@@ -149,3 +155,154 @@ def _loading(parameters: dict[str, nn.Parameter]) -> Any:
                 parameters[name].copy_(tensor)
 
     return hook
+
+
+class Metrics:
+    """Collects the losses of an update over its batches and processes.
+
+    Args:
+        config: `run` is used.
+        accelerator: Of the run.
+        start: Step that the run goes on from; later lines of an earlier run are dropped.
+
+    Attributes:
+        norm: Of the last gradient, before clipping.
+        out_of_time: Whether `run.minutes` have passed, for all processes alike.
+    """
+
+    def __init__(self, config: Config, accelerator: Any, start: int) -> None:
+        self.run, self.accelerator = config.run, accelerator
+        self.sums: dict[str, Tensor] = {}
+        self.norm: Tensor | float | None = None
+        self.begun, self.out_of_time = time.perf_counter(), False
+        self.path = config.run.out / "metrics.jsonl"
+        main = accelerator.is_main_process
+        if main:
+            _truncate(self.path, start)
+        self.file = self.path.open("a") if main else None
+        self.bar = tqdm(
+            total=config.run.steps, initial=start, unit="step", disable=config.run.quiet or not main, mininterval=0.5
+        )
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        """Add the losses of a batch."""
+        for name, loss in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + loss.detach() / self.run.accumulate
+
+    def log(self, step: int, rate: float) -> None:
+        """End an update: write its losses, the norm of the gradient and the learning rate."""
+        seconds = time.perf_counter() - self.begun
+        values = [*self.sums.values(), torch.tensor(seconds)]
+        device = self.accelerator.device
+        means = self.accelerator.reduce(torch.stack([v.float().to(device) for v in values]), "mean").tolist()
+        found = dict(zip(self.sums, means[:-1], strict=True))
+        self.sums = {}
+        self.out_of_time = self.run.minutes is not None and means[-1] > 60 * self.run.minutes
+        found |= {"norm": float(self.norm)} if self.norm is not None else {}
+        found["learning_rate"] = rate
+        if self.file is not None:
+            self.file.write(json.dumps({"step": step, **found, "seconds": round(seconds, 3)}) + "\n")
+            self.file.flush()
+        self.accelerator.log(found, step=step)
+        self.bar.update()
+        self.bar.set_postfix({k: f"{v:.4g}" for k, v in found.items() if k not in ("norm", "learning_rate")})
+
+    def close(self) -> None:
+        """End the run."""
+        self.bar.close()
+        if self.file is not None:
+            self.file.close()
+        self.accelerator.end_training()
+
+
+def _truncate(path: Path, start: int) -> None:
+    """Drop the lines after a step: they are computed again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= start:
+                kept.append(line)
+        except ValueError:  # the line that was being written when the run was stopped
+            break
+    part = path.with_suffix(".part")
+    part.write_text("".join(f"{line}\n" for line in kept))
+    part.replace(path)
+
+
+_PICTURES = 6
+
+
+def save_adapter(config: Config, accelerator: Any, student: Student, shards: Shards) -> Path:
+    """Write the adapter, in `run.save_dtype`, and the export.
+
+    Args:
+        config: `run` is used.
+        accelerator: Of the run.
+        student: What was trained.
+        shards: Of its model.
+    """
+    with shards.gathered(accelerator.is_main_process):
+        if accelerator.is_main_process:
+            _save(config, student)
+    accelerator.wait_for_everyone()
+    return config.run.out / "adapter"
+
+
+def _save(config: Config, student: Student) -> None:
+    folder = config.run.out / "adapter"
+    dtype = getattr(torch, config.run.save_dtype)
+    before = {name: parameter.data for name, parameter in student.parameters.items()}
+    try:
+        if config.student.trainable == "lora":
+            merge_lora(student.model)
+        for parameter in student.parameters.values():
+            parameter.data = parameter.data.to(dtype)
+        part = folder.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        student.conversion.save(part)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+        if config.run.export == "clear":
+            export_clear(student.conversion, config.run.out / "export")
+        elif config.run.export == "linfusion":
+            export_linfusion(student.conversion, config.run.out / "export")
+    finally:
+        for name, parameter in student.parameters.items():
+            parameter.data = before[name]
+
+
+def write_sheet(config: Config, student: Student, data: CachedData, step: int, *, main: bool = True) -> Path:
+    """Draw the first samples of the cache with the teacher and the student, from the same noise.
+
+    Args:
+        config: `run` is used.
+        student: Its model is run by all processes if it is sharded.
+        data: The cache.
+        step: Names the file.
+        main: Whether to write it.
+    """
+    size, samples = max(data.buckets.items(), key=lambda bucket: len(bucket[1]))
+    batch = data[samples[:_PICTURES]].to(next(student.model.parameters()).device, student.dtype)
+    generator = torch.Generator().manual_seed(config.run.seed)
+    noise = torch.randn(batch.latents.shape, generator=generator).to(batch.latents)
+    rows = []
+    with student.teaching(student.model) as teacher:
+        rows.append(sample(teacher, student.pipe, data.interface, batch, noise, steps=config.run.sheet_steps))
+    rows.append(sample(student.model, student.pipe, data.interface, batch, noise, steps=config.run.sheet_steps))
+    path = config.run.out / "sheets" / f"step-{step:08d}.png"
+    if main:
+        save_sheet(path, [to_images(student.pipe, latents, size) for latents in rows])
+    return path
+
+
+def save_sheet(path: Path, rows: list[Tensor]) -> None:
+    """Write rows of pictures `[B, 3, height, width]` in [0, 1] as one PNG."""
+    from PIL import Image  # noqa: PLC0415, optional
+
+    sheet = torch.cat([torch.cat(list(row), 2) for row in rows], 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    Image.fromarray((sheet * 255).round().byte().permute(1, 2, 0).numpy()).save(part, "PNG")
+    part.replace(path)
