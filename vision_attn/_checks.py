@@ -1,4 +1,4 @@
-"""Checks of arguments. Each error says which one, what was given and what would do."""
+"""Checks of arguments. Each error names the argument, and says what was given and what is allowed."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,17 +15,17 @@ def is_number(value: object) -> bool:
 
 
 def check_int(name: str, value: Any, least: int, what: str = "an int") -> None:
-    """Refuse what is no int of at least `least`.
+    """Refuse a value that is not an int, or is below `least`.
 
     Args:
-        name: Of the argument, for the error.
+        name: Name of the argument, for the error.
         value: What was given.
         least: The smallest value allowed.
-        what: What would do, for the error.
+        what: What is allowed, for the error.
 
     Raises:
-        TypeError: If it is no int, or a bool.
-        ValueError: If it is too small.
+        TypeError: If the value is not an int, or is a bool.
+        ValueError: If it is below `least`.
     """
     if not is_int(value):
         raise TypeError(f"{name} must be {what}, got {value!r}")
@@ -53,10 +53,10 @@ def check_number(name: str, value: Any, what: str = "a number", *, least: float 
 
 
 def check_one_of(name: str, value: Any, known: Iterable[Any]) -> None:
-    """Refuse a value that is not known.
+    """Refuse a value that is not one of `known`.
 
     Raises:
-        ValueError: If `value` is none of `known`.
+        ValueError: If it is not; the known values are listed.
     """
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")

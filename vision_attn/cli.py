@@ -19,16 +19,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--num-inference-steps", type=int, default=10, help="denoising steps at 128 px")
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
-    inspect = commands.add_parser("inspect", help="what a conversion needs of a model at a size, and where it pays")
+    inspect = commands.add_parser("inspect", help="show what a conversion costs and saves at a size, and where it pays")
     inspect.add_argument("model", help="folder or hub name of a diffusers pipeline or model, or a timm model's name")
-    inspect.add_argument("--height", type=int, required=True, help="of the image in pixels")
-    inspect.add_argument("--width", type=int, required=True)
+    inspect.add_argument("--height", type=int, required=True, help="height of the image in pixels")
+    inspect.add_argument("--width", type=int, required=True, help="width of the image in pixels")
     inspect.add_argument(
         "--processor", default="clear", help="name of a processor, fields after a colon: clear:radius=8"
     )
-    inspect.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="whose rates decide where it pays")
-    inspect.add_argument("--picture", type=Path, help="also draw what a token of the first layer attends to")
-    inspect.add_argument("--token", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="of the picture, the middle one")
+    inspect.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="device to estimate times for")
+    inspect.add_argument("--picture", type=Path, help="file to draw what a token of the first layer attends to")
+    inspect.add_argument(
+        "--token", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="token of the picture; the middle one by default"
+    )
     inspect.set_defaults(run=_inspect)
     _add_generate(commands)
     _add_gallery(commands)
@@ -36,17 +38,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_argument("what", help="an entry (kernels_local), a group of entries (kernels), 'table' or 'plot'")
     bench.add_argument("file", type=Path, nargs="?", help="with 'table' or 'plot': a stored result to show")
     bench.add_argument("--out", type=Path, default=Path("bench", "results"), help="folder for results or pictures")
-    bench.add_argument("--device", help="cpu or cuda; a GPU where there is one")
-    bench.add_argument("--only", action="append", default=[], help="case such as 'disc-128-*'; may be given repeatedly")
+    bench.add_argument("--device", help="cpu or cuda; by default a GPU if there is one")
+    bench.add_argument(
+        "--only", action="append", default=[], help="cases such as 'disc-128-*'; may be given several times"
+    )
     bench.add_argument("--candidates", help="comma-separated names, as in the table; all by default")
     bench.add_argument("--quick", action="store_true", help="fewer cases and samples")
     bench.set_defaults(run=_bench)
-    distill = commands.add_parser("distill", add_help=False, help="train a converted model: its own --help says more")
+    distill = commands.add_parser("distill", add_help=False, help="train a converted model; see distill --help")
     distill.add_argument("arguments", nargs=argparse.REMAINDER)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # Threads that spin while they wait make a shared CPU ten times slower. It must be set before torch is imported.
+    # Threads that spin while they wait make a shared CPU ten times slower. Torch reads this when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if given[:1] == ["distill"]:  # its settings are no arguments of argparse
+    if given[:1] == ["distill"]:  # argparse does not know its settings
         return _distill(given[1:])
     options = parser.parse_args(given)
     try:
@@ -58,26 +62,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _add_generate(commands: Any) -> None:
-    generate = commands.add_parser("generate", help="draw one picture, with any attention, at any size")
+    generate = commands.add_parser("generate", help="draw one picture with any processor at any size")
     generate.add_argument("model", help="folder or hub name of a pipeline; or emoji, emoji-nano, emoji-unet (offline)")
-    generate.add_argument("prompt")
+    generate.add_argument("prompt", help="what to draw")
     generate.add_argument("--out", type=Path, default=Path("picture.png"), help="file of the picture")
-    generate.add_argument("--height", type=int, help="in pixels")
-    generate.add_argument("--width", type=int)
+    generate.add_argument("--height", type=int, help="height in pixels")
+    generate.add_argument("--width", type=int, help="width in pixels")
     generate.add_argument("--processor", help="name of a processor, fields after a colon: clear:radius=8")
-    generate.add_argument("--adapter", help="folder, file or hub name of trained weights; it names its attention")
-    generate.add_argument("--min-tokens", type=int, default=0, help="layers with fewer keep their attention")
-    generate.add_argument("--highres", action="store_true", help="from coarse to fine, above the training size")
+    generate.add_argument("--adapter", help="folder, file or hub name of a saved conversion")
+    generate.add_argument("--min-tokens", type=int, default=0, help="layers with fewer tokens keep their attention")
+    generate.add_argument("--highres", action="store_true", help="draw above the training size, from coarse to fine")
     generate.add_argument(
         "--level-inference-steps", type=int, help="with --highres: steps of each level above the first"
     )
-    generate.add_argument("--strength", type=float, nargs="+", help="with --highres: noise levels of those levels")
-    generate.add_argument("--rope", choices=("ntk", "interpolate", "none"), help="with --highres: FLUX's positions")
-    generate.add_argument("--num-inference-steps", type=int, help="denoising steps, of the first level with --highres")
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--set", action="append", default=[], help="any argument of the pipeline: guidance_scale=5")
-    generate.add_argument("--device", help="cpu or cuda; a GPU where there is one")
-    generate.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="bfloat16 on a GPU")
+    generate.add_argument("--strength", type=float, nargs="+", help="with --highres: noise levels of these levels")
+    generate.add_argument(
+        "--rope", choices=("ntk", "interpolate", "none"), help="with --highres: how FLUX's positions stretch"
+    )
+    generate.add_argument(
+        "--num-inference-steps", type=int, help="denoising steps (with --highres: of the first level)"
+    )
+    generate.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    generate.add_argument("--set", action="append", default=[], help="an argument of the pipeline: guidance_scale=5")
+    generate.add_argument("--device", help="cpu or cuda; by default a GPU if there is one")
+    generate.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="bfloat16 on a GPU and float32 on a CPU by default"
+    )
     generate.set_defaults(run=_generate)
 
 
@@ -104,11 +114,13 @@ def _quiet_diffusers() -> None:
 
 
 def _add_gallery(commands: Any) -> None:
-    gallery = commands.add_parser("gallery", help="run the example programs and build one page of what they draw")
+    gallery = commands.add_parser("gallery", help="run the example programs and show what they draw on one page")
     gallery.add_argument("--out", type=Path, default=Path("gallery_out"), help="folder for the page")
     gallery.add_argument("--examples", type=Path, help="folder of the programs; examples/gallery of a clone by default")
-    gallery.add_argument("--teacher", choices=("base", "nano", "unet"), default="base", help="what draws the emoji")
-    gallery.add_argument("--hub", action="store_true", help="also run those that load weights from the hub")
+    gallery.add_argument(
+        "--teacher", choices=("base", "nano", "unet"), default="base", help="the teacher that draws the emoji"
+    )
+    gallery.add_argument("--hub", action="store_true", help="also run the programs that load weights from the hub")
     gallery.set_defaults(run=_gallery)
 
 

@@ -1,6 +1,6 @@
-"""`pipe.set_attn_processor`, with the meaning it has on diffusers' models, and our processors besides.
+"""`pipe.set_attn_processor`, as diffusers' models have it, which takes our processors too.
 
-Importing this module gives it to every diffusers pipeline, unless diffusers has one of its own by then.
+Importing this module adds the method to every diffusers pipeline, unless diffusers has one of its own.
 
     import vision_attn.pipelines
     pipe.set_attn_processor("clear", radius=16)
@@ -31,21 +31,21 @@ def register() -> None:
 
 
 def set_attn_processor(pipe: Any, processor: Any, **options: Any) -> Conversion | None:
-    """Set the attention of a pipeline's denoisers. One of our processors takes the place of the one set before.
+    """Set the attention of a pipeline's denoisers. A conversion replaces the one before it.
 
     Args:
         pipe: A diffusers pipeline.
         processor: One of our specs (`Clear(radius=16)`), a sequence of them or a dictionary of them by pattern, as
             for `convert`; the name of one, with its fields in `options`; a processor of diffusers or a dictionary of
-            them, which goes to the denoiser's own `set_attn_processor`; or None, which gives the host back as it was.
+            them, which goes to the denoiser's own `set_attn_processor`; or None, which reverts the conversion.
         options: Fields of a processor given by name, and options of `convert` such as `where` or `min_tokens`.
 
     Returns:
-        The conversion, or None for a processor of diffusers and for None.
+        The conversion; None if `processor` is one of diffusers or None.
 
     Raises:
         ValueError: If the name is unknown, or the conversion is refused; the pipeline is then as it was.
-        TypeError: If an option is unknown, or it is no processor.
+        TypeError: If an option is unknown, or `processor` is none of these.
     """
     if processor is None:
         if options:
@@ -73,7 +73,7 @@ _CONVERT = tuple(
 
 
 def _is_ours(processor: Any) -> bool:
-    """Whether it is a spec, or holds specs."""
+    """Whether `processor` is a spec, or holds specs."""
     if isinstance(processor, Mapping):
         processor = list(processor.values())
     several = isinstance(processor, (list, tuple)) and bool(processor)
@@ -85,7 +85,7 @@ def _denoisers(pipe: Any) -> dict[str, nn.Module]:
 
 
 def _forward(pipe: Any, processor: Any, options: Mapping[str, Any]) -> None:
-    """Hand a processor of diffusers to the denoisers. They empty a dictionary, so they get a copy."""
+    """Hand a processor of diffusers to the denoisers. They empty a dictionary, so each gets a copy."""
     if options:
         raise TypeError(f"a {type(processor).__name__} takes no options, got {', '.join(options)}")
     if isinstance(processor, type) or not (callable(processor) or (isinstance(processor, dict) and processor)):

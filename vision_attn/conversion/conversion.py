@@ -1,4 +1,4 @@
-"""`convert` joins a processor to a host, `load` does it as a saved conversion says; both return a `Conversion`."""
+"""`convert` joins a processor to a host, `load` restores a saved conversion; both return a `Conversion`."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -47,21 +47,24 @@ def convert(  # noqa: PLR0913, the one call that users make
 
     Args:
         target: A diffusers pipeline, a diffusers UNet or DiT, or a timm vision transformer.
-        spec: The processor, such as `Clear(radius=16)`; a sequence of them that take turns with the depth; or a
-            dictionary of them by pattern of layer names, `{"down_blocks.*": HiLo(), "*": Clear()}`, of which the first
+        spec: The processor, such as `Clear(radius=16)`; a sequence of them, which take turns from layer to layer; or a
+            dictionary of them by pattern of layer names, `{"down_blocks.*": HiLo(), "*": Clear()}`: the first pattern
             that matches counts.
-        where: Which layers: a pattern as in a shell, a compiled regular expression (searched), or a predicate, on
-            names such as 'down_blocks.0.attentions.0.transformer_blocks.0.attn1'.
+        where: Which layers to convert: a pattern as in a shell, a compiled regular expression (searched), or a
+            predicate, on names such as 'down_blocks.0.attentions.0.transformer_blocks.0.attn1'.
         min_tokens: Layers whose grid has fewer tokens run their own attention.
         grid: (height, width) in tokens, if the host's grid is always the same or cannot be read (FLUX compiled whole).
         backend: How the processor's operators run: 'auto', 'triton', 'torch' or 'reference'.
-        host: For a model that is not known: which modules, and where the grid is.
-        components: Names of the pipeline's components to convert, `unet`, `transformer`, `transformer_2` and `prior`
-            unless given.
-        only_if_faster: Layers run their own attention on grids that are too small for the processor to pay, by the
-            measured rates of `estimate` for the device that the model is on now; their status says so. It is about
-            this machine, so `Conversion.save` does not keep it.
-        replace: Take the place of an earlier conversion, which stays if this one is refused.
+        host: For a model that is not known: which modules are its self-attention, and where the grid is.
+        components: Names of the components of a pipeline to convert; by default `unet`, `transformer`,
+            `transformer_2` and `prior`, as far as the pipeline has them.
+        only_if_faster: Layers run their own attention on grids where it is faster, and their status says so. The
+            measured rates of `estimate` decide, for the device that the model is on now, so `Conversion.save` does
+            not keep this.
+        replace: Replace an earlier conversion, which stays if this one is refused.
+
+    Returns:
+        The conversion, which can be inspected, bypassed, trained, saved and reverted.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -76,9 +79,9 @@ def convert(  # noqa: PLR0913, the one call that users make
         refuse_converted(models)
     plans = []
     for model in models.values():
-        family = host or find_host(model)
-        names = [name for name in family.layer_names(model) if select(name)]
-        plans.append(Plan(model, assign(spec, names), family, backend))
+        model_host = host or find_host(model)
+        names = [name for name in model_host.layer_names(model) if select(name)]
+        plans.append(Plan(model, assign(spec, names), model_host, backend))
     for plan in plans:
         if grid is not None:
             fix_grid(plan.contexts, grid)
@@ -98,14 +101,22 @@ def _check(host: Any, backend: str) -> None:
 
 
 def refuse_converted(models: dict[str, nn.Module]) -> None:
-    """Refuse models that are converted already."""
+    """Refuse models that are converted already.
+
+    Raises:
+        ValueError: If there are any; they are named.
+    """
     done = [name or type(model).__name__ for name, model in models.items() if is_converted(model)]
     if done:
         raise ValueError(f"{', '.join(done)} is converted already: revert() the conversion first")
 
 
 def use_grid(target: Any, height: int, width: int) -> AbstractContextManager[None]:
-    """Fix the grid of a converted model or pipeline inside a `with` block: see `Conversion.use_grid`."""
+    """Fix the grid of a converted model or pipeline inside a `with` block: see `Conversion.use_grid`.
+
+    Raises:
+        ValueError: If nothing of `target` is converted.
+    """
     return Conversion.of(target).use_grid(height, width)
 
 
@@ -121,25 +132,29 @@ def load(
 ) -> "Conversion":
     """Convert a model or pipeline as a saved adapter says, and load its weights.
 
-    Reads what `Conversion.save` wrote, and as they are the released CLEAR weights
+    It reads what `Conversion.save` wrote, and the files that authors released: CLEAR's weights
     (`clear_local_{8,16,32}[_down_4].safetensors`) and LinFusion's repositories. The model is changed only if every
-    tensor has its place.
+    tensor fits.
 
     Args:
         target: What `convert` takes.
         source: A folder, a safetensors file, or the name of a repository on the Hugging Face hub.
-        weight_name: File of the folder or repository, if it is not an adapter's.
-        spec: Instead of the one that was saved, with the same parameters: `Clear(radius=16, native_tokens=4608)` for
-            sizes above the training size. A released file of CLEAR whose name does not tell its radius needs it;
-            LinFusion's repositories tell theirs and take none.
+        weight_name: Name of a file in the folder or repository, if that is not an adapter.
+        spec: Replaces the spec that was saved, and must have the same parameters: `Clear(radius=16,
+            native_tokens=4608)` for sizes above the training size. A released file of CLEAR whose name does not tell
+            its radius needs it. LinFusion's repositories name their own spec, so they take none.
         host: For a model that is not known, as for `convert`.
         backend: How the processors' operators run.
-        hub: `subfolder`, of a folder too, and `revision`, `token`, `cache_dir`, ... of `huggingface_hub`.
+        hub: `subfolder`, which local folders take too, and `revision`, `token`, `cache_dir`, ... of `huggingface_hub`.
+
+    Returns:
+        The conversion.
 
     Raises:
-        TypeError: If there is no such option.
+        TypeError: If an option is unknown, or an argument has the wrong type.
         FileNotFoundError: If there is no such folder, file or repository.
-        ValueError: If the file does not fit the model; missing and unexpected tensors are named.
+        ValueError: If the file is damaged or does not fit the model (missing and unexpected tensors are named), or the
+            model is unknown or converted already.
     """
     if spec is not None and not isinstance(spec, AttnSpec):
         raise TypeError(f"spec must be a processor's spec such as Clear(radius=16), got {spec!r}")
@@ -149,8 +164,8 @@ def load(
         name, model = _model_for(adapter, target, host)
         refuse_converted({name: model})
         adapter.check(model)
-        family = host or find_host(model)
-        plan = Plan(model, adapter.specs(family.layer_names(model)), family, backend)
+        model_host = host or find_host(model)
+        plan = Plan(model, adapter.specs(model_host.layer_names(model)), model_host, backend)
         plan.expect(adapter.tensors, adapter.source)
         models[name] = model
         plans.append((plan, adapter))
@@ -172,7 +187,7 @@ def _model_for(adapter: Adapter, target: Any, host: Host | None) -> tuple[str, n
 
 
 class Row(NamedTuple):
-    """One converted layer. `tokens` and `attended` (mean share of tokens seen) are of its last forward, else None."""
+    """One converted layer. `tokens` and `attended` (mean share of tokens seen) describe its last forward, if any."""
 
     name: str
     heads: int
@@ -195,7 +210,7 @@ class LayerTable(list[Row]):
 
 
 class Conversion:
-    """The converted models of a pipeline, or one model. It holds no state: `Conversion.of(model)` makes another.
+    """The converted models of a pipeline, or one model. The models hold all state: `Conversion.of(model)` finds it.
 
     Args:
         models: The converted models by component name, '' for a model by itself.
@@ -269,7 +284,7 @@ class Conversion:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters that the conversion added: what to train when the host is frozen.
 
-        They have the dtype of their layer. Of a 16-bit host, train them in float32 under autocast, as
+        They have the dtype of their layer. If the host has 16 bits, train them in float32 under autocast, as
         `vision_attn.distill` does: `for p in conversion.parameters(): p.data = p.data.float()`.
         """
         for _, parameter in self.named_parameters():
@@ -277,9 +292,9 @@ class Conversion:
 
     @contextmanager
     def bypassed(self) -> Iterator[None]:
-        """Run the host's own attention inside the `with` block: the teacher of the same weights.
+        """Run the host's own attention inside the `with` block: the model is then its own teacher.
 
-        With gradient checkpointing, which runs layers again, `backward` belongs inside the same block as its forward.
+        With gradient checkpointing, call `backward` in the same block as its forward, because it runs layers again.
         """
         shared = [model_state(model).shared for _, model in self._converted()]
         before = [s.bypassed for s in shared]
@@ -296,6 +311,10 @@ class Conversion:
         """Fix the grid, in tokens, inside the `with` block, for hosts whose grid `torch.compile` cannot read.
 
         Compiled code is specialised on the grid: for more than 8 sizes raise `torch._dynamo.config.recompile_limit`.
+
+        Raises:
+            TypeError: If a side is not an int.
+            ValueError: If a side is below 1, or the layers have grids of different sizes (a UNet).
         """
         contexts = {id(state.context): state.context for _, _, state in self._rerouted()}.values()
         before = [context.fixed for context in contexts]
@@ -307,7 +326,11 @@ class Conversion:
                 context.fix(fixed)
 
     def revert(self) -> None:
-        """Give the host back as it was: classes, hooks, switches, keys, and the weights that `load` replaced."""
+        """Put the host back as it was: classes, hooks, switches, keys, and the weights that `load` replaced.
+
+        Raises:
+            ValueError: If it was reverted already, or a LoRA is fused into weights that `load` replaced.
+        """
         for _, model in self._converted():
             undo(model)
 
@@ -330,8 +353,8 @@ class Conversion:
         Args:
             repo_id: Name of the repository, 'user/name'; it is made if it does not exist.
             private: Whether a new repository is private; the account's own default if None.
-            token: Of the account; the one that is logged in if None.
-            commit_message: Of the upload.
+            token: Token of the account; the account that is logged in if None.
+            commit_message: Message of the commit; it names the spec by default.
 
         Returns:
             The address of the commit.
@@ -346,20 +369,23 @@ class Conversion:
             return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write an adapter folder, from which `load` restores this conversion; `save` is a short name of it.
+        """Write an adapter folder, from which `load` restores this conversion; `save` is a short name for this.
 
         It holds `config.json` and one safetensors file with the tensors that the conversion added, and those of the
         host that have changed since, under their names in the model. Several components get a folder each.
 
         Args:
-            folder: Is made if it does not exist. Files of an earlier adapter are replaced.
+            folder: Made if it does not exist. Files of an earlier adapter are replaced.
+
+        Raises:
+            ValueError: If the conversion was reverted, or projections were fused since the conversion, and trained.
         """
         root = Path(folder)
         places = {component: root / component if len(self.models) > 1 else root for component in self.models}
         for component, model in self._converted():
             write_adapter(places[component], _adapter_of(model, component), _base_name(model))
         if root not in places.values():
-            remove_adapter(root)  # of one component, which would be read first
+            remove_adapter(root)  # `load` would read an earlier adapter of one component first
 
     save = save_pretrained
 
@@ -394,7 +420,7 @@ def _base_name(model: nn.Module) -> str:
 
 
 def _refuse_fused(model: nn.Module, state: ModelState) -> None:
-    """Refuse projections that were fused since the conversion and are no longer the copy of what was fused."""
+    """Refuse projections that were fused since the conversion and changed after that."""
     names: dict[str, Tensor] = {plain(name): parameter for name, parameter in model.named_parameters()}
     known = {plain(name) for name in state.fingerprints}
     for name, parameter in names.items():
@@ -405,8 +431,8 @@ def _refuse_fused(model: nn.Module, state: ModelState) -> None:
         parts = [names[f"{layer}.{part}.{kind}"] for part in _FUSED[role] if f"{layer}.{part}.{kind}" in names]
         if not parts or not torch.equal(torch.cat(parts), parameter):
             raise ValueError(
-                f"{name} is no parameter of the model that was converted, and not saved: unfuse_qkv_projections() "
-                "before training, and fuse again afterwards"
+                f"{name} was fused after the conversion and then trained, so it cannot be saved: call "
+                "unfuse_qkv_projections() before training, and fuse again afterwards"
             )
 
 

@@ -17,12 +17,12 @@ _GRID = "_vision_attn_grid"  # attribute of a watched module
 
 
 def _capturing() -> bool:
-    """Whether a CUDA graph is being captured, in which no value can be read."""
+    """Whether a CUDA graph is being captured: no value can be read then."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 class Seen:
-    """Remembers a tensor that was read, without keeping it alive, until it is gone or written to."""
+    """Remembers a tensor that was read, until it is freed or written to. It does not keep the tensor alive."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.reference, self.version = weakref.ref(tensor), self._version(tensor)
@@ -33,13 +33,19 @@ class Seen:
 
     @staticmethod
     def _version(tensor: Tensor) -> int:
-        """Writes are counted, but not to a tensor of inference mode, which is therefore read again each time."""
+        """The count of writes to a tensor; -1 in inference mode, which counts none, so the tensor is read each time."""
         return -1 if tensor.is_inference() else tensor._version
 
 
 @dataclass
 class AwaitingBackward:
-    """What forwards found by token count, for gradient checkpointing runs their layers again during backward."""
+    """What forwards found, by token count: gradient checkpointing runs their layers again during backward.
+
+    Attributes:
+        found: What the last forward over a number of tokens found.
+        pending: Token counts of forwards whose backward has not begun.
+        ambiguous: Token counts over which two pending forwards found different grids.
+    """
 
     found: dict[int, Grid | str] = field(default_factory=dict)
     pending: set[int] = field(default_factory=set)
@@ -53,10 +59,10 @@ class AwaitingBackward:
         self.pending.add(tokens)
 
     def recall(self, tokens: int) -> Grid | str:
-        """Return what the forward found that runs again.
+        """Return what was found by the forward that runs again.
 
         Raises:
-            RuntimeError: If that is not known, or if forwards over two grids of this many tokens came before.
+            RuntimeError: If no such forward is known, or two over different grids of this many tokens are.
         """
         self.pending.discard(tokens)
         if tokens in self.ambiguous:
@@ -81,12 +87,15 @@ class GridContext:
     Attributes:
         probe: Reads the grid from the arguments of the watched module.
         names: The names of its positional arguments.
-        others: Where tokens go that the probe does not count: 'prefix', 'suffix', or 'none' if there are none.
+        others: Where the tokens lie that the probe does not count: 'prefix', 'suffix', or 'none' if there are none.
         reads: Name of the argument whose values the probe reads, if any: once, and not under `torch.compile`.
-        fixed: A grid given by the user, which what the probe finds must agree with. Where the probe would have to read
-            values, `torch.compile` and the capture of a CUDA graph take it as it is; their number must agree.
+        fixed: A grid given by the user; what the probe finds must agree with it. If the probe would have to read
+            values, `torch.compile` and the capture of a CUDA graph take it as it is, and check only the token count.
         found: What the probe found last: a grid, or the reason for none.
-        gradients: Whether the forward that runs has gradients, seen from outside of gradient checkpointing.
+        gradients: Whether gradients are on where the forward begins (gradient checkpointing switches them off inside).
+        awaiting: What forwards found whose backward is still to come.
+        last_read: The tensor that the probe read last, and what it found there.
+        thread: `found` of each thread.
     """
 
     probe: Probe
@@ -107,7 +116,12 @@ class GridContext:
         self.__dict__.update(state, thread=threading.local())
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Read the grid of a forward that begins."""
+        """Read the grid of a forward that begins.
+
+        Raises:
+            TypeError: If the probe returns neither a grid nor a reason.
+            RuntimeError: If values cannot be read and no fitting grid was given.
+        """
         tracing = torch.compiler.is_compiling()
         if not tracing:
             self.gradients = torch.is_grad_enabled()
@@ -130,7 +144,7 @@ class GridContext:
         """Return the grid that was given for a forward whose values cannot be read.
 
         Raises:
-            RuntimeError: If none was given, or it has another number of tokens.
+            RuntimeError: If none was given, or the forward has another number of tokens.
         """
         if self.fixed is None:
             raise RuntimeError(
@@ -146,7 +160,7 @@ class GridContext:
         return self.fixed
 
     def _agreed(self, found: Grid | str) -> Grid | str:
-        """Return what was found, or why it is not what the user gave; what was given where nothing can be found."""
+        """Return what was found, or the user's grid if nothing was; a reason if the two disagree."""
         if self.fixed is None:
             return found
         if isinstance(found, str):
@@ -159,12 +173,12 @@ class GridContext:
         )
 
     def fix(self, grid: Grid | None) -> None:
-        """Take a grid that the user gives, or none any more."""
+        """Set the grid that the user gives; None removes it."""
         self.fixed, self.found = grid, UNSEEN
         self.thread = threading.local()
 
     def _read(self, module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
-        """Run a probe that reads the values of a tensor, unless it has read the very same."""
+        """Run a probe that reads the values of a tensor, unless it read the same tensor last time."""
         tensor = inputs.get(self.reads)
         if self.last_read is not None and self.last_read[0].is_of(tensor):
             return self.last_read[1]

@@ -1,4 +1,4 @@
-"""What converting one model will change, checked before anything is touched; and how it is given back."""
+"""What a conversion changes in one model, checked before anything is touched; and how it is undone."""
 
 import inspect
 import math
@@ -32,13 +32,14 @@ _LAYERS = "_vision_attn_layers"  # attribute of a block: states of the layers th
 
 
 def fix_grid(contexts: Sequence[GridContext], size: tuple[int, int]) -> None:
-    """Give the layers a grid of (height, width) tokens that is not to be looked for.
+    """Fix the grid of the layers to (height, width) tokens, so that it need not be read.
 
     Raises:
-        ValueError: If the layers have grids of different sizes (a UNet), or the size is not a pair of positive ints.
+        TypeError: If a side is not an int.
+        ValueError: If the layers have grids of different sizes (a UNet), or the size is not a pair or not positive.
     """
     if len(contexts) > 1:
-        raise ValueError("the levels of a UNet have grids of their own and read them from shapes: leave grid away")
+        raise ValueError("the levels of a UNet have different grids and read them from shapes: leave out grid")
     if not isinstance(size, (tuple, list)) or len(size) != 2:
         raise ValueError(f"grid must be (height, width) in tokens, got {size!r}")
     for context in contexts:
@@ -49,10 +50,10 @@ class Plan:
     """The changes to one model.
 
     Args:
-        model: Is not changed before `apply`.
-        specs: The spec of each layer that is to be converted, by name.
-        host: The model's family.
-        backend: Of the operators.
+        model: The model. It is not changed before `apply`.
+        specs: The spec of each layer to convert, by name.
+        host: How the model's layers and their grids are found.
+        backend: How the processors' operators run.
 
     Raises:
         ValueError: If no layer is selected, or one cannot be rerouted.
@@ -127,10 +128,15 @@ class Plan:
             watch(watched, context)
 
     def expect(self, tensors: Mapping[str, Tensor], source: str) -> None:
-        """Refuse tensors that do not fit the model as it will be.
+        """Refuse tensors that will not fit the converted model.
+
+        Args:
+            tensors: By name in the converted model.
+            source: Where they come from, for the error.
 
         Raises:
-            ValueError: If a tensor has no place or another shape, or a new parameter has no tensor; all are named.
+            ValueError: If a tensor has no place or another shape, or a new parameter has no tensor (the first eight
+                are named); or if there are tensors for projections that are fused.
         """
         new = {
             f"{state.name}.{CHILD}.{name}": parameter
@@ -157,7 +163,7 @@ class Plan:
             raise ValueError(f"{source} does not fit this {type(self.model).__name__}: {'; '.join(wrong[:8])}{more}")
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put tensors in their places; the host's own are kept aside for revert."""
+        """Put tensors in their places, and keep the host's own for `undo`."""
         own: dict[str, Tensor] = {plain(name): parameter for name, parameter in self.model.named_parameters()}
         own |= dict(self.model.named_buffers())
         originals = model_state(self.model).originals
@@ -173,12 +179,16 @@ def _like(processor: Processor, module: nn.Module) -> Processor:
     parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
     if parameter is None:
         return processor
-    dtype = parameter.dtype if parameter.itemsize >= 2 else None  # not that of 8-bit weights
+    dtype = parameter.dtype if parameter.itemsize >= 2 else None  # 8-bit weights are not computed in their dtype
     return processor.to(dtype=dtype) if parameter.is_meta else processor.to(parameter.device, dtype)
 
 
 def _refuse_other_attention(name: str, module: nn.Module) -> None:
-    """Refuse what is known not to reach `scaled_dot_product_attention`, or to cut the sequence."""
+    """Refuse a module that is known not to call `scaled_dot_product_attention`, or to cut the sequence.
+
+    Raises:
+        ValueError: If it is one; the error says what to switch off.
+    """
     processor: Any = getattr(module, "processor", None)
     kind = type(processor).__name__
     backend = _attention_backend(processor)
@@ -198,7 +208,7 @@ def _refuse_other_attention(name: str, module: nn.Module) -> None:
 
 
 def _attention_backend(processor: Any) -> str | None:
-    """Name of the backend that diffusers' dispatcher will choose for a processor; None if it does not use one."""
+    """Return the backend that diffusers' dispatcher will choose for a processor; None if it does not use one."""
     if not hasattr(processor, "_attention_backend"):
         return None
     dispatch = sys.modules.get("diffusers.models.attention_dispatch")
@@ -208,7 +218,7 @@ def _attention_backend(processor: Any) -> str | None:
 
 
 def mark(model: nn.Module, shared: Shared, host: Host) -> None:
-    """Make a model a converted one and watch its forward passes."""
+    """Mark a model as converted and watch its forward passes."""
     fingerprints = {name: Fingerprint.of(parameter) for name, parameter in model.named_parameters()}
     remember(model, ModelState(shared, host, fingerprints))
     model.register_forward_pre_hook(_begin, with_kwargs=True)
@@ -216,7 +226,7 @@ def mark(model: nn.Module, shared: Shared, host: Host) -> None:
 
 
 def undo(model: nn.Module) -> None:
-    """Give a converted model back as it was.
+    """Put a converted model back as it was.
 
     Raises:
         ValueError: If LoRA layers are fused into weights that `load` replaced.
@@ -225,7 +235,7 @@ def undo(model: nn.Module) -> None:
     replaced = {id(tensor) for tensor, _ in state.originals}
     for name, module in model.named_modules():
         if getattr(module, "merged", False) is True and any(id(p) in replaced for p in module.parameters()):
-            raise ValueError(f"LoRA is fused into {name}, whose weights would be put back: call unfuse_lora() first")
+            raise ValueError(f"LoRA is fused into {name}, whose old weights would come back: call unfuse_lora() first")
     for module in list(model.modules()):
         if is_rerouted(module):
             for name, value in state_of(module).replaced.items():
@@ -241,7 +251,7 @@ def undo(model: nn.Module) -> None:
 
 
 def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward of the whole model begins."""
+    """Reset the counts, and read progress and finest grid, when a forward of the whole model begins."""
     state = model_state(model)
     shared, host = state.shared, state.host
     if torch.compiler.is_compiling():
@@ -260,7 +270,7 @@ def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
 
 
 def _passed(thresholds: tuple[float, ...], host: Host, inputs: Mapping[str, Any]) -> float | None:
-    """Return the last threshold that the denoising has passed: few values, for compiled blocks depend on it."""
+    """Return the last threshold that the denoising has passed. Compiled blocks depend on it, so it has few values."""
     time = inputs.get(host.timestep.argument) if host.timestep is not None else None
     if time is None or host.timestep is None:
         return None
@@ -280,12 +290,12 @@ def _end(model: nn.Module, args: Any, output: Any) -> None:
         reasons = sorted({state.status for state in states})
         raise RuntimeError(
             f"none of the {len(states)} converted layers of this {type(model).__name__} was rerouted: "
-            f"{'; '.join(reasons)}. Give a grid that cannot be read with use_grid(), or revert() the conversion"
+            f"{'; '.join(reasons)}. If the grid cannot be read, give it with use_grid(); or revert() the conversion"
         )
 
 
 def keep_input(block: nn.Module, state: LayerState) -> None:
-    """Let a layer know the tokens that enter its block."""
+    """Hand a layer the tokens that enter its block, at each forward of the block."""
     vars(block).setdefault(_LAYERS, []).append(state)
     remove_hooks(block, _hand_over)
     block.register_forward_pre_hook(_hand_over, with_kwargs=True)

@@ -2,7 +2,7 @@
 
 The host's projections stay as they are. They are recognised by the weight that reaches `torch.nn.functional.linear`,
 so this follows the host when it fuses or unfuses them, wraps them in adapters (peft), or multiplies by the weight
-itself (timm's EVA), and there is nothing to take back.
+itself (timm's EVA), and there is nothing to undo.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class _Rows(NamedTuple):
-    """Rows `start:stop` of a weight project a role; a weight of one role has `stop` None."""
+    """The rows `start:stop` of a weight, which project to the queries or keys; `stop` is None for the whole weight."""
 
     role: str
     start: int = 0
@@ -25,7 +25,7 @@ class Projections:
 
     Args:
         module: Attention module of diffusers or timm.
-        residuals: Modules f by role, 'q' and 'k'.
+        residuals: Modules f by role: 'q' or 'k'.
     """
 
     def __init__(self, module: nn.Module, residuals: Mapping[str, nn.Module]) -> None:
@@ -37,7 +37,7 @@ class Projections:
         return sorted(set(self.residuals) - self.seen)
 
     def linear(self, run: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Answer one call of `torch.nn.functional.linear`."""
+        """Answer one call of `torch.nn.functional.linear`; `run` is the function itself."""
         for known, rows in self.table:
             if weight is known:
                 return self._project(run, x, weight, bias, rows)
@@ -74,7 +74,7 @@ def _table(module: nn.Module) -> list[tuple[Tensor, list[_Rows]]]:
 
 
 def _weights_on_input(projection: nn.Module | None) -> list[Tensor]:
-    """The weights of a projection that multiply its input: its own first, then those of low-rank adapters."""
+    """Return the weights of a projection that multiply its input: its own, then those of low-rank adapters."""
     if projection is None:
         return []
     base = getattr(projection, "base_layer", projection)

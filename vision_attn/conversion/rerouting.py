@@ -2,8 +2,8 @@
 
 The host's own code keeps running: its processors, projections, norms, rotary embeddings, adapters and hooks. A rerouted
 module gets a subclass of its own class whose `forward` runs the original one inside a `TorchFunctionMode`. The mode
-answers a call to `scaled_dot_product_attention` whose queries and keys both are the layer's whole token sequence with
-the layer's processor, and lets every other call through.
+lets the layer's processor answer a call to `scaled_dot_product_attention` if queries and keys both are the layer's
+whole token sequence. Every other call goes through.
 """
 
 import functools
@@ -58,7 +58,7 @@ def restore(module: nn.Module) -> None:
 
 @functools.cache
 def rerouted_class(base: Any) -> type[nn.Module]:
-    """Return the subclass of `base` that reroutes. It bears the name of `base`, as `parametrize` does it."""
+    """Return the subclass of `base` that reroutes. It has the name of `base`, as `parametrize` has it."""
 
     class Rerouted(base):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -121,7 +121,7 @@ class _Reroute(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-_LINEAR = {"input": "x"}  # torch's name of the argument
+_LINEAR = {"input": "x"}  # torch's name of the argument, and that of `Projections.linear`
 
 
 def _answer(
@@ -144,7 +144,7 @@ def _answer(
         )
     if dropout_p or is_causal:
         what = f"attention dropout {dropout_p}" if dropout_p else "a causal mask"
-        raise ValueError(f"{state.name}: {what} cannot be rerouted: set it to zero, or leave the layer out (where=)")
+        raise ValueError(f"{state.name}: {what} cannot be rerouted: switch it off, or leave out the layer (where=)")
     if enable_gqa and query.shape[1] != key.shape[1]:
         key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
     query, key, value = _autocast(query, key, value)
@@ -153,7 +153,7 @@ def _answer(
     if mode.projections is not None and not torch.compiler.is_compiling() and mode.projections.missing():
         raise RuntimeError(
             f"{state.name}: {state.spec} adds to the input of projections, but this {type(mode.module).__name__} does "
-            f"not multiply by the weights of {mode.projections.missing()} (quantised layers do not)"
+            f"not multiply by its weights of {mode.projections.missing()} (quantised layers do not)"
         )
     output = mode.processor(q, k, v, grid, mask, scale).transpose(1, 2)
     state.note(grid, "rerouted")
@@ -195,7 +195,7 @@ def dense_reason(state: LayerState, found: Grid | str, masked: bool) -> str | No
 
 
 def moment_of(state: LayerState) -> Moment:
-    """Return what is known of the forward that begins; the block's input is handed over once."""
+    """Return what is known about the forward that begins; the block's input is handed over only once."""
     shared, found = state.shared, state.context.known()
     block_input, state.block_input = state.block_input, None
     downsample = 1
@@ -206,7 +206,14 @@ def moment_of(state: LayerState) -> Moment:
 
 
 def locate(state: LayerState, query: Tensor, key: Tensor, attn_mask: Tensor | None) -> Grid | None:
-    """Return the grid of a call that is to be rerouted; None lets it through."""
+    """Return the grid of a call to reroute; None lets the call through.
+
+    Args:
+        state: The layer.
+        query: Queries `[B, H, N, D]`.
+        key: Keys `[B, H, M, D]`.
+        attn_mask: The call's mask, None if it has none.
+    """
     if query.dim() != 4 or query.shape[-2] != key.shape[-2]:
         return None  # cross-attention
     found = state.context.locate(query.shape[-2])
@@ -238,8 +245,8 @@ def key_padding(attn_mask: Tensor | None, grid: Grid, state: LayerState) -> Tens
         return None
     if attn_mask.dim() != 4 or attn_mask.shape[-2] != 1 or attn_mask.shape[-1] != grid.tokens:
         raise ValueError(
-            f"{state.name}: cannot honour an attention mask of shape {tuple(attn_mask.shape)}: only key padding "
-            f"[B, 1, 1, {grid.tokens}] over tokens outside the grid can be"
+            f"{state.name}: cannot honour an attention mask of shape {tuple(attn_mask.shape)}: a mask must be key "
+            f"padding [B, 1, 1, {grid.tokens}] over tokens outside the grid"
         )
     if torch.compiler.is_compiling():
         seen, problem = _read(attn_mask, grid)
@@ -254,8 +261,8 @@ def key_padding(attn_mask: Tensor | None, grid: Grid, state: LayerState) -> Tens
     for found, what in ((by_head, "differs by head"), (hides_grid, "hides grid tokens"), (biases, "biases the logits")):
         if found:
             raise ValueError(
-                f"{state.name}: cannot honour an attention mask that {what}: only key padding over tokens outside the "
-                f"grid can be. Leave the mask away, or the layer out (where=)"
+                f"{state.name}: cannot honour an attention mask that {what}: a mask must be key padding over tokens "
+                "outside the grid. Leave out the mask, or the layer (where=)"
             )
     result = seen if hides else None
     state.padding = (Seen(attn_mask), grid, result)
@@ -266,7 +273,7 @@ _HIDDEN = -1e3  # an additive mask hides a key with this or less
 
 
 def _read(attn_mask: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Return the mask `[B, prefix + suffix]` and three flags: differs by head, hides the grid, is no mask."""
+    """Return the mask `[B, prefix + suffix]` and three flags: differs by head, hides the grid, biases the logits."""
     keys = attn_mask[:, 0, 0]
     seen = keys if keys.dtype == torch.bool else keys > _HIDDEN
     biases = torch.zeros_like(seen) if keys.dtype == torch.bool else seen & (keys != 0)

@@ -23,12 +23,12 @@ class Shared:
 
     Attributes:
         min_tokens: Layers with fewer grid tokens run their own attention.
-        bypassed: Whether all layers do.
-        rerouted: Calls answered by processors in the forward that runs, or expected not to be.
-        ran: Calls over a grid in that forward.
-        warned: Whether the user was told of dense layers.
+        bypassed: Whether all layers run their own attention.
+        rerouted: Calls in the running forward that processors answered, or that were expected to stay dense.
+        ran: All self-attention calls in that forward.
+        warned: Whether the log said that a mask keeps a layer dense.
         thresholds: Where the schedules of the layers change, as shares of the denoising.
-        progress: The last threshold that the forward that runs has passed, None if it is not known.
+        progress: The last threshold that the running forward has passed, None if it is not known.
         finest: Tokens of the host's finest grid, None if all grids are equal.
         generator: Random numbers of all layers.
     """
@@ -68,11 +68,13 @@ class LayerState:
         spec: What its processor was built from.
         context: Where it finds its grid.
         shared: State of the whole conversion.
-        break_even: Grids of fewer tokens run the host's own attention, for it is faster there.
-        mask_means_dense: Whether a mask says that the grid is not at one place in the batch.
+        mask_means_dense: Whether an attention mask means that the grid lies elsewhere in each sample.
+        break_even: Grids of fewer tokens run the host's own attention, which is faster there.
         replaced: Attributes of the module to put back on revert.
         grid: Grid of the last call over the grid.
         status: What became of that call.
+        padding: The mask that `rerouting.key_padding` checked last, with its grid and result.
+        block_input: Tokens that entered the block, kept until its attention runs.
     """
 
     name: str
@@ -85,11 +87,11 @@ class LayerState:
     replaced: dict[str, Any] = field(default_factory=dict)
     grid: Grid | None = None
     status: str = "not run yet"
-    padding: Any = None  # the last mask that was checked, see key_padding.py
-    block_input: torch.Tensor | None = None  # from the beginning of a block until its attention
+    padding: Any = None
+    block_input: torch.Tensor | None = None
 
     def note(self, grid: Grid | None, status: str, *, expected: bool = False) -> None:
-        """Record a call, unless it is being traced. An `expected` one of the host's own attention is no failure."""
+        """Record a call, unless it is being traced; `expected` says that a dense call is not a failure."""
         if torch.compiler.is_compiling():
             return
         self.grid, self.status = grid, status
@@ -102,7 +104,7 @@ class LayerState:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Tells whether a parameter was written to: its version, and up to 1024 of its values, spread evenly.
+    """Tells whether a parameter was written to: its version, and at most 2047 of its values, spread evenly.
 
     The version counts writes, but not those through `.data`; a copy of the model has versions of its own.
     """
@@ -140,9 +142,9 @@ class ModelState:
 
     Attributes:
         shared: State that the layers share.
-        host: The model's family.
-        fingerprints: Of each parameter at conversion, to tell later which were trained.
-        originals: Parameters whose data `load` replaced, with that data, to put back on revert.
+        host: How the model's layers and their grids are found.
+        fingerprints: Fingerprint of each parameter at conversion, to tell later which were trained.
+        originals: Parameters whose data `load` replaced, with their own data, to put back on revert.
     """
 
     shared: Shared
@@ -180,7 +182,7 @@ def model_state(model: nn.Module) -> ModelState:
 
 
 def remember(model: nn.Module, state: ModelState) -> None:
-    """Make a model a converted one."""
+    """Mark a model as converted."""
     setattr(model, _MODEL, state)
 
 
@@ -195,5 +197,5 @@ def plain(name: str) -> str:
 
 
 def is_lora(name: str) -> bool:
-    """Whether a parameter is one of LoRA, which has files of its own."""
+    """Whether a parameter belongs to a LoRA, which is saved in files of its own."""
     return ".lora_" in name
