@@ -12,12 +12,10 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from vision_attn._compat import ensure_torchvision
 from vision_attn.conversion.conversion import Conversion, convert
 from vision_attn.conversion.state import is_converted
-from vision_attn.hosts.selection import COMPONENTS
+from vision_attn.hosts.selection import candidates_of, denoisers_of
 from vision_attn.processors import AttnSpec, make_spec
 
 
@@ -50,7 +48,7 @@ def set_attn_processor(pipe: Any, processor: Any, **options: Any) -> Conversion 
     if processor is None:
         if options:
             raise TypeError(f"None takes no options, got {', '.join(options)}")
-        if any(isinstance(part, nn.Module) and is_converted(part) for part in pipe.components.values()):
+        if any(map(is_converted, candidates_of(pipe).values())):
             Conversion.of(pipe).revert()
         return None
     if not isinstance(processor, str) and not _is_ours(processor):
@@ -80,20 +78,17 @@ def _is_ours(processor: Any) -> bool:
     return isinstance(processor, AttnSpec) or (several and all(isinstance(spec, AttnSpec) for spec in processor))
 
 
-def _denoisers(pipe: Any) -> dict[str, nn.Module]:
-    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module) and name in COMPONENTS}
-
-
 def _forward(pipe: Any, processor: Any, options: Mapping[str, Any]) -> None:
     """Hand a processor of diffusers to the denoisers. They empty a dictionary, so each gets a copy."""
     if options:
         raise TypeError(f"a {type(processor).__name__} takes no options, got {', '.join(options)}")
     if isinstance(processor, type) or not (callable(processor) or (isinstance(processor, dict) and processor)):
         raise TypeError(f"a processor must be a spec such as Clear(radius=16), or one of diffusers, got {processor!r}")
-    for name, model in _denoisers(pipe).items():
+    denoisers = denoisers_of(pipe)
+    for name, model in denoisers.items():
         if not hasattr(model, "set_attn_processor"):
             raise ValueError(f"the {name} of this pipeline, a {type(model).__name__}, has no set_attn_processor")
-    for model in _denoisers(pipe).values():
+    for model in denoisers.values():
         model.set_attn_processor(dict(processor) if isinstance(processor, dict) else processor)  # type: ignore[operator]
 
 

@@ -122,6 +122,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         lambda f: reconfigure(f, lambda c: c["processors"][0]["layers"].append("blocks.7.attn")),
         ValueError, "no layer blocks.7.attn",
     ),
+    "no-layer": (
+        lambda f: reconfigure(f, lambda c: c.update(processors=[])), ValueError, "has the spec of no layer",
+    ),
     "missing-key": (lambda f: rewrite(f, lambda t: t.pop(WEIGHT)), ValueError, f"missing: {WEIGHT}"),
     "unexpected-key": (lambda f: rewrite(f, lambda t: t.update(x=t[WEIGHT] + 1)), ValueError, "unexpected: x"),
     "wrong-shape": (

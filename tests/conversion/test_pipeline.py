@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
+import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from tiny_pipelines import PIPELINE, PIPELINES, PipelineCase, images_of, ip_adapter_inputs, load_ip_adapter
 
@@ -75,6 +76,14 @@ def test_the_one_set_last_is_the_only_one(pipeline_id: str) -> None:
     assert np.array_equal(images(case, twice), images(case, once))
     Conversion.of(twice).revert()
     assert is_stock(twice) and np.array_equal(images(case, twice), stock)
+
+
+def test_none_reverts_a_compiled_denoiser() -> None:
+    pipe = PIPELINE["sd"].build()
+    pipe.unet = torch.compile(pipe.unet)
+    conversion = pipe.set_attn_processor("clear", radius=2)
+    assert pipe.set_attn_processor(None) is None
+    assert is_stock(pipe) and "reverted" in repr(conversion)
 
 
 REFUSED: dict[str, tuple[tuple, dict[str, Any], type[Exception], str]] = {

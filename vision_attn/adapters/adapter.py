@@ -69,8 +69,10 @@ class Adapter:
         """Return the spec of each layer of a model whose attention layers are `names`.
 
         Raises:
-            ValueError: If the model lacks a layer.
+            ValueError: If the model lacks a layer, or no layer was saved.
         """
+        if not self.layers:
+            raise ValueError(f"{self.source} has the spec of no layer")
         if None in self.layers:
             return dict.fromkeys(names, self.layers[None])
         missing = sorted(name for name in self.layers if name not in names and name is not None)

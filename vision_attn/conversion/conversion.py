@@ -23,7 +23,7 @@ from vision_attn.conversion.state import (
 )
 from vision_attn.estimation.model import aligned
 from vision_attn.hosts import Host, find_host
-from vision_attn.hosts.selection import Specs, Where, assign, candidates_of, check_specs, selector, targets_of
+from vision_attn.hosts.selection import Specs, Where, assign, candidates_of, check_specs, select, targets_of
 from vision_attn.kernels.backend import check_backend
 from vision_attn.processors.base import CHILD, AttnSpec
 
@@ -73,14 +73,13 @@ def convert(  # noqa: PLR0913, the one call that users make
     check_int("min_tokens", min_tokens, 0, "a number of tokens")
     check_specs(spec)
     _check(host, backend)
-    select = selector(where)
     models = targets_of(target, components, host)
     if not replace:
         refuse_converted(models)
     plans = []
     for model in models.values():
         model_host = host or find_host(model)
-        names = [name for name in model_host.layer_names(model) if select(name)]
+        names = select(model, model_host.layer_names(model), where)
         plans.append(Plan(model, assign(spec, names), model_host, backend))
     for plan in plans:
         if grid is not None:

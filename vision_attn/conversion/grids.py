@@ -1,5 +1,6 @@
 """How the layers of a host find their grid: a probe reads it from the arguments of the forward that begins."""
 
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -125,7 +126,7 @@ class GridContext:
         tracing = torch.compiler.is_compiling()
         if not tracing:
             self.gradients = torch.is_grad_enabled()
-        inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        inputs = by_name(self.names, args, kwargs)
         if self.reads and (tracing or (self.fixed is not None and _capturing())):
             self.found = self._unread(inputs)
             if not tracing:
@@ -212,6 +213,16 @@ class GridContext:
         prefix = found.prefix + (others if self.others == "prefix" else 0)
         suffix = found.suffix + (others if self.others == "suffix" else 0)
         return Grid(found.height, found.width, prefix, suffix)
+
+
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the arguments of a module's forward, in order."""
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def by_name(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a forward by their names."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def watch(module: nn.Module, context: GridContext) -> None:

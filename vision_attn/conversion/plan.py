@@ -1,6 +1,5 @@
 """What a conversion changes in one model, checked before anything is touched; and how it is undone."""
 
-import inspect
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vision_attn.conversion.grids import GridContext, remove_hooks, unwatch, watch
+from vision_attn.conversion.grids import GridContext, argument_names, by_name, remove_hooks, unwatch, watch
 from vision_attn.conversion.rerouting import refuse_hooked, reroute, restore
 from vision_attn.conversion.state import (
     Fingerprint,
@@ -56,7 +55,7 @@ class Plan:
         backend: How the processors' operators run.
 
     Raises:
-        ValueError: If no layer is selected, or one cannot be rerouted.
+        ValueError: If a layer cannot be rerouted.
     """
 
     def __init__(
@@ -69,14 +68,11 @@ class Plan:
         self.model, self.host, self.shared = model, host, Shared()
         self.watched: list[tuple[nn.Module, GridContext]] = []
         self.layers: list[tuple[nn.Module, Processor, LayerState]] = []
-        names: list[str] = []
         for watched, found in host.find(model):
-            names += [name for name, _ in found]
             chosen = [(name, module) for name, module in found if name in specs]
             if not chosen:
                 continue
-            arguments = tuple(inspect.signature(type(watched).forward).parameters)[1:]
-            context = GridContext(host.probe, arguments, host.others, host.reads)
+            context = GridContext(host.probe, argument_names(watched), host.others, host.reads)
             self.watched.append((watched, context))
             for name, module in chosen:
                 _refuse_other_attention(name, module)
@@ -91,13 +87,6 @@ class Plan:
                 processor = layer_spec.build(layer).train(module.training)
                 state = LayerState(name, heads[0], layer_spec, context, self.shared, host.mask_means_dense)
                 self.layers.append((module, _like(processor, module), state))
-        if not self.layers:
-            what = type(model).__name__
-            if names:
-                raise ValueError(
-                    f"where selects no layer of {what}; it has {', '.join(names[:4])}, ... ({len(names)} layers)"
-                )
-            raise ValueError(f"{what} has no self-attention over a grid: no module is called {', '.join(host.layers)}")
 
     @property
     def contexts(self) -> list[GridContext]:
@@ -261,7 +250,7 @@ def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     shared.ran = shared.rerouted = 0
     if not (shared.thresholds or host.finest):
         return
-    inputs = {**dict(zip(list(inspect.signature(type(model).forward).parameters)[1:], args, strict=False)), **kwargs}
+    inputs = by_name(argument_names(model), args, kwargs)
     if host.finest:
         height, width = inputs[host.finest].shape[-2:]
         shared.finest = height * width

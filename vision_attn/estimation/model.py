@@ -10,7 +10,7 @@ from vision_attn.estimation.cost import check_device, least_bytes, machine_of, s
 from vision_attn.grid import Grid
 from vision_attn.hosts import Host, find_host
 from vision_attn.hosts.host import heads_of, input_dim
-from vision_attn.hosts.selection import Specs, Where, assign, check_specs, selector, targets_of
+from vision_attn.hosts.selection import Specs, Where, assign, check_specs, select, targets_of
 from vision_attn.processors.base import AttnSpec, Layer
 from vision_attn.processors.softmax import Softmax
 
@@ -163,17 +163,17 @@ def _rows_of(
     device: str | None,
 ) -> list[LayerEstimate]:
     """Estimate each layer of one model."""
-    family, size = host or find_host(model), (pixels[0] // scale, pixels[1] // scale)
-    names = family.layer_names(model)
-    specs = assign(spec, _selected(model, names, where))
-    _refuse_tiny(model, family, names, pixels, size)
+    model_host, size = host or find_host(model), (pixels[0] // scale, pixels[1] // scale)
+    names = model_host.layer_names(model)
+    specs = assign(spec, select(model, names, where))
+    _refuse_tiny(model, model_host, names, pixels, size)
     parameter = next(model.parameters())
     machine, itemsize = machine_of(device or parameter.device.type), parameter.element_size()
     rows = []
     for name in names:
         module = model.get_submodule(name)
         layer = Layer("", *heads_of(name, module), dim=input_dim(module))
-        grid, own = family.grid_at(model, name, *size), specs.get(name, Softmax())
+        grid, own = model_host.grid_at(model, name, *size), specs.get(name, Softmax())
         rows.append(
             LayerEstimate(
                 name,
@@ -190,22 +190,12 @@ def _rows_of(
     return rows
 
 
-def _selected(model: nn.Module, names: list[str], where: Where) -> list[str]:
-    """Return the layers that `where` selects, or refuse one that selects none, as `convert` does."""
-    select = selector(where)
-    selected = [name for name in names if select(name)]
-    if names and not selected:
-        some = ", ".join(names[:4])
-        raise ValueError(f"where selects no layer of {type(model).__name__}; it has {some}, ... ({len(names)} layers)")
-    return selected
-
-
 def _refuse_tiny(
-    model: nn.Module, family: Host, names: list[str], pixels: tuple[int, int], size: tuple[int, int]
+    model: nn.Module, host: Host, names: list[str], pixels: tuple[int, int], size: tuple[int, int]
 ) -> None:
     """Refuse an image that has no token in some layer."""
     for name in names:
-        if min(size) < 1 or min(family.size(model, name, *size)) < 1:
+        if min(size) < 1 or min(host.size(model, name, *size)) < 1:
             height, width = pixels
             raise ValueError(f"an image of {height} x {width} pixels is smaller than a token of {name}: give more")
 

@@ -27,7 +27,7 @@ from vision_attn.grid import Grid
 from vision_attn.highres.feed_forward import chunked_feed_forward
 from vision_attn.highres.positions import stretched_positions
 from vision_attn.highres.redraw import Redraw, decode, encode, image_to_image, is_flow, schedule_for, tiled, unpacked
-from vision_attn.hosts.selection import COMPONENTS
+from vision_attn.hosts.selection import denoisers_of
 from vision_attn.processors.base import AttnSpec
 from vision_attn.processors.clear import Clear
 from vision_attn.processors.schedule import Schedule
@@ -303,7 +303,7 @@ def generate_highres(
     strengths = options.strengths(len(sizes))
     specs = specs_of(spec, len(sizes))
     redraw = image_to_image(pipe)
-    converted = any(is_converted(m) for m in _denoisers(pipe))
+    converted = any(map(is_converted, denoisers_of(pipe).values()))
     if converted and any(spec is not None for spec in specs):
         raise ValueError("the pipeline is converted already: revert() it, or leave spec away")
     levels: list[Level] = []
@@ -381,7 +381,7 @@ def _level(
     stretch = math.sqrt(size[0] * size[1] / (base[0] * base[1]))
     with ExitStack() as restored:
         restored.enter_context(tiled(pipe.vae, max(size) > _TILED_FROM))
-        for model in _denoisers(pipe):
+        for model in denoisers_of(pipe).values():
             grid = (size[0] // unit_of(pipe), size[1] // unit_of(pipe))
             restored.enter_context(stretched_positions(model, grid, stretch, options.rope))
             if grid[0] * grid[1] > _CHUNK:
@@ -391,10 +391,6 @@ def _level(
                 spec = Proportional(spec.radius, spec.pool, first=tokens_of(pipe, base))
             restored.callback(convert(pipe, spec).revert)
         yield
-
-
-def _denoisers(pipe: Any) -> list[Any]:
-    return [part for name, part in pipe.components.items() if name in COMPONENTS and part is not None]
 
 
 @contextmanager

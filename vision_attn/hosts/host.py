@@ -108,8 +108,18 @@ class Host:
                 yield self.watched(part), found
 
     def layer_names(self, model: nn.Module) -> list[str]:
-        """Return the names of all attention layers over a grid, in order of depth."""
-        return [name for _, found in self.find(model) for name, _ in found]
+        """Return the names of all attention layers over a grid, in order of depth.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        names = [name for _, found in self.find(model) for name, _ in found]
+        if not names:
+            raise ValueError(
+                f"{type(model).__name__} has no self-attention over a grid: no module is called "
+                f"{', '.join(self.layers)}"
+            )
+        return names
 
     def grid_at(self, model: nn.Module, layer: str, height: int, width: int) -> Grid:
         """Return the sequence of a layer for an input of `height` x `width` latents or pixels and a usual prompt.

@@ -66,6 +66,11 @@ def candidates_of(target: Any) -> dict[str, nn.Module]:
     raise TypeError(f"cannot convert a {type(target).__name__}: give a diffusers pipeline or model, or a timm model")
 
 
+def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
+    """Return the denoisers of a pipeline by component name, a compiled one as it is."""
+    return {name: part for name, part in pipe.components.items() if name in COMPONENTS and isinstance(part, nn.Module)}
+
+
 def targets_of(target: Any, components: tuple[str, ...] | None, host: Host | None) -> dict[str, nn.Module]:
     """Choose the models to convert."""
     candidates = candidates_of(target)
@@ -89,12 +94,22 @@ def targets_of(target: Any, components: tuple[str, ...] | None, host: Host | Non
     return chosen
 
 
-def selector(where: Where) -> Callable[[str], bool]:
-    """Turn `where` into a predicate on layer names.
+def select(model: nn.Module, names: Sequence[str], where: Where) -> list[str]:
+    """Return the layers among `names`, the attention layers of a model, that `where` selects.
 
     Raises:
-        TypeError: If it is none of the accepted kinds.
+        TypeError: If `where` is none of the accepted kinds.
+        ValueError: If it selects none.
     """
+    matches = _predicate(where)
+    selected = [name for name in names if matches(name)]
+    if not selected:
+        some = ", ".join(names[:4])
+        raise ValueError(f"where selects no layer of {type(model).__name__}; it has {some}, ... ({len(names)} layers)")
+    return selected
+
+
+def _predicate(where: Where) -> Callable[[str], bool]:
     if where is None:
         return lambda name: True
     if isinstance(where, str):
