@@ -1,4 +1,4 @@
-"""Hosts, the models that are converted. One file is one kind: which modules attend over the grid, and where it is.
+"""Hosts, the models that are converted. Each file is one kind: which modules attend over the grid, and where it is.
 
 A new model is one `Host` in one of these files, or one that a user gives to `convert(..., host=)`.
 """

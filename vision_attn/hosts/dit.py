@@ -11,7 +11,7 @@ from vision_attn.hosts.host import Host, Timestep
 
 
 def _patches(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
-    """Latents `[B, C, height, width]` cut into patches."""
+    """Read the grid of latents `[B, C, height, width]` that are cut into patches."""
     x, patch = inputs["hidden_states"], module.config.patch_size  # type: ignore[union-attr]
     if x.dim() != 4:
         return f"the input is no image, but {tuple(x.shape)}"
@@ -21,12 +21,12 @@ def _patches(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
 def _square_patches(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
     found = _patches(module, inputs)
     if isinstance(found, Grid) and found.height != found.width:
-        return f"DiT puts its patches back as a square, and {found} is none"
+        return f"DiT joins its patches to a square, and {found} is not square"
     return found
 
 
 def _flux(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
-    """Position ids: the first segment is the image, further ones are reference images after it."""
+    """Read position ids: the first segment is the image, the others are reference images after it."""
     if inputs.get("kv_cache_mode") is not None:
         return "with a key-value cache the reference images come first"
     ids = inputs.get("img_ids")
@@ -34,7 +34,7 @@ def _flux(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
 
 
 def grid_of_ids(ids: Tensor) -> Grid | str:
-    """Return the grid of the first segment, with all further segments as its suffix, or why there is none.
+    """Return the grid of the first segment, with all other segments as its suffix; or why there is no grid.
 
     FLUX is the one host whose grid is in the values of a tensor. The ids have the prompt's dtype, and bfloat16 cannot
     tell 256 from 257, so the grid is read from where rows change, never from the largest id.
@@ -57,13 +57,13 @@ def grid_of_ids(ids: Tensor) -> Grid | str:
 
 
 def _first(true: Tensor, otherwise: int) -> int:
-    """Index of the first True."""
+    """Return the index of the first True."""
     found = torch.nonzero(true)
     return int(found[0]) if len(found) else otherwise
 
 
 def _qwen(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
-    """`img_shapes`: (frames, height, width) in tokens of the image and of reference images after it."""
+    """Read `img_shapes`: (frames, height, width) in tokens of the image and of the reference images after it."""
     shapes = inputs["img_shapes"]
     if not shapes:
         return "img_shapes is missing"
@@ -75,7 +75,7 @@ def _qwen(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
 
 
 def _z_image(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
-    """A list of images `[C, frames, height, width]`; image tokens, then padding and text."""
+    """Read a list of images `[C, frames, height, width]`; padding and text come after the image tokens."""
     images, patch, frames = inputs["x"], inputs.get("patch_size", 2), inputs.get("f_patch_size", 1)
     if isinstance(images[0], (list, tuple)):
         return "several images in one sample"
@@ -90,7 +90,7 @@ _BLOCKS = ("transformer_blocks.*.attn",)
 
 
 def _packed(model: nn.Module, layer: str, height: int, width: int) -> tuple[int, int]:
-    """The pipeline packs 2 x 2 latents into one token."""
+    """Return the grid of packed latents: the pipeline packs 2 x 2 of them into one token."""
     return height // 2, width // 2
 
 

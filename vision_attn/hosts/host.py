@@ -1,4 +1,4 @@
-"""What `convert` must know of a kind of host: which modules attend over the grid, and where the grid is."""
+"""What `convert` must know about a kind of host: which modules attend over the grid, and where the grid is."""
 
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping
@@ -7,12 +7,13 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
+from vision_attn._checks import check_one_of
 from vision_attn.grid import Grid
 
 Probe = Callable[[nn.Module, Mapping[str, Any]], Grid | str]
-"""Returns the grid that a forward of a module attends over, from its arguments by name, or the reason for none.
+"""Returns the grid that a forward of a module attends over, from its arguments by name, or why there is none.
 
-Tokens of the sequence that the grid leaves out (the text of a DiT) are placed by the host's `others`.
+The host's `others` places the tokens that the grid leaves out (the text of a DiT).
 """
 
 
@@ -53,24 +54,28 @@ class Host:
         convert(model, Clear(radius=8), host=Host(layers=("blocks.*.attn",), probe=probe, others="prefix"))
 
     Args:
-        layers: Patterns (as in a shell) of the names of the attention modules in their part of the model.
-        probe: `(module, arguments by name) -> Grid`, called before each forward of the watched module; or a string that
-            says why there is no grid, and the forward then runs the host's own attention. Count in the returned
+        layers: Patterns (as in a shell) of the names of the attention modules, as their part of the model names them.
+        probe: `(module, arguments by name) -> Grid`, called before each forward of the watched module. It may return a
+            string that says why there is no grid; the forward then runs the host's own attention. Count in the
             `Grid` only the tokens whose number you know; the rest of a sequence goes where `others` says.
-        others: Where tokens of the sequence lie that the probe does not count, such as text: 'prefix', 'suffix', or
-            'none' if there are none.
-        models: Names of the classes it is for.
-        parts: `model -> [(name, part)]`, the parts with a grid of their own: the whole model unless given.
-        watched: `part -> module`, whose arguments the probe is given: the part itself unless given.
+        others: Where the tokens lie that the probe does not count, such as text: 'prefix', 'suffix', or 'none' if there
+            are none.
+        models: Names of the model classes.
+        parts: `model -> [(name, part)]`, the parts with a grid of their own; by default the whole model.
+        watched: `part -> module`, the module whose arguments the probe gets; by default the part itself.
         reads: Name of the argument whose values the probe reads, if it needs more than shapes. It is read once, and
             not under `torch.compile`, where the user must give the grid.
         mask_means_dense: Whether an attention mask means that the grid lies elsewhere in each sample.
         timestep: Where the model's forward tells how far the denoising is, for schedules; None if it does not.
         finest: Name of the model's argument whose last two axes are the finest grid, if grids differ by layer.
-        size: `(model, layer, height, width) -> (height, width)` of a layer's grid for an input of a size, for
-            estimates: that of the model's input divided by its `config.patch_size` unless given.
+        size: `(model, layer, height, width) -> (height, width)`, the grid of a layer for an input of this size, for
+            estimates; by default the size divided by the model's `config.patch_size`.
         text: Tokens of a usual prompt, for estimates.
-        problem: Returns why a model of these classes cannot be converted, or None.
+        problem: `model -> str | None`, why a model of these classes cannot be converted.
+
+    Raises:
+        TypeError: If `layers` is not a tuple of patterns, or `probe` not a function.
+        ValueError: If `others` is none of the three.
     """
 
     layers: tuple[str, ...]
@@ -90,8 +95,7 @@ class Host:
     def __post_init__(self) -> None:
         if isinstance(self.layers, str) or not self.layers or not all(isinstance(p, str) for p in self.layers):
             raise TypeError(f"layers must be a tuple of patterns such as ('blocks.*.attn',), got {self.layers!r}")
-        if self.others not in ("prefix", "suffix", "none"):
-            raise ValueError(f"others must be 'prefix', 'suffix' or 'none', got {self.others!r}")
+        check_one_of("others", self.others, ("prefix", "suffix", "none"))
         if not callable(self.probe):
             raise TypeError(f"probe must be a function (module, arguments) -> Grid, got {self.probe!r}")
 
@@ -122,7 +126,13 @@ class Host:
         return names
 
     def grid_at(self, model: nn.Module, layer: str, height: int, width: int) -> Grid:
-        """Return the sequence of a layer for an input of `height` x `width` latents or pixels and a usual prompt.
+        """Return the sequence of a layer for an input of a given size and a usual prompt.
+
+        Args:
+            model: The model.
+            layer: Name of the layer.
+            height: Height of the model's input, in latents or pixels.
+            width: Width of the model's input.
 
         Raises:
             ValueError: If the input is smaller than a token.
@@ -133,7 +143,7 @@ class Host:
         return Grid(*grid, **{"suffix" if self.others == "suffix" else "prefix": prefix + text})
 
     def positions(self, model: nn.Module, module: str, height: int, width: int) -> int:
-        """Return at how many places a convolution of the model is applied to such an input."""
+        """Return the number of places that a convolution `module` of the model has for an input, as for `grid_at`."""
         rows, columns = self.size(model, module, height, width)
         return rows * columns
 

@@ -1,4 +1,4 @@
-"""What a user means: which models of a pipeline and which hosts they are, which layers, and which spec each gets."""
+"""Finds what a user means: the models of a pipeline, their hosts, the layers, and the spec of each layer."""
 
 import fnmatch
 import re
@@ -26,15 +26,15 @@ def _classes(model: nn.Module) -> list[str]:
 
 
 def is_known(model: object) -> bool:
-    """Whether `model` is of a family that `convert` knows."""
+    """Whether `model` is of a class that `convert` knows."""
     return isinstance(model, nn.Module) and any(set(host.models) & set(_classes(model)) for host in HOSTS)
 
 
 def find_host(model: nn.Module) -> Host:
-    """Return the host of `model` by the name of its class or of one it derives from.
+    """Return the host of `model` by the name of its class or of a base class.
 
     Raises:
-        ValueError: If no family has it, or a model of this family cannot be converted.
+        ValueError: If no host is for this class, or the host cannot convert this model.
     """
     classes = _classes(model)
     for host in HOSTS:
@@ -57,7 +57,11 @@ def find_host(model: nn.Module) -> Host:
 
 
 def candidates_of(target: Any) -> dict[str, nn.Module]:
-    """The models of `target` by component name; a compiled model stands for the one inside."""
+    """Return the models of `target` by component name, '' for a model by itself; of a compiled model the one inside.
+
+    Raises:
+        TypeError: If `target` is neither a model nor a pipeline.
+    """
     if isinstance(target, nn.Module):
         return {"": getattr(target, "_orig_mod", target)}
     parts = getattr(target, "components", None)
@@ -72,7 +76,20 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
 
 
 def targets_of(target: Any, components: tuple[str, ...] | None, host: Host | None) -> dict[str, nn.Module]:
-    """Choose the models to convert."""
+    """Choose the models to convert.
+
+    Args:
+        target: A pipeline or a model.
+        components: Names of the pipeline's components; None for its denoisers.
+        host: The host that the user gives, None if the model must be known.
+
+    Returns:
+        The models by component name, '' for a model by itself.
+
+    Raises:
+        TypeError: If `target` is neither a model nor a pipeline.
+        ValueError: If a component is missing, or nothing is there to convert.
+    """
     candidates = candidates_of(target)
     if "" in candidates:
         if components:
@@ -124,11 +141,11 @@ def _predicate(where: Where) -> Callable[[str], bool]:
 
 
 def check_specs(specs: Any) -> None:
-    """Refuse what is no spec, nor several.
+    """Refuse anything but a spec, a sequence of specs or a dictionary of specs.
 
     Raises:
-        TypeError: If it is none of the accepted kinds.
-        ValueError: If there is none in it.
+        TypeError: If `specs` is or holds anything else.
+        ValueError: If it is empty.
     """
     several = isinstance(specs, Mapping) or (isinstance(specs, Sequence) and not isinstance(specs, str))
     each = (list(specs.values()) if isinstance(specs, Mapping) else list(specs)) if several else [specs]
@@ -143,8 +160,8 @@ def assign(specs: Specs, names: Sequence[str]) -> dict[str, AttnSpec]:
     """Return the spec of each layer.
 
     Args:
-        specs: One for all; a sequence, whose members take turns with the depth; or a dictionary of patterns as in a
-            shell, of which the first that matches counts. Layers that none matches are left out.
+        specs: One for all; a sequence, whose members take turns from layer to layer; or a dictionary by patterns as in
+            a shell: the first pattern that matches counts. Layers that no pattern matches are left out.
         names: The selected layers, in order of depth.
 
     Raises:

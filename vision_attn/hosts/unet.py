@@ -15,9 +15,9 @@ def _grid(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
 
 
 def _spatial_transformers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """All `Transformer2DModel`s whose `attn1` attends over the image, in the order in which they run.
+    """Return the `Transformer2DModel`s whose `attn1` attends over the image, in the order in which they run.
 
-    `only_cross_attention` makes it cross.
+    With `only_cross_attention`, `attn1` attends to the text.
     """
     found = [
         (name, module)
@@ -31,7 +31,7 @@ def _spatial_transformers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _level(model: Any, module: str, height: int, width: int) -> tuple[int, int]:
-    """The grid of the level that a module of a UNet belongs to; each level has half the sides, rounded up."""
+    """Return the grid of the level that a module of a UNet is in; each level halves the sides, rounding up."""
     blocks = len(model.config.block_out_channels)
     part, _, rest = module.partition(".")
     number = int(rest.partition(".")[0]) if part in ("down_blocks", "up_blocks") else 0

@@ -10,7 +10,7 @@ from vision_attn.hosts.host import Host
 
 
 def _patch_embed(model: nn.Module) -> nn.Module:
-    """The patch embedding sees the image in every way of calling the model (`forward_features`, `features_only`)."""
+    """Return the patch embedding, which sees the image however the model is called (also by `forward_features`)."""
     return model.patch_embed  # type: ignore[return-value]
 
 
@@ -28,7 +28,7 @@ def _problem(model: nn.Module) -> str | None:
 
 
 def _size(model: Any, layer: str, height: int, width: int) -> tuple[int, int]:
-    found: tuple[int, int] = model.patch_embed.dynamic_feat_size((height, width))  # what is left over may be padded
+    found: tuple[int, int] = model.patch_embed.dynamic_feat_size((height, width))  # an incomplete patch may be padded
     return found
 
 
