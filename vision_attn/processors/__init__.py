@@ -1,4 +1,4 @@
-"""One file, one paper: the specs that `convert` takes, by name."""
+"""Processors, each a file and a paper: the specs that `convert` takes, by name."""
 
 import ast
 import dataclasses
@@ -42,7 +42,7 @@ __all__ = [
 
 
 def make_spec(name: str, **fields: object) -> AttnSpec:
-    """Return the spec called `name`, in any case, with its fields set.
+    """Return the spec with a name, in any case, and with the given fields.
 
     Raises:
         ValueError: If no spec has that name; the known ones are listed.
@@ -61,7 +61,7 @@ def make_spec(name: str, **fields: object) -> AttnSpec:
 def spec_of_text(text: str) -> AttnSpec:
     """Return the spec that a command line names: 'clear', 'clear:radius=8,pool=2', 'neighborhood:kernel_size=(3,5)'.
 
-    A schedule cannot be written so: its stages are specs.
+    A schedule cannot be written this way, because its stages are specs.
 
     Raises:
         ValueError: If a field has no value, or the processor is unknown.

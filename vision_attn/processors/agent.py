@@ -3,9 +3,9 @@
     a = pool(q over the grid),    V_a = softmax(scale * a k^T + B_1) v
     o = softmax([scale * q a^T + B_2,  scale * q k_t^T]) [V_a, v_t] + dwc(v)
 
-k_t, v_t are the tokens outside the grid (text), which every grid token sees beside the agents, in one softmax. Agents
-attend to all tokens; tokens outside the grid attend densely. The biases B are learned on a small table and resized to
-the grid; dwc is a depth-wise 3 x 3 convolution over the grid.
+k_t, v_t are those of the tokens outside the grid (text), which every grid token sees beside the agents, in one softmax.
+Agents attend to all tokens; tokens outside the grid attend densely. The biases B are learned on a small table and
+resized to the grid; dwc is a depth-wise 3 x 3 convolution over the grid.
 
 Paper: 'Agent Attention: On the Integration of Softmax and Linear Attention' - https://arxiv.org/abs/2312.08874
 """
@@ -24,6 +24,7 @@ from vision_attn.kernels.agent import Agents, Direct, agent_attention
 from vision_attn.kernels.dense import outside, seen_keys, with_dense_rows
 from vision_attn.kernels.local.window import PerAxis, per_axis
 from vision_attn.processors.base import AttnSpec, Layer, Processor, register
+from vision_attn.processors.image import on_image
 from vision_attn.processors.positional import DepthwiseBranch
 
 
@@ -35,7 +36,7 @@ class Agent(AttnSpec):
     For Stable Diffusion without training see `AgentSD`.
 
     Args:
-        num_agents: Number of agents, which lie on a square of side int(sqrt(num_agents)); or (rows, columns).
+        num_agents: Number of agents, which form a square of side int(sqrt(num_agents)); or (rows, columns).
         biases: Whether to learn the position biases B_1 and B_2.
         dwc: Whether to learn the convolution.
     """
@@ -109,7 +110,21 @@ def attend_through(
     scale: float | None,
     backend: str,
 ) -> Tensor:
-    """Attend through agents where queries `[B, N, H, D]` lie in the grid, densely where they do not."""
+    """Attend through agents from the tokens of the grid, and densely from the tokens outside it.
+
+    Args:
+        q: Queries `[B, N, H, D]`.
+        k: Keys, like `q`.
+        v: Values, like `q`.
+        agents: The agents and their biases.
+        grid: Where the image tokens lie.
+        mask: Bool `[B, prefix + suffix]`, False for padding keys outside the grid, or None.
+        scale: Factor of the logits, `D ** -0.5` if None.
+        backend: How the operator runs.
+
+    Returns:
+        `[B, N, H, D]`.
+    """
     seen = seen_keys(mask, grid)
     everything = None if seen is None else seen[:, 0, 0]
     direct = None
@@ -121,21 +136,19 @@ def attend_through(
 
 def pool_agents(q: Tensor, grid: Grid, agent_grid: tuple[int, int]) -> Tensor:
     """Return the means of queries `[B, height * width, H, D]` over a grid of agents: `[B, rows * columns, H, D]`."""
-    image = q.flatten(2).unflatten(1, (grid.height, grid.width)).permute(0, 3, 1, 2)
-    agents = F.adaptive_avg_pool2d(image, agent_grid)
-    return agents.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, q.shape[2:])
+    return on_image(q, grid, lambda image: F.adaptive_avg_pool2d(image, agent_grid))
 
 
 class AgentBiases(nn.Module):
-    """The position biases of agents and tokens, each the sum of a table, rows and columns, resized bilinearly.
+    """The position biases of agents and tokens: each is the sum of a table, rows and columns, resized bilinearly.
 
     Args:
         num_heads: H.
         agent_grid: Rows and columns of the agents that the parameters are for; A is their product.
         query_size: Height and width of the queries' grid that the parameters are for.
-        key_size: Height and width of the keys' grid.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        key_size: Height and width of the keys' grid that the parameters are for.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
 
     Attributes:
         an_bias: Table of B_1 `[H, A, 7, 7]`; ah_bias `[1, H, A, height, 1]` and aw_bias `[1, H, A, 1, width]` are its
@@ -188,7 +201,7 @@ def position_biases(
 
     Args:
         tables: `[an_bias, na_bias, ah_bias, aw_bias, ha_bias, wa_bias]`.
-        agent_grids: Rows and columns of the agents that the tables are for, and of those that are wanted.
+        agent_grids: Rows and columns of the agents that the tables are for, and of the agents to return biases for.
         query_size: Height and width of the queries' grid.
         key_size: Height and width of the keys' grid.
     """

@@ -3,10 +3,10 @@
     x'  = merge(x, ratio),    a = merge(q, agent_ratio)
     o'  = softmax(D^(-k_scale / 2) q' a^T) softmax(scale * a k'^T) v' + shortcut * v',    o = unmerge(o')
 
-Of each `cell` x `cell` tokens of the grid one is kept, and the others that are most like a kept one, by the cosine of
-the tokens that enter the block, are averaged into it. Agents are used only where they are fewer than half of the merged
-tokens; else the merged tokens attend to each other (that is token merging). Tokens outside the grid are not merged, see
-everything, and are seen directly beside the agents.
+Each cell of `cell` x `cell` tokens keeps one token. Of the other tokens, those most similar to a kept one are averaged
+into it, by the cosine of the tokens that enter the block. Agents are used only if they are fewer than half of the
+merged tokens; otherwise the merged tokens attend to each other (which is token merging). Tokens outside the grid are
+not merged; they see everything, and every grid token sees them directly beside the agents.
 
 Papers: 'Agent Attention' (section 4.3) - https://arxiv.org/abs/2312.08874, 'Token Merging for Fast Stable Diffusion' -
 https://arxiv.org/abs/2303.17604
@@ -35,16 +35,16 @@ from vision_attn.processors.token_merging import Matching
 class AgentSD(AttnSpec):
     """Agents from merged tokens, at the host's full resolution only. Needs no training, and has no parameters.
 
-    `AgentSD.schedule()` is what the authors run: many merged tokens early, and no agents later.
+    `AgentSD.schedule()` is what the authors run: agents early, token merging alone later.
 
     Args:
         cell: Side of a cell in tokens, or its (height, width).
         ratio: Share of the tokens that are merged away.
-        agent_ratio: Share that is merged away for the agents.
+        agent_ratio: Share of the tokens that are merged away to make the agents.
         k_scale: Exponent: the logits of queries and agents are scaled by `D ** (-0.5 * k_scale)`.
-        shortcut: Share of the own value that is added.
+        shortcut: Factor of a token's own value, which is added to its output.
         max_downsample: Layers whose grid is smaller than the finest by more than this factor per side stay dense.
-        random: Whether the kept token of a cell is drawn (if the batch is even) or is the top left one.
+        random: Whether the token that a cell keeps is drawn (if the batch is even); otherwise it is the top left one.
     """
 
     cell: int | tuple[int, int] = 4
@@ -102,7 +102,7 @@ class AgentSD(AttnSpec):
 
 
 class AgentSDAttention(Processor):
-    """Merges q, k and v (which is projecting merged tokens), attends, and unmerges the outputs."""
+    """Merges q, k and v (the same as projecting merged tokens), attends, and unmerges the outputs."""
 
     wants = True
 
@@ -143,7 +143,7 @@ class AgentSDAttention(Processor):
         return with_dense_rows(matching.unmerge(o, n - kept), q, k, v, grid, mask=mask, scale=scale)
 
     def _generator(self, q: Tensor, moment: Moment) -> torch.Generator | None:
-        """The authors draw only for even batches, for they expect the unconditional half in the same batch."""
+        """Draw for even batches only, as the authors do: they expect the unconditional half in the same batch."""
         return moment.generator if self.spec.random and q.shape[0] % 2 == 0 else None
 
     @staticmethod
@@ -152,7 +152,7 @@ class AgentSDAttention(Processor):
 
 
 def _metric(block_input: Tensor | None, k: Tensor, grid: Grid) -> Tensor:
-    """The tokens `[B, height * width, C]` whose cosines tell which are alike, of length 1."""
+    """Return the tokens `[B, height * width, C]` whose cosines tell which are alike, scaled to length 1."""
     tokens = block_input
     if tokens is not None and tokens.shape[1] == grid.tokens:
         tokens = tokens[:, grid.image]

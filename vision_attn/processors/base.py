@@ -35,7 +35,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Moment:
-    """What is known of the forward that runs, for the processors that ask for it by `wants`.
+    """What is known about the forward that runs, for the processors that ask for it by `wants`.
 
     Args:
         progress: Share of the denoising that is done, 0 at pure noise and 1 at the image; None if the host has no
@@ -55,7 +55,7 @@ class Processor(nn.Module, ABC):
     """Attention as one paper defines it, on projected, normalised and (where the host has one) rotated q, k, v.
 
     Attributes:
-        wants: Whether it is to be told the moment, through `at`, before each forward.
+        wants: Whether `at` must be called with the moment before each forward.
     """
 
     wants: bool = False
@@ -79,16 +79,21 @@ class Processor(nn.Module, ABC):
         """
 
     def at(self, moment: Moment) -> "Processor":
-        """Return what answers at this moment: the processor itself, unless it is a schedule."""
+        """Return the processor that runs at this moment: this one, unless it is a schedule."""
         return self
 
     def residuals(self) -> Mapping[str, nn.Module]:
-        """Return modules f by 'q' and 'k': the host then projects x + f(x) where it projects x."""
+        """Return modules f by 'q' and 'k': the host then projects x + f(x) instead of x."""
         return {}
 
 
 class AttnSpec(ABC):
-    """A processor's hyperparameters. Subclasses are frozen dataclasses that check their fields."""
+    """A processor's hyperparameters. Subclasses are frozen dataclasses that check their fields.
+
+    Raises:
+        TypeError: If a field has the wrong type.
+        ValueError: If a field has a value that is not allowed.
+    """
 
     def __str__(self) -> str:
         """Name the spec with the fields that differ from their defaults."""
@@ -128,10 +133,10 @@ class AttnSpec(ABC):
 
 @dataclass(frozen=True)
 class Registration:
-    """What the package's lists know of a processor: each of them is made from here.
+    """What the package's lists know about a processor: every list is made from these.
 
     Attributes:
-        spec: Its class. Its name, in any case, is that of `set_attn_processor`, of commands and of settings.
+        spec: The class of its spec. `set_attn_processor`, commands and settings take its name, in any case.
         tests: Specs for tiny hosts, by name: the tests run each of them.
         demo: Specs that the demo draws with.
         bench: Specs that the benchmark of pipelines times, by name.
@@ -149,7 +154,7 @@ REGISTRY: dict[str, Registration] = {}
 
 
 def registrations() -> list[Registration]:
-    """Return all processors in the order of tables: first what is worth drawing with untrained."""
+    """Return all processors in the order of tables: first those that are worth drawing with untrained."""
     return sorted(REGISTRY.values(), key=lambda known: not known.draws_untrained)
 
 
@@ -170,14 +175,14 @@ def register(
         class Clear(AttnSpec): ...
 
     Args:
-        tests: Fields that fit a grid of a few tokens, by the name of the test's row; empty for what tests of its own
-            cover.
+        tests: Fields that fit a grid of a few tokens, by the name of the test's row; empty for a processor that has
+            tests of its own.
         demo: Fields that the demo shows.
         bench: Fields that the benchmark of pipelines times, by the candidate's name.
         draws_untrained: Whether a converted model is worth drawing with before it is trained.
 
     Raises:
-        ValueError: If the name is taken.
+        ValueError: If another class has the name.
     """
 
     def add(spec: type[_Spec]) -> type[_Spec]:

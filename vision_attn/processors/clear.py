@@ -32,8 +32,8 @@ from vision_attn.processors.base import AttnSpec, Layer, Processor, register
 class Clear(AttnSpec):
     """A disc of `radius` tokens, and with `pool` > 1 one key for each `pool` x `pool` cell of the grid.
 
-    A pretrained DiT keeps most of its quality untrained at radius 16 and needs a short distillation to be a good one
-    (the authors: 10K steps). `pool` adds one learned `pool` x `pool` weight per layer.
+    At radius 16 a pretrained DiT keeps most of its quality without training; a short distillation (the authors: 10K
+    steps) makes it good. `pool` adds one learned `pool` x `pool` weight per layer.
 
     Args:
         radius: Radius of the disc in tokens, above 0; the inequality is strict.
@@ -60,7 +60,7 @@ class Clear(AttnSpec):
         return ClearAttention(self, layer)
 
     def attended(self, grid: Grid) -> float:
-        """Return the mean share of tokens that one token attends to, pooled keys counted."""
+        """Return the mean share of tokens that one token attends to, including pooled keys."""
         self.check(grid)
         cells = grid.image_tokens // self.pool**2 if self.pool > 1 else 0
         return Window(radius=self.radius).share(grid) + grid.image_tokens * cells / grid.tokens**2

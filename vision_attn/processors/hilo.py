@@ -3,9 +3,9 @@
     high heads: o_i = softmax_j(scale * q_i . k_j) v_j,    j in window(i) + tokens outside the grid
     low heads:  o_i = softmax_c(scale * q_i . k_c) v_c,    c in means of k and v over windows + tokens outside the grid
 
-Of H heads int(H * alpha) are low and come last. Tokens outside the grid see everything as it is, on all heads. Where
-`window_size` does not divide the grid, windows at the right and bottom border are smaller, and means are over the
-tokens that are there.
+The last int(H * alpha) of the H heads are low. Tokens outside the grid see every token, on all heads. Where
+`window_size` does not divide the grid, windows at the right and bottom border are smaller, and their means are over
+fewer tokens.
 
 Paper: 'Fast Vision Transformers with HiLo Attention' - https://arxiv.org/abs/2205.13213
 """
@@ -21,6 +21,7 @@ from vision_attn.grid import Grid
 from vision_attn.kernels.dense import around, dense_attention, outside, seen_keys, with_dense_rows
 from vision_attn.kernels.window import window_attention
 from vision_attn.processors.base import AttnSpec, Layer, Processor, register
+from vision_attn.processors.image import on_image
 
 
 def low_heads(num_heads: int, alpha: float, window_size: int) -> int:
@@ -34,7 +35,7 @@ class HiLo(AttnSpec):
     """High heads in windows, low heads over pooled keys. It has no parameters; a pretrained host needs training.
 
     Args:
-        alpha: Share of low heads, 0 to 1. int(H * alpha) is truncated as the authors do: 24 * 0.9 is 21.
+        alpha: Share of low heads, 0 to 1. H * alpha is rounded down, as the authors do: 24 * 0.9 gives 21.
         window_size: Side of a window in tokens.
     """
 
@@ -52,7 +53,7 @@ class HiLo(AttnSpec):
         return HiLoAttention(self, layer)
 
     def attended(self, grid: Grid) -> float:
-        """Return the mean share of tokens, or means of tokens, that one token attends to on one head."""
+        """Return the mean share of tokens, or of means of tokens, that one token attends to on one head."""
         rows, columns = (-(-side // self.window_size) for side in (grid.height, grid.width))
         outside = grid.tokens - grid.image_tokens
         low = rows * columns + outside
@@ -91,7 +92,5 @@ class HiLoAttention(Processor):
 
 
 def pool_means(t: Tensor, grid: Grid, window_size: int) -> Tensor:
-    """Return the means of `[B, height * width, H, D]` over windows, of the tokens that are there at the border."""
-    image = t.flatten(2).unflatten(1, (grid.height, grid.width)).permute(0, 3, 1, 2)
-    means = F.avg_pool2d(image, window_size, ceil_mode=True, count_include_pad=False)
-    return means.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, t.shape[2:])
+    """Return the means of tokens `[B, height * width, H, D]` over windows: `[B, windows, H, D]`."""
+    return on_image(t, grid, lambda image: F.avg_pool2d(image, window_size, ceil_mode=True, count_include_pad=False))

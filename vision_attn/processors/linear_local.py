@@ -1,11 +1,11 @@
-"""LinearLocal: exact attention to the near and to the text, linear attention to the far, in one normaliser.
+"""LinearLocal: exact attention to near tokens and the text, linear attention to far ones, with one normaliser.
 
     o_i = (g sum_near e^{s_ij - m_i} v_j + (1 - g) sum_far (phi_q(q_i) . phi_k(k_j)) v_j) / (the same without v)
 
-Near are the tokens of the same `window_size` x `window_size` cell of the grid and all tokens outside the grid, s are
-the host's logits and m_i their maximum; phi are the Hedgehog's features. Tokens outside the grid attend densely. The
-paper weighs the near part alone, by g; weighing the far part too lets the start be close to the host, whose weights of
-far tokens are small where the features' are nearly equal.
+Near tokens are those of the same `window_size` x `window_size` cell of the grid and all tokens outside the grid; s are
+the host's logits, m_i is the largest of them, and phi are the Hedgehog's features. Tokens outside the grid attend
+densely. The paper weighs the near part alone, by g. Here the far part is weighed too, so that training starts close to
+the host: the host gives far tokens small weights, and the features give all of them nearly the same.
 
 Paper: 'LoLCATs: On Low-Rank Linearizing of Large Language Models' - https://arxiv.org/abs/2410.10254
 """
@@ -61,7 +61,7 @@ class LinearLocal(AttnSpec):
 
     @property
     def passes(self) -> float:
-        """Features are written and read besides."""
+        """Several, because the features are written and read too."""
         return 4.0
 
 

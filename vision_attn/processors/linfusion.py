@@ -3,8 +3,8 @@
     q_i = phi(W_q (x_i + f_q(x_i))),    k_j = phi(W_k (x_j + f_k(x_j))),    v_j = W_v x_j
     o_i = q_i (sum_j k_j v_j^T / N) / (q_i . sum_j k_j / N + 1e-4),    phi(x) = elu(x) + 1
 
-f = Linear - LayerNorm - LeakyReLU - Linear. All tokens enter the sums, those outside the grid too; a host that projects
-its text by weights of its own (FLUX, SD3) projects it unchanged. With 'hedgehog' features, phi(x) = [softmax(W x),
+f = Linear - LayerNorm - LeakyReLU - Linear. All tokens enter the sums, those outside the grid too. A host that projects
+its text with separate weights (FLUX, SD3) projects it unchanged. With 'hedgehog' features, phi(x) = [softmax(W x),
 softmax(-W x)] with a learned W per head.
 
 Papers: 'LinFusion: 1 GPU, 1 Minute, 16K Image' - https://arxiv.org/abs/2409.02097,
@@ -37,9 +37,9 @@ class LinFusion(AttnSpec):
     The last layer of f starts at zero, so training starts from the inherited projections; W starts as identity.
 
     Args:
-        mid_dim: Width of f: the width of the tokens if None (the authors' for SD 1.5 and 2.1; theirs for SDXL is a
-            sixteenth), or -1 for no f.
-        feature_map: 'elu' for the paper's, 'hedgehog' for learned softmax features.
+        mid_dim: Width of f; None for the width of the tokens (the authors take it for SD 1.5 and 2.1, and a sixteenth
+            of it for SDXL); -1 for no f.
+        feature_map: 'elu' for the paper's features, 'hedgehog' for learned softmax features.
     """
 
     mid_dim: int | None = None
@@ -54,9 +54,13 @@ class LinFusion(AttnSpec):
         check_one_of("feature_map", self.feature_map, ("elu", "hedgehog"))
 
     def build(self, layer: Layer) -> "LinFusionAttention":
-        """Return the processor of one layer."""
+        """Return the processor of one layer.
+
+        Raises:
+            ValueError: If there is an f, and the layer's query projection is not known.
+        """
         if self.mid_dim != -1 and layer.dim is None:
-            raise ValueError(f"{layer.name} has no query projection that is known: use LinFusion(mid_dim=-1)")
+            raise ValueError(f"{layer.name} has no query projection that we know: use LinFusion(mid_dim=-1)")
         return LinFusionAttention(self, layer)
 
     def attended(self, grid: Grid) -> float:
@@ -67,12 +71,17 @@ class LinFusion(AttnSpec):
         """Return the operations of the sums, the residual networks and the learned features."""
         features = 2 if self.feature_map == "hedgehog" else 1
         sums = 4 * features * layer.head_dim + (4 * layer.head_dim if features == 2 else 0)
-        mid = 0 if self.mid_dim == -1 else (layer.dim or 0) if self.mid_dim is None else self.mid_dim
-        return grid.tokens * (sums * layer.num_heads * layer.head_dim + 8 * mid * (layer.dim or 0))
+        return grid.tokens * (sums * layer.num_heads * layer.head_dim + 8 * self.width(layer) * (layer.dim or 0))
+
+    def width(self, layer: Layer) -> int:
+        """Return the width of f in a layer, 0 if there is no f."""
+        if self.mid_dim == -1 or layer.dim is None:
+            return 0
+        return layer.dim if self.mid_dim is None else self.mid_dim
 
     @property
     def passes(self) -> float:
-        """The sums read q, k and v once and write o once; features are written and read besides."""
+        """Two for the sums; Hedgehog's features are written and read too."""
         return 2.0 if self.feature_map == "elu" else 4.0
 
 
@@ -88,14 +97,15 @@ class Residual(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Return f(x) in the dtype of x."""
         own = next(self.parameters()).dtype
-        return super().forward(x.to(own) if own.itemsize > 1 else x).to(x.dtype)  # 8-bit weights are only stored so
+        stored = own.itemsize == 1  # 8-bit weights are stored in 8 bits, and computed in more
+        return super().forward(x if stored else x.to(own)).to(x.dtype)
 
 
 class Hedgehog(nn.Module):
     """phi(x) = [softmax(W x), softmax(-W x)] on `[B, N, H, D]`, with W the identity at the start.
 
     Attributes:
-        weight: W `[H, D, D]`.
+        weight: W `[H, D, D]`, transposed as `hedgehog` takes it.
     """
 
     def __init__(self, num_heads: int, head_dim: int, backend: str = "auto") -> None:
@@ -122,8 +132,7 @@ class LinFusionAttention(Processor):
         self.spec, self.backend = spec, layer.backend
         if spec.mid_dim != -1:
             assert layer.dim is not None
-            mid = layer.dim if spec.mid_dim is None else spec.mid_dim
-            self.to_q_, self.to_k_ = Residual(layer.dim, mid), Residual(layer.dim, mid)
+            self.to_q_, self.to_k_ = (Residual(layer.dim, spec.width(layer)) for _ in range(2))
         if spec.feature_map == "hedgehog":
             self.features_q, self.features_k = (
                 Hedgehog(layer.num_heads, layer.head_dim, layer.backend) for _ in range(2)
@@ -136,7 +145,7 @@ class LinFusionAttention(Processor):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None = None, scale: float | None = None
     ) -> Tensor:
-        """Attend linearly: see `Processor.forward`. The scale of the logits has no place here."""
+        """Attend linearly: see `Processor.forward`. There are no logits, so `scale` is not used."""
         features = Features()
         if self.spec.feature_map == "hedgehog":
             q, k, features = self.features_q(q), self.features_k(k), Features("none")

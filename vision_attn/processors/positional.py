@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vision_attn.grid import Grid
+from vision_attn.processors.image import on_image
 
 
 class DepthwiseBranch(nn.Module):
@@ -29,14 +30,22 @@ class DepthwiseBranch(nn.Module):
 
 
 def add_depthwise(o: Tensor, v: Tensor, grid: Grid, weight: Tensor, bias: Tensor) -> Tensor:
-    """Add the convolution of the grid's values to the grid's outputs, both `[B, N, H, D]`."""
-    local = depthwise(v[:, grid.image], grid.height, grid.width, weight, bias)
+    """Add the convolution of the grid's values, channel by channel, to the grid's outputs.
+
+    Args:
+        o: Outputs `[B, N, H, D]`.
+        v: Values `[B, N, H, D]`.
+        grid: Where the image tokens lie.
+        weight: `[C, 1, kernel_size, kernel_size]`, with an odd side.
+        bias: `[C]`.
+
+    Returns:
+        `[B, N, H, D]`.
+    """
+
+    def convolve(image: Tensor) -> Tensor:
+        return F.conv2d(image, weight.to(v), bias.to(v), padding=weight.shape[-1] // 2, groups=weight.shape[0])
+
+    local = on_image(v[:, grid.image], grid, convolve)
     outside = grid.prefix + grid.suffix
     return o + (F.pad(local, (0, 0, 0, 0, grid.prefix, grid.suffix)) if outside else local)
-
-
-def depthwise(v: Tensor, height: int, width: int, weight: Tensor, bias: Tensor) -> Tensor:
-    """Convolve values `[B, height * width, H, D]` over the grid, channel by channel."""
-    image = v.flatten(2).unflatten(1, (height, width)).permute(0, 3, 1, 2)  # [B, C, height, width]
-    image = F.conv2d(image, weight.to(v), bias.to(v), padding=weight.shape[-1] // 2, groups=weight.shape[0])
-    return image.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, v.shape[2:])

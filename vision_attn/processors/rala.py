@@ -4,8 +4,9 @@
     y_i = phi(q_i) (sum_j a_j phi(k_j) v_j^T / N) / (phi(q_i) . sum_j a_j phi(k_j) / N + 1e-6)
     o_i = (y_i + p_i) * g_i,    p = depth-wise 5 x 5 convolution of v over the grid
 
-The weights raise the rank of the sum, the gate that of the output. All tokens enter the sums; tokens outside the grid
-have no p. In the paper g is a projection of the token; a pretrained host has none, so g_i = 1 + W_g v_i per head.
+The weights raise the rank of the sum, and the gate raises that of the output. All tokens enter the sums; tokens outside
+the grid have no p. In the paper g is a projection of the token. A pretrained host has no such projection, so here
+g_i = 1 + W_g v_i per head.
 
 Paper: 'Breaking the Low-Rank Dilemma of Linear Attention' - https://arxiv.org/abs/2411.07635
 """
@@ -28,7 +29,7 @@ from vision_attn.processors.positional import DepthwiseBranch
 class RALA(AttnSpec):
     """Rank-augmented linear attention. Needs training.
 
-    W_g and the convolution start at zero: at the start it is linear attention with weighed keys.
+    W_g and the convolution start at zero, so training starts from linear attention with weighed keys.
 
     Args:
         kernel_size: Side of the convolution in tokens, odd; 0 for no positional branch.
@@ -58,7 +59,7 @@ class RALA(AttnSpec):
 
     @property
     def passes(self) -> float:
-        """The mean of q comes first, gate and convolution after."""
+        """Two for the sums, and the mean of q before them, and the gate and the convolution after them."""
         return 3.5
 
 
@@ -66,7 +67,7 @@ class RALAAttention(Processor):
     """`rank_augmented_attention` with a gate and a positional branch.
 
     Attributes:
-        gate: W_g `[H, D, D]`.
+        gate: W_g `[H, D, D]`, transposed: channel e of W_g v is the sum over d of `v[d] gate[d, e]`.
         lepe: The depth-wise convolution.
     """
 
@@ -99,7 +100,20 @@ def rank_augmented_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Return y of the formula above for `[B, N, H, D]`; see `linear_attention` for the arguments."""
+    """Return y of the formula above.
+
+    Args:
+        q: Queries `[B, N, H, D]`.
+        k: Keys, like `q`.
+        v: Values, like `q`.
+        rotary: Cosine and sine `[N, D]`, as `Features` takes them.
+        key_weight: Weights `[B, N, H]`, not negative, broadcasting; 0 hides a key.
+        scale: Factor of the logits of a, `D ** -0.5` if None.
+        backend: How the operators run.
+
+    Returns:
+        `[B, N, H, D]` in the dtype of `q`.
+    """
     features = Features("elu", rotary)
     g = _global_query(q, key_weight, q.shape[-1] ** -0.5 if scale is None else scale, backend)
     return linear_attention(
@@ -108,5 +122,5 @@ def rank_augmented_attention(
 
 
 def _global_query(q: Tensor, weight: Tensor | None, scale: float, backend: str) -> Tensor:
-    """The scaled mean of phi(q) over the tokens `[B, H, D]`, in float32 at least."""
+    """Return the scaled mean of phi(q) over the tokens `[B, H, D]`, in float32 at least."""
     return feature_mean(q, features=Features("elu"), weight=weight, backend=backend) * scale

@@ -1,4 +1,4 @@
-"""A schedule: other processors in other parts of the denoising."""
+"""A schedule: different processors in different parts of the denoising."""
 
 from dataclasses import dataclass
 
@@ -13,11 +13,11 @@ from vision_attn.processors.base import AttnSpec, Layer, Moment, Processor, regi
 class Schedule(AttnSpec):
     """Runs each stage's processor until a share of the denoising is done.
 
-    The share is read from the host's timestep: 0 at pure noise, 1 at the image. With a schedule whose timesteps are
-    evenly spaced, as DDIM's, it is the share of the steps.
+    The share is read from the host's timestep: 0 at pure noise, 1 at the image. If the scheduler spaces its timesteps
+    evenly, as DDIM does, it is the share of the steps.
 
     Args:
-        stages: (until, spec) pairs, with rising shares; the last one is 1.
+        stages: (until, spec) pairs, with rising shares; the last share is 1.
     """
 
     stages: tuple[tuple[float, AttnSpec], ...]
@@ -34,7 +34,7 @@ class Schedule(AttnSpec):
 
     @property
     def thresholds(self) -> tuple[float, ...]:
-        """Where the stages begin."""
+        """Shares of the denoising at which the stages begin."""
         return (0.0, *(until for until, _ in self.stages[:-1]))
 
     def build(self, layer: Layer) -> "ScheduledAttention":
@@ -61,7 +61,7 @@ class Schedule(AttnSpec):
 
 
 class ScheduledAttention(Processor):
-    """Holds the processors of all stages, and gives the one of the moment."""
+    """Holds the processors of all stages, and returns the one for the moment."""
 
     wants = True
 

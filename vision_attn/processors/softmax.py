@@ -1,4 +1,4 @@
-"""Softmax attention, unchanged: every token attends to every token. The control of every experiment.
+"""Softmax attention, unchanged: every token attends to every token. It is the control of experiments.
 
     o = softmax(scale * q k^T) v
 

@@ -16,7 +16,7 @@ class Matching:
     """Which tokens of a grid stay, and which are merged into which, the most similar first.
 
     Attributes:
-        kept: Index of the tokens that stay in any case, one for each cell `[K]`.
+        kept: Index of the tokens that always stay, one for each cell `[K]`.
         others: Index of all other tokens, by falling similarity `[B, n - K]`.
         partner: Place in `kept` of the token that each of `others` is most similar to `[B, n - K]`.
     """
@@ -31,9 +31,9 @@ class Matching:
 
         Args:
             metric: Tokens of length 1 `[B, height * width, C]`.
-            grid: Its height and width count.
-            cell: Height and width of a cell; rows and columns that no cell covers belong to the others.
-            generator: Draws the token that a cell keeps, the top left one if None.
+            grid: The grid; only its height and width are used.
+            cell: Height and width of a cell; tokens in rows and columns that no whole cell covers are `others`.
+            generator: Draws the token that a cell keeps; if None, it is the top left one.
         """
         height, width = cell
         rows, columns = grid.height // height, grid.width // width
