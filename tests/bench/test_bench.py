@@ -4,6 +4,7 @@ import gc
 import json
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,7 @@ import torch
 
 from vision_attn.bench import entries
 from vision_attn.bench.candidate import AbsentError, Candidate, Prepared
-from vision_attn.bench.document import check_document, merged, read_document
-from vision_attn.bench.environment import device_slug
+from vision_attn.bench.document import check_document, device_slug, merged, read_document
 from vision_attn.bench.local.candidates import OPERATORS
 from vision_attn.bench.local.problem import LOCAL, LocalProblem
 from vision_attn.bench.measure import Measurement
@@ -26,7 +26,7 @@ from vision_attn.kernels.local.window import Window
 
 CPU = torch.device("cpu")
 OURS = OPERATORS[0]
-DISC = LocalProblem("Discs", Grid(48, 48, prefix=8), Window(radius=4), (), ("ours", "peer"), 2, 16, "float32")
+DISC = LocalProblem("Discs", Grid(48, 48, prefix=8), Window(radius=4), ("peer",), ("ours", "peer"), 2, 16, "float32")
 
 
 @pytest.fixture(scope="module")
@@ -175,17 +175,23 @@ def declines(problem, device):
 )
 def test_a_wrong_candidate_is_left_out_with_the_reason(prepare, reason):
     peer = Candidate("peer", LOCAL, lambda problem, device: Prepared(prepare(problem, device)))
-    ours, found = Measurement(CPU, rounds=2).row(DISC, [OURS, peer])["candidates"]
+    (found,) = Measurement(CPU, rounds=2).row(DISC, [peer])["candidates"]
     assert found["reason"].startswith(reason) and "\n" not in found["reason"]
     assert found["forward"] is None and found["backward"] is None
+
+
+def test_a_right_candidate_is_timed_beside_ours_and_beside_a_wrong_one():
+    peers = [
+        Candidate("peer", LOCAL, lambda problem, device: Prepared(right(problem))),
+        Candidate("broken", LOCAL, lambda problem, device: Prepared(fails(problem, device))),
+        Candidate("another", LOCAL, lambda problem, device: Prepared(right(problem))),
+    ]
+    problem = replace(DISC, peers=("peer", "broken"))
+    ours, found, broken = Measurement(CPU, rounds=2).row(problem, [OURS, *peers])["candidates"]
     assert ours["reason"] is None and ours["forward"] and ours["backward"]
-
-
-def test_a_right_candidate_is_not():
-    peer = Candidate("peer", LOCAL, lambda problem, device: Prepared(right(problem)))
-    found = Measurement(CPU, rounds=2).row(DISC, [OURS, peer])["candidates"][1]
     assert found["reason"] is None and found["forward"]["ratio"] > 0
     assert {name[0] for name in found["errors"]["sampled"]} == set("oqkv")
+    assert broken["name"] == "broken" and broken["reason"] and broken["forward"] is None
 
 
 def test_a_run_in_which_ours_is_wrong_fails(tmp_path, monkeypatch):

@@ -6,8 +6,7 @@ import torch
 from vision_attn.bench.candidate import Prepared
 from vision_attn.bench.document import read_document
 from vision_attn.bench.entries import kernels_linear
-from vision_attn.bench.linear.candidates import CANDIDATES
-from vision_attn.bench.linear.problem import COPY, DENSE, LOOSE, SAME, LinearProblem
+from vision_attn.bench.linear import CANDIDATES, COPY, DENSE, LOOSE, SAME, LinearProblem
 from vision_attn.bench.run import run_benchmarks
 from vision_attn.bench.table import markdown
 

@@ -1,21 +1,16 @@
 """The benchmarks' own definition of local attention, its operation counts, and FlexAttention as a peer."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from vision_attn.bench.entries import kernels_local
-from vision_attn.bench.local.exact import seen
+from vision_attn.bench.local.candidates import outside_pairs, tile_pairs, triton_pairs
 from vision_attn.bench.local.flex import TILE, block_mask, disc_mask, flex_operator, kept_pairs, to_tiles
-from vision_attn.bench.local.flops import needed_pairs, outside_pairs, tile_pairs, triton_pairs
-from vision_attn.bench.local.problem import LocalProblem
+from vision_attn.bench.local.problem import LocalProblem, needed_pairs, seen
 from vision_attn.grid import Grid
 from vision_attn.kernels.local.window import Window
 
@@ -29,6 +24,7 @@ WINDOWS = [
     (Grid(23, 18, suffix=2), Window(kernel_size=(5, 3), dilation=(2, 3))),
 ]
 IDS = [f"{grid.height}x{grid.width}-{window.radius or window.kernel}" for grid, window in WINDOWS]
+UNDILATED = [row for row in WINDOWS if row[1].radius is not None or row[1].steps == (1, 1)]
 TILES = [((8, 8), (8, 8)), ((8, 16), (4, 8)), ((4, 8), (8, 16))]
 
 
@@ -92,58 +88,14 @@ def test_our_tiles_visit_little_more_than_needed(side, radius):
     assert 1.0 < visited / (24 * needed_pairs(grid, window)) < 1.8
 
 
-KERNEL = """
-import sys
-import torch, triton, triton.language as tl
-sys.path.insert(0, "tests")
-from test_bench_local import TILES, WINDOWS
-from vision_attn.bench.local.flops import tile_pairs
-from vision_attn.kernels.local.call import Call
-from vision_attn.kernels.local.tiles import count_tiles, key_range
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("queries", "keys"), TILES)
+@pytest.mark.parametrize(("grid", "window"), UNDILATED, ids=[IDS[WINDOWS.index(row)] for row in UNDILATED])
+def test_the_kernels_own_count_agrees(grid, window, queries, keys):
+    from counted_tiles import kernel_tiles
 
-
-@triton.jit
-def count(out, height, width, limit, reach, KY, KX, across,
-          M: tl.constexpr, N: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, DISC: tl.constexpr):
-    y0, x0 = tl.program_id(0) // across * M, tl.program_id(0) % across * N
-    y1, x1 = tl.minimum(y0 + M, height) - 1, tl.minimum(x0 + N, width) - 1
-    start_y, stop_y = key_range(y0, y1, height, KY, reach, DISC)
-    start_x, stop_x = key_range(x0, x1, width, KX, reach, DISC)
-    tl.store(out + tl.program_id(0), count_tiles(
-        start_y, stop_y, y0, y1, x0, x1, start_x, stop_x, width, limit, TALL, WIDE, DISC))
-
-
-for grid, window in WINDOWS:
-    if window.radius is None and window.steps != (1, 1):
-        continue
-    disc, q = window.radius is not None, torch.empty(1, grid.tokens, 1, 16)
-    size, kernel = (grid.height, grid.width, grid.prefix, grid.suffix), (0, 0) if disc else window.kernel
-    radius = min(float(window.radius or 0), float(grid.height + grid.width))
-    numbers = Call(q, q, q, None, None, None, None, size, radius, kernel, (1, 1), 1.0).numbers()
-    for queries, keys in TILES:
-        down, across = -(-grid.height // queries[0]), -(-grid.width // queries[1])
-        out = torch.zeros(down * across, dtype=torch.int32)
-        count[(down * across,)](out, grid.height, grid.width, numbers["limit"], numbers["reach"], *kernel, across,
-                                *queries, *keys, disc)
-        tile = queries[0] * queries[1] * keys[0] * keys[1]
-        assert int(out.sum()) * tile == tile_pairs(grid, window, queries, keys), (grid, window, queries, keys)
-        print("ok")
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
-def test_the_kernels_own_count_agrees(tmp_path):
-    (tmp_path / "count.py").write_text(KERNEL)
-    root = Path(__file__).parents[2]
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join([str(root), str(Path(__file__).parent)]),
-    }
-    command = [sys.executable, str(tmp_path / "count.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=root)
-    assert done.returncode == 0 and done.stdout.count("ok") == 15, done.stdout + done.stderr
+    tile = queries[0] * queries[1] * keys[0] * keys[1]
+    assert kernel_tiles(grid, window, queries, keys) * tile == tile_pairs(grid, window, queries, keys)
 
 
 FLEX = [
@@ -152,8 +104,15 @@ FLEX = [
 ]
 
 
-@pytest.mark.parametrize("tile", [None, TILE], ids=["raster", "tiles"])
-@pytest.mark.parametrize("problem", FLEX, ids=lambda problem: problem.name)
+@pytest.mark.parametrize(
+    ("problem", "tile"),
+    [
+        pytest.param(FLEX[0], TILE, id="16x32-tiles"),
+        pytest.param(FLEX[1], None, id="24x48-raster"),
+        pytest.param(FLEX[0], None, id="16x32-raster", marks=pytest.mark.slow),
+        pytest.param(FLEX[1], TILE, id="24x48-tiles", marks=pytest.mark.slow),
+    ],
+)
 def test_flex_attention_computes_the_disc(problem, tile):
     tile = tile or (1, problem.grid.width)
     prepared, blocks = flex_operator(problem, CPU, tile)

@@ -8,15 +8,12 @@ import torch
 from torch import nn
 
 from vision_attn.backbones.nat.attention import NeighborhoodAttention
+from vision_attn.bench import models as bench_models
 from vision_attn.bench.candidate import AbsentError
 from vision_attn.bench.document import read_document
 from vision_attn.bench.entries import models
-from vision_attn.bench.models import measure
-from vision_attn.bench.models.case import Entrant, ModelCase
-from vision_attn.bench.models.dense_twin import DenseSelfAttention, make_dense
-from vision_attn.bench.models.measure import model_row
-from vision_attn.bench.musts import Must, add_speedups, judge
-from vision_attn.bench.overview import images_table
+from vision_attn.bench.models import DenseSelfAttention, Entrant, ModelCase, make_dense, model_row
+from vision_attn.bench.overview import Must, add_speedups, images_table, judge
 from vision_attn.bench.timing import Launch
 from vision_attn.cli import main
 
@@ -141,15 +138,15 @@ def test_a_mode_with_a_graph_is_captured_or_left_out(kind, monkeypatch):
             asked.append(graph)
             self.kind = kind if graph else "eager"
 
-    monkeypatch.setattr(measure, "Launch", Ready)
-    monkeypatch.setattr(measure, "peak_memory", lambda call, device: None)
+    monkeypatch.setattr(bench_models, "Launch", Ready)
+    monkeypatch.setattr(bench_models, "peak_memory", lambda call, device: None)
     gpu, images = torch.device("cuda"), torch.zeros(2, 3, 8, 8)
-    assert measure._ready(Entrant("8", "eager"), Fits(8), images, gpu)[1]["batch"] == 2
+    assert bench_models._ready(Entrant("8", "eager"), Fits(8), images, gpu)[1]["batch"] == 2
     if kind == "graph":
-        assert measure._ready(Entrant("8", "eager graph"), Fits(8), images, gpu)[0].kind == "graph"
+        assert bench_models._ready(Entrant("8", "eager graph"), Fits(8), images, gpu)[0].kind == "graph"
     else:
         with pytest.raises(AbsentError, match="cannot be captured"):
-            measure._ready(Entrant("8", "eager graph"), Fits(8), images, gpu)
+            bench_models._ready(Entrant("8", "eager graph"), Fits(8), images, gpu)
     assert asked == [False, True]
 
 

@@ -7,12 +7,10 @@ import torch
 from torch import nn
 
 from vision_attn import Clear, convert
+from vision_attn.bench.local.flex import FlexClear
 from vision_attn.bench.pipelines.architectures import ARCHITECTURES
 from vision_attn.bench.pipelines.attention import WAYS
-from vision_attn.bench.pipelines.case import PipelineCase
-from vision_attn.bench.pipelines.flex_clear import FlexClear
-from vision_attn.bench.pipelines.measure import compiled_blocks
-from vision_attn.bench.pipelines.step import Clock, Steps, shortened
+from vision_attn.bench.pipelines.steps import Clock, PipelineCase, Steps, compiled_blocks, shortened
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 

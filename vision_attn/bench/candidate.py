@@ -1,4 +1,4 @@
-"""What is compared with what: a problem, the candidates that solve it, and why one of them may be absent."""
+"""What is compared with what: a problem, the candidates that solve it, and what makes one of them wrong or absent."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,9 +7,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+SHORT_DTYPE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
 
 class AbsentError(Exception):
     """A candidate does not take part; the message is the reason that is reported."""
+
+
+def reason_of(error: Exception) -> str:
+    """Return in one line why a candidate is absent: the message of an `AbsentError`, or what failed."""
+    first = str(error).strip().partition("\n")[0]
+    if isinstance(error, AbsentError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of memory: {first}"
+    return f"cannot run: {type(error).__name__}: {first}"
 
 
 @dataclass(frozen=True)
@@ -32,7 +44,7 @@ class Candidate:
 
     Args:
         name: Short and stable: a key of the JSON and a column of the tables.
-        computes: The function: one that the problem's `errors` knows. A baseline computes another one than the subject.
+        computes: The function: one that the problem's `errors` knows. A baseline may compute another one than ours.
         prepare: Makes it ready, outside of the timing; raises `AbsentError` if it cannot run.
     """
 
@@ -48,6 +60,13 @@ class Inputs:
     tensors: tuple[Tensor, ...]
     cotangent: Tensor
 
+    @classmethod
+    def drawn(cls, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> "Inputs":
+        """Draw q, k, v and the cotangent of o from a normal distribution, the same each time."""
+        draw = torch.Generator(device).manual_seed(0)
+        q, k, v, do = (torch.randn(shape, generator=draw, device=device, dtype=dtype) for _ in range(4))
+        return cls((q, k, v), do)
+
     def leaves(self) -> tuple[Tensor, ...]:
         """Return the tensors, on the same memory, as leaves of a new graph."""
         return tuple(t.detach().requires_grad_() for t in self.tensors)
@@ -58,7 +77,7 @@ class Problem(Protocol):
 
     @property
     def name(self) -> str:
-        """A name without spaces, unique in the entry: what `--only` selects by."""
+        """A name without spaces, unique in the entry: `--only` selects by it."""
 
     @property
     def label(self) -> str:
@@ -69,6 +88,10 @@ class Problem(Protocol):
         """The table it belongs to."""
 
     @property
+    def peers(self) -> Sequence[str]:
+        """Names of the candidates besides ours."""
+
+    @property
     def backward(self) -> Sequence[str]:
         """Names of the candidates whose backward is timed too."""
 
@@ -76,7 +99,7 @@ class Problem(Protocol):
         """Return what defines the case, for the JSON."""
 
     def twin(self) -> "Problem":
-        """Return the same problem at a size that the definition can check whole."""
+        """Return the same problem, small enough to be checked whole against the definition."""
 
     def inputs(self, device: torch.device) -> Inputs:
         """Draw the inputs."""
@@ -86,3 +109,43 @@ class Problem(Protocol):
 
     def needed_flop(self, gradients: bool) -> int:
         """Return the operations that the forward, or its gradients, cannot do without."""
+
+
+def results_of(run: Callable[..., Tensor], inputs: Inputs, gradients: bool) -> list[Tensor]:
+    """Return the output and, if asked for, the gradients of all inputs.
+
+    Free memory is filled with NaN first, so that what a candidate never writes cannot be right.
+
+    Raises:
+        AbsentError: If the output does not have the shape and dtype of the first input.
+    """
+    q = inputs.tensors[0]
+    poison = [torch.full_like(q, torch.nan) for _ in range(4)]
+    poison.clear()
+    with torch.set_grad_enabled(gradients):
+        leaves = inputs.leaves() if gradients else inputs.tensors
+        o = run(*leaves)
+    if o.shape != q.shape or o.dtype != q.dtype:
+        raise AbsentError(f"wrong: the output is {tuple(o.shape)} {o.dtype}, not {tuple(q.shape)} {q.dtype}")
+    return [o.detach(), *(torch.autograd.grad(o, leaves, inputs.cotangent) if gradients else ())]
+
+
+def budget_shares(
+    got: Sequence[Tensor], exact: Sequence[Tensor], plain: Sequence[Tensor], names: Sequence[str]
+) -> dict[str, float]:
+    """Return the largest error of each result as a share of its budget.
+
+    The budget is twice the error of a plain implementation plus twice one rounding of the largest value.
+
+    Args:
+        got: Results of a candidate.
+        exact: The same in float64.
+        plain: The same by the plain implementation, rounded to the dtype of `got`.
+        names: Of the results; the shortest of the four sequences counts.
+    """
+    shares = {}
+    for name, a, e, p in zip(names, got, exact, plain, strict=False):
+        rounding = torch.finfo(p.dtype).eps * e.abs().max() + 1e-6
+        budget = 2 * ((p.double() - e).abs().max() + rounding)
+        shares[name] = ((a.double() - e).abs().max() / budget).item()
+    return shares

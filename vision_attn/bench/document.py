@@ -1,4 +1,4 @@
-"""The stored result of an entry: one JSON file per entry and device, its schema, and how a part of it is renewed.
+"""The stored result of an entry: where it was measured, one JSON file per entry and device, and how it is renewed.
 
     {schema, entry, title, device, versions, timing, rows: [
         {case, label, group, shape, date, command, subject, needed_flop: {forward, backward}, candidates: [
@@ -7,20 +7,27 @@
             extra_memory: {bytes, share} | null}
 
 `ratio` is a candidate's median over the subject's in the same run: how many times faster the subject is. `errors` are
-shares of the budget; `reason` says why a candidate was left out; `ready_s` went into compiling and checking it. All
-candidates of a row were timed in one run.
+shares of the budget; `reason` says why a candidate was left out; `ready_s` are the seconds that it took to compile and
+check it. All candidates of a row were timed in one run.
 
 A row of whole models has no subject (null), no `needed_flop` and no `errors`. It has `musts`, a list of {text, value,
-needed, holds}, see `musts.py`; and its PASS has `batch`, `speedup` over the row's reference, and `memory`, which is
+needed, holds}, see `overview.py`; and its PASS has `batch`, `speedup` over the row's reference, and `memory`, which is
 {bytes, above}: the peak, and the part of it above the weights.
 """
 
+import datetime
+import importlib.metadata
 import json
+import platform
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 SCHEMA = 1
+_PACKAGES = ("vision_attn", "torch", "triton", "xformers", "natten", "diffusers", "timm")
 _NUMBER = (int, float)
 _DOCUMENT = dict(schema=int, entry=str, title=str, device=str, versions=dict, timing=str, rows=list)
 _NAME = (str, type(None))
@@ -29,15 +36,62 @@ _CANDIDATE = dict(name=str, computes=str)
 _PASS = dict(median_ms=_NUMBER, min_ms=_NUMBER, iqr_ms=_NUMBER, samples=int, launch=str)
 
 
+def pick_device(name: str | None) -> torch.device:
+    """Return the device called `name`, or if None a GPU where there is one.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {name!r}")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r}: no CUDA device is visible")
+    return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the GPU or, on a CPU, of the architecture and its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def device_slug(device: torch.device) -> str:
+    """Return the device's name for file names: 'cpu', or 'h200' for 'NVIDIA H200'."""
+    if device.type == "cpu":
+        return "cpu"
+    words = re.findall(r"[a-z0-9]+", torch.cuda.get_device_name(device).lower())
+    return "_".join(word for word in words if word not in ("nvidia", "amd", "geforce"))
+
+
+def versions() -> dict[str, str | None]:
+    """Return the version of Python and of every package that takes part; None where it is not installed."""
+    found: dict[str, str | None] = dict(python=platform.python_version(), cuda=torch.version.cuda)
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    found["torch"] = str(torch.__version__)
+    return found
+
+
+def today() -> str:
+    """Return the date in UTC, ISO 8601."""
+    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+
+
 def check_document(document: Any, source: object = "document") -> None:
-    """Refuse what is not of the schema.
+    """Refuse a document that does not have the schema.
 
     Args:
         document: What was read.
         source: Where it came from, for the message.
 
     Raises:
-        ValueError: If keys are missing or have the wrong type; all are listed.
+        ValueError: If keys are missing or have the wrong type; the first eight problems are listed.
     """
     problems = _mismatches("", document, _DOCUMENT)
     if not problems and document["schema"] != SCHEMA:
@@ -48,11 +102,11 @@ def check_document(document: Any, source: object = "document") -> None:
             problems += (bad := _mismatches(f"rows[{i}].candidates.", candidate, _CANDIDATE))
             problems += [] if bad else _passes(f"{row['case']}, {candidate['name']}: ", candidate)
     if problems:
-        raise ValueError(f"{source} is no result of vision-attn bench: {'; '.join(problems[:8])}")
+        raise ValueError(f"{source} is not a result of vision-attn bench: {'; '.join(problems[:8])}")
 
 
 def _passes(place: str, candidate: dict[str, Any]) -> list[str]:
-    """What is wrong with the passes of a candidate: it has a forward, or a reason why not."""
+    """Return what is wrong with the passes of a candidate: it needs a forward, or a reason why it has none."""
     timed = [name for name in ("forward", "backward") if candidate.get(name) is not None]
     problems = [p for name in timed for p in _mismatches(f"{place}{name}.", candidate[name], _PASS)]
     if bool(timed) == bool(candidate.get("reason")):
@@ -86,14 +140,14 @@ def read_document(path: Path) -> dict[str, Any]:
 
 
 def stored_rows(path: Path, fresh: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows at `path` that a run may be added to, none if there is no file.
+    """Return the rows stored at `path`, to which a run adds its own; none if there is no file.
 
     Args:
         path: Where the result will be written.
         fresh: The document of the run, without rows.
 
     Raises:
-        ValueError: If the stored ones are of another device or other versions: they would be mixed.
+        ValueError: If the stored rows are of another device or other versions, which must not be mixed.
     """
     if not path.exists():
         return []
@@ -105,7 +159,7 @@ def stored_rows(path: Path, fresh: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def merged(stored: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], order: Sequence[str]) -> list:
-    """Return stored rows with the new ones in their places, in `order`; a case that is not in it is dropped."""
+    """Return the stored rows and the new ones, which replace them, in `order`; a case not in `order` is dropped."""
     by_name = {row["case"]: row for row in (*stored, *rows)}
     return [by_name[name] for name in dict.fromkeys(order) if name in by_name]
 

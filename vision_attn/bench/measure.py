@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vision_attn.bench.candidate import AbsentError, Candidate, Inputs, Prepared, Problem
-from vision_attn.bench.memory import extra_memory
-from vision_attn.bench.timing import Launch, Timing, interleave
+from vision_attn.bench.candidate import AbsentError, Candidate, Inputs, Prepared, Problem, reason_of
+from vision_attn.bench.timing import Launch, Timing, extra_memory, interleave, own_stream
 
 SUBJECT = "ours"
 
@@ -33,32 +32,28 @@ class Measurement:
 
         Args:
             problem: The case.
-            candidates: Who takes part; the one called 'ours' is the subject that all ratios refer to.
+            candidates: Those of the entry. The problem's peers take part, and 'ours': all ratios refer to it.
 
         Returns:
             A row of `document.py`'s schema. A candidate that is wrong or cannot run is in it with the reason.
         """
-        if self.device.type == "cpu":
-            return self._row(problem, candidates)
-        with torch.cuda.stream(torch.cuda.Stream(self.device)):  # CUDA graphs are not captured on the default stream
+        with own_stream(self.device):
             row = self._row(problem, candidates)
-        torch.cuda.empty_cache()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         return row
 
     def _row(self, problem: Problem, candidates: Sequence[Candidate]) -> dict[str, Any]:
         inputs = problem.inputs(self.device)
         results, launches = [], {}
-        for candidate in candidates:
-            if self.chosen and candidate.name not in (SUBJECT, *self.chosen):
-                continue
+        wanted = [SUBJECT, *(peer for peer in problem.peers if not self.chosen or peer in self.chosen)]
+        for candidate in (candidate for candidate in candidates if candidate.name in wanted):
             result: dict[str, Any] = dict(name=candidate.name, computes=candidate.computes, reason=None)
             start = time.perf_counter()
             try:
                 ready = self._ready(candidate, problem, inputs, result)
-            except AbsentError as absent:
-                result["reason"] = str(absent)
             except Exception as error:  # a peer may fail in any way: that is a result, and the others go on
-                result["reason"] = f"cannot run: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                result["reason"] = reason_of(error)
             else:
                 launches.update({(candidate.name, name): launch for name, launch in ready.items()})
             results.append(result | dict(ready_s=time.perf_counter() - start))
@@ -74,7 +69,7 @@ class Measurement:
     def _ready(
         self, candidate: Candidate, problem: Problem, inputs: Inputs, result: dict[str, Any]
     ) -> dict[str, Launch]:
-        """Check a candidate and return its launches by pass; what is learnt on the way goes to `result`."""
+        """Check a candidate and return its launches by pass; write errors and memory into `result`."""
         gradients = candidate.name in problem.backward
         prepared = candidate.prepare(problem, self.device)
         result["errors"] = dict(

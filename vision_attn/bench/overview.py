@@ -1,12 +1,68 @@
-"""Renders results of whole models as Markdown: one table per case, its candidates as lines, and what must hold."""
+"""Rows of whole models: speed-ups, what must hold, and their Markdown with one table per case."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from vision_attn.bench.table import heading
 
 Row = dict[str, Any]
 Columns = dict[str, Callable[[Row], str]]
+
+
+@dataclass(frozen=True)
+class Must:
+    """One candidate is faster than others, or runs at all.
+
+    Args:
+        subject: Name of the candidate.
+        against: Candidates to compare with; the fastest counts. None if it is enough that the subject runs.
+        factor: How many times faster the subject must be, at least.
+    """
+
+    subject: str
+    against: tuple[str, ...] = ()
+    factor: float = 1.0
+
+    def judge(self, candidates: Sequence[Row]) -> Row | None:
+        """Return the verdict `{text, value, needed, holds}`, or None if the subject or all others took no part.
+
+        A subject that was left out with a reason fails. `value` is None where there is nothing to compare.
+        """
+        by_name = {candidate["name"]: candidate for candidate in candidates}
+        others = [by_name[name] for name in self.against if name in by_name]
+        if self.subject not in by_name or bool(self.against) != bool(others):
+            return None
+        own = per_item(by_name[self.subject])
+        if not self.against:
+            return dict(text=f"{self.subject} runs", value=None, needed=None, holds=own is not None)
+        times = {other["name"]: t for other in others if (t := per_item(other)) is not None}
+        fastest = min(times, key=lambda name: times[name], default=" or ".join(self.against))
+        value = times[fastest] / own if times and own is not None else None
+        text = f"{self.subject} at least {self.factor:g}x as fast as {fastest}"
+        return dict(text=text, value=value, needed=self.factor, holds=value is not None and value >= self.factor)
+
+
+def per_item(candidate: Row) -> float | None:
+    """Return the milliseconds per image of a measured candidate, None for one that was left out."""
+    timed = candidate.get("forward")
+    return timed["median_ms"] / timed.get("batch", 1) if timed else None
+
+
+def judge(musts: Sequence[Must], candidates: Sequence[Row]) -> list[Row]:
+    """Return the verdicts on the musts whose candidates took part in the run."""
+    verdicts = [must.judge(candidates) for must in musts]
+    return [verdict for verdict in verdicts if verdict is not None]
+
+
+def add_speedups(candidates: Sequence[Row], reference: Sequence[str]) -> None:
+    """Give each measured candidate `speedup`: how many times faster it is than the fastest of `reference`."""
+    times = [per_item(candidate) for candidate in candidates if candidate["name"] in reference]
+    fastest = min((t for t in times if t is not None), default=None)
+    for candidate in candidates:
+        own = per_item(candidate)
+        if own is not None:
+            candidate["forward"]["speedup"] = None if fastest is None else fastest / own
 
 
 def images_table(document: Row, groups: Sequence[str] = ()) -> str:
@@ -64,7 +120,7 @@ def _table(row: Row, columns: Columns) -> str:
 
 
 def speedup(timed: Row) -> str:
-    """Return how many times faster than the row's reference a candidate is."""
+    """Return the cell that says how many times faster than the row's reference a candidate is."""
     return "-" if timed.get("speedup") is None else f"{timed['speedup']:.2f}x"
 
 
@@ -73,7 +129,7 @@ def _gib(size: int | None) -> str:
 
 
 def _lists(row: Row) -> list[str]:
-    """What must hold and whether it does; and why candidates were left out."""
+    """Return a list of what must hold and whether it does, and a list of why candidates were left out."""
     musts = [f"- {'holds' if m['holds'] else '**missed**'}: {m['text']}{_value(m)}" for m in row.get("musts", ())]
     reasons = [f"- {c['name']} is left out: {c['reason']}" for c in row["candidates"] if c["reason"]]
     return ["\n".join(lines) for lines in (musts, reasons) if lines]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vision_attn.bench.document import read_document
-from vision_attn.bench.musts import per_item
+from vision_attn.bench.overview import per_item
 
 Row = dict[str, Any]
 _COLOURS = (
@@ -28,14 +28,14 @@ def plot_document(path: Path, out: Path) -> list[Path]:
 
     Raises:
         OSError: If it cannot be read.
-        ValueError: If it is no result of whole models, holds no times, or matplotlib is not installed.
+        ValueError: If it is not a result of whole models, holds no times, or matplotlib is not installed.
     """
     document = read_document(path)
     rows = [row for row in document["rows"] if _size(row) is not None]
     if not any(candidate.get("forward") for row in rows for candidate in row["candidates"]):
-        raise ValueError(f"{path} holds no times of whole models at some resolution: {document['entry']} has no plot")
+        raise ValueError(f"{path} holds no times of whole models by resolution: {document['entry']} has no plot")
     try:
-        from matplotlib.figure import Figure  # noqa: PLC0415, only where something is drawn
+        from matplotlib.figure import Figure  # noqa: PLC0415, an extra
     except ImportError as error:
         raise ValueError(f"plots need matplotlib ({error}): pip install 'vision_attn[bench]'") from error
     out.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def plot_document(path: Path, out: Path) -> list[Path]:
     for group in dict.fromkeys(row["group"] for row in rows):
         own = [row for row in rows if row["group"] == group]
         figure = Figure(figsize=(12, 4.6), layout="constrained")
-        # alike in all pictures, if the colours are enough
+        # a candidate has the same colour in all pictures, if there are enough colours
         looks = _looks(every if len(_others(every)) <= len(_COLOURS) else _names(own))
         _draw(figure, own, looks, f"{group}, {document['device']}, torch {document['versions']['torch']}")
         word = "".join(
@@ -59,8 +59,8 @@ def series(rows: Sequence[Row], value: Callable[[Row], float | None]) -> dict[tu
 
     Returns:
         By candidate and whether it is compiled: (pixels, value, extrapolated) of the rows in which it was measured.
-        Replays of CUDA graphs are left out: they would lie on the lines of what they replay. So is what was compiled
-        at one of several sizes, which makes no line.
+        Replays of CUDA graphs are left out, because their lines would lie on those of what they replay. So are
+        candidates that were compiled at only one of several sizes: one point is not a line.
     """
     found: dict[tuple[str, bool], list[tuple]] = {}
     for row in sorted(rows, key=lambda row: _size(row) or 0):
@@ -91,7 +91,7 @@ def _memory(candidate: Row) -> float | None:
     memory = timed.get("memory")
     if memory is None:
         return None
-    # several classifiers share a GPU, where the total says nothing; a denoiser has it for itself
+    # several classifiers lie on the GPU at once, so that the total says nothing; a denoiser is alone there
     return (memory["above"] / timed["batch"] if "batch" in timed else memory["bytes"]) / 2**30
 
 

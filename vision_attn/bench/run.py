@@ -10,8 +10,18 @@ from types import ModuleType
 from typing import Any
 
 from vision_attn.bench import entries
-from vision_attn.bench.document import SCHEMA, merged, read_document, stored_rows, write_document
-from vision_attn.bench.environment import device_name, device_slug, pick_device, today, versions
+from vision_attn.bench.document import (
+    SCHEMA,
+    device_name,
+    device_slug,
+    merged,
+    pick_device,
+    read_document,
+    stored_rows,
+    today,
+    versions,
+    write_document,
+)
 from vision_attn.bench.measure import Measurement
 from vision_attn.bench.table import markdown
 
@@ -22,7 +32,7 @@ _TIMING = (
 
 
 def entry_names() -> list[str]:
-    """Return the names of all entries, found as files."""
+    """Return the names of all entries: those of their files."""
     return sorted(module.name for module in pkgutil.iter_modules(entries.__path__))
 
 
@@ -41,10 +51,10 @@ def find_entries(name: str) -> list[ModuleType]:
 
 
 def choose(cases: Sequence[Any], patterns: Sequence[str]) -> list[Any]:
-    """Return the cases that a pattern names, all if there are no patterns.
+    """Return the cases whose names match a pattern, all if there are no patterns.
 
     Raises:
-        ValueError: If a pattern names none; all names are listed.
+        ValueError: If a pattern matches none; all names are listed.
     """
     names = [case.name for case in cases]
     if unknown := [p for p in patterns if not fnmatch.filter(names, p)]:
@@ -53,7 +63,11 @@ def choose(cases: Sequence[Any], patterns: Sequence[str]) -> list[Any]:
 
 
 def check_candidates(chosen: Sequence[ModuleType], names: Sequence[str]) -> None:
-    """Refuse a name that no candidate of the chosen entries has."""
+    """Refuse names that no candidate of the chosen entries has.
+
+    Raises:
+        ValueError: If there are some; the known ones are listed.
+    """
     known = dict.fromkeys(candidate.name for entry in chosen for candidate in entry.CANDIDATES)
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"no candidate {', '.join(map(repr, unknown))}: there is {', '.join(map(repr, known))}")
@@ -77,15 +91,15 @@ def run_benchmarks(
         device: 'cpu' or 'cuda', by default a GPU where there is one.
         only: Case names, `*` and `?` allowed; all if empty.
         candidates: Names of the candidates to compare with, all if empty.
-        quick: Fewer cases, fewer samples.
+        quick: Run fewer cases and take fewer samples.
         say: Receives a line as each case ends.
 
     Returns:
         The files written.
 
     Raises:
-        ValueError: If a name or the device is unknown, or stored cases are of other versions; and, with everything
-            stored, if the subject of a comparison is wrong or cannot run.
+        ValueError: If a name or the device is unknown, or stored cases are of other versions. Also if the subject of a
+            comparison is wrong or cannot run; then everything has been stored.
     """
     where = pick_device(device)
     measurement = Measurement(where, rounds=2 if quick else 4, chosen=candidates)

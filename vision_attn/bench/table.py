@@ -1,4 +1,4 @@
-"""Renders a stored result as Markdown: one table per group of cases and pass, and why candidates are absent."""
+"""Shows a stored result as Markdown: a table for each group and pass, and why candidates are absent."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ Row = dict[str, Any]
 
 _LEGEND = (
     "In TFLOP/s, `needed` counts the pairs that the function attends to, `visited` those that tiles or blocks compute. "
-    "Cells of peers: ms (times the subject's, TFLOP/s visited). `memory` is the peak above inputs and outputs, as a "
+    "Cells of peers: ms (how many times ours, TFLOP/s visited). `memory` is the peak above inputs and outputs, as a "
     "share of them."
 )
 
@@ -35,7 +35,7 @@ def markdown(document: dict[str, Any], groups: Sequence[str] = ()) -> str:
 
 
 def heading(document: dict[str, Any], groups: Sequence[str] = ()) -> tuple[str, list[str]]:
-    """Return what was measured where and how, in two paragraphs, and the groups to show.
+    """Return two paragraphs, on what was measured and on where and how, and the groups to show.
 
     Raises:
         ValueError: If a group is not in the document.

@@ -1,18 +1,23 @@
-"""Times calls side by side: replays of CUDA graphs between events on a GPU, wall-clock time on a CPU.
+"""What calls cost: their times side by side, and the memory they take.
 
-Candidates take turns, in alternating order, so that what drifts hits all alike. On a GPU a turn begins with 80 ms of
-uncounted calls of its own: a GPU that has just idled, or ran something lighter, has a higher clock than the candidate
-can hold. The inputs are not evicted from the cache between calls.
+On a GPU, replays of CUDA graphs are timed between events; on a CPU, wall-clock time. Candidates take turns, in
+alternating order, so that what drifts hits all alike. On a GPU each turn begins with 80 ms of calls that are not
+counted: a GPU that was idle, or ran something lighter, has a higher clock than the candidate can hold. The inputs are
+not evicted from the cache between calls.
 """
 
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from vision_attn.bench.candidate import Inputs
 
 _LEAD_MS = 80.0
 _TURN_MS = 40.0
@@ -44,11 +49,11 @@ class Launch:
         call: What to time; takes no arguments, and its result is dropped. On a GPU its work must go to the current
             stream.
         device: Where it runs.
-        setup: Runs before every call, untimed: the forward that a backward consumes.
-        graph: Whether a CUDA graph is tried: a whole model is timed as its users run it, without.
+        setup: Runs before every call and is not timed: the forward that a backward consumes.
+        graph: Whether to try a CUDA graph. A whole model is timed without one, as its users run it.
 
     Attributes:
-        kind: 'graph', 'eager' (on a GPU, and could not be captured) or 'cpu'.
+        kind: 'graph', 'eager' (on a GPU, where no graph was captured) or 'cpu'.
         estimate_ms: About how long a call takes.
     """
 
@@ -60,7 +65,7 @@ class Launch:
         *,
         graph: bool = True,
     ) -> None:
-        # Graphs hold addresses alone: what the functions reach must live as long as the graphs are replayed.
+        # Graphs hold addresses alone: what the functions refer to must live as long as the graphs are replayed.
         self._functions = self._steps = [call] if setup is None else [setup, call]
         self.kind = "cpu"
         self._once()
@@ -87,7 +92,7 @@ class Launch:
             step()
 
     def turn(self) -> list[float]:
-        """Return the milliseconds of one slow call, or of up to 40 calls in a row after others that are not counted."""
+        """Return the milliseconds of one slow call, or of up to 40 calls in a row after calls that are not counted."""
         if self.estimate_ms >= _SLOW_MS:
             return self._burst(1)
         per_ms = 1 / max(self.estimate_ms, 1e-3)
@@ -95,7 +100,7 @@ class Launch:
         return self._burst(min(max(int(_TURN_MS * per_ms), 2), 40), lead)
 
     def _burst(self, count: int, lead: int = 0) -> list[float]:
-        """Return the milliseconds of `count` calls after `lead` others."""
+        """Return the milliseconds of `count` calls that follow `lead` uncounted ones."""
         for _ in range(lead):
             self._once()
         *setup, call = self._steps
@@ -131,6 +136,11 @@ def _graph(call: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def own_stream(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context with a stream of its own: CUDA graphs are not captured on the default stream."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+
+
 def interleave(launches: Mapping[str, Launch], *, rounds: int = 4) -> dict[str, Timing]:
     """Time all launches in turns.
 
@@ -147,3 +157,68 @@ def interleave(launches: Mapping[str, Launch], *, rounds: int = 4) -> dict[str, 
             if len(samples[name]) < 2 or sum(samples[name]) <= _MOST_MS:
                 samples[name] += launches[name].turn()
     return {name: Timing.of(samples[name], launch.kind) for name, launch in launches.items()}
+
+
+class PeakMemory:
+    """Watches the memory of a GPU from the moment it is made; on a CPU nothing is counted."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
+
+    def read(self) -> dict[str, int] | None:
+        """Return the peak in `bytes` and the part of it `above` what lay there before; None on a CPU."""
+        if self._device.type != "cuda":
+            return None
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated(self._device)
+        return dict(bytes=peak, above=peak - self._before)
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> dict[str, int] | None:
+    """Return what one call needs, see `PeakMemory`.
+
+    Args:
+        call: Has run before, so that no compilation is in the figure.
+        device: Where it runs.
+    """
+    watch = PeakMemory(device)
+    call()
+    return watch.read()
+
+
+def extra_memory(
+    run: Callable[..., Tensor], inputs: Inputs, device: torch.device, backward: bool
+) -> dict[str, float] | None:
+    """Return the peak above inputs and outputs of one forward, or of forward and backward together.
+
+    Saved statistics such as a log-sum-exp count as extra; a cotangent is an input, gradients are outputs.
+
+    Args:
+        run: From the inputs to the output; has run before, so that no compilation is in the figure.
+        inputs: What to call it with.
+        device: Where it runs.
+        backward: Whether the gradients of all inputs are computed too.
+
+    Returns:
+        `bytes`, and `share` of the bytes of inputs and outputs. None on a CPU.
+    """
+    if device.type != "cuda":
+        return None
+    watch = PeakMemory(device)
+    if backward:
+        leaves = inputs.leaves()
+        output = run(*leaves)
+        outputs = (output, *torch.autograd.grad(output, leaves, inputs.cotangent))
+        given = sum(t.nbytes for t in (*inputs.tensors, inputs.cotangent))
+    else:
+        with torch.no_grad():
+            outputs = (run(*inputs.tensors),)
+        given = sum(t.nbytes for t in inputs.tensors)
+    made, peak = sum(t.nbytes for t in outputs), watch.read()
+    assert peak is not None
+    extra = max(peak["above"] - made, 0)
+    return dict(bytes=extra, share=extra / (given + made))

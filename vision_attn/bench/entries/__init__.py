@@ -3,11 +3,11 @@
 An entry is a module with
 
     TITLE: str                                       # what is measured, for the tables' head
-    CANDIDATES: Sequence                             # all who can take part, objects with a `name`
+    CANDIDATES: Sequence                             # all that can take part, objects with a `name`
     def cases(device: torch.device, quick: bool)     # objects with a `name`, in the order of the tables
     def row(case, measurement: Measurement)          # a row of `document.py`'s schema
 
-and, where the rows are not of functions that are compared with a subject,
+and, if its rows do not compare functions with a subject,
 
     TIMING: str                                      # how the times were taken
     def table(document, groups=())                   # the stored result as Markdown

@@ -4,16 +4,16 @@ from typing import Any
 
 import torch
 
-from vision_attn.bench.linear.candidates import CANDIDATES as ALL
-from vision_attn.bench.linear.problem import LinearProblem
+from vision_attn.bench.linear import CANDIDATES, LinearProblem
 from vision_attn.bench.measure import Measurement
+
+__all__ = ["CANDIDATES", "TITLE", "cases", "row"]
 
 TITLE = (
     "Linear, RALA, agent and HiLo attention, the whole operator on `[B, N, H, D]` tensors. `copy` moves the bytes of "
-    "the floor (q, k, v and o once; RALA reads q twice; backward: seven tensors) in the same run: its ratio is ours as "
-    "a share of copy bandwidth. `eager` and `compiled` are the papers' formulas"
+    "the floor (q, k, v and o once; RALA reads q twice; backward: seven tensors) in the same run: its ratio is our "
+    "share of copy bandwidth. `eager` and `compiled` are the papers' formulas"
 )
-CANDIDATES = ALL
 _PEERS = ("copy", "eager", "compiled", "fbi_la")
 _SIDES = (64, 128, 256, 512, 1024)
 _QUICK = ("linear-64-h10-d64", "linear-256-h10-d64", "rala-256-h10-d64", "agent-256-a49-h10-d64", "hilo-256-h10-d64")
@@ -29,7 +29,7 @@ def cases(device: torch.device, quick: bool = False) -> list[LinearProblem]:
 
 def row(case: LinearProblem, measurement: Measurement) -> dict[str, Any]:
     """Measure one case; see `Measurement.row`."""
-    return measurement.row(case, [c for c in CANDIDATES if c.name in ("ours", *case.peers)])
+    return measurement.row(case, CANDIDATES)
 
 
 def _linear() -> list[LinearProblem]:

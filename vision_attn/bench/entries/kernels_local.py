@@ -34,7 +34,7 @@ def cases(device: torch.device, quick: bool = False) -> list[LocalProblem]:
 
 def row(case: LocalProblem, measurement: Measurement) -> dict[str, Any]:
     """Measure one case; see `Measurement.row`."""
-    return measurement.row(case, [c for c in CANDIDATES if c.name in ("ours", *case.peers)])
+    return measurement.row(case, CANDIDATES)
 
 
 def _discs() -> list[LocalProblem]:
@@ -44,7 +44,7 @@ def _discs() -> list[LocalProblem]:
         if (side, radius) == (128, 16):
             backward += ("Flex raster",)
         peers = [peer for peer in _DISC_PEERS if side < 512 or peer not in _SLOW]
-        # compiling takes FlexAttention seconds a case: one radius shows what tiles change
+        # FlexAttention compiles for seconds in each case, and one radius shows what tiles change
         peers = [peer for peer in peers if radius == 16 or peer != "Flex tiles"]
         grid, window = Grid(side, side, prefix=512), Window(radius=radius)
         problems.append(LocalProblem(_DISCS, grid, window, tuple(peers), backward))

@@ -5,32 +5,31 @@ from typing import Any
 import torch
 
 from vision_attn.bench.measure import Measurement
-from vision_attn.bench.musts import Must
-from vision_attn.bench.overview import steps_table
+from vision_attn.bench.overview import Must, steps_table
 from vision_attn.bench.pipelines.architectures import ARCHITECTURES
 from vision_attn.bench.pipelines.attention import STOCK, WAYS
-from vision_attn.bench.pipelines.case import PipelineCase
-from vision_attn.bench.pipelines.measure import pipeline_row
+from vision_attn.bench.pipelines.steps import PipelineCase, pipeline_row
 
 TITLE = (
     "One denoising step at full size with random weights in bf16 (on a CPU small twins in float32): one forward of the "
     "denoiser, batch 1; guidance by a second forward, as in SD and SDXL, doubles all times alike. `stock` is diffusers "
-    "as it is: PyTorch's choice of a native attention, and cuDNN's wherever it can run. `flex` is CLEAR the way its "
-    "authors run it"
+    "as it is: with PyTorch's choice of a native attention, and with cuDNN's wherever that can run. `flex` is CLEAR as "
+    "its authors run it"
 )
 TIMING = (
     "Candidates one after another in one run, on one model: a warm-up, then medians of 5 steps below 0.5 s, 3 below "
     "2 s, 2 below 6 s, else one. A step above 15 s is extrapolated: one block of each kind is timed in its place, and "
     "counted as often as the model has it. Compiled is `torch.compile` of the repeated blocks. Speed-ups "
     "refer to the faster stock of the same table. Memory is the peak with all weights, and the part above what lay "
-    "there before the step; the blocks run one after another, so that of an extrapolated step is seen with one of each."
+    "there before the step; blocks run one after another, so one of each kind shows the peak of an extrapolated step."
 )
 CANDIDATES = tuple(WAYS.values())
 table = steps_table
 
-_LOCAL = ("clear r16", "clear r8", "neighborhood k33")
-_LINEAR = ("linfusion", "linear local", "agent", "hilo", "rala")
-_UNET = ("clear r8", "neighborhood k13", *_LINEAR)
+_FLEX = "flex r16"
+_DIT_WINDOWS, _UNET_WINDOWS = ("clear r16", "clear r8", "neighborhood k33"), ("clear r8", "neighborhood k13")
+_OTHERS = tuple(name for name in WAYS if name not in (*STOCK, _FLEX, *_DIT_WINDOWS, *_UNET_WINDOWS))
+_DIT, _UNET = (*_DIT_WINDOWS, *_OTHERS), (*_UNET_WINDOWS, *_OTHERS)
 _FAST = ("clear r16", "linfusion")
 
 _EAGER = {1024: 1.0, 2048: 1.38, 4096: 2.8, 8192: 8.5}
@@ -41,7 +40,7 @@ MUSTS: dict[str, tuple[Must, ...]] = {
     "sdxl-4096": (Must("linfusion", STOCK, 2.0),),
     "sdxl-16384": (Must("linfusion"),),
 }
-MUSTS["flux-8192"] += (Must("clear r16", ("flex r16",), 1.5),)
+MUSTS["flux-8192"] += (Must("clear r16", (_FLEX,), 1.5),)
 
 
 def _case(architecture: str, pixels: int, ways: tuple[str, ...], compiled: bool = False) -> PipelineCase:
@@ -53,13 +52,13 @@ def cases(device: torch.device, quick: bool = False) -> list[PipelineCase]:
     """Return the cases for a device, the most important first; a CPU gets small twins in float32."""
     if device.type == "cpu":
         return _on_cpu(quick)
-    flux = [_case("flux", pixels, ("flex r16", *_LOCAL, *_LINEAR)) for pixels in (1024, 2048)]
-    flux += [_case("flux", pixels, ("flex r16", *_LOCAL, "linfusion")) for pixels in (4096, 8192)]
+    flux = [_case("flux", pixels, (_FLEX, *_DIT)) for pixels in (1024, 2048)]
+    flux += [_case("flux", pixels, (_FLEX, *_DIT_WINDOWS, "linfusion")) for pixels in (4096, 8192)]
     sdxl = [_case("sdxl", pixels, _UNET) for pixels in (1024, 4096)] + [_case("sdxl", 16384, ("linfusion",))]
     if quick:
         return [flux[0], sdxl[0]]
-    compiled = [_case("flux", 1024, (*_LOCAL, *_LINEAR), True)]
-    compiled += [_case("flux", pixels, ("clear r16", "linfusion"), True) for pixels in (2048, 4096, 8192)]
+    compiled = [_case("flux", 1024, _DIT, True)]
+    compiled += [_case("flux", pixels, _FAST, True) for pixels in (2048, 4096, 8192)]
     others = [_case("sdxl", 2048, _UNET), _case("sdxl", 8192, ("clear r8", "linfusion"))]
     # compiled too where launching small layers may take longer than running them
     small = dict(sdxl=(1024, 2048), sd15=(512, 1024), pixart=(1024, 2048), sd35=(1024, 2048))
@@ -67,18 +66,18 @@ def cases(device: torch.device, quick: bool = False) -> list[PipelineCase]:
         radius = 8 if architecture in ("sdxl", "sd15") else 16
         others += [_case(architecture, pixels, (f"clear r{radius}", "linfusion"), True) for pixels in sizes]
     others += [_case("sd15", pixels, _UNET) for pixels in (512, 1024, 2048)] + [_case("sd15", 4096, ("linfusion",))]
-    others += [_case("pixart", pixels, (*_LOCAL, *_LINEAR)) for pixels in (1024, 2048)]
+    others += [_case("pixart", pixels, _DIT) for pixels in (1024, 2048)]
     others += [_case("pixart", pixels, _FAST) for pixels in (4096, 8192)]
     # SD3.5's table of positions ends at 6144 px
-    others += [_case("sd35", pixels, (*_LOCAL, *_LINEAR)) for pixels in (1024, 2048)] + [_case("sd35", 4096, _FAST)]
+    others += [_case("sd35", pixels, _DIT) for pixels in (1024, 2048)] + [_case("sd35", 4096, _FAST)]
     return [*flux, *compiled, *sdxl, *others]
 
 
 def _on_cpu(quick: bool) -> list[PipelineCase]:
-    """Small twins: every architecture, and FLUX at two sizes and compiled."""
-    ways = (*STOCK, "clear r16", "linfusion")
+    """Return small twins: every architecture, and FLUX at two sizes and compiled."""
+    ways = (*STOCK, *_FAST)
     every = [
-        PipelineCase("flux", 64, (*ways, "flex r16"), small=True),
+        PipelineCase("flux", 64, (*ways, _FLEX), small=True),
         PipelineCase("flux", 128, ways, small=True),
         PipelineCase("flux", 64, ways, True, small=True),
     ]

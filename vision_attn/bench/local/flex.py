@@ -1,10 +1,16 @@
 """FlexAttention with CLEAR's mask: over the raster sequence as CLEAR's authors run it, and over 2-D tiles of tokens.
 
-The block mask is built once, outside of the timing, in both. The tiles' permutation of q, k, v and o is inside, since
-it is part of the operator; it is compiled together with the attention.
+The block mask is built once and is not timed. Tiles need q, k, v and o permuted: that is part of the operator, compiled
+with it and timed.
+
+`FlexClear` puts it into whole models. https://github.com/Huage001/CLEAR compiles `flex_attention` alone and leaves the
+rest of the model eager; `FlexClear` runs it the same way, in the place of the host's attention, as a processor does. It
+shares no code with theirs.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +19,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from vision_attn.bench.candidate import AbsentError, Candidate, Prepared
 from vision_attn.bench.local.problem import LOCAL, LocalProblem
 from vision_attn.grid import Grid
+from vision_attn.kernels.local.window import Window
+from vision_attn.processors.base import AttnSpec, Layer, Processor
 
 BLOCK = 128
 TILE = (8, 16)
@@ -22,14 +30,14 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 def disc_mask(problem: LocalProblem, tile: tuple[int, int]) -> MaskMod:
     """Return the mask of CLEAR, https://arxiv.org/abs/2412.16112, for grid tokens in tiles of `tile`.
 
-    One row is raster order.
+    Tiles of one row and the grid's width are raster order.
 
     Raises:
-        AbsentError: If the window is no disc, or the grid is not made of whole tiles.
+        AbsentError: If the window is not a disc, or the grid is not made of whole tiles.
     """
     grid, radius = problem.grid, problem.window.radius
     if radius is None:
-        raise AbsentError("only discs are written as a mask for FlexAttention here")
+        raise AbsentError("FlexAttention is given the mask of a disc here, and no other")
     if grid.suffix or grid.height % tile[0] or grid.width % tile[1]:
         raise AbsentError(f"{grid} is not made of whole tiles of {tile[0]} x {tile[1]} after a prefix")
     prefix, across, (tall, wide) = grid.prefix, grid.width // tile[1], tile
@@ -50,7 +58,7 @@ def disc_mask(problem: LocalProblem, tile: tuple[int, int]) -> MaskMod:
 
 
 def block_mask(mask: MaskMod, tokens: int, device: torch.device) -> BlockMask:
-    """Return what `create_block_mask` would, without compiling and without a mask of `tokens` x `tokens`."""
+    """Return what `create_block_mask` returns, without compiling and without a mask of `tokens` x `tokens`."""
     every = torch.arange(tokens, device=device, dtype=torch.int32)
     blocks = -(-tokens // BLOCK)
     zero = every[:1]
@@ -68,7 +76,7 @@ def block_mask(mask: MaskMod, tokens: int, device: torch.device) -> BlockMask:
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Count of kept blocks of each row, `[1, 1, Q]`, and their places, kept ones first, `[1, 1, Q, K]`."""
+    """Return the number of kept blocks in each row, `[1, 1, Q]`, and all places, the kept first, `[1, 1, Q, K]`."""
     places = blocks.int().sort(dim=1, descending=True, stable=True).indices.int()
     return blocks.sum(1).int()[None, None], places[None, None]
 
@@ -89,7 +97,7 @@ def to_tiles(t: Tensor, grid: Grid, tile: tuple[int, int], inverse: bool = False
 
 
 def flex_operator(problem: LocalProblem, device: torch.device, tile: tuple[int, int]) -> tuple[Prepared, BlockMask]:
-    """Return the operator, not compiled, and its block mask; a tile of one row is raster order."""
+    """Return the operator, not compiled, and its block mask; a tile of one whole row is raster order."""
     grid = problem.grid
     blocks = block_mask(disc_mask(problem, tile), grid.tokens, device)
 
@@ -127,3 +135,55 @@ def _tiles(problem: LocalProblem, device: torch.device) -> Prepared:
 
 
 FLEX = (Candidate("Flex raster", LOCAL, _raster), Candidate("Flex tiles", LOCAL, _tiles))
+
+
+@dataclass(frozen=True, eq=False)
+class FlexClear(AttnSpec):
+    """A disc by FlexAttention, for one grid.
+
+    Args:
+        radius: Radius of the disc in tokens.
+        blocks: The mask of the grid.
+        run: `flex_attention`, compiled or not.
+    """
+
+    radius: float
+    blocks: BlockMask
+    run: Callable[..., Any]
+
+    @classmethod
+    def on(cls, grid: Grid, radius: float, device: torch.device) -> "FlexClear":
+        """Build the mask; FlexAttention is compiled on CUDA. On a CPU it is eager: slow, and its mask is dense."""
+        problem = LocalProblem("mask", grid, Window(radius=radius))
+        blocks = block_mask(disc_mask(problem, (1, grid.width)), grid.tokens, device)
+        run = torch.compile(flex_attention, dynamic=False) if device.type == "cuda" else flex_attention
+        return cls(radius, blocks, run)
+
+    def build(self, layer: Layer) -> "FlexClearAttention":
+        """Return the processor of one layer."""
+        return FlexClearAttention(self)
+
+    def attended(self, grid: Grid) -> float:
+        """Return the mean share of tokens that one token attends to."""
+        return Window(radius=self.radius).share(grid)
+
+
+class FlexClearAttention(Processor):
+    """One call of FlexAttention."""
+
+    def __init__(self, spec: FlexClear) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None = None, scale: float | None = None
+    ) -> Tensor:
+        """Attend inside the disc: see `Processor.forward`.
+
+        Raises:
+            ValueError: If there is padding: the block mask was built without it.
+        """
+        if mask is not None:
+            raise ValueError("FlexAttention's mask was built without padding")
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return self.spec.run(q, k, v, block_mask=self.spec.blocks, scale=scale).transpose(1, 2)

@@ -1,21 +1,23 @@
-"""One case of local attention: a grid, a window, heads and a dtype."""
+"""One case of local attention: a grid, a window, heads and a dtype, and the definition that candidates are held to.
 
-from collections.abc import Callable
+The definition is written from coordinates alone and shares no code with the operator.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vision_attn.bench.candidate import Inputs
-from vision_attn.bench.local.check import errors
-from vision_attn.bench.local.flops import needed_pairs
+from vision_attn.bench.candidate import SHORT_DTYPE, Inputs, budget_shares, results_of
 from vision_attn.grid import Grid
 from vision_attn.kernels.local.window import Window
 
 # What a candidate can compute.
 LOCAL, DENSE, UNDILATED = "the same function", "dense attention", "the same window without dilation"
-_SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+_WHOLE = 2000  # up to this many tokens everything is checked
+_ROWS, _KEYS = 24, 2
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class LocalProblem:
     Args:
         group: The table it belongs to.
         grid: Where the image tokens lie.
-        window: Disc or square, without bias and pooled keys.
+        window: Disc or square, without a bias and without pooled keys.
         peers: Names of the candidates besides ours.
         backward: Names of the candidates whose backward is timed too.
         heads: H.
@@ -53,7 +55,7 @@ class LocalProblem:
         else:
             words = ["square" if window.steps == (1, 1) else "dilated", side, f"k{window.kernel[0]}"]
         words += [f"d{self.head_dim}"] if self.head_dim != 128 else []
-        return "-".join([*words, *([_SHORT[self.dtype]] if self.dtype != "bfloat16" else [])])
+        return "-".join([*words, *([SHORT_DTYPE[self.dtype]] if self.dtype != "bfloat16" else [])])
 
     @property
     def label(self) -> str:
@@ -61,7 +63,7 @@ class LocalProblem:
         window = self.window
         size = f"radius {window.radius}" if window.radius is not None else f"K {window.kernel[0]}"
         size += "" if window.radius is not None or window.steps == (1, 1) else f", dilation {window.steps[0]}"
-        return f"{self.grid.height} x {self.grid.width}, {size}, D {self.head_dim}, {_SHORT[self.dtype]}"
+        return f"{self.grid.height} x {self.grid.width}, {size}, D {self.head_dim}, {SHORT_DTYPE[self.dtype]}"
 
     def shape(self) -> dict[str, Any]:
         """Return batch, heads, channels, dtype, grid and window."""
@@ -82,11 +84,8 @@ class LocalProblem:
         return replace(self, group="twin", grid=grid, window=window, heads=min(self.heads, 3), peers=(), backward=())
 
     def inputs(self, device: torch.device) -> Inputs:
-        """Draw q, k, v and the cotangent of o from a normal distribution."""
-        draw = torch.Generator(device).manual_seed(0)
-        shape = 1, self.grid.tokens, self.heads, self.head_dim
-        q, k, v, do = (torch.randn(shape, generator=draw, device=device, dtype=self.torch_dtype) for _ in range(4))
-        return Inputs((q, k, v), do)
+        """Draw q, k, v and the cotangent of o."""
+        return Inputs.drawn((1, self.grid.tokens, self.heads, self.head_dim), self.torch_dtype, device)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -103,5 +102,134 @@ class LocalProblem:
         return self.window if self.window.radius is not None else Window(kernel_size=self.window.kernel)
 
     def needed_flop(self, gradients: bool) -> int:
-        """Count 4 D operations per attended pair and head, 10 D for the gradients."""
+        """Count 4 D operations per attended pair and head (two products), 10 D for the gradients (five)."""
         return (10 if gradients else 4) * self.head_dim * self.heads * needed_pairs(self.grid, self.window)
+
+
+def needed_pairs(grid: Grid, window: Window) -> int:
+    """Count the attended pairs of one head, with the dense rows and columns of the tokens outside the grid."""
+    outside = grid.prefix + grid.suffix
+    return window.pairs(grid) + outside * (grid.image_tokens + grid.tokens)
+
+
+def errors(
+    run: Callable[..., Tensor], inputs: Inputs, grid: Grid, window: Window | None, gradients: bool
+) -> dict[str, float]:
+    """Return the errors of output and gradients as shares of their budgets.
+
+    The definition in float32 sets the budget, see `budget_shares`. A long sequence is checked at sampled query rows (o
+    and the gradient of q) and at sampled keys of one head each (gradients of k and v); for such a key, all queries that
+    see it are computed.
+
+    Args:
+        run: The candidate, from q, k, v to o.
+        inputs: q, k, v and the cotangent.
+        grid: Where the image tokens lie.
+        window: What it should compute, None for dense attention.
+        gradients: Whether to check them too.
+    """
+    got = results_of(run, inputs, gradients)
+    every = torch.arange(grid.tokens, device=got[0].device)
+    if grid.tokens <= _WHOLE:
+        return budget_shares(got, *_exact_and_plain(inputs, gradients, seen(grid, window, every, every), every), "oqkv")
+    rows = _sample(grid).to(every.device)
+    exact, plain = _exact_and_plain(inputs, gradients, seen(grid, window, rows, every), rows)
+    shares = budget_shares([t[:, rows] for t in got[:2]], exact[:2], plain[:2], "oq")
+    for turn, key in enumerate(_sample(grid)[-_KEYS:].tolist() if gradients else []):
+        head = slice(turn % got[0].shape[2], turn % got[0].shape[2] + 1)
+        one = Inputs(tuple(t[:, :, head] for t in inputs.tensors), inputs.cotangent[:, :, head])
+        queries = every[seen(grid, window, every, every[key : key + 1])[:, 0]]
+        both = _exact_and_plain(one, True, seen(grid, window, queries, every), queries)
+        mine = [t[:, key : key + 1, head] for t in got[2:]]
+        exact, plain = ([t[:, key : key + 1] for t in ts[2:]] for ts in both)
+        shares |= budget_shares(mine, exact, plain, (f"k[{key}]", f"v[{key}]"))
+    return shares
+
+
+def _sample(grid: Grid) -> Tensor:
+    """Return query places: the first and last outside the grid, its corners and edges, then random ones inside it."""
+    height, width, start = grid.height, grid.width, grid.prefix
+    last = (height - 1) * width
+    edges = [0, width - 1, last, last + width - 1, width // 2, last + width // 2, height // 2 * width]
+    outside = [0, start - 1] if start else []
+    draw = torch.randint(grid.image_tokens, (_ROWS,), generator=torch.Generator().manual_seed(0))
+    return torch.tensor([*outside, *(start + e for e in edges), *(start + draw).tolist()])
+
+
+def _exact_and_plain(inputs: Inputs, gradients: bool, sees: Tensor, rows: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    dtype, cotangent = inputs.tensors[0].dtype, inputs.cotangent if gradients else None
+    exact = attend_rows(inputs.tensors, cotangent, sees, rows, torch.float64)
+    plain = attend_rows(inputs.tensors, cotangent, sees, rows, torch.float32)
+    return exact, [t.to(dtype) for t in plain]
+
+
+def seen(grid: Grid, window: Window | None, queries: Tensor, keys: Tensor) -> Tensor:
+    """Return which keys each query sees.
+
+    Args:
+        grid: Where the image tokens lie in the sequence.
+        window: Disc or square, or None for dense attention.
+        queries: Places in the sequence, `[Q]`.
+        keys: Places in the sequence, `[K]`.
+
+    Returns:
+        Bool `[Q, K]`; tokens outside the grid see everything and are seen by everything.
+    """
+    outside = _outside(grid, queries)[:, None] | _outside(grid, keys)[None]
+    if window is None:
+        return torch.ones_like(outside)
+    i, j = queries[:, None] - grid.prefix, keys[None] - grid.prefix
+    rows = i.div(grid.width, rounding_mode="floor"), j.div(grid.width, rounding_mode="floor")
+    columns = i % grid.width, j % grid.width
+    if window.radius is not None:
+        near = (rows[0] - rows[1]) ** 2 + (columns[0] - columns[1]) ** 2 < window.radius**2
+    else:
+        near = _axis(*rows, grid.height, window.kernel[0], window.steps[0])
+        near &= _axis(*columns, grid.width, window.kernel[1], window.steps[1])
+    return outside | near
+
+
+def _outside(grid: Grid, places: Tensor) -> Tensor:
+    return (places < grid.image.start) | (places >= grid.image.stop)
+
+
+def _axis(i: Tensor, j: Tensor, length: int, K: int, d: int) -> Tensor:
+    group = i % d
+    members = (length - group + d - 1).div(d, rounding_mode="floor")
+    start = (i.div(d, rounding_mode="floor") - K // 2).clamp(min=0).minimum(members - K)
+    place = j.div(d, rounding_mode="floor")
+    return (j % d == group) & (place >= start) & (place < start + K)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, sees: Tensor) -> Tensor:
+    """Return softmax attention `[B, Q, H, D]` of `q [B, Q, H, D]` over `k, v [B, N, H, D]` where `sees [Q, N]`."""
+    logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    return torch.einsum("bhqk,bkhd->bqhd", logits.masked_fill(~sees, -torch.inf).softmax(-1), v)
+
+
+def attend_rows(
+    tensors: Sequence[Tensor], cotangent: Tensor | None, sees: Tensor, rows: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
+    """Compute output rows by the definition, head by head, and the gradients that flow through just these rows.
+
+    Args:
+        tensors: q, k, v, `[B, N, H, D]`.
+        cotangent: Of the output, like q; None for no gradients.
+        sees: Bool `[Q, N]`.
+        rows: Places of the queries, `[Q]`.
+        dtype: Of the computation.
+
+    Returns:
+        o of the rows; with a cotangent also the gradient of q at the rows and those of k and v, whole. The gradient of
+        a row of q is always exact, that of a key only if all queries that see it are among the rows.
+    """
+    parts = []
+    for h in range(tensors[0].shape[2]):
+        q, k, v = (t[:, :, h : h + 1].to(dtype) for t in tensors)
+        leaves = [t.detach().requires_grad_(cotangent is not None) for t in (q[:, rows], k, v)]
+        o = attend(leaves[0], leaves[1], leaves[2], sees)
+        grads: Sequence[Tensor] = ()
+        if cotangent is not None:
+            grads = torch.autograd.grad(o, leaves, cotangent[:, rows, h : h + 1].to(dtype))
+        parts.append([o.detach(), *grads])
+    return [torch.cat(part, 2) for part in zip(*parts, strict=True)]

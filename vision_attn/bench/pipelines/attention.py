@@ -1,7 +1,7 @@
 """The ways in which a denoiser attends: stock diffusers on two native backends, FlexAttention, and our processors.
 
-Each is a context manager over a model that is built once: inside it the model attends that way, afterwards it is as it
-was.
+Each is a context manager over a model that is built once: inside, the model attends that way; afterwards it is as it
+was before.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vision_attn.bench.candidate import AbsentError
-from vision_attn.bench.pipelines.flex_clear import FlexClear
+from vision_attn.bench.local.flex import FlexClear
 from vision_attn.conversion.conversion import Conversion, convert
 from vision_attn.grid import Grid
 from vision_attn.processors import AttnSpec, Clear, Neighborhood, Softmax, registrations
@@ -35,8 +35,8 @@ class Way:
         name: Short and stable.
         computes: What it computes, in words.
         use: From the model, the grid of its finest attention and the device to a context in which the model attends
-            this way; it yields the conversion if there is one. Raises `AbsentError` if it cannot.
-        spec: By which its time is estimated.
+            this way. The context yields the conversion, if there is one, and raises `AbsentError` where it cannot run.
+        spec: Estimates its time.
         min_tokens: Layers with fewer tokens keep the host's attention.
     """
 
@@ -74,7 +74,7 @@ def _flex(radius: float, model: nn.Module, grid: Grid, device: torch.device) -> 
 
 
 def _ours(name: str, spec: AttnSpec) -> Way:
-    """A window must fit: the coarse levels of a UNet keep their own attention."""
+    """Return the way of a spec; on levels of a UNet that are smaller than a window the host's attention stays."""
     least = spec.kernel_size**2 if isinstance(spec, Neighborhood) and isinstance(spec.kernel_size, int) else 0
     return Way(name, str(spec), partial(_converted, spec, least), spec, least)
 

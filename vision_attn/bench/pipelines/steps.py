@@ -1,0 +1,350 @@
+"""Denoising steps: a denoiser at one size is built once; each way to attend is put into it, timed and taken out.
+
+A step that would take too long is extrapolated from one block of each kind.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vision_attn.bench.candidate import AbsentError, reason_of
+from vision_attn.bench.overview import Must, add_speedups, judge
+from vision_attn.bench.pipelines.architectures import ARCHITECTURES, Architecture
+from vision_attn.bench.pipelines.attention import STOCK, WAYS, Way
+from vision_attn.bench.timing import PeakMemory
+from vision_attn.conversion.conversion import Conversion
+from vision_attn.estimation.cost import machine_of, seconds
+from vision_attn.grid import Grid
+from vision_attn.hosts import find_host
+from vision_attn.hosts.host import heads_of
+from vision_attn.processors.base import Layer
+
+LONGEST_S = 15.0
+_SKIP_S = 60.0  # a step of blocks that differ cannot be extrapolated
+_COUNTS = ((0.5, 5), (2.0, 3), (6.0, 2))  # (seconds, how many steps are timed if one takes less)
+
+
+@dataclass(frozen=True)
+class PipelineCase:
+    """Steps of one denoiser, batch 1.
+
+    Args:
+        architecture: Its name.
+        pixels: Side of the square image.
+        ways: Names of the candidates, see `attention.py`.
+        compiled: Whether the repeated blocks are compiled.
+        musts: What must hold.
+        small: Whether the twin for a CPU runs, in float32.
+    """
+
+    architecture: str
+    pixels: int
+    ways: tuple[str, ...]
+    compiled: bool = False
+    musts: tuple[Must, ...] = ()
+    small: bool = False
+
+    @property
+    def name(self) -> str:
+        """As in 'flux-8192', 'flux-8192-compiled'."""
+        return f"{self.architecture}-{self.pixels}{'-compiled' * self.compiled}"
+
+    @property
+    def model(self) -> Architecture:
+        """The architecture, or its twin."""
+        whole = ARCHITECTURES[self.architecture]
+        return whole.twin() if self.small else whole
+
+    @property
+    def group(self) -> str:
+        """The table it belongs to."""
+        return self.model.title
+
+    @property
+    def grid(self) -> Grid:
+        """The tokens of the finest attention."""
+        side = self.pixels // self.model.patch
+        return Grid(side, side, prefix=512 if self.architecture == "flux" else 0)
+
+    @property
+    def label(self) -> str:
+        """As in '4096 px, 65536 tokens, eager'."""
+        native = " (native)" if self.pixels == self.model.native else ""
+        return f"{self.pixels} px{native}, {self.grid.image_tokens} tokens, {self.mode}"
+
+    @property
+    def mode(self) -> str:
+        """How blocks run."""
+        return "compiled" if self.compiled else "eager"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and latents."""
+        return torch.float32 if self.small else torch.bfloat16
+
+    def shape(self) -> dict[str, Any]:
+        """Return what defines the case, for the JSON."""
+        model = self.model
+        about = dict(architecture=self.architecture, source=model.source, native=model.native)
+        dtype = str(self.dtype).removeprefix("torch.")
+        return about | dict(pixels=self.pixels, tokens=self.grid.image_tokens, batch=1, dtype=dtype, mode=self.mode)
+
+
+def pipeline_row(
+    case: PipelineCase, device: torch.device, *, chosen: Sequence[str] = (), longest_s: float = LONGEST_S
+) -> dict[str, Any]:
+    """Measure one case.
+
+    Args:
+        case: What to measure.
+        device: Where.
+        chosen: Names of the candidates that take part, all if empty.
+        longest_s: A step that is expected to take longer is extrapolated where it can be.
+
+    Returns:
+        A row of `document.py`'s schema.
+    """
+    ways = [WAYS[name] for name in case.ways if not chosen or name in chosen]
+    results: list[dict[str, Any]] = [dict(name=w.name, computes=w.computes, reason=None, forward=None) for w in ways]
+    about = case.shape()
+    try:
+        _free(device)
+        start = time.perf_counter()
+        model = case.model.build(device, case.dtype)
+        arguments = case.model.arguments(case.pixels, device, case.dtype)
+        about |= dict(build_s=time.perf_counter() - start, parameters=sum(p.numel() for p in model.parameters()))
+        for way, result in zip(ways, results, strict=True):
+            start = time.perf_counter()
+            try:
+                result["forward"] = _measured(way, case, model, arguments, longest_s)
+            except Exception as error:  # a candidate may fail in any way: that is a result, and the others go on
+                result["reason"] = reason_of(error)
+            result["ready_s"] = time.perf_counter() - start
+            _free(device)
+    except Exception as error:  # the model was not built, or the device is lost: what was measured stays
+        for result in results:
+            result["reason"] = result["reason"] or (None if result["forward"] else reason_of(error))
+    add_speedups(results, STOCK)
+    head = dict(case=case.name, label=case.label, group=case.group, shape=about, subject=None)
+    return dict(**head, candidates=results, musts=judge(case.musts, results))
+
+
+def _measured(
+    way: Way, case: PipelineCase, model: nn.Module, arguments: dict[str, Any], longest_s: float
+) -> dict[str, Any]:
+    """Time one way to attend."""
+    device = next(model.parameters()).device
+    refuse_endless(way, case, model, device)
+
+    def step() -> None:
+        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
+            model(**arguments)
+
+    with way.use(model, case.grid, device) as conversion, compiled_blocks(model, case.model.blocks, case.compiled):
+        steps = Steps(step, model, case.model.stacks, device, longest_s=longest_s)
+        figures = steps.measure(warm=case.compiled)
+        if conversion is not None:
+            whole = not (figures["extrapolated"] or case.compiled)
+            figures["layers"] = _rerouted(conversion, way.min_tokens, whole)
+    return figures | dict(launch="cpu" if device.type == "cpu" else case.mode)
+
+
+@contextmanager
+def compiled_blocks(model: nn.Module, classes: Sequence[str], wanted: bool = True) -> Iterator[None]:
+    """Compile the repeated blocks of a model inside the `with` block, as diffusers' `compile_repeated_blocks` does.
+
+    On a CPU the code is traced and not compiled further.
+    """
+    blocks = [module for module in model.modules() if wanted and type(module).__name__ in classes]
+    if wanted and not blocks:
+        raise ValueError(f"{type(model).__name__} has no {' or '.join(classes)}")
+    cuda = next(model.parameters()).is_cuda
+    torch.compiler.reset()  # compiled code does not notice that the attention, or its backend, is another one
+    try:
+        for block in blocks:
+            block.compile(dynamic=False, backend="inductor" if cuda else "eager")
+        yield
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None
+        torch.compiler.reset()
+
+
+def refuse_endless(way: Way, case: PipelineCase, model: nn.Module, device: torch.device) -> None:
+    """Refuse a step that cannot be extrapolated and would take minutes by the rates of `cost.py`.
+
+    Raises:
+        AbsentError: If it would; the estimate is in the message.
+    """
+    if case.model.stacks or device.type != "cuda":
+        return
+    host, machine, latents = find_host(model), machine_of("cuda"), case.pixels // 8
+    expected = 0.0
+    for name in host.layer_names(model):
+        layer = Layer("", *heads_of(name, model.get_submodule(name)))
+        grid = host.grid_at(model, name, latents, latents)
+        expected += seconds(way.spec, grid, layer, machine, case.dtype.itemsize)
+    if expected > _SKIP_S:
+        raise AbsentError(f"not run: the attention alone would take {expected / 60:.1f} minutes by its operations")
+
+
+def _rerouted(conversion: Conversion, min_tokens: int, whole: bool) -> dict[str, int] | None:
+    """Count the layers that attended the new way in the last step.
+
+    Args:
+        conversion: Of the model.
+        min_tokens: Layers with fewer tokens keep the host's attention.
+        whole: Whether every layer ran and reports; a compiled or shortened model is only searched for failures.
+
+    Raises:
+        RuntimeError: If another layer ran the host's own attention: the time would not be that of the processor.
+    """
+    status = conversion.status
+    few = f"below min_tokens={min_tokens}"
+    wrong = {name: why for name, why in status.items() if why.startswith("dense") and not why.endswith(few)}
+    done = sum(why == "rerouted" for why in status.values())
+    if wrong or (whole and not done):
+        name = next(iter(wrong or status))
+        raise RuntimeError(f"{len(status) - done} of {len(status)} layers were not rerouted: {name} {status[name]}")
+    return dict(rerouted=done, of=len(status)) if whole else None
+
+
+def _free(device: torch.device) -> None:
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+class Clock:
+    """Measures milliseconds: by events on a GPU, by wall-clock time on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+
+    def now(self) -> Any:
+        """Return this moment: on a GPU, a place in the stream of work."""
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def ms(self, begin: Any, end: Any) -> float:
+        """Return the milliseconds between two moments."""
+        if not self._cuda:
+            return (end - begin) * 1e3
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    def time(self, call: Callable[[], object]) -> float:
+        """Return the milliseconds of one call."""
+        begin = self.now()
+        call()
+        return self.ms(begin, self.now())
+
+
+class _Timed(nn.Module):
+    """Runs a block and remembers when."""
+
+    def __init__(self, block: nn.Module, clock: Clock) -> None:
+        super().__init__()
+        self.block, self._clock = block, clock
+        self.last: tuple[Any, Any] = (None, None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        begin = self._clock.now()
+        output = self.block(*args, **kwargs)
+        self.last = begin, self._clock.now()
+        return output
+
+
+@contextmanager
+def shortened(model: nn.Module, stacks: Sequence[str], clock: Clock) -> Iterator[dict[str, _Timed]]:
+    """Give a model one block of each stack inside the `with` block; all weights stay where they are."""
+    whole = {name: getattr(model, name) for name in stacks}
+    first = {name: _Timed(blocks[0], clock) for name, blocks in whole.items()}
+    try:
+        for name, block in first.items():
+            setattr(model, name, nn.ModuleList([block]))
+        yield first
+    finally:
+        for name, blocks in whole.items():
+            setattr(model, name, blocks)
+
+
+class Steps:
+    """The steps of one model, timed.
+
+    Args:
+        step: One step.
+        model: The model that it runs.
+        stacks: Lists of equal blocks of the model. None if the blocks differ: then every step is run whole.
+        device: Where.
+        longest_s: A step that is expected to take longer is extrapolated.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[], object],
+        model: nn.Module,
+        stacks: Sequence[str],
+        device: torch.device,
+        *,
+        longest_s: float = LONGEST_S,
+    ) -> None:
+        self.step, self.model, self.stacks, self.device = step, model, tuple(stacks), device
+        self.longest_s, self.clock = longest_s, Clock(device)
+        self.lengths = {name: len(getattr(model, name)) for name in self.stacks}
+
+    def measure(self, *, warm: bool) -> dict[str, Any]:
+        """Time a step.
+
+        The peak memory is that of the timed steps. A shortened model has the same peak as the whole one: all weights,
+        and the activations of one block at a time.
+
+        Args:
+            warm: Whether to run a whole step first, because code is compiled block by block.
+
+        Returns:
+            Figures of a step in milliseconds, `extrapolated`, `blocks_ms` by stack, and `memory`.
+        """
+        blocks: dict[str, float] = {}
+        if self.stacks:
+            with shortened(self.model, self.stacks, self.clock) as first:
+                self.step()
+                watch = PeakMemory(self.device)
+                samples, parts = zip(*(self._short(first) for _ in range(2)), strict=True)
+                blocks = {name: statistics.median(part[name] for part in parts) for name in self.stacks}
+            if min(samples) > self.longest_s * 1e3:
+                return _figures(samples, watch) | dict(extrapolated=True, blocks_ms=blocks)
+            expected = min(samples) / 1e3
+            if warm or expected < 2:
+                self.step()
+            watch, timed = PeakMemory(self.device), []
+        else:
+            self.step()
+            watch = PeakMemory(self.device)
+            timed = [self.clock.time(self.step)]
+            expected = timed[0] / 1e3
+        count = next((count for limit, count in _COUNTS if expected < limit), 1)
+        timed += [self.clock.time(self.step) for _ in range(count - len(timed))]
+        return _figures(timed, watch) | dict(extrapolated=False, blocks_ms=blocks or None)
+
+    def _short(self, first: dict[str, _Timed]) -> tuple[float, dict[str, float]]:
+        """Time a shortened step; return what a whole one would take, and each stack's block."""
+        total = self.clock.time(self.step)
+        blocks = {name: self.clock.ms(*timed.last) for name, timed in first.items()}
+        return total + sum((self.lengths[name] - 1) * ms for name, ms in blocks.items()), blocks
+
+
+def _figures(samples: Sequence[float], watch: PeakMemory) -> dict[str, Any]:
+    low, _, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else (0.0, 0.0, 0.0)
+    figures = dict(median_ms=statistics.median(samples), min_ms=min(samples), iqr_ms=high - low, samples=len(samples))
+    return figures | dict(memory=watch.read())
