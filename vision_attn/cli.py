@@ -126,8 +126,7 @@ def _add_gallery(commands: Any) -> None:
 
 def _gallery(options: argparse.Namespace) -> None:
     from vision_attn.demo import load_teacher  # noqa: PLC0415
-    from vision_attn.gallery import build_gallery  # noqa: PLC0415
-    from vision_attn.gallery.example import find_examples  # noqa: PLC0415
+    from vision_attn.gallery.build import build_gallery, find_examples  # noqa: PLC0415
 
     find_examples(options.examples)  # before any work
     _quiet_diffusers()

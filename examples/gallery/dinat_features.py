@@ -2,7 +2,7 @@
 
 A backbone of timm's registry, for any height and width; the picture is two emoji that the teacher draws. Nothing is
 downloaded: the backbone's weights are random, so colours mean nothing but 'alike' and 'unlike' (`--weights` reads the
-authors' file). Of each level the first three principal components are shown.
+authors' file). A level is shown by its first three principal components.
 """
 
 import argparse

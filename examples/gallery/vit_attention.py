@@ -1,8 +1,8 @@
 """What the tokens of a timm ViT attend to, before and after a conversion.
 
 The picture is drawn by the emoji teacher. Nothing is downloaded: the ViT's weights are random, with keys equal to
-queries, so that a token attends to what looks like it (`--pretrained` takes trained weights from the hub). Lit is what
-the red token attends to in the first layer, mean over the heads.
+queries, so that a token attends to what looks like it (`--pretrained` takes trained weights from the hub). A picture
+is lit at the tokens that the red one attends to in the first layer, in the mean over the heads.
 """
 
 import argparse

@@ -5,19 +5,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from chromium import PROGRAM, browser
+from gallery_case import EXAMPLES, FOLDER, ROOT, SMALL, program
 from PIL import Image
-from test_gallery_examples import EXAMPLES, FOLDER, SMALL, program
 
 from vision_attn.cli import main
+from vision_attn.conversion.state import is_converted
 from vision_attn.demo import load_teacher
-from vision_attn.gallery.build import build_gallery
-from vision_attn.gallery.example import Shown, find_examples, read_example, run_example
-from vision_attn.gallery.page import write_page
-from vision_attn.gallery.results import html_of
+from vision_attn.gallery.build import build_gallery, find_examples, read_example, run_example
+from vision_attn.gallery.page import Shown, html_of, write_page
 
-ROOT = Path(__file__).parents[2]
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 LOOKS = [
     pytest.param(
@@ -71,16 +70,33 @@ def check(page: Path) -> Page:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of all examples, the offline ones drawn by the nano teacher in a few steps."""
-    out, pipe = tmp_path_factory.mktemp("gallery"), load_teacher("nano")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, str]]]:
+    """Return a folder, and captions by offline example: the nano teacher has drawn them there in a few steps."""
+    out, pipe, captions = tmp_path_factory.mktemp("gallery"), load_teacher("nano"), {}
     pipe.set_progress_bar_config(disable=True)
+    for name, small in SMALL.items():
+        captions[name] = program(name).main(pipe=pipe, out=out / name, **small)
+        assert not is_converted(pipe.transformer), name
+    return out, captions
+
+
+@pytest.fixture(scope="module")
+def page(drawn: tuple[Path, dict[str, dict[str, str]]]) -> Path:
+    """The page of all examples."""
+    out, captions = drawn
     shown = [
-        Shown(example, program(name).main(pipe=pipe, out=out / name, **SMALL[name]), 1.0) if name in SMALL
+        Shown(example, captions[name], 1.0) if name in captions
         else Shown(example, reason="It was not run for this page.")
         for name, example in EXAMPLES.items()
     ]  # fmt: skip
     return write_page(out, shown, sorted((ROOT / "bench" / "results").glob("*.json")), [])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_offline_examples_draw_what_they_name(name: str, drawn: tuple[Path, dict[str, dict[str, str]]]) -> None:
+    out, captions = drawn
+    assert set(captions[name]) == {file.name for file in (out / name).iterdir()}
+    assert all(np.asarray(Image.open(out / name / file)).std() > 1 for file in captions[name])
 
 
 def test_it_has_everything_and_every_link_leads_somewhere(page: Path) -> None:
@@ -195,8 +211,8 @@ def test_what_is_refused(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
 
 def test_a_clone_is_found_beside_the_package_or_here(tmp_path: Path, monkeypatch: Any) -> None:
     assert [e.path for e in find_examples()] == [e.path for e in find_examples(FOLDER)]
-    installed = tmp_path / "site-packages" / "vision_attn" / "gallery" / "example.py"
-    monkeypatch.setattr("vision_attn.gallery.example.__file__", str(installed))
+    installed = tmp_path / "site-packages" / "vision_attn" / "gallery" / "build.py"
+    monkeypatch.setattr("vision_attn.gallery.build.__file__", str(installed))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OSError, match="part of the repository, not of the installed package"):
         find_examples()
@@ -213,8 +229,12 @@ def test_markdown_as_html() -> None:
     Page(text)
 
 
-@pytest.mark.slow
-def test_the_command(tmp_path: Path, capsys: Any) -> None:
-    assert main(["gallery", "--teacher", "nano", "--out", str(tmp_path)]) == 0
+@pytest.mark.parametrize(
+    "own, images", [pytest.param(True, 1, id="a-square"), pytest.param(False, 16, id="all", marks=pytest.mark.slow)]
+)
+def test_the_command(own: bool, images: int, tmp_path: Path, capsys: Any) -> None:
+    write(tmp_path / "examples" / "gallery", "square")
+    programs = ["--examples", str(tmp_path / "examples" / "gallery")] if own else []
+    assert main(["gallery", "--teacher", "nano", *programs, "--out", str(tmp_path / "out")]) == 0
     assert "Page: " in capsys.readouterr().out
-    assert len(check(tmp_path / "index.html").images) >= 16
+    assert len(check(tmp_path / "out" / "index.html").images) >= images

@@ -1,50 +1,30 @@
-"""The programs of `examples/gallery` at small sizes: the emoji's nano teacher, tiny random pipelines for the hub's."""
+"""The programs of `examples/gallery`: what they say, the hub's on tiny random pipelines, and how they stop.
 
-import importlib.util
+`test_gallery.py` runs the offline ones and looks at their page.
+"""
+
+import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from gallery_case import EXAMPLES, ROOT, SMALL, program
 from PIL import Image
 from tiny_pipelines import PIPELINE
 
 from vision_attn import Clear, Grid, LinFusion, Neighborhood, convert, load
 from vision_attn.conversion.state import is_converted
-from vision_attn.demo import load_teacher
-from vision_attn.gallery.example import find_examples, run_example
+from vision_attn.gallery.build import run_example
 from vision_attn.highres.levels import Options
 from vision_attn.kernels.dense import dense_attention
 from vision_attn.processors import Layer
 
-FOLDER = Path(__file__).parents[2] / "examples" / "gallery"
-EXAMPLES = {example.name: example for example in find_examples(FOLDER)}
 HUB = [name for name, example in EXAMPLES.items() if example.weights]
-SMALL: dict[str, dict[str, Any]] = {  # arguments with which the offline ones take a second
-    "emoji_highres": dict(side=256, steps=2, level_inference_steps=1),
-    "own_processor": dict(prompts=("red apple",), steps=1),
-    "vit_attention": dict(steps=1),
-    "dinat_features": dict(steps=1),
-}
-
-
-def program(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES[name].path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def nano() -> Any:
-    pipe = load_teacher("nano")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def test_all_are_there_offline_ones_first() -> None:
@@ -58,15 +38,6 @@ def test_they_are_short(name: str) -> None:
     lines = EXAMPLES[name].path.read_text().splitlines()
     assert len(lines) <= 80 and max(map(len, lines)) <= 120
     assert len(EXAMPLES[name].title) <= 75 and EXAMPLES[name].text
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_offline_ones_draw_what_they_name(name: str, tmp_path: Path, nano: Any) -> None:
-    captions = program(name).main(pipe=nano, out=tmp_path / "new", **SMALL[name])
-    assert set(captions) == {file.name for file in (tmp_path / "new").iterdir()}
-    for file in captions:
-        assert np.asarray(Image.open(tmp_path / "new" / file)).std() > 1
-    assert not is_converted(nano.transformer)
 
 
 def tiny(pipeline_id: str, side: int) -> tuple[Any, dict[str, Any]]:
@@ -139,9 +110,28 @@ def test_without_weights_they_say_so(name: str, tmp_path: Path) -> None:
     assert all(weights in shown.reason for weights in EXAMPLES[name].weights)
 
 
-def test_one_line_and_a_status_as_a_program(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_each_is_a_program(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(EXAMPLES[name].path), run_name="__main__")
+    assert stop.value.code == 0 and "--out" in capsys.readouterr().out
+
+
+def test_a_program_stops_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["sd15_agent.py", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(EXAMPLES["sd15_agent"].path), run_name="__main__")
+    assert str(stop.value.code).startswith("this example needs the weights of stable-diffusion-v1-5/")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_one_line_and_a_status_as_a_process(tmp_path: Path) -> None:
+    """The process imports this tree, wherever another one is installed, and finds no weights anywhere."""
+    surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
     command = [sys.executable, str(EXAMPLES["sd15_agent"].path), "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=surroundings, cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("this example needs the weights of stable-diffusion-v1-5/")
 

@@ -1,8 +1,12 @@
-"""The gallery's page: one HTML file, no scripts, paths relative, readable on a phone, light and dark."""
+"""The gallery's page: one HTML file without scripts, with relative paths, for phones too, light and dark.
+
+It shows the examples, plots, and the stored results of the benchmarks as `vision-attn bench table` prints them.
+"""
 
 import html
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
@@ -10,8 +14,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from vision_attn.gallery.example import Shown
-from vision_attn.gallery.results import results_html
+from vision_attn.bench.run import table_of
 
 _STYLE = Path(__file__).with_name("style.css")
 _PAGE = """<!doctype html>
@@ -39,6 +42,47 @@ were run for this page; the others load weights from the hub.</p>
 </body>
 </html>
 """
+
+
+@dataclass(frozen=True)
+class Example:
+    """One program.
+
+    Attributes:
+        path: Its file.
+        title: First line of its docstring.
+        text: The rest of its docstring, by paragraphs.
+        code: The program without its docstring.
+        weights: Names of the weights that it loads from the hub.
+    """
+
+    path: Path
+    title: str
+    text: tuple[str, ...]
+    code: str
+    weights: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the program and of its folder of pictures."""
+        return self.path.stem
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What became of an example: captions by file, or the reason why there are none.
+
+    Attributes:
+        example: The program.
+        captions: By file, relative to the example's folder.
+        seconds: How long it ran.
+        reason: Why it did not draw, empty if it did.
+    """
+
+    example: Example
+    captions: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    reason: str = ""
 
 
 def write_page(out: Path, shown: Sequence[Shown], results: Sequence[Path], plots: Sequence[str]) -> Path:
@@ -107,9 +151,55 @@ def _figure(out: Path, file: str, caption: str, context: str = "") -> str:
     )
 
 
+def results_html(paths: Sequence[Path]) -> str:
+    """Return the tables of all stored results; a file that is not of the benchmarks' schema is left out."""
+    parts = []
+    for path in paths:
+        try:
+            text = table_of(path)
+        except ValueError:
+            continue
+        parts.append(f"<h3><code>{html.escape(path.name)}</code></h3>\n{html_of(text)}")
+    return "\n".join(parts)
+
+
+def html_of(text: str) -> str:
+    """Turn the Markdown of a result's tables into HTML: paragraphs, lists, tables; each `###` can be opened."""
+    parts, opened = [], False
+    for block in text.strip().split("\n\n"):
+        lines = block.splitlines()
+        if block.startswith("### "):
+            parts.append(
+                f"{'</details>' * opened}<details{' open' * (not opened)}><summary>{_inline(block[4:])}</summary>"
+            )
+            opened = True
+        elif block.startswith("#### "):
+            parts.append(f"<h4>{_inline(block[5:])}</h4>")
+        elif block.startswith("|"):
+            parts.append(_table(lines))
+        elif block.startswith("- "):
+            parts.append("<ul>" + "".join(f"<li>{_inline(line[2:])}</li>" for line in lines) + "</ul>")
+        else:
+            parts.append(f"<p>{_inline(' '.join(lines))}</p>")
+    return "\n".join([*parts, "</details>" * opened])
+
+
+def _table(lines: Sequence[str]) -> str:
+    head, _, *body = ([_inline(cell.strip()) for cell in line.strip("|").split("|")] for line in lines)
+    columns = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    rows = (
+        f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{c}</td>" for c in rest) + "</tr>" for first, *rest in body
+    )
+    return (
+        f'<div class="scroll" tabindex="0"><table><thead><tr>{columns}</tr></thead>\n'
+        + "<tbody>" + "\n".join(rows) + "</tbody></table></div>"
+    )  # fmt: skip
+
+
 def _inline(text: str) -> str:
-    """Escape; show `code` as code and addresses as links."""
+    """Escape; show `code` as code, **words** as strong, and addresses as links."""
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
+    text = re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text)
     return re.sub(r"https://[\w./-]*[\w/-]", lambda m: f'<a href="{m[0]}">{m[0].removeprefix("https://")}</a>', text)
 
 
