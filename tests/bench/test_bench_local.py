@@ -125,7 +125,10 @@ def test_flex_attention_computes_the_disc(problem, tile):
     assert kept_pairs(blocks) == published.to_dense().sum() * 128**2
 
 
-@pytest.mark.parametrize(("radius", "figures"), [(8, (0.063, 0.109, 0.099)), (16, (0.087, 0.150, 0.123))])
+@pytest.mark.parametrize(
+    ("radius", "figures"),
+    [pytest.param(8, (0.063, 0.109, 0.099), marks=pytest.mark.slow), (16, (0.087, 0.150, 0.123))],
+)
 def test_counts_are_those_of_the_floor(radius, figures):
     """TFLOP of 24 heads of 128 channels at a 64 x 64 grid: needed, in raster blocks, in blocks of tiles."""
     problem = LocalProblem("t", Grid(64, 64, prefix=512), Window(radius=radius))
