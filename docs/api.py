@@ -1,17 +1,22 @@
 """Write the API reference from the docstrings, with pdoc: one page a module, and a search that works from disk.
 
 python docs/api.py build/docs
+
+The pages describe the package beside this folder, whichever one is installed.
 """
 
 import argparse
 import pkgutil
 import re
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import pdoc
 import pdoc.render
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import vision_attn
 from vision_attn._compat import ensure_torchvision

@@ -1,6 +1,7 @@
 """The API reference: a page for every public module, and no link inside it that leads nowhere."""
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -59,10 +60,20 @@ def test_every_public_module_is_named(api: ModuleType) -> None:
     assert {"vision_attn", "vision_attn.processors", "vision_attn.gallery"} <= set(names)
 
 
-def write(out: Path, *only: str) -> None:
+def write(out: Path, *only: str, **environment: str) -> None:
     """Run the script; in a process of its own, as it imports every module."""
     options = ["--only", *only] if only else []
-    subprocess.run([sys.executable, str(ROOT / "docs" / "api.py"), str(out), *options], check=True)
+    command = [sys.executable, str(ROOT / "docs" / "api.py"), str(out), *options]
+    subprocess.run(command, check=True, env={**os.environ, **environment}, cwd=out)
+
+
+def test_the_pages_are_of_the_package_beside_the_script(tmp_path: Path) -> None:
+    """Another checkout may be installed: its package must not be the one that the pages describe."""
+    other = tmp_path / "other" / "vision_attn"
+    other.mkdir(parents=True)
+    (other / "__init__.py").write_text("raise ImportError('this is the other checkout')")
+    write(tmp_path, "vision_attn.grid", PYTHONPATH=str(other.parent))
+    assert "legend of every axis letter" in (tmp_path / "vision_attn" / "grid.html").read_text()
 
 
 def test_a_few_pages(tmp_path: Path) -> None:
