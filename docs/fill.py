@@ -1,13 +1,20 @@
-"""Write the README's measured tables from the stored results; a test fails when they disagree.
+"""Write the measured tables of the README and of the pages in docs/ from the stored results.
 
-python docs/fill_readme.py
+python docs/fill.py
+
+A table stands between `<!-- its name -->` and `<!-- end -->`. A test fails when a table is not what this script writes.
 """
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from vision_attn.bench.pipelines.attention import STOCK, WAYS
 
@@ -105,32 +112,81 @@ def linear() -> str:
     return table(head, rows)
 
 
+def steps() -> list[dict[str, Any]]:
+    """Return the measured denoising steps, those of one denoiser together: first eager, then compiled, by size."""
+    rows = stored("bench/results/pipelines_h200.json")["rows"]
+    groups = [row["group"] for row in rows]
+    return sorted(rows, key=lambda row: (groups.index(row["group"]), is_compiled(row), row["shape"]["pixels"]))
+
+
+def is_compiled(row: dict[str, Any]) -> bool:
+    """Whether all candidates of a row were compiled."""
+    return row["shape"]["mode"] == "compiled"
+
+
+def timed(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what was measured of each candidate that ran."""
+    return {c["name"]: c["forward"] for c in row["candidates"] if c["forward"]}
+
+
+def stock_step(row: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the step with the fastest stock attention, None if none ran."""
+    known = [forward for name, forward in timed(row).items() if name in STOCK]
+    return min(known, key=lambda forward: forward["median_ms"], default=None)
+
+
+def bracketed(text: str, step: dict[str, Any]) -> str:
+    """Put the time of a step in brackets if it is extrapolated."""
+    return f"({text})" if step["extrapolated"] else text
+
+
+def factor(forward: dict[str, Any] | None) -> str:
+    """Return how many times faster a candidate is than stock; its seconds where stock did not run."""
+    if forward is None:
+        return "-"
+    return f"{forward['speedup']:.2f}x" if forward["speedup"] else f"{forward['median_ms'] / 1e3:.2f} s"
+
+
+def size_of(row: dict[str, Any]) -> str:
+    """Return the size of a row, and whether it is the native one."""
+    return row["label"].partition(",")[0]
+
+
+def speed() -> str:
+    """The README's table: whole denoising steps with CLEAR and LinFusion, not compiled and compiled."""
+    compiled = {(row["group"], row["shape"]["pixels"]): timed(row) for row in steps() if is_compiled(row)}
+    rows = []
+    for row in steps():
+        stock = stock_step(row)
+        if is_compiled(row) or row["group"] not in SHOWN or stock is None:
+            continue
+        own, twin = timed(row), compiled.get((row["group"], row["shape"]["pixels"]), {})
+        clear = SHOWN[row["group"]]
+        cells = [factor(found.get(name)) for found in (own, twin) for name in (clear, "linfusion")]
+        ms = stock["median_ms"]
+        seconds = bracketed(f"{ms:.0f} ms" if ms < 1e3 else f"{ms / 1e3:.1f} s", stock)
+        rows.append([row["group"], size_of(row), seconds, *cells])
+    head = ["denoiser", "size", "stock step", "CLEAR", "LinFusion", "CLEAR, compiled", "LinFusion, compiled"]
+    return table(head, rows)
+
+
+SHOWN = {  # the denoisers of the README's table, and which CLEAR was run on all their sizes
+    "FLUX.1-dev": "clear r16",
+    "Stable Diffusion XL": "clear r8",
+    "Stable Diffusion 3.5 medium": "clear r16",
+    "PixArt-Sigma": "clear r16",
+}
+
+
 def pipelines() -> str:
     """Whole denoising steps: seconds of the fastest stock attention, and by what factor each other is faster."""
-    stored_rows, rows = stored("bench/results/pipelines_h200.json")["rows"], []
-    names = {c["name"] for row in stored_rows for c in row["candidates"]}
+    names = {name for row in steps() for name in timed(row)}
     others = [name for name in WAYS if name in names and name not in STOCK]
-    groups = [row["group"] for row in stored_rows]
-
-    def place(row: dict[str, Any]) -> tuple[Any, ...]:
-        return groups.index(row["group"]), row["shape"]["mode"] == "compiled", row["shape"]["pixels"]
-
-    for row in sorted(stored_rows, key=place):
-        timed = {c["name"]: c["forward"] for c in row["candidates"] if c["forward"]}
-        stock = [timed[name] for name in STOCK if name in timed]
-        fastest = min(stock, key=lambda forward: forward["median_ms"], default=None)
-        label = row["label"].partition(",")[0] + ", compiled" * (row["shape"]["mode"] == "compiled")
-        cells = [row["group"], label, "-" if fastest is None else f"{fastest['median_ms'] / 1e3:.3f} s"]
-        if fastest and fastest["extrapolated"]:
-            cells[-1] = f"({cells[-1]})"
-        for name in others:
-            forward = timed.get(name)
-            if forward is None:
-                cells.append("-")
-            else:
-                speedup, seconds = forward["speedup"], forward["median_ms"] / 1e3
-                cells.append(f"{speedup:.2f}x" if speedup else f"{seconds:.2f} s")
-        rows.append(cells)
+    rows = []
+    for row in steps():
+        stock, factors = stock_step(row), [factor(timed(row).get(name)) for name in others]
+        seconds = "-" if stock is None else bracketed(f"{stock['median_ms'] / 1e3:.3f} s", stock)
+        rows.append([row["group"], size_of(row) + ", compiled" * is_compiled(row), seconds, *factors])
     return table(["denoiser", "size", "stock", *others], rows)
 
 
@@ -178,6 +234,7 @@ def highres() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "speed": speed,
     "discs": discs,
     "squares": squares,
     "linear": linear,
@@ -188,19 +245,30 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "backbones": backbones,
 }
+PLACE = re.compile(r"<!-- (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def pages() -> list[Path]:
+    """Return the README and the pages of docs/."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def filled(text: str) -> str:
-    """Return the README with every table between its markers made anew."""
-    for name, make in TABLES.items():
-        begin, end = f"<!-- {name} -->", "<!-- end -->"
-        pattern = re.compile(f"{begin}\n.*?{end}", re.DOTALL)
-        assert len(pattern.findall(text)) == 1, f"the README needs one table between {begin} and {end}"
-        content = f"{begin}\n{make()}\n{end}"
-        text = pattern.sub(lambda match, content=content: content, text)
-    return text
+    """Return a page with each table between its markers made anew.
+
+    Raises:
+        KeyError: If there is no table of that name.
+    """
+    return PLACE.sub(lambda match: f"<!-- {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->", text)
+
+
+def first_picture() -> Image.Image:
+    """Return the README's picture: the rows of the FLUX-type teacher, from the sheet of large pictures."""
+    sheet = Image.open(ROOT / "docs" / "highres_sheet.jpg")
+    return sheet.crop((0, 0, sheet.width, sheet.height * 2 // 5))
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text()))
+    for page in pages():
+        page.write_text(filled(page.read_text()))
+    first_picture().save(ROOT / "docs" / "readme.jpg", quality=90)
