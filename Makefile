@@ -6,7 +6,9 @@ OUT ?= demo_out
 GALLERY ?= gallery_out
 WORKERS ?= 2
 
-.PHONY: demo gallery test bench lint docs clean
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
+
+.PHONY: demo gallery test test-slow test-all bench lint docs clean
 
 $(BIN)/.installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,8 +22,17 @@ demo: $(BIN)/.installed
 gallery: $(BIN)/.installed
 	$(BIN)/vision-attn gallery --out $(GALLERY)
 
+# Triton reads TRITON_INTERPRET when it is imported, so its interpreter takes a run of its own.
 test: $(BIN)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS)
+	$(PYTEST) -m "not slow and not interpreter"
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow and interpreter"
+
+# pytest ends with 5 if there are no such tests.
+test-slow: $(BIN)/.installed
+	$(PYTEST) -m "slow and not interpreter" || test $$? -eq 5
+	TRITON_INTERPRET=1 $(PYTEST) -m "slow and interpreter" || test $$? -eq 5
+
+test-all: test test-slow
 
 bench: $(BIN)/.installed
 	$(BIN)/vision-attn bench kernels
