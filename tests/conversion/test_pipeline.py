@@ -105,20 +105,25 @@ REFUSED: dict[str, tuple[tuple, dict[str, Any], type[Exception], str]] = {
 }
 
 
+@pytest.fixture(scope="module", params=[None, Clear(radius=2)], ids=["stock", "converted"])
+def standing(request: pytest.FixtureRequest) -> tuple[Any, Any, np.ndarray]:
+    """A pipeline, what it is converted to, and its images: for all rows, since refusals leave it as it was."""
+    pipe = PIPELINE["sd"].build()
+    pipe.set_attn_processor(request.param)
+    return pipe, request.param, images(PIPELINE["sd"], pipe, 6, 6)
+
+
 @pytest.mark.parametrize("arguments, options, error, message", REFUSED.values(), ids=REFUSED)
-@pytest.mark.parametrize("first", [None, Clear(radius=2)], ids=["stock", "converted"])
 def test_what_is_refused_leaves_the_pipeline_as_it_was(
-    first: Any, arguments: Any, options: Any, error: Any, message: str
+    standing: Any, arguments: Any, options: Any, error: Any, message: str
 ) -> None:
-    case, pipe = PIPELINE["sd"], PIPELINE["sd"].build()
-    pipe.set_attn_processor(first)
-    before = images(case, pipe, 6, 6)
+    pipe, first, before = standing
     with pytest.raises(error, match=message):
         pipe.set_attn_processor(*arguments, **options)
     assert is_stock(pipe) == (first is None)
     if first is not None:
         assert spec_of(pipe) == first
-    assert np.array_equal(images(case, pipe, 6, 6), before)
+    assert np.array_equal(images(PIPELINE["sd"], pipe, 6, 6), before)
 
 
 @pytest.mark.parametrize("first", [None, Softmax()], ids=["stock", "converted"])
@@ -241,6 +246,7 @@ assert pipe.set_attn_processor(None) is None and not conversion.models["transfor
 """
 
 
+@pytest.mark.slow  # a process of its own; that `conversion` imports nothing of `pipelines` is tests/test_imports.py
 def test_convert_leaves_the_class_of_pipelines_alone(pytestconfig: pytest.Config) -> None:
     command = [sys.executable, "-W", "ignore", "-c", FRESH]
     done = subprocess.run(command, cwd=pytestconfig.rootpath, capture_output=True, text=True, check=False)

@@ -40,7 +40,7 @@ def draw(pipe: Any, pipeline_id: str, side: int, **options: Any) -> Any:
 
 
 def base_of(pipe: Any) -> int:
-    return 8 * pipe.vae_scale_factor * 2
+    return 4 * pipe.vae_scale_factor * 2
 
 
 @pytest.mark.parametrize("pipeline_id", KINDS)
@@ -277,13 +277,13 @@ def test_the_embedded_teachers(teacher: str) -> None:
     from vision_attn.demo import load_teacher
 
     pipe = load_teacher(teacher)
-    options = Options(num_inference_steps=3, level_inference_steps=2, strength=(0.3,), rope="interpolate", quiet=True)
+    options = Options(num_inference_steps=2, level_inference_steps=1, strength=(0.3,), rope="interpolate", quiet=True)
     generator = torch.Generator().manual_seed(0)
     result = generate_highres(pipe, "red apple", 256, 256, options=options, generator=generator)
     assert [level.height for level in result.levels] == [128, 256]
     small, large = (level.images[0] for level in result.levels)
     shrunk = np.asarray(large.resize(small.size), np.float32)
-    assert np.corrcoef(np.asarray(small, np.float32).ravel(), shrunk.ravel())[0, 1] > 0.9
+    assert np.corrcoef(np.asarray(small, np.float32).ravel(), shrunk.ravel())[0, 1] > 0.95
 
 
 def test_what_the_levels_decide_is_refused():
