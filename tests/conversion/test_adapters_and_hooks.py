@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import accelerate
 import pytest
 import torch
-from converted_hosts import CLEAR, SIZE, call, converted, expected, hosts, specs
+from converted_hosts import CLEAR, POOLED, SIZE, call, converted, expected, hosts
+from covering import quick
 from diffusers.hooks import apply_group_offloading
 from host_runs import distance, run, stock
 from peft import LoraConfig, get_peft_model
@@ -86,19 +88,26 @@ OFFLOADS: dict[str, Callable[[nn.Module], Any]] = {
 }  # fmt: skip
 
 
-@hosts("flux", "sd15-unet", "sd35")
-@specs
-@pytest.mark.parametrize("offload", OFFLOADS.values(), ids=OFFLOADS)
-@when
-def test_offload_hooks(host_id: str, spec: Any, offload: Any, before: bool) -> None:
-    model = HOST[host_id].build()
-    if before:
-        offload(model)
+OFFLOADED = quick(
+    list(product(("flux", "sd15-unet", "sd35"), ("clear", "pooled"), OFFLOADS, ("before", "after"))),
+    (lambda host_id, spec, offload, when: (host_id, offload), 1),
+    (lambda host_id, spec, offload, when: (offload, when), 1),
+    (lambda host_id, spec, offload, when: (host_id, when), 1),
+    (lambda host_id, spec, offload, when: (spec, when), 1),
+    (lambda host_id, spec, offload, when: (spec, offload), 1),
+)
+
+
+@pytest.mark.parametrize("host_id, spec, offload, when", OFFLOADED)
+def test_offload_hooks(host_id: str, spec: Any, offload: str, when: str) -> None:
+    model, spec = HOST[host_id].build(), dict(clear=CLEAR, pooled=POOLED)[spec]
+    if when == "before":
+        OFFLOADS[offload](model)
     conversion = convert(model, spec)
     for i, (_, parameter) in enumerate(conversion.named_parameters()):
         parameter.data += 0.1 * noise(*parameter.shape, seed=i)
-    if not before:
-        offload(model)
+    if when == "after":
+        OFFLOADS[offload](model)
     for _ in range(2):
         assert torch.equal(run(HOST[host_id], model, *SIZE), expected(host_id, spec))
     conversion.revert()

@@ -1,5 +1,6 @@
 """Every processor on every host: forward and backward on a non-square grid, precision, saving, loading, reverting."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,17 @@ def test_learns_saves_loads_and_reverts(host_id: str, name: str, tmp_path: Path)
     torch.testing.assert_close(run(case, other, *at), trained, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", PROCESSORS)
-@pytest.mark.parametrize("host_id", ["flux", "sd15-unet", "vit"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-def test_low_precision_stays_finite_and_keeps_its_dtype(name: str, host_id: str, dtype: torch.dtype) -> None:
-    case = HOST[host_id]
+LOW_PRECISION = quick(
+    list(product(PROCESSORS, ("flux", "sd15-unet", "vit"), ("float16", "bfloat16"))),
+    (lambda name, host_id, dtype: (name, host_id), 1),
+    (lambda name, host_id, dtype: (name, dtype), 1),
+    (lambda name, host_id, dtype: (host_id, dtype), 1),
+)
+
+
+@pytest.mark.parametrize("name, host_id, dtype", LOW_PRECISION)
+def test_low_precision_stays_finite_and_keeps_its_dtype(name: str, host_id: str, dtype: Any) -> None:
+    case, dtype = HOST[host_id], getattr(torch, dtype)
     model = case.build().to(dtype)
     convert(model, PROCESSORS[name])
     inputs = {
