@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from covering import quick
-from host_runs import distance, run, size_of, stock
+from host_runs import FROM_A_FILE, distance, run, size_of, stock
 from processor_table import PROCESSORS
 from tiny_hosts import HOST, KIND, HostCase
 from torch import nn
@@ -76,12 +76,14 @@ def test_learns_saves_loads_and_reverts(host_id: str, name: str, tmp_path: Path)
     with torch.autocast("cpu", torch.bfloat16):
         assert run(case, model, *at).isfinite().all()
     conversion.save(tmp_path)
+    learned = {key: parameter.detach().clone() for key, parameter in conversion.named_parameters()}
     conversion.revert()
     assert_untouched(model, before)
     other = case.build()
-    load(other, tmp_path)
+    loaded = dict(load(other, tmp_path).named_parameters())
+    assert loaded.keys() == learned.keys() and all(torch.equal(loaded[key], learned[key]) for key in learned)
     torch.manual_seed(0)
-    torch.testing.assert_close(run(case, other, *at), trained, rtol=0, atol=1e-6)
+    torch.testing.assert_close(run(case, other, *at), trained, **FROM_A_FILE)
 
 
 LOW_PRECISION = quick(
