@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share two cores
 
 import pytest
 import torch
+from readable_ids import pytest_collection_modifyitems, pytest_make_parametrize_id  # noqa: F401
 
 from vision_attn._compat import ensure_torchvision
 

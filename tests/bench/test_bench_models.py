@@ -183,6 +183,7 @@ def timed(name, ms, batch=1):
         (Must("ours"), None, True),
         (Must("failed"), None, False),
     ],
+    ids=["reached", "missed", "one-absent", "other-failed", "failed", "half", "runs", "does-not-run"],
 )
 def test_what_must_hold(must, value, holds):
     measured = [timed("ours", 5.0), timed("slow", 30.0), timed("fast", 10.0), timed("failed", None)]

@@ -210,6 +210,7 @@ def test_weights_of_the_hedgehog_are_not_rounded(size):
         (torch.ones(1, 4, 2, 8), torch.ones(2, 8, 8, dtype=torch.cfloat), "weight torch.complex64"),
         (torch.ones(1, 4, 2, 8), torch.ones(2, 8, 8, device="meta"), "got x on cpu and weight on meta"),
     ],
+    ids=["shape-of-weight", "shape-of-x", "integers", "complex", "devices"],
 )
 def test_bad_input_of_the_hedgehog(x, weight, message):
     with pytest.raises((ValueError, TypeError), match=message):
