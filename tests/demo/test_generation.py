@@ -40,37 +40,36 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_the_offline_teacher_plain_converted_and_above_its_size(tmp_path: Path, capsys: Any, nano: Any) -> None:
-    out, common = (
-        tmp_path / "a.png",
-        ["emoji-nano", "red apple", "--num-inference-steps", "2", "--out", str(tmp_path / "a.png")],
-    )
+    out = tmp_path / "a.png"
+    # On the CPU also where there is a GPU, as `nano` is: the pictures are compared.
+    common = ["emoji-nano", "red apple", "--num-inference-steps", "2", "--out", str(out), "--device", "cpu"]
     assert "128 x 128 pixels, the host's attention" in run(capsys, *common)
     own = nano("red apple", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
-    assert np.array_equal(pixels(out), np.asarray(own, np.float32))
+    # At most one level of 255 apart: the command reads weights of its own, at other addresses, which changes last bits.
+    np.testing.assert_allclose(pixels(out), np.asarray(own, np.float32), rtol=0, atol=1)
     text = run(capsys, *common, "--processor", "clear:radius=4", "--height", "128", "--width", "96")
     assert "Clear(radius=4) in 5 of 5 layers, a token sees " in text and pixels(out).shape == (128, 96, 3)
     text = run(capsys, *common, "--processor", "clear:radius=4", "--min-tokens", "2000")
     assert "Clear(radius=4) in 0 of 5 layers" in text
-    levels = [
-        "--highres",
-        "--height",
-        "256",
-        "--width",
-        "256",
-        "--level-inference-steps",
-        "1",
-        "--strength",
-        "0.3",
-        "0.2",
-    ]
-    text = run(capsys, *common, *levels, "--processor", "clear:radius=4", "--rope", "interpolate")
-    assert "128 x 128, 256 x 256, Clear(radius=4) above the first level" in text and pixels(out).shape == (256, 256, 3)
+    levels = ["--highres", "--height", "160", "--width", "192", "--level-inference-steps", "1"]
+    levels += ["--strength", "0.3", "0.2", "--rope", "interpolate"]
+    text = run(capsys, *common, *levels, "--processor", "clear:radius=4")
+    assert "160 x 192, Clear(radius=4) above the first level" in text and pixels(out).shape == (160, 192, 3)
     run(capsys, *common, "--seed", "1", "--set", "true_cfg_scale=1.0")
-    assert not np.array_equal(pixels(out), np.asarray(own, np.float32))
+    assert np.abs(pixels(out) - np.asarray(own, np.float32)).max() > 20
 
 
 def test_the_other_side_is_the_pipelines_own(tmp_path: Path, capsys: Any) -> None:
-    common = ["emoji-unet", "red apple", "--num-inference-steps", "1", "--out", str(tmp_path / "a.png")]
+    common = [
+        "emoji-unet",
+        "red apple",
+        "--num-inference-steps",
+        "1",
+        "--out",
+        str(tmp_path / "a.png"),
+        "--device",
+        "cpu",
+    ]
     assert "96 x 128 pixels" in run(capsys, *common, "--height", "96")
     assert "128 x 96 pixels" in run(capsys, *common, "--width", "96")
     pipe: Any = build_sd()
@@ -79,7 +78,7 @@ def test_the_other_side_is_the_pipelines_own(tmp_path: Path, capsys: Any) -> Non
     assert _size(pipe, 64, None) == {"height": 64, "width": 12 * factor} and _size(pipe, None, None) == {}
     assert _size(pipe, None, 64) == {"height": 8 * factor, "width": 64}
     pipe.unet.register_to_config(sample_size=None)
-    with pytest.raises(ValueError, match=r"give --height and --width: a .* does not tell its own size"):
+    with pytest.raises(ValueError, match=r"give --height and --width: a .* does not say its default size"):
         _size(pipe, 64, None)
 
 
@@ -89,10 +88,10 @@ def test_an_adapter_names_its_attention(by_levels: bool, tmp_path: Path, nano: A
     conversion.save(tmp_path)
     conversion.revert()
     options = Options(num_inference_steps=2, level_inference_steps=1, quiet=True) if by_levels else None
-    sides = (256, 256) if by_levels else (None, None)
+    sides = (160, 160) if by_levels else (None, None)
     call = {} if by_levels else {"num_inference_steps": 2}
     image, note = generate(nano, Request("rocket", *sides, adapter=str(tmp_path), options=options, call=call))
-    assert image.size == ((256, 256) if by_levels else (128, 128))
+    assert image.size == ((160, 160) if by_levels else (128, 128))
     assert "Clear(radius=3, pool=2) in 5 of 5 layers" in note and not is_converted(nano.transformer)
     spec = Clear(radius=3, pool=2, native_tokens=1032)
     request = Request("rocket", *sides, spec=spec, adapter=str(tmp_path), options=options, call=call)
@@ -123,18 +122,8 @@ def test_a_stable_diffusion_folder(tmp_path: Path, capsys: Any) -> None:
     pipe = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)  # type: ignore[arg-type]
     pipe.save_pretrained(tmp_path / "sd")
     out = tmp_path / "b.png"
-    common = [
-        str(tmp_path / "sd"),
-        "a fox",
-        "--height",
-        "128",
-        "--width",
-        "64",
-        "--num-inference-steps",
-        "2",
-        "--out",
-        str(out),
-    ]
+    common = [str(tmp_path / "sd"), "a fox", "--num-inference-steps", "2", "--out", str(out), "--device", "cpu"]
+    common += ["--height", "128", "--width", "64"]
     text = run(capsys, *common, "--processor", "neighborhood:kernel_size=3", "--min-tokens", "9")
     assert "128 x 64 pixels, Neighborhood(kernel_size=3) in " in text and pixels(out).shape == (128, 64, 3)
     text = run(capsys, *common, "--set", "guidance_scale=1.0", "--set", "negative_prompt=a cat")
@@ -161,6 +150,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "adapter": (["emoji-nano", "--adapter", "no-such-folder"], "no-such-folder"),
     "device": (["emoji-nano", "--device", "cuda:99"], "cuda"),
     "no-device": (["emoji-nano", "--device", "gpu"], "--device gpu cannot be used here, give cpu or cuda"),
+    "teacher": (["emoji-huge"], "nor one of emoji, emoji-nano, emoji-unet"),
     "meta": (["emoji-nano", "--device", "meta"], "--device meta cannot be used here"),
     "height": (["emoji-nano", "--height", "0"], "height must be an int of at least 1, got 0"),
     "width": (["emoji-nano", "--width", "-8"], "width must be an int of at least 1, got -8"),

@@ -1,4 +1,4 @@
-"""`vision-attn generate`: one picture of a pipeline, converted as the arguments say, at any size."""
+"""`vision-attn generate`: draws one picture with a pipeline, converted as the arguments say, at any size."""
 
 import ast
 import inspect
@@ -14,8 +14,6 @@ from vision_attn.highres.levels import Options, generate_highres
 from vision_attn.processors import AttnSpec, spec_of_text
 
 _TENSORS = {torch.Tensor, torch.FloatTensor, torch.LongTensor}
-
-
 _LEVELS = ("num_inference_steps", "level_inference_steps", "strength", "rope")  # arguments of `Options`
 
 
@@ -25,13 +23,13 @@ class Request:
 
     Args:
         prompt: What to draw.
-        height: In pixels, the pipeline's own if None.
-        width: In pixels, the pipeline's own if None.
-        spec: The processor, None for that of the adapter, or of the host.
-        adapter: Folder, file or hub name of trained weights, as for `load`.
+        height: Height in pixels; the pipeline's default if None.
+        width: Width in pixels; the pipeline's default if None.
+        spec: The processor; None for the adapter's, or without one the host's own attention.
+        adapter: Folder, file or hub name of a saved conversion, as for `load`.
         min_tokens: Layers with fewer tokens keep their own attention.
-        options: How levels are made, for `generate_highres`; None for one plain call of the pipeline.
-        seed: Of the noise.
+        options: Options of `generate_highres`; None for one plain call of the pipeline.
+        seed: Seed of the noise.
         call: Further arguments of the pipeline's call.
 
     Raises:
@@ -60,7 +58,7 @@ class Request:
 
 
 def request_of(arguments: Any) -> Request:
-    """Return what the arguments of `vision-attn generate` ask for.
+    """Return the request that the arguments of `vision-attn generate` describe.
 
     Raises:
         ValueError: If they contradict each other, or a value is out of its range.
@@ -86,7 +84,7 @@ def request_of(arguments: Any) -> Request:
 
 
 def generate(pipe: Any, request: Request) -> tuple[Any, str]:
-    """Draw; the pipeline is as before afterwards.
+    """Draw one picture. The pipeline is converted for it and reverted afterwards.
 
     Args:
         pipe: A text-to-image pipeline.
@@ -96,7 +94,7 @@ def generate(pipe: Any, request: Request) -> tuple[Any, str]:
         A PIL image, and a line about the attention that drew it.
 
     Raises:
-        ValueError: If the pipeline has no such argument, or the conversion or the size does not fit it.
+        ValueError: If the pipeline does not take an argument of the call, or the conversion or the size does not fit.
     """
     check_call(pipe, request.call)
     conversion: Conversion | None = None
@@ -121,7 +119,7 @@ def generate(pipe: Any, request: Request) -> tuple[Any, str]:
 
 
 def _size(pipe: Any, height: int | None, width: int | None) -> dict[str, int]:
-    """Return height and width for the pipeline's call; where one is given, some pipelines would ignore it alone."""
+    """Return height and width for the pipeline's call: both or none, because some pipelines ignore one alone."""
     given = {side: pixels for side, pixels in (("height", height), ("width", width)) if pixels is not None}
     if len(given) != 1:
         return given
@@ -129,7 +127,7 @@ def _size(pipe: Any, height: int | None, width: int | None) -> dict[str, int]:
     for denoiser in (getattr(pipe, "unet", None), getattr(pipe, "transformer", None)):
         latents = latents or getattr(getattr(denoiser, "config", None), "sample_size", None)
     if latents is None or not hasattr(pipe, "vae_scale_factor"):
-        raise ValueError(f"give --height and --width: a {type(pipe).__name__} does not tell its own size")
+        raise ValueError(f"give --height and --width: a {type(pipe).__name__} does not say its default size")
     sides = latents if isinstance(latents, tuple | list) else (latents, latents)
     own = {side: int(n) * pipe.vae_scale_factor for side, n in zip(("height", "width"), sides, strict=True)}
     return own | given
@@ -144,7 +142,7 @@ def _by_levels(pipe: Any, request: Request, noise: torch.Generator, spec: AttnSp
 
 
 def _attention(conversion: Conversion | None, request: Request) -> str:
-    """Describe what was rerouted."""
+    """Describe the attention that drew."""
     if conversion is None:
         return f"{request.spec} above the first level" if request.spec else "the host's attention"
     rows = [row for row in conversion.layers if row.status == "rerouted"]
@@ -155,10 +153,10 @@ def _attention(conversion: Conversion | None, request: Request) -> str:
 
 
 def call_of_text(items: Sequence[str]) -> dict[str, Any]:
-    """Return the arguments that a command line gives as `name=value`: Python values, or else text.
+    """Read `name=value` arguments. A value is a Python literal, or else text.
 
     Raises:
-        ValueError: If one has no value.
+        ValueError: If an item is not `name=value`.
     """
     call: dict[str, Any] = {}
     for item in items:
@@ -173,7 +171,7 @@ def call_of_text(items: Sequence[str]) -> dict[str, Any]:
 
 
 def check_call(pipe: Any, call: dict[str, Any]) -> None:
-    """Refuse arguments that the pipeline's call does not have, and no tensors where it takes nothing else."""
+    """Refuse arguments that the pipeline's call does not take, and other values where it takes only tensors."""
     known: dict[str, inspect.Parameter] = {}
     for kind in type(pipe).__mro__:
         if "__call__" in vars(kind):

@@ -1,4 +1,4 @@
-"""Loads what a command names: a folder, a name on the hub, a timm model, or an embedded teacher."""
+"""Loads the model or pipeline that a command names: a folder, a hub name, a timm model, or an embedded teacher."""
 
 import json
 from pathlib import Path
@@ -6,13 +6,10 @@ from typing import Any
 
 import torch
 
-from vision_attn._compat import ensure_torchvision
+from vision_attn.demo import TEACHERS, load_teacher
 
-TEACHERS = {
-    "emoji": "base",
-    "emoji-nano": "nano",
-    "emoji-unet": "unet",
-}  # the offline ones, and their names in the demo
+# The teachers' names in commands that take any pipeline.
+EMOJI = {"emoji" if name == "base" else f"emoji-{name}": name for name in TEACHERS}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -20,26 +17,23 @@ def load_pipeline(name: str, *, device: str | None = None, dtype: str | None = N
     """Load a text-to-image pipeline.
 
     Args:
-        name: Folder or hub name of a diffusers pipeline, or an embedded teacher: 'emoji', 'emoji-nano', 'emoji-unet'.
-        device: Such as 'cpu' or 'cuda', a GPU where there is one if None.
-        dtype: 'float32', 'float16' or 'bfloat16'; bfloat16 on a GPU and float32 on a CPU if None.
+        name: Folder or hub name of a diffusers pipeline, or a name of `EMOJI` for an embedded teacher.
+        device: A device such as 'cpu' or 'cuda'; if None, a GPU where there is one.
+        dtype: 'float32', 'float16' or 'bfloat16'; if None, bfloat16 on a GPU and float32 on a CPU.
 
     Raises:
-        ValueError: If there is no such pipeline, or no such device here.
+        ValueError: If the pipeline does not exist, or the device cannot be used here.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)
     kind = DTYPES[dtype] if dtype else torch.float32 if device == "cpu" else torch.bfloat16
-    ensure_torchvision()
-    import vision_attn.demo  # noqa: PLC0415, diffusers learns its pipelines
-
-    if name in TEACHERS:
-        teacher = vision_attn.demo.load_teacher(TEACHERS[name])
+    if name in EMOJI:
+        teacher = load_teacher(EMOJI[name])
         return teacher if (device, kind) == ("cpu", torch.float32) else teacher.to(device, kind)
     is_folder = (Path(name) / "model_index.json").exists()
     if not is_folder and (Path(name).exists() or name.count("/") != 1):
         raise ValueError(
-            f"{name} is neither a folder with model_index.json, nor a name on the hub, nor one of {', '.join(TEACHERS)}"
+            f"{name} is neither a folder with model_index.json, nor a name on the hub, nor one of {', '.join(EMOJI)}"
         )
     from diffusers import DiffusionPipeline  # noqa: PLC0415, diffusers is optional
 
@@ -50,7 +44,7 @@ def load_pipeline(name: str, *, device: str | None = None, dtype: str | None = N
 
 
 def _check_device(device: str) -> None:
-    """Refuse a device that cannot be used here."""
+    """Refuse a device that does not work here."""
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: no GPU can be used here")
     try:
@@ -61,28 +55,27 @@ def _check_device(device: str) -> None:
 
 
 def load_target(name: str) -> Any:
-    """Load what is to be inspected: without weights where its configuration is enough.
+    """Load a model to inspect, without its weights where its configuration is enough.
 
     Args:
         name: Folder or hub name of a diffusers pipeline or model, or the name of a timm model.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If there is no such model.
     """
     folder = Path(name)
-    ensure_torchvision()
     if (folder / "model_index.json").exists():
         return _denoiser(folder) or _pipeline(folder)
     if (folder / "config.json").exists():
         return _diffusers_model(json.loads((folder / "config.json").read_text()), name)
     import timm  # noqa: PLC0415
 
-    import vision_attn.backbones  # noqa: F401, PLC0415, timm learns them
+    import vision_attn.backbones  # noqa: F401, PLC0415, registers them with timm
 
     if timm.is_model(name):
         try:
             return timm.create_model(name, dynamic_img_size=True)
-        except TypeError:  # no vision transformer: `estimate` says that it is not known
+        except TypeError:  # not a vision transformer: `estimate` refuses it by name
             return timm.create_model(name)
     if name.count("/") == 1 and not folder.exists():
         try:
@@ -95,7 +88,7 @@ def load_target(name: str) -> Any:
 
 
 def _denoiser(folder: Path) -> Any:
-    """Build the denoiser of a saved pipeline from configurations alone; None if they do not say enough."""
+    """Build the denoiser of a saved pipeline from its configuration; None if that does not say enough."""
     index = json.loads((folder / "model_index.json").read_text())
     names = [name for name in ("transformer", "unet") if (folder / name / "config.json").exists()]
     vae = folder / "vae" / "config.json"
@@ -114,8 +107,6 @@ def _denoiser(folder: Path) -> Any:
 def _pipeline(name: str | Path) -> Any:
     from diffusers import DiffusionPipeline  # noqa: PLC0415
 
-    import vision_attn.demo  # noqa: F401, PLC0415, diffusers learns its pipelines
-
     return DiffusionPipeline.from_pretrained(name)
 
 
@@ -124,6 +115,6 @@ def _diffusers_model(config: dict[str, Any], name: str) -> Any:
 
     kind = getattr(diffusers, str(config.get("_class_name")), None)
     if kind is None:
-        raise ValueError(f"{name}/config.json is no diffusers model: its class is {config.get('_class_name')!r}")
+        raise ValueError(f"{name}/config.json is not a diffusers model: its class is {config.get('_class_name')!r}")
     with torch.device("meta"):
         return kind.from_config(config)

@@ -1,8 +1,8 @@
-"""PixelVAE: an autoencoder with nothing to learn, so that a latent diffusion pipeline can work on pixels.
+"""PixelVAE: an autoencoder with nothing to learn, with which a latent diffusion pipeline works on pixels.
 
-Encoding moves each 2 x 2 block of pixels into the channels (`pixel_unshuffle`), decoding moves it back; both are exact.
-FLUX packs 2 x 2 latents into a token, so one token of the emoji teacher is 4 x 4 pixels with 48 channels. The UNet
-packs nothing: its autoencoder moves blocks of 4 x 4.
+Encoding moves each block of pixels into the channels (`pixel_unshuffle`), and decoding moves it back. Both are exact.
+FLUX packs 2 x 2 latents into a token, so blocks of 2 x 2 pixels make tokens of 4 x 4 pixels with 48 channels. The UNet
+packs nothing, so its blocks have 4 x 4 pixels.
 """
 
 from typing import Any
@@ -16,16 +16,17 @@ from diffusers.models.modeling_utils import ModelMixin
 
 
 class PixelVAE(ModelMixin, ConfigMixin):
-    """Stand where a pipeline expects an `AutoencoderKL`: exact, and without weights.
+    """An exact autoencoder without weights, for pipelines that expect an `AutoencoderKL`.
 
     Args:
         patch_size: Side in pixels of the block that becomes one latent.
         latent_channels: Channels of a latent, `3 * patch_size ** 2`.
-        block_out_channels: Equal entries: pipelines read the scale, `2 ** (len - 1) == patch_size`, from their number.
+        block_out_channels: Only the number of entries counts: pipelines read the scale from it, and
+            `2 ** (len(block_out_channels) - 1)` must be `patch_size`.
         scaling_factor: Pipelines give the transformer `(latents - shift_factor) * scaling_factor`.
         shift_factor: About the mean of an emoji on white, in [-1, 1].
-        center: Subtracted in `encode` and added in `decode`, for the pipelines that know no `shift_factor` (Stable
-            Diffusion's); only 0 is exact to the bit.
+        center: `encode` subtracts it and `decode` adds it, for pipelines without a `shift_factor` such as Stable
+            Diffusion's. Only 0 is exact to the bit.
 
     Raises:
         ValueError: If the three sizes contradict each other.
@@ -55,10 +56,10 @@ class PixelVAE(ModelMixin, ConfigMixin):
 
         Args:
             x: Images `[B, 3, height, width]` in [-1, 1], sides divisible by `patch_size`.
-            return_dict: Return an output object rather than a tuple of one.
+            return_dict: Return an output object rather than a tuple with one entry.
 
         Returns:
-            A `latent_dist` whose mode and samples are both the latents
+            An object whose `latent_dist` has the latents as its mode and as every sample:
             `[B, latent_channels, height / patch_size, width / patch_size]`.
 
         Raises:
@@ -76,27 +77,27 @@ class PixelVAE(ModelMixin, ConfigMixin):
 
         Args:
             z: Latents `[B, latent_channels, h, w]`, unscaled.
-            return_dict: Return an output object rather than a tuple of one.
+            return_dict: Return an output object rather than a tuple with one entry.
             generator: Unused; some pipelines pass it.
 
         Returns:
-            `sample`: images `[B, 3, h * patch_size, w * patch_size]` in the range of what was encoded.
+            An object whose `sample` is the images `[B, 3, h * patch_size, w * patch_size]`.
         """
         sample = F.pixel_shuffle(z, self.config.patch_size) + self.config.center
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(self, sample: torch.Tensor, return_dict: bool = True) -> Any:
-        """Encode and decode `sample` `[B, 3, height, width]`: returns it unchanged."""
+        """Return `sample` `[B, 3, height, width]`, encoded and decoded: unchanged."""
         return self.decode(self.encode(sample).latent_dist.mode(), return_dict=return_dict)
 
     def enable_tiling(self) -> None:
-        """Do nothing: no tile can be cheaper than moving pixels. Pipelines may call it."""
+        """Do nothing: there is no memory to save. Pipelines may call it."""
 
     def disable_tiling(self) -> None:
-        """Do nothing, as `enable_tiling`."""
+        """Do nothing, like `enable_tiling`."""
 
     def enable_slicing(self) -> None:
-        """Do nothing, as `enable_tiling`."""
+        """Do nothing, like `enable_tiling`."""
 
     def disable_slicing(self) -> None:
-        """Do nothing, as `enable_tiling`."""
+        """Do nothing, like `enable_tiling`."""

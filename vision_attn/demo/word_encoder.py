@@ -1,4 +1,4 @@
-"""WordEncoder: the text encoder of the emoji teacher, one learned vector for each word that it knows."""
+"""WordEncoder: the text encoder of the emoji teachers, with one learned vector per known word."""
 
 import difflib
 import re
@@ -10,15 +10,15 @@ from torch import nn
 
 
 class WordEncoder(ModelMixin, ConfigMixin):
-    """Turn the words of a prompt into a sequence of embeddings and one pooled vector.
+    """Turns the words of a prompt into a sequence of embeddings and one pooled vector.
 
-    The sequence is `embedding(word) + position`; the pooled vector is an MLP of the mean over the words. A prompt
-    without words is the null prompt of classifier-free guidance and has an embedding of its own.
+    The sequence is `embedding(word) + position`. The pooled vector is an MLP of the mean over the words. A prompt
+    without words is the null prompt of classifier-free guidance and has its own embedding.
 
     Args:
-        vocabulary: The known words in lower case; word `i` has id `i + 1`, id 0 is 'no word'.
+        vocabulary: The known words in lower case; word `i` has id `i + 1`, and id 0 means 'no word'.
         dim: Channels C of an embedding.
-        num_positions: The most words that a prompt may have, and the length of the sequence.
+        num_positions: Length of the sequence, and the most words that a prompt may have.
 
     Raises:
         ValueError: If `vocabulary` is empty or repeats a word.
@@ -36,7 +36,7 @@ class WordEncoder(ModelMixin, ConfigMixin):
         self._word_to_id = {word: i + 1 for i, word in enumerate(vocabulary)}
 
     def tokenize(self, prompts: list[str]) -> torch.Tensor:
-        """Look up the words of prompts: lower or upper case, parted by spaces, hyphens, underscores or commas.
+        """Look up the words of prompts. Case is ignored; spaces, hyphens, underscores and commas separate words.
 
         Args:
             prompts: Prompts such as 'red apple' or 'red-apple'; '' is the null prompt.
@@ -45,8 +45,8 @@ class WordEncoder(ModelMixin, ConfigMixin):
             Word ids `[B, num_positions]` on the CPU, int64, 0 after the last word.
 
         Raises:
-            ValueError: If a prompt has words that are not in the vocabulary (all are named, with close known ones), or
-                more than `num_positions` words.
+            ValueError: If a prompt has unknown words (the error names them and known words like them), or more than
+                `num_positions` words.
         """
         ids = torch.zeros(len(prompts), self.config.num_positions, dtype=torch.long)
         for row, prompt in enumerate(prompts):
@@ -61,7 +61,7 @@ class WordEncoder(ModelMixin, ConfigMixin):
         return ids
 
     def _suggest(self, unknown: list[str]) -> str:
-        """Name each unknown word and the known words that are spelled most like it."""
+        """Name each unknown word and the known words with the most similar spelling."""
         parts = []
         for word in unknown:
             close = difflib.get_close_matches(word, self.config.vocabulary, n=3, cutoff=0.6)
@@ -73,7 +73,7 @@ class WordEncoder(ModelMixin, ConfigMixin):
         """Embed word ids.
 
         Args:
-            ids: Word ids `[B, num_positions]` as `tokenize` returns them.
+            ids: Word ids `[B, num_positions]` from `tokenize`.
 
         Returns:
             Embeddings `[B, num_positions, C]` and pooled embeddings `[B, C]`.
