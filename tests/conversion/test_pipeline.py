@@ -214,7 +214,8 @@ def test_save_pretrained_writes_a_stock_pipeline(tmp_path: Any) -> None:
     absent = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
     loaded = diffusers.FluxPipeline.from_pretrained(tmp_path, **absent)
     loaded.set_progress_bar_config(disable=True)
-    assert np.array_equal(images(case, loaded), stock)
+    # Close, not equal: weights read from a file lie at other addresses, which changes last bits of matrix products.
+    assert np.abs(images(case, loaded) - stock).max() <= 1e-5
 
 
 def test_diffusers_own_method_is_not_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
