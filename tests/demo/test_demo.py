@@ -2,37 +2,59 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import vision_attn.demo.compare
 from vision_attn.cli import main
-from vision_attn.demo import load_teacher, shipped_adapters
-from vision_attn.demo.compare import AT_LARGE, PROCESSORS, entries_of
+from vision_attn.demo import TEACHERS, load_teacher
+from vision_attn.demo.compare import AT_LARGE, FEW, PROCESSORS, PROMPTS, entries_of, plan
+from vision_attn.processors import AgentSD, Clear, Neighborhood, Softmax
+
+
+def run(out, *arguments, teacher="nano", steps=2):
+    """Run the command with one prompt."""
+    common = ["--teacher", teacher, "--num-inference-steps", str(steps), "--prompt", "red apple", "--out", str(out)]
+    assert main(["demo", *common, *arguments]) == 0
+    return json.loads((out / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    out = tmp_path_factory.mktemp("demo")
-    assert (
-        main(["demo", "--teacher", "nano", "--num-inference-steps", "3", "--prompt", "red apple", "--out", str(out)])
-        == 0
-    )
+def pages():
+    """The page as it was each time that it was written."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, pages):
+    out, write_page = tmp_path_factory.mktemp("demo"), vision_attn.demo.compare.write_page
+
+    def noted(*args, **kwargs):
+        page = write_page(*args, **kwargs)
+        pages.append(page.read_text())
+        return page
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vision_attn.demo.compare, "write_page", noted)
+        run(out)
     return out
 
 
 def test_it_writes_pictures_of_both_sizes(folder):
     results = json.loads((folder / "results.json").read_text())
-    assert [result["pixels"] for result in results] == [128] * len(PROCESSORS) + [256] * len(AT_LARGE)
-    assert {r["processor"].split("(")[0] for r in results} >= {"Softmax", "Clear", "LinFusion", "AgentSD.schedule"}
+    rows = plan("nano", ["red apple"])
+    assert [(r["pixels"], r["processor"]) for r in results] == [(pixels, entry.name) for pixels, entry, _ in rows]
     assert {r["training"] for r in results} == {"none needed", "untrained"}
     for result in results:
         assert [Image.open(folder / file).size for file in result["files"]] == [(result["pixels"],) * 2]
 
 
 def test_the_table_is_what_was_measured(folder):
-    large = json.loads((folder / "results.json").read_text())[len(PROCESSORS) :]
+    large = [row for row in json.loads((folder / "results.json").read_text()) if row["pixels"] == 256]
     dense, clear, neighborhood = (
         next(row for row in large if row["processor"].startswith(name)) for name in ("Softmax", "Clear", "Neighborhood")
     )
@@ -44,19 +66,55 @@ def test_the_table_is_what_was_measured(folder):
         assert result["psnr"] == pytest.approx(10 * np.log10(255**2 / np.square(ours - theirs).mean()))
 
 
+def pictures(page):
+    return re.findall(r'<img src="([^"]+)"', page)
+
+
 def test_the_page_opens_from_disk(folder):
-    page = (folder / "index.html").read_text()
-    pictures = re.findall(r'<img src="([^"]+)"', page)
-    assert len(pictures) == len(PROCESSORS) + len(AT_LARGE) and all((folder / picture).exists() for picture in pictures)
-    assert "http" not in page
+    page, count = (folder / "index.html").read_text(), len(plan("nano", ["red apple"]))
+    assert len(set(pictures(page))) == count and all((folder / picture).exists() for picture in pictures(page))
+    assert "http" not in page and "reload" not in page
     assert (folder / "sheet.png").exists()
 
 
-@pytest.mark.slow  # the UNet at both sizes with every processor; test_demo_unet.py has the small twins
+def test_the_page_is_there_from_the_start_and_grows_with_each_picture(folder, pages):
+    count = len(plan("nano", ["red apple"]))
+    assert [len(pictures(page)) for page in pages] == list(range(count + 1))
+    assert f"0 of {count} pictures are drawn" in pages[0] and f"{count - 1} of {count} pictures" in pages[-2]
+    assert "location.reload()" in pages[-2] and pages[-1] == (folder / "index.html").read_text()
+
+
+def test_by_default_it_draws_what_is_worth_it_and_few_prompts_at_256_pixels():
+    rows = plan("base")
+    kinds = [(pixels, type(entry.spec), entry.training) for pixels, entry, _ in rows]
+    assert rows[0][0] == 128 and rows[0][1].spec == Softmax()  # the others are compared with it
+    for row in ((128, Clear, "untrained"), (128, Clear, "distilled"), (128, Neighborhood, "untrained")):
+        assert row in kinds and (256, *row[1:]) in kinds
+    assert (128, type(AgentSD.schedule()), "none needed") in kinds
+    assert all(entry.draws_well for _, entry, _ in rows)
+    assert {(pixels, tuple(shown)) for pixels, _, shown in rows} == {(128, PROMPTS), (256, PROMPTS[:FEW])}
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_all_of_it_is_every_registered_processor_and_every_prompt(teacher):
+    rows = plan(teacher, everything=True)
+    assert {entry.spec for pixels, entry, _ in rows if pixels == 128} >= set(PROCESSORS)
+    assert {tuple(shown) for _, _, shown in rows} == {PROMPTS}
+    large = [entry for pixels, entry, _ in rows if pixels == 256]
+    assert {type(entry.spec) for entry in large} == {spec for spec in AT_LARGE if spec in map(type, PROCESSORS)}
+    assert [row[1] for row in plan(teacher)] == [entry for _, entry, _ in rows if entry.draws_well]
+
+
+@pytest.mark.slow  # every row with the smallest teacher; the default rows have the small twin
+def test_all_rows_of_flux(tmp_path):
+    results = run(tmp_path, "--all")
+    assert {row["processor"].split("(")[0] for row in results} >= {"Agent", "HiLo", "LinFusion", "RALA"}
+    assert [row["pixels"] for row in results] == [128] * len(PROCESSORS) + [256] * len(AT_LARGE)
+
+
+@pytest.mark.slow  # every row with the UNet, which is slower; test_demo_teacher.py has the small twins
 def test_the_unet_teacher_runs_the_same_demo(tmp_path):
-    arguments = ["--teacher", "unet", "--num-inference-steps", "3", "--prompt", "red apple", "--out", str(tmp_path)]
-    assert main(["demo", *arguments]) == 0
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = run(tmp_path, "--all", teacher="unet", steps=3)
     assert {(result["pixels"], result["tokens"]) for result in results} == {(128, 1024), (256, 4096)}
     assert "Stable Diffusion UNet" in (tmp_path / "index.html").read_text()
 
@@ -66,13 +124,14 @@ def test_the_unet_teacher_runs_the_same_demo(tmp_path):
     [
         (["--prompt", "red aple"], "words the teacher does not know: 'aple' (close to 'maple', 'apple'"),
         (["--num-inference-steps", "1"], "steps must be at least 2"),
+        (["--teacher", "huge"], "the teacher must be one of 'base', 'nano', 'unet', got 'huge'"),
     ],
-    ids=["unknown-word", "steps"],
+    ids=["unknown-word", "steps", "teacher"],
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
     assert main(["demo", "--teacher", "nano", "--out", str(tmp_path / "new"), *arguments]) == 2
     error = capsys.readouterr().err
-    assert message in error and error.startswith("vision-attn: ") and "Traceback" not in error
+    assert message in error and error.startswith("vision-attn: ") and error.count("\n") == 1
     assert not (tmp_path / "new").exists()
 
 
@@ -89,6 +148,17 @@ def test_shipped_adapters_are_small_and_are_shown_as_distilled(teacher):
         conversion.revert()
 
 
-def test_adapters_of_no_teacher_are_refused():
-    with pytest.raises(ValueError, match="must be one of 'base', 'nano', 'unet', got 'flux'"):
-        shipped_adapters("flux")
+HELP = """
+import sys
+from vision_attn.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print(sorted(name for name in ("torch", "diffusers", "timm") if name in sys.modules))
+"""
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["generate"]], ids=" ".join)
+def test_help_is_quick(command):
+    done = subprocess.run([sys.executable, "-c", HELP, *command, "--help"], capture_output=True, text=True, check=True)
+    assert "usage: vision-attn" in done.stdout and done.stdout.splitlines()[-1] == "[]"
