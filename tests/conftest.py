@@ -1,4 +1,4 @@
-"""One seed, deterministic kernels, no network, and torchvision's stand-in, for all tests."""
+"""One seed, deterministic kernels, no network, torchvision's stand-in, and Triton's interpreter, for all tests."""
 
 import importlib.util
 import os
@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share two cores
 
 import pytest
 import torch
+from interpreted import INTERPRETED, small_tiles
 from readable_ids import pytest_collection_modifyitems, pytest_make_parametrize_id  # noqa: F401
 
 from vision_attn._compat import ensure_torchvision
@@ -32,3 +33,10 @@ def _repeatable():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(request, monkeypatch):
+    """Launch kernels with few programs where they are interpreted."""
+    if INTERPRETED and "interpreter" in request.keywords:
+        small_tiles(monkeypatch)

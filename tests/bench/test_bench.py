@@ -21,8 +21,7 @@ from vision_attn.bench.table import markdown
 from vision_attn.bench.timing import Launch, Timing, interleave
 from vision_attn.cli import main
 from vision_attn.grid import Grid
-from vision_attn.kernels.local import local_attention
-from vision_attn.kernels.local.window import Window
+from vision_attn.kernels.local import Window, local_attention
 
 CPU = torch.device("cpu")
 OURS = OPERATORS[0]

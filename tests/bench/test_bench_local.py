@@ -12,7 +12,7 @@ from vision_attn.bench.local.candidates import outside_pairs, tile_pairs, triton
 from vision_attn.bench.local.flex import TILE, block_mask, disc_mask, flex_operator, kept_pairs, to_tiles
 from vision_attn.bench.local.problem import LocalProblem, needed_pairs, seen
 from vision_attn.grid import Grid
-from vision_attn.kernels.local.window import Window
+from vision_attn.kernels.local import Window
 
 CPU = torch.device("cpu")
 WINDOWS = [

@@ -16,7 +16,7 @@ from vision_attn.conversion.state import is_rerouted, state_of
 from vision_attn.estimation.cost import MACHINES, break_even, seconds
 from vision_attn.grid import Grid
 from vision_attn.hosts import find_host
-from vision_attn.kernels.local.window import Window
+from vision_attn.kernels.local import Window
 from vision_attn.processors import Layer, Schedule
 
 

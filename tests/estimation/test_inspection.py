@@ -13,7 +13,7 @@ from vision_attn import Clear, Neighborhood
 from vision_attn.cli import main
 from vision_attn.estimation.inspection import attended
 from vision_attn.grid import Grid
-from vision_attn.kernels.local.window import Window
+from vision_attn.kernels.local import Window
 from vision_attn.processors import spec_of_text
 
 

@@ -146,7 +146,7 @@ def test_the_own_processor_is_what_it_says() -> None:
     for axis, heads in ((rows, slice(0, 2)), (columns, slice(2, 4))):
         seen = torch.ones(grid.tokens, grid.tokens, dtype=torch.bool)
         seen[grid.image, grid.image] = (axis[:, None] // size) == (axis[None] // size)
-        outputs.append(dense_attention(q[:, :, heads], k[:, :, heads], v[:, :, heads], seen=seen))
+        outputs.append(dense_attention(q[:, :, heads], k[:, :, heads], v[:, :, heads], mask=seen))
         shares.append(seen.double().mean())
     spec = module.Stripes(size=size)
     result = spec.build(Layer("", 4, 8))(q, k, v, grid)

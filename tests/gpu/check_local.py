@@ -22,9 +22,8 @@ import torch
 from test_local_attention import CASES, Case, exact_and_plain, run
 
 from vision_attn.grid import Grid
-from vision_attn.kernels.local import local_attention
+from vision_attn.kernels.local import Window, local_attention
 from vision_attn.kernels.local import op as local_op
-from vision_attn.kernels.local.window import Window
 
 DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
 TUNED = [

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vision_attn import Clear, Neighborhood, Softmax, convert
 from vision_attn.conversion.state import is_rerouted, state_of
-from vision_attn.kernels.local.window import Window
+from vision_attn.kernels.local import Window
 
 LOCAL = {Clear(radius=2): RADIUS_2, Neighborhood(kernel_size=3): KERNEL_3}
 MASKED_DENSE = {"lumina2-ragged"}  # in a batch whose grids start at different tokens, the joint layers stay dense

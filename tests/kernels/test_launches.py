@@ -1,6 +1,5 @@
 """What launches of Triton kernels share: what is remembered, and when PyTorch's dispatcher is passed by."""
 
-import importlib.util
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +8,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vision_attn.kernels.triton import launching as triton_launching
-from vision_attn.kernels.triton.custom_op import custom_op
-from vision_attn.kernels.triton.launching import Bound, Kernel, hopper, layout, planned
+from vision_attn.kernels.triton.launching import Bound, Kernel, custom_op, hopper, layout, planned
 
 
 class Jit:
@@ -136,18 +134,15 @@ def test_which_gpus_have_tma(major, hip, expected, monkeypatch):
     assert not hopper(torch.zeros(1))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_which_tensors_tma_can_load(monkeypatch):
-    from vision_attn.kernels.triton import plan as triton_plan
-
     whole, one = torch.zeros(2, 6, 3, 8), torch.zeros(1, 6, 1, 8)
-    assert not triton_plan.uses_boxes([whole])  # not on a GPU
-    monkeypatch.setattr(triton_plan, "hopper", lambda t: True)
-    assert triton_plan.uses_boxes([whole, whole.transpose(1, 2), whole[:, 1:], one.expand(1, 6, 1, 8)])
+    assert not triton_launching.uses_boxes([whole])  # not on a GPU
+    monkeypatch.setattr(triton_launching, "hopper", lambda t: True)
+    assert triton_launching.uses_boxes([whole, whole.transpose(1, 2), whole[:, 1:], one.expand(1, 6, 1, 8)])
     shifted = torch.zeros(2 * 6 * 3 * 8 + 1)[1:].view(2, 6, 3, 8)
     odd = torch.zeros(2, 6, 3, 9)[..., :8]
     for refused in (shifted, odd, one.expand(2, 6, 1, 8)):
-        assert not triton_plan.uses_boxes([whole, refused])
+        assert not triton_launching.uses_boxes([whole, refused])
 
 
 @pytest.fixture

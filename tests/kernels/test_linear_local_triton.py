@@ -1,73 +1,59 @@
-"""LinearLocal's Triton backend and the Hedgehog's in the interpreter; `test_linear_triton.py` runs this file there."""
+"""LinearLocal's Triton backend and the Hedgehog's in Triton's interpreter (see `interpreted.py`)."""
 
 import importlib
-import os
 
 import pytest
 import torch
-from test_linear_triton import INTERPRETED, draw, inside, shares, tiles
-from test_operators import CASES, Case, call, inputs_of
-from test_window_triton import rows
+from interpreted import cell_tiles
+from operator_cases import CASES, Case, call, draw, inputs_of, one_head, shares
 
 from vision_attn.grid import Grid
 from vision_attn.kernels.hedgehog import hedgehog
 from vision_attn.kernels.hedgehog.op import hedgehog_reasons
-from vision_attn.kernels.linear.op import inference_reasons, linear_reasons
 from vision_attn.kernels.linear_local import linear_local_attention
+from vision_attn.kernels.triton.launching import inference_reasons, triton_reasons
 from vision_attn.processors import LinearLocal, LinFusion
 from vision_attn.processors.base import Layer
 
-
-@pytest.fixture(autouse=True)
-def _few_programs(monkeypatch):
-    if INTERPRETED in os.environ:
-        tiles(monkeypatch, 64)
-        slots(monkeypatch, 64)
+interpreter = pytest.mark.interpreter
 
 
-def slots(monkeypatch, length, features=64):
-    from vision_attn.kernels.linear_local import forward as kernels
-
-    rows(monkeypatch, length)
-    monkeypatch.setattr(kernels, "_TILES", {(size, 256): (length, 1, 1, features) for size in (2, 4)})
-
-
-def check_case(case, dtype):
+def check_output(case, dtype):
     with torch.no_grad():
         exact = call(case, inputs_of(case), "reference")
         ours, plain = (call(case, inputs_of(case, dtype), backend) for backend in ("triton", "reference"))
     assert max(shares([ours], [plain], [exact], dtype)) <= 1
 
 
-MIXED = [Case(c.operator, c.id, c.options | dict(H=1)) for c in CASES if c.operator == "linear_local"]
+MIXED = [one_head(case) for case in CASES if case.operator == "linear_local"]
 HEADS = Case("linear_local", "heads", dict(grid=Grid(6, 9, prefix=3), size=4, H=3, D=40, F=80))
 WIDE = Case("linear_local", "wide", dict(grid=Grid(9, 11, prefix=40), size=(3, 5), H=1, D=144, F=200))
 ROWS = [*((case, torch.float32) for case in (*MIXED, HEADS)), *((c, torch.float16) for c in MIXED if c.id == "hidden")]
 SLOW = [*((case, torch.float16) for case in (*MIXED, HEADS, WIDE)), (WIDE, torch.float32)]
 
 
-@inside
+@interpreter
 @pytest.mark.parametrize(("case", "dtype"), [*ROWS, *(pytest.param(*r, marks=pytest.mark.slow) for r in SLOW)], ids=str)
 def test_error_is_within_the_budget(case, dtype):
-    check_case(case, dtype)
+    check_output(case, dtype)
 
 
-@inside
+@interpreter
 @pytest.mark.parametrize("size", [(8, 3), 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (7, 1))], ids=str)
 def test_windows_larger_than_a_tile_are_walked(size, monkeypatch):
-    slots(monkeypatch, 16, 16)
-    check_case(
+    cell_tiles(monkeypatch, 16, 16)
+    check_output(
         Case("linear_local", "parts", dict(grid=Grid(9, 6, prefix=3), size=size, H=1, D=16, F=40)), torch.float32
     )
 
 
-@inside
+@interpreter
 @pytest.mark.parametrize(("D", "F"), [(6, 16), (16, 7), (18, 130)])
 def test_any_number_of_channels(D, F):
-    check_case(Case("linear_local", "odd", dict(grid=Grid(4, 6), size=2, H=2, D=D, F=F)), torch.float32)
+    check_output(Case("linear_local", "odd", dict(grid=Grid(4, 6), size=2, H=2, D=D, F=F)), torch.float32)
 
 
-@inside
+@interpreter
 def test_slices_that_lie_anywhere():
     with torch.no_grad():
         q, k, v, a, b = (draw(2, 24, 1, 17).abs()[..., 1:] for _ in range(5))
@@ -78,30 +64,30 @@ def test_slices_that_lie_anywhere():
     torch.testing.assert_close(*o, atol=1e-5, rtol=1e-4)
 
 
-@inside
+@interpreter
 @pytest.mark.parametrize("scale", [-0.4, 0.0, 12.0])
 def test_scales(scale):
-    check_case(
+    check_output(
         Case("linear_local", "scale", dict(grid=Grid(5, 7), size=3, H=1, D=16, F=16, scale=scale)), torch.float32
     )
 
 
-@inside
+@interpreter
 def test_an_empty_batch():
     t = [torch.zeros(0, 12, 1, 16) for _ in range(5)]
     o = linear_local_attention((t[0], t[1]), (t[2], t[3]), t[4], Grid(3, 4), 2, torch.ones(1), backend="triton")
     assert o.shape == (0, 12, 1, 16)
 
 
-@inside
+@interpreter
 def test_opcheck_and_compile():
     from vision_attn.kernels.hedgehog.op import _features
     from vision_attn.kernels.linear_local.op import _linear_local
 
     q, k, v, a, b = (draw(1, 20, 1, 16).detach().abs() for _ in range(5))
-    shared, seen = [draw(1, 3, 1, 16).detach() for _ in range(2)], torch.tensor([[True, False, True]])
+    shared, mask = [draw(1, 3, 1, 16).detach() for _ in range(2)], torch.tensor([[True, False, True]])
     checks = ("test_schema", "test_faketensor")
-    arguments = (q, k, v, a, b, *shared, seen, torch.ones(1), [4, 5], [2, 2], 0.25)
+    arguments = (q, k, v, a, b, *shared, mask, torch.ones(1), [4, 5], [2, 2], 0.25)
     torch.library.opcheck(_linear_local.registered, arguments, test_utils=checks)
     torch.library.opcheck(_features.registered, (q, torch.eye(16)[None]), test_utils=checks)
     t = [draw(1, 20, 1, 16).detach() for _ in range(3)]
@@ -113,7 +99,7 @@ def test_opcheck_and_compile():
     torch.testing.assert_close(torch.compile(function, fullgraph=True, backend="aot_eager")(*t), function(*t))
 
 
-@inside
+@interpreter
 def test_what_is_not_fused_is_refused():
     q, k, v = (draw(1, 20, 1, 16) for _ in range(3))
     with pytest.raises(ValueError, match="it has no gradient"):
@@ -131,7 +117,7 @@ def test_what_is_not_fused_is_refused():
 def test_training_is_left_to_pytorch():
     """On a GPU 'auto' takes the kernels unless something needs a gradient: only the device and that may refuse."""
     t, plain, trained = torch.ones(1, 4, 1, 16), torch.eye(16)[None], torch.eye(16)[None].requires_grad_()
-    gpu = linear_reasons(t, auto=True)
+    gpu = triton_reasons(t, auto=True)
     for weight, expected in ((plain, gpu), (trained, [*gpu, "it has no gradient"])):
         assert inference_reasons(t, t, weights=(weight,), auto=True) == expected
         assert hedgehog_reasons(t, weight, auto=True) == expected
@@ -139,16 +125,18 @@ def test_training_is_left_to_pytorch():
         assert inference_reasons(t, t, weights=(trained,), auto=True) == gpu
 
 
-@inside
+@interpreter
 @pytest.mark.parametrize("spec", [LinearLocal(window_size=3), LinFusion(mid_dim=-1, feature_map="hedgehog")], ids=str)
 def test_processors_are_fused_when_asked(spec, monkeypatch):
     called = []
     for module in ("hedgehog", "linear_local"):
-        path = f"vision_attn.kernels._{module}_triton."
-        name = dict(hedgehog="_features", linear_local="_linear_local")[module]
-        operator = getattr(importlib.import_module(path[:-1]), name)
+        path, name = (
+            f"vision_attn.kernels.{module}.op",
+            dict(hedgehog="_features", linear_local="_linear_local")[module],
+        )
+        operator = getattr(importlib.import_module(path), name)
         monkeypatch.setattr(
-            path + name, lambda *a, operator=operator, module=module: called.append(module) or operator(*a)
+            f"{path}.{name}", lambda *a, operator=operator, module=module: called.append(module) or operator(*a)
         )
     grid, t = Grid(4, 5, prefix=3), [draw(1, 23, 2, 16).detach() for _ in range(3)]
     fused, plain = (spec.build(Layer("", 2, 16, backend, 32)) for backend in ("triton", "torch"))
@@ -159,12 +147,11 @@ def test_processors_are_fused_when_asked(spec, monkeypatch):
         before = len(called)
         spec.build(Layer("", 2, 16, "auto", 32))(*t, grid)
     assert len(called) == before  # on a CPU they are interpreted
-    if isinstance(spec, LinFusion):
-        fused(*t, grid).sum().backward()
-        assert len(called) == 2 and all(p.grad is not None for p in fused.parameters())
+    with pytest.raises(ValueError, match="it has no gradient"):  # a backend that is named never falls back
+        fused(*(x.requires_grad_() for x in t), grid)
 
 
-@inside
+@interpreter
 def test_a_wrong_window_is_caught():
     with torch.no_grad():
         q, k, v, a, b = (draw(1, 48, 1, 16).abs() for _ in range(5))
@@ -173,7 +160,7 @@ def test_a_wrong_window_is_caught():
     assert (ours - other).abs().max() > 1e-3
 
 
-@inside
+@interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     "shape",
@@ -190,7 +177,7 @@ def test_features_of_the_hedgehog(shape, dtype):
     assert torch.equal(strided, ours)
 
 
-@inside
+@interpreter
 @pytest.mark.parametrize("size", [0.0, 1e-40, 1e-12, 7.0, 300.0])
 def test_weights_of_the_hedgehog_are_not_rounded(size):
     """Logits of a few hundred tell weights of 16 bits from those of 32."""

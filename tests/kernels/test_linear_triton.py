@@ -1,138 +1,68 @@
-"""The Triton backends of linear attention and its relatives in Triton's interpreter; this file: linear attention.
-
-bf16 is silently wrong in the interpreter and the launches are checked on a GPU: `tests/gpu/check_linear.py`.
-"""
-
-import importlib.util
-import os
-import subprocess
-import sys
-from dataclasses import replace
-from pathlib import Path
+"""The Triton backend of linear attention against its definition, in Triton's interpreter (see `interpreted.py`)."""
 
 import pytest
 import torch
-from test_operators import CASES, Case, call, inputs_of, run
+from interpreted import linear_tiles
+from operator_cases import CASES, Case, call, check_case, draw, inputs_of, one_head, shares
 
 from vision_attn.kernels.linear import Features, feature_mean, linear_attention
-from vision_attn.kernels.linear.op import linear_reasons
+from vision_attn.kernels.triton.launching import triton_reasons
 
-INTERPRETED = "VISION_ATTN_INTERPRETED"
-inside = pytest.mark.skipif(INTERPRETED not in os.environ, reason="run by test_in_the_interpreter")
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-FILES = ("linear_triton", "agent_triton", "window_triton", "linear_local_triton")
-
-
-@needs_triton
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: tests/gpu/check_linear.py")
-@pytest.mark.skipif(INTERPRETED in os.environ, reason="this is that process")
-@pytest.mark.parametrize("speed", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_in_the_interpreter(speed):
-    """Triton reads TRITON_INTERPRET when it is imported, and torch imports it: so a process of its own."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", INTERPRETED: "1"}
-    here = Path(__file__).parent
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", speed]
-    command = [sys.executable, "-m", "pytest", *options, *(str(here / f"test_{name}.py") for name in FILES)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=here.parent)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-
-
-@pytest.fixture(autouse=True)
-def _few_programs(monkeypatch):
-    """Tiles that an interpreter walks quickly; their sizes are no matter of correctness."""
-    if INTERPRETED in os.environ:
-        tiles(monkeypatch, 64)
-
-
-def tiles(monkeypatch, length, programs=1, boxes=False):
-    from vision_attn.kernels.linear import backward as linear_backward
-    from vision_attn.kernels.linear import forward as linear_forward
-    from vision_attn.kernels.linear import mean as linear_mean
-    from vision_attn.kernels.linear.tiles import Launch
-
-    plans = [getattr(linear_forward, f"_plan_{name}") for name in ("state", "merge", "output")]
-    plans += [getattr(linear_backward, f"_plan_{name}") for name in ("queries", "keys")]
-    for plan in plans:
-        plan.forget()
-    launch = Launch(length, 1, 1, programs)
-    launch = replace(launch, boxes=launch if boxes else None)
-    table = {(size, 256, 256): launch for size in (2, 4)}
-    for module, name in (
-        (linear_forward, "_STATE"),
-        (linear_forward, "_HEAVY_STATE"),
-        (linear_forward, "_OUTPUT"),
-        (linear_forward, "_SCALED_OUTPUT"),
-        (linear_backward, "_QUERIES"),
-        (linear_backward, "_KEYS"),
-    ):
-        monkeypatch.setattr(module, name, table)
-    monkeypatch.setattr(linear_mean, "_MEAN", {256: table[2, 256, 256]})
-
-
-def one_head(case):
-    return Case(case.operator, case.id, case.options | dict(H=1))
-
-
-def shares(ours, plain, exact, dtype):
-    """Errors as shares of the budget: twice the error of plain PyTorch and one rounding of the largest value."""
-    for o, p, e in zip(ours, plain, exact, strict=True):
-        assert o.dtype == dtype and o.shape == e.shape
-        budget = 2 * ((p - e).abs().max() + torch.finfo(dtype).eps * e.abs().max() + 1e-6)
-        yield ((o - e).abs().max() / budget).item()
-
-
-def check_case(case, dtype):
-    exact = run(case, inputs_of(case), "reference")
-    ours, plain = (run(case, inputs_of(case, dtype), backend) for backend in ("triton", "reference"))
-    assert max(shares(ours, plain, exact, dtype)) <= 1
-
-
+interpreter = pytest.mark.interpreter
 LINEAR = [one_head(case) for case in CASES if case.operator == "linear"]
-WIDE = Case("linear", "wide", dict(N=70, M=70, H=1, D=144, F=160))
+WIDE = Case("linear", "wide", dict(N=40, M=40, H=1, D=144, F=160))
+LONG = Case("linear", "wide-long", WIDE.options | dict(N=70, M=70))
 ROWS = [
     *((case, torch.float32) for case in LINEAR),
     *((case, torch.float16) for case in LINEAR if case.id in ("elu", "weights", "rala-hidden", "one-token")),
     (WIDE, torch.float32),
-    (Case("linear", "wide-rala", WIDE.options | dict(rotary=True, globals=True, weight=True)), torch.float16),
 ]
 SLOW = [
+    (LONG, torch.float32),
+    (Case("linear", "wide-rala", LONG.options | dict(rotary=True, globals=True, weight=True)), torch.float16),
     *((case, torch.float16) for case in LINEAR if case.id != "rala"),
-    *((Case("linear", "wider", WIDE.options | dict(D=256, F=256)), dtype) for dtype in (torch.float16, torch.float32)),
-    *((Case("linear", f"d{D}", WIDE.options | dict(D=D, F=D)), torch.float16) for D in (72, 80, 128)),
+    *((Case("linear", "wider", LONG.options | dict(D=256, F=256)), dtype) for dtype in (torch.float16, torch.float32)),
+    *((Case("linear", f"d{D}", LONG.options | dict(D=D, F=D)), torch.float16) for D in (72, 80, 128)),
 ]
 
 
-@inside
+@interpreter
 @pytest.mark.parametrize(("case", "dtype"), [*ROWS, *(pytest.param(*r, marks=pytest.mark.slow) for r in SLOW)], ids=str)
 def test_error_is_within_the_budget(case, dtype):
     check_case(case, dtype)
 
 
-@inside
+@interpreter
 @pytest.mark.parametrize("id", ["elu", "rala-hidden"])
 def test_parts_of_the_sequence_add_up(id, monkeypatch):
-    tiles(monkeypatch, 16, 4)
-    monkeypatch.setattr("vision_attn.kernels.linear.forward.cut", lambda tokens, *rest: (-(-tokens // 16), 16))
-    monkeypatch.setattr("vision_attn.kernels.linear.backward.cut", lambda tokens, *rest: (-(-tokens // 16), 16))
+    linear_tiles(monkeypatch, 16, 4)
+    monkeypatch.setattr(
+        "vision_attn.kernels.linear.forward.cut", lambda tokens, *rest, **options: (-(-tokens // 16), 16)
+    )
+    monkeypatch.setattr(
+        "vision_attn.kernels.linear.backward.cut", lambda tokens, *rest, **options: (-(-tokens // 16), 16)
+    )
     case = next(case for case in LINEAR if case.id == id)
     check_case(Case(case.operator, case.id, case.options | dict(N=50, M=150)), torch.float32)
 
 
-TILED = [(case, dtype) for dtype in (torch.float32, torch.float16) for case in LINEAR if case.id != "rala"]
+BOTH = (torch.float32, torch.float16)
+TILED = [(case, BOTH[i % 2]) for i, case in enumerate(LINEAR)] + [(WIDE, torch.float16)]
+SLOW_TILED = [(case, BOTH[(i + 1) % 2]) for i, case in enumerate(LINEAR) if case.id != "rala"] + [(LONG, torch.float16)]
 
 
-@inside
+@interpreter
 @pytest.mark.parametrize(
-    ("case", "dtype"), [*TILED, *((c, torch.float32) for c in LINEAR if c.id == "rala"), (WIDE, torch.float16)], ids=str
+    ("case", "dtype"), [*TILED, *(pytest.param(*r, marks=pytest.mark.slow) for r in SLOW_TILED)], ids=str
 )
 def test_tiles_that_tma_loads(case, dtype, monkeypatch):
     from vision_attn.kernels.linear import forward as linear_forward
-    from vision_attn.kernels.triton.plan import Box
+    from vision_attn.kernels.triton.launching import Box
 
     made = []
     monkeypatch.setattr(linear_forward, "uses_boxes", lambda tensors: True)
     monkeypatch.setattr(Box, "of", lambda self, t, of=Box.of: made.append(self.tile) or of(self, t))
-    tiles(monkeypatch, 32, 2, boxes=True)
+    linear_tiles(monkeypatch, 32, 2, boxes=True)
     check_case(case, dtype)
     if case.options.get("rotary"):  # its angles are read by their addresses, and so is all else
         assert not made
@@ -141,7 +71,7 @@ def test_tiles_that_tma_loads(case, dtype, monkeypatch):
     assert all(tile[:3] == [1, 32, 1] for tile in made)
 
 
-@inside
+@interpreter
 @pytest.mark.parametrize("change", [dict(eps=0.5), dict(features=Features("relu"))], ids=["eps", "map"])
 def test_calls_that_differ_by_one_setting_share_no_plan(change):
     q, k, v = (draw(1, 20, 1, 16) for _ in range(3))
@@ -150,10 +80,6 @@ def test_calls_that_differ_by_one_setting_share_no_plan(change):
         torch.testing.assert_close(o, want, atol=1e-5, rtol=1e-5)
         for a, b in zip(*(torch.autograd.grad(t.square().sum(), (q, k, v)) for t in (o, want)), strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-
-
-def draw(*shape, dtype=torch.float32, scale=1.0):
-    return (torch.randn(shape) * scale).to(dtype).requires_grad_()
 
 
 EDGES = {
@@ -165,7 +91,7 @@ EDGES = {
 }
 
 
-@inside
+@interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("edge", EDGES)
 def test_edges(edge, dtype):
@@ -184,7 +110,7 @@ def test_edges(edge, dtype):
         assert max(shares(*results, dtype)) <= 1
 
 
-@inside
+@interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("weight", [False, True], ids=["mean", "weighted"])
 def test_mean_of_features(weight, dtype):
@@ -202,7 +128,7 @@ def test_mean_of_features(weight, dtype):
     assert max(shares(*results, dtype)) <= 1
 
 
-@inside
+@interpreter
 def test_views_and_channels_that_are_not_neighbours():
     """Gradients of views land in the whole tensor, and q with strided channels is read as it is seen."""
     leaf = torch.randn(1, 60, 3, 2, 16).requires_grad_()
@@ -214,7 +140,7 @@ def test_views_and_channels_that_are_not_neighbours():
     torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
 
 
-@inside
+@interpreter
 def test_opcheck_and_compile():
     """PyTorch's rules hold (schema, fake kernels, autograd), and one graph holds the operator."""
     from vision_attn.kernels.linear.op import _linear, _mean
@@ -232,7 +158,7 @@ def test_opcheck_and_compile():
         torch.testing.assert_close(a, b)
 
 
-@inside
+@interpreter
 def test_a_wrong_formula_is_caught():
     case = next(case for case in LINEAR if case.id == "weights")
     t = inputs_of(case)
@@ -244,7 +170,7 @@ def test_a_wrong_formula_is_caught():
 def test_every_reason_is_listed(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     q, v = torch.zeros(1, 4, 1, 320, dtype=torch.float64), torch.zeros(1, 4, 1, 8)
-    reasons = linear_reasons(q, v, constants=(v.requires_grad_(),))
+    reasons = triton_reasons(q, v, constants=(v.requires_grad_(),))
     assert "q is on cpu, not on cuda" in reasons
     assert "head_dim 320 is above 256" in reasons
     assert "dtype torch.float64 is none of float32, float16, bfloat16" in reasons
@@ -253,7 +179,7 @@ def test_every_reason_is_listed(monkeypatch):
         linear_attention(q, q, q, backend="triton")
 
 
-@inside
+@interpreter
 @pytest.mark.parametrize("F", [64, 40])
 def test_small_features_keep_their_precision_in_float16(F):
     """A tile that tokens or channels do not fill is scaled by what is there: phi(0) = 1 would hide it."""

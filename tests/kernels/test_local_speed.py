@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from vision_attn.grid import Grid
-from vision_attn.kernels.local import local_attention
-from vision_attn.kernels.local.window import Window
+from vision_attn.kernels.local import Window, local_attention
 
 
 def seconds(function, repeats):
@@ -41,8 +40,7 @@ def test_beats_dense_attention(side, at_least, repeats):
 MEMORY = """
 import resource, torch
 from vision_attn.grid import Grid
-from vision_attn.kernels.local import local_attention
-from vision_attn.kernels.local.window import Window
+from vision_attn.kernels.local import Window, local_attention
 grid = Grid({side}, {side})
 q, k, v = (torch.randn(1, grid.tokens, 4, 64, requires_grad={grad}) for _ in range(3))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,59 +1,18 @@
-"""The Triton backend of `local_attention` against its definition: on the CPU in Triton's interpreter.
+"""The Triton backend of `local_attention` against its definition, in Triton's interpreter (see `interpreted.py`)."""
 
-bf16 is silently wrong in the interpreter and the tuned launches are checked on a GPU: `tests/gpu/check_local.py`.
-"""
-
-import importlib.util
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
-from test_local_attention import CASES, Case, draw, exact_and_plain, run
+from local_cases import CASES, Case, draw, exact_and_plain, run, within_budget
 
 from vision_attn.grid import Grid
-from vision_attn.kernels.local import local_attention
-from vision_attn.kernels.local.op import local_attention_lse, local_attention_triton, triton_reasons
-from vision_attn.kernels.local.window import Window
+from vision_attn.kernels.local import Window, local_attention, local_attention_lse
+from vision_attn.kernels.local.op import local_attention_triton
+from vision_attn.kernels.triton.launching import triton_reasons
 
-INTERPRETED = "VISION_ATTN_INTERPRETED"
-inside = pytest.mark.skipif(INTERPRETED not in os.environ, reason="run by test_in_the_interpreter")
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-
-
-@needs_triton
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: tests/gpu/check_local.py")
-@pytest.mark.skipif(INTERPRETED in os.environ, reason="this is that process")
-@pytest.mark.parametrize("speed", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_in_the_interpreter(speed):
-    """Triton reads TRITON_INTERPRET when it is imported, and torch imports it: so a process of its own.
-
-    It runs this file and the `triton` rows of the golden cases.
-    """
-    environment = {**os.environ, "TRITON_INTERPRET": "1", INTERPRETED: "1"}
-    here = Path(__file__).parent
-    files = [here / f"test_{name}.py" for name in ("local_triton", "golden_neighborhood", "golden_clear")]
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "triton", "-m", speed]
-    command = [sys.executable, "-m", "pytest", *options, *map(str, files)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=here.parent)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-
-
-@pytest.fixture(autouse=True)
-def _few_programs(monkeypatch):
-    """Tiles that an interpreter walks quickly; their sizes are no matter of correctness."""
-    if INTERPRETED in os.environ:
-        from vision_attn.kernels.local import backward as local_backward
-        from vision_attn.kernels.local import forward as local_forward
-        from vision_attn.kernels.local import key_gradients as local_key_gradients
-        from vision_attn.kernels.local.call import Tiles
-
-        for module in (local_key_gradients, local_forward, local_backward):
-            table = {(size, 256, math.inf): Tiles((8, 16), (8, 8), 1, 1) for size in (2, 4)}
-            monkeypatch.setattr(module, "_CONFIGS", table)
+interpreter = pytest.mark.interpreter
 
 
 def triton_run(case, inputs):
@@ -65,35 +24,30 @@ def triton_run(case, inputs):
     return [o, *torch.autograd.grad(o, leaves, cotangent)]
 
 
-def few_heads(monkeypatch, batch=1, heads=1):
-    import test_local_attention
-
-    monkeypatch.setattr(
-        test_local_attention, "draw", lambda case, dtype=torch.float64: draw(case, dtype, batch=batch, heads=heads)
-    )
+def row(case, dtype, *marks):
+    return pytest.param(case, dtype, id=f"{'fp32' if dtype == torch.float32 else 'fp16'}-{case}", marks=marks)
 
 
-def within_budget(ours, plain, exact, dtype):
-    """At most twice the error of plain PyTorch and one rounding; zero gradients are sums in float32."""
-    rounding = torch.finfo(dtype).eps * exact.abs().max() + 1e-6
-    return ours.dtype == dtype and (ours - exact).abs().max() <= 2 * ((plain - exact).abs().max() + rounding)
+DILATED = Case(Grid(7, 10, suffix=6), dict(kernel_size=(2, 3), dilation=(3, 2)), pooled=5)
+BIASED = Case(Grid(6, 9, prefix=4), dict(kernel_size=3), bias=True, mask=True, strided=True)
+ROWS = [
+    *(row(CASES[i], torch.float32) for i in (1, 3, 7, 9, 16)),
+    row(replace(DILATED, bias=True), torch.float32),
+    *(row(case, torch.float16) for case in (CASES[13], BIASED, DILATED)),
+    *(row(CASES[i], torch.float32, pytest.mark.slow) for i in (2, 8, 10, 12, 14, 19)),
+    row(CASES[3], torch.float16, pytest.mark.slow),
+]
 
 
-@inside
-@pytest.mark.parametrize(
-    ("index", "dtype"),
-    [*((i, torch.float32) for i in (1, 2, 3, 7, 8, 9, 10, 12, 14, 16, 19)), *((i, torch.float16) for i in (3, 13))],
-    ids=lambda value: str(CASES[value]) if isinstance(value, int) else str(value),
-)
-def test_error_is_within_the_budget(index, dtype, monkeypatch):
-    few_heads(monkeypatch)
-    case = CASES[index]
-    low, exact = exact_and_plain(case, dtype)
+@interpreter
+@pytest.mark.parametrize(("case", "dtype"), ROWS)
+def test_error_is_within_the_budget(case, dtype):
+    low, exact = exact_and_plain(case, dtype, batch=1, heads=1)
     for o, p, e in zip(triton_run(case, low), run(case, low, "reference"), exact, strict=True):
         assert within_budget(o, p, e, dtype)
 
 
-@inside
+@interpreter
 @pytest.mark.parametrize("near", [True, False])
 def test_a_table_of_biases_is_near_or_read_where_it_lies(near, monkeypatch):
     import triton.language as tl
@@ -105,9 +59,8 @@ def test_a_table_of_biases_is_near_or_read_where_it_lies(near, monkeypatch):
     monkeypatch.setattr(InterpreterBuilder, "create_gather", lambda *args: gathered.append(1) or gather(*args))
     if not near:
         monkeypatch.setattr(local_tiles, "BIAS_NEAR", tl.constexpr(8))
-    few_heads(monkeypatch, heads=2)
-    low, exact = exact_and_plain(CASES[12], torch.float32)
-    for o, p, e in zip(triton_run(CASES[12], low), run(CASES[12], low, "reference"), exact, strict=True):
+    low, exact = exact_and_plain(BIASED, torch.float32, batch=1, heads=2)
+    for o, p, e in zip(triton_run(BIASED, low), run(BIASED, low, "reference"), exact, strict=True):
         assert within_budget(o, p, e, torch.float32)
     assert bool(gathered) == near
 
@@ -115,14 +68,13 @@ def test_a_table_of_biases_is_near_or_read_where_it_lies(near, monkeypatch):
 @pytest.fixture
 def boxes(monkeypatch):
     """Fetch tiles through TMA descriptors, as on Hopper."""
-    from vision_attn.kernels.local import plan as local_plan
-    from vision_attn.kernels.triton import plan as triton_plan
+    from vision_attn.kernels.local import tiles
+    from vision_attn.kernels.triton.launching import Shifted
 
-    local_plan.plan_queries.forget()
-    local_plan.plan_keys.forget()
-    monkeypatch.setattr(local_plan, "uses_boxes", lambda tensors: True)
+    tiles.plan_queries.forget()
+    tiles.plan_keys.forget()
+    monkeypatch.setattr(tiles, "uses_boxes", lambda tensors: True)
     # what the interpreter asks of a tensor, to copy one that is on a GPU
-    Shifted = triton_plan.Shifted
     for name in ("untyped_storage", "storage_offset", "size", "stride"):
         monkeypatch.setattr(Shifted, name, lambda self, name=name: getattr(self.tensor, name)(), raising=False)
     for name in ("new_empty", "set_"):
@@ -130,16 +82,24 @@ def boxes(monkeypatch):
 
 
 BOXED = [
-    CASES[3],
+    Case(Grid(9, 13, prefix=5, suffix=9), dict(radius=4), mask=True, pooled=7),
     CASES[13],
-    CASES[14],
-    CASES[16],
-    Case(Grid(10, 13), dict(kernel_size=3, dilation=(3, 4)), head_dim=24, strided=True),
-    Case(Grid(8, 12), dict(kernel_size=(2, 3), dilation=(4, 3))),
+    DILATED,
+    Case(Grid(7, 9), dict(kernel_size=2, dilation=(3, 4)), head_dim=24, strided=True),
+    *(
+        pytest.param(case, marks=pytest.mark.slow)
+        for case in (
+            CASES[3],
+            CASES[14],
+            CASES[16],
+            Case(Grid(10, 13), dict(kernel_size=3, dilation=(3, 4)), head_dim=24, strided=True),
+            Case(Grid(8, 12), dict(kernel_size=(2, 3), dilation=(4, 3))),
+        )
+    ),
 ]
 
 
-@inside
+@interpreter
 @pytest.mark.parametrize("case", BOXED, ids=str)
 def test_boxes_equal_the_definition_and_stay_inside_the_tensors(case, boxes):
     """What lies before and behind q, k and v in memory is NaN, which a weight of zero would not hide."""
@@ -157,7 +117,7 @@ def test_boxes_equal_the_definition_and_stay_inside_the_tensors(case, boxes):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-@inside
+@interpreter
 def test_lse_and_its_gradient():
     """Two halves of the keys merge into the whole, and gradients flow through the merge."""
     grid = Grid(5, 6, prefix=3)
@@ -174,7 +134,7 @@ def test_lse_and_its_gradient():
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-@inside
+@interpreter
 @pytest.mark.parametrize("scale", [-0.3, 0.0], ids=["negative", "zero"])
 def test_scales_that_reverse_or_erase_the_order(scale):
     grid = Grid(6, 9, prefix=2)
@@ -187,7 +147,7 @@ def test_scales_that_reverse_or_erase_the_order(scale):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-@inside
+@interpreter
 def test_extreme_logits_keep_the_budget():
     grid = Grid(10, 12, prefix=3)
     q, k, v = (torch.randn(1, grid.tokens, 1, 16) * 100 for _ in range(3))
@@ -198,7 +158,7 @@ def test_extreme_logits_keep_the_budget():
         assert (ours - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-5 * exact.abs().max()
 
 
-@inside
+@interpreter
 def test_opcheck_and_compile():
     """PyTorch's rules hold (schema, fake kernels, autograd), and one graph holds the operator."""
     from vision_attn.kernels.local.op import _local
@@ -216,7 +176,7 @@ def test_opcheck_and_compile():
         torch.testing.assert_close(a, b)
 
 
-@inside
+@interpreter
 def test_a_wrong_window_is_caught():
     grid = Grid(9, 12)
     q, k, v = (torch.randn(1, grid.tokens, 1, 16) for _ in range(3))
@@ -226,7 +186,7 @@ def test_a_wrong_window_is_caught():
 
 def test_every_reason_is_listed(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    reasons = triton_reasons(torch.zeros(1, 4, 1, 320, dtype=torch.float64), Window(radius=2))
+    reasons = triton_reasons(torch.zeros(1, 4, 1, 320, dtype=torch.float64))
     assert "q is on cpu, not on cuda" in reasons
     assert "head_dim 320 is above 256" in reasons
     assert "dtype torch.float64 is none of float32, float16, bfloat16" in reasons

@@ -1,52 +1,35 @@
-"""Window attention's Triton backend in the interpreter; `test_linear_triton.py` runs this file in such a process."""
-
-import os
+"""Window attention's Triton backend in Triton's interpreter (see `interpreted.py`)."""
 
 import pytest
 import torch
-from test_agent_triton import check_case, few, one_head
-from test_linear_triton import INTERPRETED, draw, inside
-from test_operators import CASES, Case
+from interpreted import cell_tiles, pair_tiles
+from operator_cases import CASES, Case, check_case, draw, one_head
 
 from vision_attn.grid import Grid
 from vision_attn.kernels.window import window_attention
 
-
-@pytest.fixture(autouse=True)
-def _few_programs(monkeypatch):
-    if INTERPRETED in os.environ:
-        rows(monkeypatch, 64)
-        few(monkeypatch, 64)
-
-
-def rows(monkeypatch, length):
-    from vision_attn.kernels.window import kernels as window_kernels
-
-    table = {(size, 256): ((length, 1),) * 3 for size in (2, 4)}
-    monkeypatch.setattr(window_kernels, "_TILES", table)
-
-
+interpreter = pytest.mark.interpreter
 WINDOW = [one_head(case) for case in CASES if case.operator == "window"]
 ROWS = [*((case, torch.float32) for case in WINDOW), *((c, torch.float16) for c in WINDOW if c.id == "text-hidden")]
 WIDE = Case("window", "wide", dict(grid=Grid(9, 11, prefix=40), size=(3, 5), H=1, D=144))
 SLOW = [*((case, torch.float16) for case in (*WINDOW, WIDE)), (WIDE, torch.float32)]
 
 
-@inside
+@interpreter
 @pytest.mark.parametrize(("case", "dtype"), [*ROWS, *(pytest.param(*r, marks=pytest.mark.slow) for r in SLOW)], ids=str)
 def test_error_is_within_the_budget(case, dtype):
     check_case(case, dtype)
 
 
-@inside
+@interpreter
 @pytest.mark.parametrize("size", [(8, 3), 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (7, 1))], ids=str)
 def test_windows_larger_than_a_tile_are_walked(size, monkeypatch):
-    rows(monkeypatch, 16)
-    few(monkeypatch, 16)
+    cell_tiles(monkeypatch, 16)
+    pair_tiles(monkeypatch, 16)
     check_case(Case("window", "parts", dict(grid=Grid(9, 6, prefix=3), size=size, H=1, D=16)), torch.float32)
 
 
-@inside
+@interpreter
 @pytest.mark.parametrize("B", [0, 1])
 def test_batches(B):
     q, k, v = (draw(B, 30, 2, 16) for _ in range(3))
@@ -58,13 +41,13 @@ def test_batches(B):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-@inside
+@interpreter
 def test_opcheck_and_compile():
     from vision_attn.kernels.window.op import _window
 
     q, k, v = (draw(1, 20, 1, 16) for _ in range(3))
-    shared, seen = [draw(1, 3, 1, 16) for _ in range(2)], torch.tensor([[True, False, True]])
-    torch.library.opcheck(_window.registered, (q, k, v, *shared, seen, [4, 5], [2, 2], 0.25))
+    shared, mask = [draw(1, 3, 1, 16) for _ in range(2)], torch.tensor([[True, False, True]])
+    torch.library.opcheck(_window.registered, (q, k, v, *shared, mask, [4, 5], [2, 2], 0.25))
     torch.library.opcheck(_window.registered, (q, k, v, None, None, None, [4, 5], [2, 3], 0.25))
     function = torch.compile(window_attention, fullgraph=True, backend="aot_eager")
     o = [f(q, k, v, Grid(4, 4, prefix=4), 2, backend="triton") for f in (function, window_attention)]
@@ -72,7 +55,7 @@ def test_opcheck_and_compile():
         torch.testing.assert_close(a, b)
 
 
-@inside
+@interpreter
 def test_a_wrong_window_is_caught():
     q, k, v = (draw(1, 48, 1, 16) for _ in range(3))
     ours = window_attention(q, k, v, Grid(6, 8), (2, 3), backend="triton")

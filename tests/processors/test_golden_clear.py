@@ -5,12 +5,10 @@ import safetensors.torch
 import torch
 from golden_case import TOLERANCE
 from golden_clear import CASES, pack, read, teacher_of
-from test_local_triton import _few_programs, inside  # noqa: F401
 
 import vision_attn
 from vision_attn.grid import Grid
-from vision_attn.kernels.local import local_attention
-from vision_attn.kernels.local.window import Window
+from vision_attn.kernels.local import Window, local_attention
 
 # Inside the model the recording itself is 4.5e-5 away from a float64 run of the same weights (ours: 4e-6).
 INNER_TOLERANCE = dict(atol=1e-4, rtol=1e-4)
@@ -67,7 +65,7 @@ def test_proportional_scale_and_ntk_give_the_authors_high_resolution_output(name
             torch.testing.assert_close(run(model, kwargs)["out"], io[f"g{i}.student_highres_out"], **TOLERANCE)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch", pytest.param("triton", marks=inside)])
+@pytest.mark.parametrize("backend", ["reference", "torch", pytest.param("triton", marks=pytest.mark.interpreter)])
 def test_operator_equals_flex_attention(backend):
     meta, io, _, _ = read("local_open")
     for i, (height, width) in enumerate(meta["grids"]):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from golden_case import TOLERANCE
 from golden_linfusion import CASES, arguments, read
+from interpreted import auto_is_triton
 from safetensors.torch import load_file, save_file
 
 from vision_attn import LinFusion, load
@@ -48,6 +49,14 @@ def test_released_weights_give_the_authors_output(name):
                 torch.testing.assert_close(kept[module][1], io[f"g{g}.{key}.out"], **TOLERANCE)
         conversion.revert()
     assert all(torch.equal(tensor, before[key]) for key, tensor in unet.state_dict().items())
+
+
+@pytest.mark.interpreter
+@pytest.mark.slow
+def test_released_weights_through_triton(monkeypatch):
+    ran = auto_is_triton(monkeypatch)
+    test_released_weights_give_the_authors_output(CASES[0])
+    assert set(ran) == {"linear_attention"}
 
 
 @pytest.mark.parametrize("name", CASES)

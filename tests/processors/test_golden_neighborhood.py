@@ -4,11 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden_case import GOLDEN, TOLERANCE, mechanism
-from test_local_triton import _few_programs, inside  # noqa: F401
 
 from vision_attn.grid import Grid
-from vision_attn.kernels.local import local_attention
-from vision_attn.kernels.local.window import Window
+from vision_attn.kernels.local import Window, local_attention
 
 CASES = sorted(path.stem for path in (GOLDEN / "attn_na2d").glob("*.json"))
 
@@ -28,9 +26,12 @@ def neighborhood_layer(x, weights, num_heads, kernel_size, dilation, backend, sc
     return F.linear(o, weights["proj.weight"], weights["proj.bias"])
 
 
-SLOW = ("k3d1_open", "k3d3_open")  # in Triton's interpreter
+SLOW = ("k3d1_open", "k3d3_open", "k7d1_open")  # in Triton's interpreter
 ROWS = [(name, backend) for name in CASES for backend in ("reference", "torch")]
-ROWS += [pytest.param(name, "triton", marks=[inside, *([pytest.mark.slow] if name in SLOW else [])]) for name in CASES]
+ROWS += [
+    pytest.param(name, "triton", marks=[pytest.mark.interpreter, *([pytest.mark.slow] if name in SLOW else [])])
+    for name in CASES
+]
 
 
 @pytest.mark.parametrize(("name", "backend"), ROWS)

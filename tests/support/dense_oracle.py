@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from vision_attn import Grid
-from vision_attn.kernels.local.window import Window
+from vision_attn.kernels.local import Window
 
 RADIUS_2, KERNEL_3 = Window(radius=2), Window(kernel_size=3)
 

@@ -8,41 +8,41 @@ from vision_attn.grid import Grid
 
 
 def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, seen: Tensor | None = None, scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
     """Attend from each query to every key.
 
-        o = softmax(scale * q k^T) v
+        o = softmax(scale * q k^T + mask) v
 
     Args:
         q: Queries `[B, N, H, D]`.
         k: Keys `[B, M, H, D]`.
         v: Values `[B, M, H, D]`.
-        seen: Bool, broadcasts to `[B, H, N, M]`; False hides a key.
+        mask: Broadcasts to `[B, H, N, M]`. Bool: False hides a key. Else a bias, in the dtype of `q`.
         scale: Factor of the logits, `D ** -0.5` if None.
 
     Returns:
         `[B, N, H, D]`.
     """
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
-def seen_keys(mask: Tensor | None, grid: Grid, extra: int = 0) -> Tensor | None:
-    """Widen a key mask over prefix and suffix to all tokens and `extra` keys more.
+def full_mask(mask: Tensor | None, grid: Grid, extra: int = 0) -> Tensor | None:
+    """Widen a mask of the keys outside the grid to the whole sequence, for `dense_attention`.
 
     Args:
         mask: Bool `[B, prefix + suffix]` or None.
         grid: Where the image tokens lie.
-        extra: Number of keys after the sequence.
+        extra: Number of keys after the sequence; all are seen.
 
     Returns:
         Bool `[B, 1, 1, N + extra]`, or None for None.
     """
     if mask is None:
         return None
-    parts = [mask[:, : grid.prefix], mask.new_ones(len(mask), grid.image_tokens), mask[:, grid.prefix :]]
-    return torch.cat([*parts, mask.new_ones(len(mask), extra)], 1)[:, None, None]
+    whole = around(mask, mask.new_ones(len(mask), grid.image_tokens), grid)
+    return torch.cat([whole, mask.new_ones(len(mask), extra)], 1)[:, None, None]
 
 
 def outside(t: Tensor, grid: Grid) -> Tensor:
@@ -74,4 +74,4 @@ def with_dense_rows(
     """
     if not grid.prefix + grid.suffix:
         return o
-    return around(dense_attention(outside(q, grid), k, v, seen=seen_keys(mask, grid), scale=scale), o, grid)
+    return around(dense_attention(outside(q, grid), k, v, mask=full_mask(mask, grid), scale=scale), o, grid)

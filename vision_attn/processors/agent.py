@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from vision_attn._checks import check_int
 from vision_attn.grid import Grid
 from vision_attn.kernels.agent import Agents, Direct, agent_attention
-from vision_attn.kernels.dense import outside, seen_keys, with_dense_rows
-from vision_attn.kernels.local.window import PerAxis, per_axis
+from vision_attn.kernels.backend import PerAxis, per_axis
+from vision_attn.kernels.dense import full_mask, outside, with_dense_rows
 from vision_attn.processors.base import AttnSpec, Layer, Processor, register
 from vision_attn.processors.image import on_image
 from vision_attn.processors.positional import DepthwiseBranch
@@ -125,12 +125,12 @@ def attend_through(
     Returns:
         `[B, N, H, D]`.
     """
-    seen = seen_keys(mask, grid)
-    everything = None if seen is None else seen[:, 0, 0]
+    whole = full_mask(mask, grid)
+    everything = None if whole is None else whole[:, 0, 0]
     direct = None
     if grid.prefix + grid.suffix:
         direct = Direct(outside(k, grid), outside(v, grid), mask)
-    o = agent_attention(q[:, grid.image], k, v, agents, seen=everything, direct=direct, scale=scale, backend=backend)
+    o = agent_attention(q[:, grid.image], k, v, agents, mask=everything, direct=direct, scale=scale, backend=backend)
     return with_dense_rows(o, q, k, v, grid, mask=mask, scale=scale)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from vision_attn._checks import check_int, check_number
 from vision_attn.grid import Grid
 from vision_attn.kernels.agent import Agents
-from vision_attn.kernels.dense import around, dense_attention, outside, seen_keys, with_dense_rows
+from vision_attn.kernels.dense import around, dense_attention, full_mask, outside, with_dense_rows
 from vision_attn.processors.agent import attend_through
 from vision_attn.processors.base import AttnSpec, Layer, Moment, Processor, register
 from vision_attn.processors.schedule import Schedule
@@ -124,7 +124,7 @@ class AgentSDAttention(Processor):
         self.moment = Moment()
         height, width = spec.cell_size
         if moment.downsample > spec.max_downsample or grid.height < height or grid.width < width:
-            return dense_attention(q, k, v, seen=seen_keys(mask, grid), scale=scale)
+            return dense_attention(q, k, v, mask=full_mask(mask, grid), scale=scale)
         matching = Matching.of(_metric(moment.block_input, k, grid), grid, spec.cell_size, self._generator(q, moment))
         kept, agents = spec.counts(grid)
         n = grid.image_tokens
@@ -139,7 +139,7 @@ class AgentSDAttention(Processor):
             ]
             o = o + spec.shortcut * short_v[:, inner.image]
         else:
-            o = dense_attention(short_q, short_k, short_v, seen=seen_keys(mask, inner), scale=scale)[:, inner.image]
+            o = dense_attention(short_q, short_k, short_v, mask=full_mask(mask, inner), scale=scale)[:, inner.image]
         return with_dense_rows(matching.unmerge(o, n - kept), q, k, v, grid, mask=mask, scale=scale)
 
     def _generator(self, q: Tensor, moment: Moment) -> torch.Generator | None:

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from vision_attn._checks import check_int
 from vision_attn.grid import Grid
-from vision_attn.kernels.local import local_attention
-from vision_attn.kernels.local.window import Window
+from vision_attn.kernels.local import Window, local_attention
 from vision_attn.processors.base import AttnSpec, Layer, Processor, register
 
 

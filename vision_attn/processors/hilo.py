@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vision_attn._checks import check_int, check_number
 from vision_attn.grid import Grid
-from vision_attn.kernels.dense import around, dense_attention, outside, seen_keys, with_dense_rows
+from vision_attn.kernels.dense import around, dense_attention, full_mask, outside, with_dense_rows
 from vision_attn.kernels.window import window_attention
 from vision_attn.processors.base import AttnSpec, Layer, Processor, register
 from vision_attn.processors.image import on_image
@@ -87,7 +87,7 @@ class HiLoAttention(Processor):
         image, size = grid.image, self.spec.window_size
         keys, values = (around(outside(t, grid), pool_means(t[:, image], grid, size), grid) for t in (k, v))
         pooled = Grid(1, keys.shape[1] - grid.prefix - grid.suffix, grid.prefix, grid.suffix)
-        o = dense_attention(q[:, image], keys, values, seen=seen_keys(mask, pooled), scale=scale)
+        o = dense_attention(q[:, image], keys, values, mask=full_mask(mask, pooled), scale=scale)
         return with_dense_rows(o, q, k, v, grid, mask=mask, scale=scale)
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vision_attn.grid import Grid
-from vision_attn.kernels.local import local_attention
-from vision_attn.kernels.local.window import PerAxis, Window, per_axis
+from vision_attn.kernels.backend import PerAxis, per_axis
+from vision_attn.kernels.local import Window, local_attention
 from vision_attn.processors.base import AttnSpec, Layer, Processor, register
 
 

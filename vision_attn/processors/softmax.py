@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vision_attn.grid import Grid
-from vision_attn.kernels.dense import dense_attention, seen_keys
+from vision_attn.kernels.dense import dense_attention, full_mask
 from vision_attn.processors.base import AttnSpec, Layer, Processor, register
 
 
@@ -35,4 +35,4 @@ class SoftmaxAttention(Processor):
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None = None, scale: float | None = None
     ) -> Tensor:
         """Attend densely: see `Processor.forward`."""
-        return dense_attention(q, k, v, seen=seen_keys(mask, grid), scale=scale)
+        return dense_attention(q, k, v, mask=full_mask(mask, grid), scale=scale)

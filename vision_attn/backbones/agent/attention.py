@@ -60,9 +60,9 @@ def attend_through_agents(
         return _attend(q, k, v, tables, local, (size, key_size, agents), None).flatten(2)
     grid, batch = Grid(*size), q.shape[0]
     inside = inside_cells(grid, cell, q.device)
-    seen = None if inside is None else inside.repeat(batch, 1)
+    mask = None if inside is None else inside.repeat(batch, 1)
     q, k, v = (to_cells(t, grid, cell).flatten(0, 1) for t in (q, k, v))
-    o = _attend(q, k, v, tables, local, (cell, cell, agents), seen)
+    o = _attend(q, k, v, tables, local, (cell, cell, agents), mask)
     return from_cells(o.unflatten(0, (batch, -1)), grid, cell).flatten(2)
 
 
@@ -73,7 +73,7 @@ def _attend(
     tables: list[Tensor],
     local: tuple[Tensor, Tensor],
     sizes: tuple[Size, Size, Size],
-    seen: Tensor | None,
+    mask: Tensor | None,
 ) -> Tensor:
     size, key_size, agents = sizes
     side = isqrt(tables[0].shape[1])
@@ -84,7 +84,7 @@ def _attend(
         key_bias, query_bias, prefix = torch.cat([ac, key_bias], -1), torch.cat([ca, query_bias], 1), 1
     grid = Grid(*size, prefix=prefix)
     tokens = pool_agents(q[:, grid.image], grid, agents)
-    o = agent_attention(q, k, v, Agents(tokens, key_bias, query_bias), seen=seen)
+    o = agent_attention(q, k, v, Agents(tokens, key_bias, query_bias), mask=mask)
     if size != key_size:
         image = v.flatten(2).transpose(1, 2).unflatten(2, key_size)
         image = F.interpolate(image, size, mode="bilinear")

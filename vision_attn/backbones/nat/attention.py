@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from vision_attn.backbones.scripted import operator
 from vision_attn.grid import Grid
-from vision_attn.kernels.local import local_attention
-from vision_attn.kernels.local.window import Window
+from vision_attn.kernels.local import Window, local_attention
 
 
 @register_notrace_module

@@ -9,7 +9,7 @@ from vision_attn.bench.local.flex import FLEX
 from vision_attn.bench.local.problem import LocalProblem
 from vision_attn.bench.measure import Measurement
 from vision_attn.grid import Grid
-from vision_attn.kernels.local.window import Window
+from vision_attn.kernels.local import Window
 
 TITLE = (
     "Local attention, the whole operator on `[B, N, H, D]` tensors: discs (CLEAR) with text tokens, squares (NATTEN) "

@@ -18,8 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vision_attn.bench.candidate import AbsentError, Candidate, Prepared
 from vision_attn.bench.local.problem import DENSE, LOCAL, UNDILATED, LocalProblem
 from vision_attn.grid import Grid
-from vision_attn.kernels.local import local_attention
-from vision_attn.kernels.local.window import Window, window_start
+from vision_attn.kernels.local import Window, local_attention
+from vision_attn.kernels.local.strips import window_start
 
 Pair = tuple[int, int]
 
@@ -179,16 +179,13 @@ def triton_pairs(
     grid: Grid, window: Window, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
 ) -> int:
     """Count the pairs that the Triton forward computes for q of `shape` [B, N, H, D], with the tiles it chooses."""
-    from vision_attn.kernels.local.call import Call  # noqa: PLC0415
-    from vision_attn.kernels.local.forward import _CONFIGS, _forward, config  # noqa: PLC0415
-    from vision_attn.kernels.local.plan import plan_queries  # noqa: PLC0415
+    from vision_attn.kernels.local.forward import _CONFIGS, _forward  # noqa: PLC0415
+    from vision_attn.kernels.local.op import Call  # noqa: PLC0415
+    from vision_attn.kernels.local.tiles import config, plan_queries  # noqa: PLC0415
 
     q = torch.empty(1, dtype=dtype, device=device).expand(shape)
-    disc = window.radius is not None
-    kernel, steps = ((0, 0), (1, 1)) if disc else (window.kernel, window.steps)
     size = grid.height, grid.width, grid.prefix, grid.suffix
-    radius = min(float(window.radius or 0), float(grid.height + grid.width))
-    call = Call(q, q, q, None, None, None, None, size, radius, kernel, steps, 1.0)
+    call = Call(q, q, q, None, None, None, None, size, *window.geometry(grid), 1.0)
     tiles = config(call, _CONFIGS)
     M, LEN = math.prod(tiles.queries), math.prod(tiles.keys)
     part = plan_queries(call, _forward, tiles).launch.named["part_length"]

@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from vision_attn.bench.candidate import AbsentError, Candidate, Prepared
 from vision_attn.bench.local.problem import LOCAL, LocalProblem
 from vision_attn.grid import Grid
-from vision_attn.kernels.local.window import Window
+from vision_attn.kernels.local import Window
 from vision_attn.processors.base import AttnSpec, Layer, Processor
 
 BLOCK = 128

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vision_attn.bench.candidate import SHORT_DTYPE, Inputs, budget_shares, results_of
 from vision_attn.grid import Grid
-from vision_attn.kernels.local.window import Window
+from vision_attn.kernels.local import Window
 
 # What a candidate can compute.
 LOCAL, DENSE, UNDILATED = "the same function", "dense attention", "the same window without dilation"

@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vision_attn.kernels.agent.op import agent_attention_triton
-from vision_attn.kernels.backend import Implementation, pick
+from vision_attn.kernels.backend import Implementation, full_precision, pick, refuse_unlike
 from vision_attn.kernels.dense import dense_attention
-from vision_attn.kernels.linear.op import linear_reasons
-from vision_attn.kernels.precision import full_precision, refuse_unlike
+from vision_attn.kernels.triton.launching import triton_reasons
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,11 @@ class Agents:
 
 
 class Direct(NamedTuple):
-    """Keys and values `[B, E, H, D]` that every query sees beside the agents; `seen` is bool `[B, E]`."""
+    """Keys and values `[B, E, H, D]` that every query sees beside the agents; `mask` is bool `[B, E]`."""
 
     k: Tensor
     v: Tensor
-    seen: Tensor | None = None
+    mask: Tensor | None = None
 
 
 def agent_attention(
@@ -54,7 +53,7 @@ def agent_attention(
     v: Tensor,
     agents: Agents,
     *,
-    seen: Tensor | None = None,
+    mask: Tensor | None = None,
     direct: Direct | None = None,
     scale: float | None = None,
     backend: str = "auto",
@@ -66,7 +65,7 @@ def agent_attention(
         k: Keys `[B, M, H, D]` of the agents.
         v: Values `[B, M, H, D]` of the agents.
         agents: The agents and the biases.
-        seen: Bool `[B, M]` (or batch 1): False hides a key from the agents.
+        mask: Bool `[B, M]` (or batch 1): False hides a key from the agents.
         direct: Further keys that the queries see, in one softmax with the agents.
         scale: Factor of the logits, `D ** -0.5` if None.
         backend: 'triton' (CUDA, fused), 'torch' (any device), 'reference' (dense, small inputs), or 'auto' for the
@@ -79,17 +78,17 @@ def agent_attention(
         TypeError: If dtypes differ or are not floating point.
         ValueError: If shapes or devices do not fit each other, or a named backend cannot run (every reason is listed).
     """
-    _check(q, k, v, agents, seen, direct)
+    _check(q, k, v, agents, mask, direct)
     implementations = {
-        "triton": Implementation(agent_attention_triton, linear_reasons(q, auto=backend == "auto")),
+        "triton": Implementation(agent_attention_triton, triton_reasons(q, auto=backend == "auto")),
         "torch": Implementation(_torch),
         "reference": Implementation(_reference),
     }
     run = pick("agent_attention", backend, implementations)
-    return run(q, k, v, agents, seen, direct, q.shape[-1] ** -0.5 if scale is None else scale)
+    return run(q, k, v, agents, mask, direct, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, agents: Agents, seen: Tensor | None, direct: Direct | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, agents: Agents, mask: Tensor | None, direct: Direct | None) -> None:
     extra = {} if direct is None else {"direct.k": direct.k, "direct.v": direct.v}
     refuse_unlike(q, k=k, v=v, agents=agents.tokens, **extra)
     B, N, H, D = q.shape
@@ -104,38 +103,38 @@ def _check(q: Tensor, k: Tensor, v: Tensor, agents: Agents, seen: Tensor | None,
     for name, bias, want in (("key_bias", agents.key_bias, (H, A, M)), ("query_bias", agents.query_bias, (H, N, A))):
         if bias is not None and tuple(bias.shape) != want:
             raise ValueError(f"{name} must be {want}, got {tuple(bias.shape)}")
-    masks = [("seen", seen, M)]
+    masks = [("mask", mask, M)]
     if direct is not None:
-        masks.append(("direct.seen", direct.seen, direct.k.shape[1]))
-    for name, mask, length in masks:
-        if mask is not None and (mask.dtype != torch.bool or mask.shape[-1] != length or mask.shape[0] not in (1, B)):
-            raise ValueError(f"{name} must be bool [{B}, {length}], got {mask.dtype} {tuple(mask.shape)}")
+        masks.append(("direct.mask", direct.mask, direct.k.shape[1]))
+    for name, m, length in masks:
+        if m is not None and (m.dtype != torch.bool or m.shape[-1] != length or m.shape[0] not in (1, B)):
+            raise ValueError(f"{name} must be bool [{B}, {length}], got {m.dtype} {tuple(m.shape)}")
 
 
 def _torch(
-    q: Tensor, k: Tensor, v: Tensor, agents: Agents, seen: Tensor | None, direct: Direct | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, agents: Agents, mask: Tensor | None, direct: Direct | None, scale: float
 ) -> Tensor:
     """Two calls of `scaled_dot_product_attention`, the second over agents and direct keys side by side."""
     a = agents.tokens
-    gathered = dense_attention(a, k, v, seen=_mask(a, agents.key_bias, seen), scale=scale)
+    gathered = dense_attention(a, k, v, mask=_bias_and_mask(a, agents.key_bias, mask), scale=scale)
     query_scale = scale if agents.query_scale is None else agents.query_scale
     if direct is None:
-        return dense_attention(q, a, gathered, seen=_mask(q, agents.query_bias, None), scale=query_scale)
+        return dense_attention(q, a, gathered, mask=_bias_and_mask(q, agents.query_bias, None), scale=query_scale)
     # one factor for both groups of keys: the agents' own is moved into them
     keys = torch.cat([a * (query_scale / scale) if query_scale != scale else a, direct.k], 1)
     values = torch.cat([gathered, direct.v], 1)
     bias = agents.query_bias
     if bias is not None:
         bias = F.pad(bias, (0, direct.k.shape[1]))
-    both = direct.seen
+    both = direct.mask
     if both is not None:
         both = torch.cat([both.new_ones(len(both), a.shape[1]), both], 1)
-    return dense_attention(q, keys, values, seen=_mask(q, bias, both), scale=scale)
+    return dense_attention(q, keys, values, mask=_bias_and_mask(q, bias, both), scale=scale)
 
 
-def _mask(q: Tensor, bias: Tensor | None, seen: Tensor | None) -> Tensor | None:
+def _bias_and_mask(q: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
     """Join a bias `[H, N, M]` and a bool mask `[B, M]` to what `scaled_dot_product_attention` takes."""
-    hidden = None if seen is None else seen[:, None, None]
+    hidden = None if mask is None else mask[:, None, None]
     if bias is None:
         return hidden
     added = bias[None].to(q.dtype)
@@ -144,7 +143,7 @@ def _mask(q: Tensor, bias: Tensor | None, seen: Tensor | None) -> Tensor | None:
 
 @full_precision
 def _reference(
-    q: Tensor, k: Tensor, v: Tensor, agents: Agents, seen: Tensor | None, direct: Direct | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, agents: Agents, mask: Tensor | None, direct: Direct | None, scale: float
 ) -> Tensor:
     """The definition: two dense softmaxes, in float64 if q is, else float32."""
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -152,16 +151,16 @@ def _reference(
     first = scale * torch.einsum("bahd,bmhd->bham", a, k)
     if agents.key_bias is not None:
         first = first + agents.key_bias.to(dtype)
-    if seen is not None:
-        first = first.masked_fill(~seen[:, None, None], -torch.inf)
+    if mask is not None:
+        first = first.masked_fill(~mask[:, None, None], -torch.inf)
     gathered = torch.einsum("bham,bmhd->bahd", first.softmax(-1), v)
     second = (scale if agents.query_scale is None else agents.query_scale) * torch.einsum("bnhd,bahd->bhna", q_wide, a)
     if agents.query_bias is not None:
         second = second + agents.query_bias.to(dtype)
     if direct is not None:
         beside = scale * torch.einsum("bnhd,behd->bhne", q_wide, direct.k.to(dtype))
-        if direct.seen is not None:
-            beside = beside.masked_fill(~direct.seen[:, None, None], -torch.inf)
+        if direct.mask is not None:
+            beside = beside.masked_fill(~direct.mask[:, None, None], -torch.inf)
         second = torch.cat([second, beside], -1)
         gathered = torch.cat([gathered, direct.v.to(dtype)], 1)
     return torch.einsum("bhna,bahd->bnhd", second.softmax(-1), gathered).to(q.dtype)

@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vision_attn.kernels.triton.custom_op import custom_op
+from vision_attn.kernels.triton.launching import bytes_of_mask, custom_op, packed
 
 
 def agent_attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, agents: Any, seen: Tensor | None, direct: Any, scale: float
+    q: Tensor, k: Tensor, v: Tensor, agents: Any, mask: Tensor | None, direct: Any, scale: float
 ) -> Tensor:
     """Run `agent_attention` on checked inputs."""
     a = agents.tokens
     A, M = a.shape[1], k.shape[1]
-    gathered = _attend(a, k, v, agents.key_bias, seen, M, [scale, scale])[0]
+    gathered = _attend(a, k, v, agents.key_bias, mask, M, [scale, scale])[0]
     first = scale if agents.query_scale is None else agents.query_scale
     if direct is None:
         return _attend(q, a, gathered, agents.query_bias, None, A, [first, first])[0]
-    both = direct.seen
+    both = direct.mask
     if both is not None:
         both = torch.cat([both.new_ones(len(both), A), both], 1)
     keys, values = torch.cat([a, direct.k], 1), torch.cat([gathered, direct.v], 1)
@@ -31,12 +31,12 @@ def agent_attention_triton(
 
 @custom_op("vision_attn::few_triton")
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seen: Tensor | None, first: int, scales: Sequence[float]
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, first: int, scales: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp in base 2; the first keys have a bias `[H, N, first]` and a scale of their own."""
     from vision_attn.kernels.agent.forward import forward  # noqa: PLC0415
 
-    return forward(_pairs(q, k, v, bias, seen, first, scales))
+    return forward(_pairs(q, k, v, bias, mask, first, scales))
 
 
 @_attend.register_fake
@@ -47,14 +47,13 @@ def _(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
 
 @custom_op("vision_attn::few_triton_backward")
 def _attend_backward(
-    do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seen: Tensor | None,
+    do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None,
     first: int, scales: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and bias; empty for what is None."""
     from vision_attn.kernels.agent.backward import backward  # noqa: PLC0415
-    from vision_attn.kernels.local.call import packed  # noqa: PLC0415
 
-    return backward(_pairs(q, k, v, bias, seen, first, scales), packed(do), o, lse)
+    return backward(_pairs(q, k, v, bias, mask, first, scales), packed(do), o, lse)
 
 
 @_attend_backward.register_fake
@@ -65,14 +64,11 @@ def _(
 
 
 def _pairs(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seen: Tensor | None, first: int, scales: Sequence[float]
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, first: int, scales: Sequence[float]
 ) -> Any:
-    from vision_attn.kernels.agent.forward import Pairs  # noqa: PLC0415
-    from vision_attn.kernels.local.call import packed  # noqa: PLC0415
+    from vision_attn.kernels.triton.pairs import Pairs  # noqa: PLC0415
 
-    if seen is not None:
-        seen = seen.contiguous().view(torch.uint8)
-    return Pairs(packed(q), packed(k), packed(v), bias, seen, first, (scales[0], scales[1]))
+    return Pairs(packed(q), packed(k), packed(v), bias, bytes_of_mask(mask), first, (scales[0], scales[1]))
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -82,9 +78,9 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 
 def _backward(ctx: Any, do: Tensor | None, unused: object) -> tuple:
-    q, k, v, bias, seen, o, lse = ctx.saved_tensors
+    q, k, v, bias, mask, o, lse = ctx.saved_tensors
     do = torch.zeros_like(o) if do is None else do
-    dq, dk, dv, dbias = _attend_backward(do, o, lse, q, k, v, bias, seen, *ctx.rest)
+    dq, dk, dv, dbias = _attend_backward(do, o, lse, q, k, v, bias, mask, *ctx.rest)
     return dq, dk, dv, None if bias is None else dbias, None, None, None
 
 

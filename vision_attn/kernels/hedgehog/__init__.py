@@ -9,9 +9,8 @@ https://arxiv.org/abs/2402.04347
 import torch
 from torch import Tensor
 
-from vision_attn.kernels.backend import Implementation, pick
+from vision_attn.kernels.backend import FLOATS, Implementation, full_precision, pick
 from vision_attn.kernels.hedgehog.op import LEAST, hedgehog_reasons, hedgehog_triton
-from vision_attn.kernels.precision import FLOATS, full_precision
 
 
 def hedgehog(x: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:

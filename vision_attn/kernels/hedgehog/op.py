@@ -5,8 +5,7 @@ The kernel is in `forward.py`; triton is imported when it first runs.
 
 from torch import Tensor
 
-from vision_attn.kernels.linear.op import inference_reasons
-from vision_attn.kernels.triton.custom_op import custom_op
+from vision_attn.kernels.triton.launching import custom_op, inference_reasons, packed
 
 LEAST = 1e-12  # of a feature: sums of them divide
 MOST = 128  # channels of a head whose matrix shared memory holds
@@ -29,7 +28,6 @@ def hedgehog_triton(x: Tensor, weight: Tensor) -> Tensor:
 def _features(x: Tensor, weight: Tensor) -> Tensor:
     """Features `[B, N, H, 2 D]`."""
     from vision_attn.kernels.hedgehog.forward import forward  # noqa: PLC0415
-    from vision_attn.kernels.local.call import packed  # noqa: PLC0415
 
     return forward(packed(x), weight.contiguous())
 

@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vision_attn.kernels.backend import Implementation, pick
-from vision_attn.kernels.linear.op import feature_mean_triton, linear_attention_triton, linear_reasons
-from vision_attn.kernels.precision import full_precision, refuse_unlike
+from vision_attn.kernels.backend import Implementation, full_precision, pick, refuse_unlike
+from vision_attn.kernels.linear.op import feature_mean_triton, linear_attention_triton, linear_state
+from vision_attn.kernels.triton.launching import triton_reasons
+
+__all__ = ["Features", "feature_mean", "linear_attention", "linear_state", "rotate_pairs"]
 
 _MAPS = ("elu", "relu", "none")
 
@@ -93,7 +95,7 @@ def linear_attention(
         ValueError: If shapes or devices do not fit each other, or a named backend cannot run (every reason is listed).
     """
     _check(q, k, v, features, key_weight, global_query)
-    reasons = linear_reasons(q, v, constants=features.rotary or (), auto=backend == "auto")
+    reasons = triton_reasons(q, v, constants=features.rotary or (), auto=backend == "auto")
     implementations = {
         "triton": Implementation(linear_attention_triton, reasons),
         "torch": Implementation(_torch),
@@ -128,7 +130,7 @@ def feature_mean(
     if weight is not None and (weight.dim() != 3 or not _broadcasts(weight, tuple(q.shape[:3]))):
         raise ValueError(f"weight must be [B, N, H] = {tuple(q.shape[:3])}, got {tuple(weight.shape)}")
     implementations = {
-        "triton": Implementation(feature_mean_triton, linear_reasons(q, auto=backend == "auto")),
+        "triton": Implementation(feature_mean_triton, triton_reasons(q, auto=backend == "auto")),
         "torch": Implementation(_mean),
         "reference": Implementation(_mean),
     }

@@ -9,6 +9,7 @@ dq, the last reads k and v and writes dk and dv: seven tensors in all, which is 
 state does not fit in the registers beside all that, q and do are read once more.
 """
 
+# the compiler of a kernel reads no annotations
 # ruff: noqa: ANN001, ANN202, PLR0912, PLR0915  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
 
@@ -19,29 +20,30 @@ from torch import Tensor
 
 from vision_attn.kernels.linear.forward import Call, config, loading, merged, state_parts
 from vision_attn.kernels.linear.tiles import (
-    LANES,
-    Launch,
     centred,
     column,
-    cut,
     divisor,
     feature_sums,
     inverse,
     lane_sums,
     mapped,
     power,
-    put_rows,
     slope,
     state_block,
-    steps,
-    tile_rows,
-    token_rows,
     turned,
-    unit_of,
     weighed,
 )
-from vision_attn.kernels.triton.launching import Bound, Kernel, planned
-from vision_attn.kernels.triton.plan import Plan
+from vision_attn.kernels.triton.launching import LANES, Bound, Kernel, Launch, Plan, cut, planned, unit_strides_of
+from vision_attn.kernels.triton.rows import (
+    head_of,
+    load_rows_below,
+    load_tile_below,
+    own_head,
+    program_of,
+    store_rows_below,
+    unit_head_of,
+    unit_of,
+)
 
 # 16 bits up to 128 channels: tuned on an H200 with triton 3.6; else chosen by registers and shared memory.
 # Keys: bytes of an element, channels of the features and of the values at most.
@@ -67,103 +69,107 @@ _FUSED = 64 * 64  # elements of a state that the program of a query's gradient c
 @Kernel
 @triton.jit
 def _query_gradients(
-    q, do, state, norm, cos, sin, dq, part, factors, inverses, part_kappa, means, q_box, do_box,
+    q, do, state, norm, cos, sin, dq, part_sums, factors, inverses, part_kappa, means, q_box, do_box,
     q_b, q_n, q_h, do_b, do_n, do_h, cos_n, tokens, heads, batch_heads, length, eps, floor,
     FUSED: tl.constexpr, GLOBAL: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr, LEN: tl.constexpr,
     STAGES: tl.constexpr, LANES: tl.constexpr, MAP: tl.constexpr, ROTARY: tl.constexpr, F: tl.constexpr,
     BLOCK_F: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Dq of a part of the queries, and their part of dS and y; not `FUSED`: 1 / den and the factor of y instead."""
-    pid = tl.program_id(0)
-    bh = pid % batch_heads
-    slice_ = pid // batch_heads
+    """Gradients dq of a part of the queries, and their part of dS and y; not `FUSED`: 1 / den and the factor of y.
+
+    Inputs: q `[B, tokens, H, F]`, do `[B, tokens, H, D]`, each with strides `_b, _n, _h` in units of 16 bytes; state
+    `[B, H, F, D]`, norm `[B, H, F]`; cos, sin `[tokens, F]`.
+    Outputs: dq `[B, tokens, H, F]`; means of the values `[B, H, D]`; if `FUSED` part_sums `[parts, B, H, F * D + F]`,
+    else factors and inverses `[B, H, tokens]`; if `GLOBAL` part_kappa `[parts, B, H]`.
+    Launch: parts of `length` queries, in steps of `LEN`; blocks of `BLOCK_D` values one after another.
+    """
     D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    batch, head = bh // heads, bh % heads
-    b, h = batch.to(tl.int64), head.to(tl.int64)
-    q += (b * q_b + h * q_h) * unit_of(q)
-    do += (b * do_b + h * do_h) * unit_of(do)
-    dq += (b * tokens * heads + h) * F
+    b, h, bh, _, part = program_of(heads, batch_heads, 1)
+    q, do = unit_head_of(q, b, h, q_b, q_h), unit_head_of(do, b, h, do_b, do_h)
+    dq = own_head(dq, b, h, tokens, heads, F)
     state += bh.to(tl.int64) * F * D
-    z, c = divisor(norm + bh * F, floor, F, BLOCK_F, ROTARY)
-    f = tl.arange(0, BLOCK_F)
+    z, c = divisor(norm + bh * F, floor, F, BLOCK_F, ROTARY)  # [BLOCK_F]
+    f = tl.arange(0, BLOCK_F)  # [BLOCK_F]
     dtype: tl.constexpr = q.dtype.element_ty
     SPLIT: tl.constexpr = dtype != tl.float32
-    s, mean = centred(state, z, c, 0, dtype, F, BLOCK_F, D, BLOCK_D, ROTARY, SCALED)
-    d = tl.arange(0, BLOCK_D)
-    tl.store(means + bh * D + d, mean, mask=(d < D) & (slice_ == 0))
-    mean_column = column(mean, LANES).to(dtype)
-    acc = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
-    sums = tl.zeros([LANES, BLOCK_F], tl.float32)
-    columns = tl.zeros([BLOCK_F, LANES], tl.float32)
-    kappa = tl.zeros([LEN], tl.float32)
-    stop = tl.minimum(tokens, (slice_ + 1) * length)
-    for j in tl.range(slice_ * length, stop, LEN, num_stages=STAGES):
-        row = j + tl.arange(0, LEN)
-        x = tile_rows(q, q_box, batch, head, j, stop, q_n * unit_of(q), 0, LEN, F, BLOCK_F, TMA)
-        g = tile_rows(do, do_box, batch, head, j, stop, do_n * unit_of(do), 0, LEN, D, BLOCK_D, TMA)
-        phi = mapped(x, MAP)
-        norms = tl.sum(phi * z[None, :], 1)
-        share = 1.0 / (norms + eps)
-        u = tl.dot(g, tl.trans(s), input_precision=PRECISION)
-        common = tl.zeros([LEN], tl.float32)
+    S, mean = centred(state, z, c, 0, dtype, F, BLOCK_F, D, BLOCK_D, ROTARY, SCALED)  # [BLOCK_F, BLOCK_D], [BLOCK_D]
+    d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    tl.store(means + bh * D + d, mean, mask=(d < D) & (part == 0))
+    mean_column = column(mean, LANES).to(dtype)  # [BLOCK_D, LANES]
+    dS = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)  # [BLOCK_F, BLOCK_D]
+    sums = tl.zeros([LANES, BLOCK_F], tl.float32)  # [LANES, BLOCK_F]
+    columns = tl.zeros([BLOCK_F, LANES], tl.float32)  # [BLOCK_F, LANES]
+    kappa = tl.zeros([LEN], tl.float32)  # [LEN]
+    stop = tl.minimum(tokens, (part + 1) * length)
+    for j in tl.range(part * length, stop, LEN, num_stages=STAGES):
+        row = j + tl.arange(0, LEN)  # [LEN]
+        q_rows = load_tile_below(q, q_box, b, h, j, stop, q_n * unit_of(q), 0, LEN, F, BLOCK_F, TMA)  # [LEN, BLOCK_F]
+        do_rows = load_tile_below(
+            do, do_box, b, h, j, stop, do_n * unit_of(do), 0, LEN, D, BLOCK_D, TMA
+        )  # [LEN, BLOCK_D]
+        phi = mapped(q_rows, MAP)  # [LEN, BLOCK_F]
+        norms = tl.sum(phi * z[None, :], 1)  # [LEN]
+        share = 1.0 / (norms + eps)  # [LEN]
+        u = tl.dot(do_rows, tl.trans(S), input_precision=PRECISION)  # [LEN, BLOCK_F]
+        common = tl.zeros([LEN], tl.float32)  # [LEN]
         if not ROTARY:
-            common = tl.sum(tl.dot(g, mean_column, input_precision=PRECISION), 1)
+            common = tl.sum(tl.dot(do_rows, mean_column, input_precision=PRECISION), 1)
         for block in tl.static_range(1, D_BLOCKS):
-            more = token_rows(do, row, stop, do_n * unit_of(do), block * BLOCK_D, D, BLOCK_D)
+            more = load_rows_below(do, row, stop, do_n * unit_of(do), block * BLOCK_D, D, BLOCK_D)  # [LEN, BLOCK_D]
             other, middle = centred(
                 state, z, c, block * BLOCK_D, dtype, F, BLOCK_F, D, BLOCK_D, ROTARY, SCALED
-            )  # fmt: skip
+            )  # [BLOCK_F, BLOCK_D], [BLOCK_D]
             u += tl.dot(more, tl.trans(other), input_precision=PRECISION)
             common += tl.sum(more.to(tl.float32) * middle[None, :], 1)
-            tl.store(means + bh * D + block * BLOCK_D + d, middle, mask=(block * BLOCK_D + d < D) & (slice_ == 0))
+            tl.store(means + bh * D + block * BLOCK_D + d, middle, mask=(block * BLOCK_D + d < D) & (part == 0))
         if SCALED:
             u *= c[None, :]
         if ROTARY:
             u = turned(u, cos, sin, row, stop, cos_n, F, BLOCK_F, True)
-        # rows from `stop` on have do = 0, so e = 0
-        e = (tl.sum(phi * u, 1) - eps * common) * share
-        dphi = (u - e[:, None] * z[None, :]) * share[:, None]
-        put_rows(dq, row, stop, heads * F, 0, dphi * slope(x, MAP), F, BLOCK_F)
+        # rows from `stop` on have dO = 0, so e = 0
+        e = (tl.sum(phi * u, 1) - eps * common) * share  # [LEN]
+        dphi = (u - e[:, None] * z[None, :]) * share[:, None]  # [LEN, BLOCK_F]
+        store_rows_below(dq, row, stop, heads * F, 0, dphi * slope(q_rows, MAP), F, BLOCK_F)
         if GLOBAL:
             kappa += (e + common) * share
         if FUSED:
-            p = phi * share[:, None]
+            p = phi * share[:, None]  # [LEN, BLOCK_F]
             if SCALED:
                 p *= c[None, :]
             if not SPLIT:
                 sums -= lane_sums(p * e[:, None], LANES)
                 if ROTARY:
                     p = turned(p, cos, sin, row, stop, cos_n, F, BLOCK_F, False)
-                acc += tl.dot(tl.trans(p.to(dtype)), g, input_precision=PRECISION)
+                dS += tl.dot(tl.trans(p.to(dtype)), do_rows, input_precision=PRECISION)
             else:
-                low = p.to(dtype)
+                low = p.to(dtype)  # [LEN, BLOCK_F]
                 columns -= feature_sums(low, e, True, SCALED, LANES)
                 if ROTARY:
                     low = turned(p, cos, sin, row, stop, cos_n, F, BLOCK_F, False).to(dtype)
-                acc += tl.dot(tl.trans(low), g)
+                dS += tl.dot(tl.trans(low), do_rows)
         else:
             place = bh.to(tl.int64) * tokens + row
             tl.store(inverses + place, share, mask=row < stop)
             tl.store(factors + place, -e, mask=row < stop)
-    place = slice_.to(tl.int64) * batch_heads + bh
+    place = part.to(tl.int64) * batch_heads + bh
     if FUSED:
-        added = tl.sum(columns, 1) if SPLIT else tl.sum(sums, 0)
+        y = tl.sum(columns, 1) if SPLIT else tl.sum(sums, 0)  # [BLOCK_F]
         if SCALED:
-            acc *= inverse(c)[:, None]
-            added *= inverse(c)
-        part += place * (F * D + F)
-        put_rows(part, f, F, D, 0, acc, D, BLOCK_D)
-        tl.store(part + F * D + f, added, mask=f < F)
+            dS *= inverse(c)[:, None]
+            y *= inverse(c)
+        part_sums += place * (F * D + F)
+        store_rows_below(part_sums, f, F, D, 0, dS, D, BLOCK_D)
+        tl.store(part_sums + F * D + f, y, mask=f < F)
     if GLOBAL:
         tl.store(part_kappa + place, eps * tl.sum(kappa, 0))
 
 
 @triton.jit
-def _less_mean(y, s, means, first, size, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Y - s m, with s as products take it, so that its rounding cancels."""
-    d = first + tl.arange(0, BLOCK_D)
-    mean = tl.load(means + d, mask=d < D, other=0.0)
-    return y - tl.sum(s.to(tl.float32) * mean[None, :], 1) * size
+def _less_mean(y, dS, means, first, size, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return y - dS m `[BLOCK_F]`, with dS `[BLOCK_F, BLOCK_D]` as products take it, so that its rounding cancels."""
+    d = first + tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    mean = tl.load(means + d, mask=d < D, other=0.0)  # [BLOCK_D]
+    return y - tl.sum(dS.to(tl.float32) * mean[None, :], 1) * size
 
 
 @Kernel
@@ -176,91 +182,92 @@ def _key_gradients(
     ROTARY: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv and the gradient of the weights of a part of the keys, and its part of the global query's."""
-    pid = tl.program_id(0)
-    bh = pid % batch_heads
-    slice_ = pid // batch_heads
+    """Gradients dk, dv and the gradient of the weights of a part of the keys, and its part of the global query's.
+
+    Inputs: k `[B, tokens, H, F]`, v `[B, tokens, H, D]`, each with strides `_b, _n, _h` in units of 16 bytes; weight
+    `[B, tokens, H]` with strides `w_`; query `[B, H, F]`; cos, sin `[tokens, F]`; dstate `[B, H, F, D]`, which `SCALED`
+    is to be multiplied by scale `[B, H]`; y `[B, H, F]`; tops `[B, H, 2]`; kappa `[B, H]`; means `[B, H, D]`.
+    Outputs: dk, dv like k, v; dweight `[B, tokens, H]`; part_query `[parts, B, H, 3, F]`.
+    Launch: parts of `length` keys, in steps of `LEN`; blocks of `BLOCK_D` values one after another.
+    """
     D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    batch, head = bh // heads, bh % heads
-    b, h = batch.to(tl.int64), head.to(tl.int64)
-    k += (b * k_b + h * k_h) * unit_of(k)
-    v += (b * v_b + h * v_h) * unit_of(v)
-    weight += b * w_b + h * w_h
-    dk += (b * tokens * heads + h) * F
-    dv += (b * tokens * heads + h) * D
-    dweight += b * tokens * heads + h
+    b, h, bh, _, part = program_of(heads, batch_heads, 1)
+    k, v = unit_head_of(k, b, h, k_b, k_h), unit_head_of(v, b, h, v_b, v_h)
+    weight = head_of(weight, b, h, w_b, w_h)
+    dk, dv = own_head(dk, b, h, tokens, heads, F), own_head(dv, b, h, tokens, heads, D)
+    dweight = own_head(dweight, b, h, tokens, heads, 1)
     dstate += bh.to(tl.int64) * F * D
     means += bh * D
-    f = tl.arange(0, BLOCK_F)
+    f = tl.arange(0, BLOCK_F)  # [BLOCK_F]
     size = tl.load(scale + bh) if SCALED else 1.0
-    g = tl.zeros([BLOCK_F], tl.float32)
+    g = tl.zeros([BLOCK_F], tl.float32)  # [BLOCK_F]
     top, total, mean_logit = 0.0, 1.0, 0.0
     if GLOBAL:
         g = tl.load(query + bh * F + f, mask=f < F, other=0.0)
         top, total, mean_logit = tl.load(tops + bh * 2), tl.load(tops + bh * 2 + 1), tl.load(kappa + bh)
-    s = state_block(dstate, 0, F, BLOCK_F, D, BLOCK_D)
-    added = tl.load(y + bh * F + f, mask=f < F, other=0.0)
+    dS = state_block(dstate, 0, F, BLOCK_F, D, BLOCK_D)  # [BLOCK_F, BLOCK_D]
+    added = tl.load(y + bh * F + f, mask=f < F, other=0.0)  # [BLOCK_F]
     if not ROTARY:
         for block in tl.static_range(0, D_BLOCKS):
-            columns = state_block(dstate, block * BLOCK_D, F, BLOCK_F, D, BLOCK_D)
+            columns = state_block(dstate, block * BLOCK_D, F, BLOCK_F, D, BLOCK_D)  # [BLOCK_F, BLOCK_D]
             added = _less_mean(added, columns, means, block * BLOCK_D, size, D, BLOCK_D)
-    sums = tl.zeros([LANES, BLOCK_F], tl.float32)
-    shared = tl.zeros([LANES, BLOCK_F], tl.float32)
-    rest = tl.zeros([LEN], tl.float32)
-    stop = tl.minimum(tokens, (slice_ + 1) * length)
-    for j in tl.range(slice_ * length, stop, LEN, num_stages=STAGES):
-        row = j + tl.arange(0, LEN)
-        x = tile_rows(k, k_box, batch, head, j, stop, k_n * unit_of(k), 0, LEN, F, BLOCK_F, TMA)
-        values = tile_rows(v, v_box, batch, head, j, stop, v_n * unit_of(v), 0, LEN, D, BLOCK_D, TMA)
-        phi = mapped(x, MAP)
-        w, logit = weighed(phi, row, stop, g, weight, w_n, WEIGHT, GLOBAL)
-        share = power(logit - top) / total if GLOBAL else tl.full([LEN], 1.0, tl.float32)
-        both = share * w
-        rho = phi
+    sums = tl.zeros([LANES, BLOCK_F], tl.float32)  # [LANES, BLOCK_F]
+    shared = tl.zeros([LANES, BLOCK_F], tl.float32)  # [LANES, BLOCK_F]
+    rest = tl.zeros([LEN], tl.float32)  # [LEN]
+    stop = tl.minimum(tokens, (part + 1) * length)
+    for j in tl.range(part * length, stop, LEN, num_stages=STAGES):
+        row = j + tl.arange(0, LEN)  # [LEN]
+        k_rows = load_tile_below(k, k_box, b, h, j, stop, k_n * unit_of(k), 0, LEN, F, BLOCK_F, TMA)  # [LEN, BLOCK_F]
+        v_rows = load_tile_below(v, v_box, b, h, j, stop, v_n * unit_of(v), 0, LEN, D, BLOCK_D, TMA)  # [LEN, BLOCK_D]
+        phi = mapped(k_rows, MAP)  # [LEN, BLOCK_F]
+        w, logit = weighed(phi, row, stop, g, weight, w_n, WEIGHT, GLOBAL)  # [LEN]
+        share = power(logit - top) / total if GLOBAL else tl.full([LEN], 1.0, tl.float32)  # [LEN]
+        both = share * w  # [LEN]
+        rho = phi  # [LEN, BLOCK_F]
         if ROTARY:
             rho = turned(rho, cos, sin, row, stop, cos_n, F, BLOCK_F, False)
-        back = both * size
+        back = both * size  # [LEN]
         if SCALED:
             if F < BLOCK_F:
                 rho = tl.where((f < F)[None, :], rho, 0.0)
-            most = tl.max(tl.abs(rho), 1)
+            most = tl.max(tl.abs(rho), 1)  # [LEN]
             most = tl.where(most > 0.0, most, 1.0)
             rho = rho * (1.0 / most)[:, None]
             back *= most
-        low = rho.to(values.dtype)
-        rows = tl.dot(low, s, input_precision=PRECISION)
+        low = rho.to(v_rows.dtype)  # [LEN, BLOCK_F]
+        dv_rows = tl.dot(low, dS, input_precision=PRECISION)  # [LEN, BLOCK_D]
         if SCALED or WEIGHT or GLOBAL:
-            rows *= back[:, None]
-        put_rows(dv, row, stop, heads * D, 0, rows, D, BLOCK_D)
-        a = tl.dot(values, tl.trans(s), input_precision=PRECISION)
+            dv_rows *= back[:, None]
+        store_rows_below(dv, row, stop, heads * D, 0, dv_rows, D, BLOCK_D)
+        a = tl.dot(v_rows, tl.trans(dS), input_precision=PRECISION)  # [LEN, BLOCK_F]
         for block in tl.static_range(1, D_BLOCKS):
-            more = token_rows(v, row, stop, v_n * unit_of(v), block * BLOCK_D, D, BLOCK_D)
-            columns = state_block(dstate, block * BLOCK_D, F, BLOCK_F, D, BLOCK_D)
-            rows = tl.dot(low, columns, input_precision=PRECISION)
-            put_rows(dv, row, stop, heads * D, block * BLOCK_D, rows * back[:, None], D, BLOCK_D)
+            more = load_rows_below(v, row, stop, v_n * unit_of(v), block * BLOCK_D, D, BLOCK_D)  # [LEN, BLOCK_D]
+            columns = state_block(dstate, block * BLOCK_D, F, BLOCK_F, D, BLOCK_D)  # [BLOCK_F, BLOCK_D]
+            dv_rows = tl.dot(low, columns, input_precision=PRECISION)  # [LEN, BLOCK_D]
+            store_rows_below(dv, row, stop, heads * D, block * BLOCK_D, dv_rows * back[:, None], D, BLOCK_D)
             a += tl.dot(more, tl.trans(columns), input_precision=PRECISION)
         if ROTARY:
             a = turned(a, cos, sin, row, stop, cos_n, F, BLOCK_F, True)
         if SCALED:
             a *= size
         a += added[None, :]
-        dphi = a
+        dphi = a  # [LEN, BLOCK_F]
         if WEIGHT or GLOBAL:
             dphi = a * both[:, None]
         if WEIGHT_GRADIENT or GLOBAL:
-            inner = tl.sum(a * phi, 1)
+            inner = tl.sum(a * phi, 1)  # [LEN]
             if WEIGHT_GRADIENT:
                 place = row.to(tl.int64) * heads
                 tl.store(dweight + place, (share * inner).to(dweight.dtype.element_ty), mask=row < stop)
             if GLOBAL:
-                dlogit = share * (w * inner - mean_logit)
+                dlogit = share * (w * inner - mean_logit)  # [LEN]
                 dphi += dlogit[:, None] * g[None, :]
                 sums += lane_sums(dlogit[:, None] * phi, LANES)
                 shared += lane_sums(share[:, None] * phi, LANES)
                 rest += dlogit
-        put_rows(dk, row, stop, heads * F, 0, dphi * slope(x, MAP), F, BLOCK_F)
+        store_rows_below(dk, row, stop, heads * F, 0, dphi * slope(k_rows, MAP), F, BLOCK_F)
     if GLOBAL:
-        part_query += (slice_.to(tl.int64) * batch_heads + bh) * 3 * F + f
+        part_query += (part.to(tl.int64) * batch_heads + bh) * 3 * F + f
         tl.store(part_query, tl.sum(sums, 0), mask=f < F)
         tl.store(part_query + F, tl.sum(shared, 0), mask=f < F)
         tl.store(part_query + 2 * F, tl.zeros([BLOCK_F], tl.float32) + tl.sum(rest, 0), mask=f < F)
@@ -273,12 +280,12 @@ def _plan_queries(call: Call, launch: Launch, do: Tensor) -> tuple[Plan, bool]:
     B, N, H, _ = q.shape
     fused = constants["BLOCK_F"] * do.shape[-1] <= _FUSED
     launch, boxes = loading(launch, (q, do), (constants["BLOCK_F"], constants["BLOCK_D"]))
-    parts, length = cut(N, B * H, launch, q, 4 if fused else 1)
+    parts, length = cut(N, B * H, launch, q, least=4 if fused else 1)
     named = dict(
         FUSED=fused, GLOBAL=call.query is not None, SCALED=call.scaled, TMA=boxes[0] is not None, LEN=launch.length,
         STAGES=launch.stages, LANES=LANES, num_warps=launch.warps, **constants,
     )  # fmt: skip
-    numbers = *steps(q), *steps(do), call.rotary()[2], N, H, B * H, length, call.eps, call.floor
+    numbers = *unit_strides_of(q, do), call.rotary()[2], N, H, B * H, length, call.eps, call.floor
     return Plan(Bound(_query_gradients, (parts * B * H,), numbers, named), parts, boxes), fused
 
 
@@ -287,14 +294,14 @@ def _plan_keys(call: Call, launch: Launch, weight_gradient: bool) -> Plan:
     k, v, weight, constants = call.k, call.v, call.weight, call.constants()
     B, M, H, _ = k.shape
     launch, boxes = loading(launch, (k, v), (constants["BLOCK_F"], constants["BLOCK_D"]))
-    parts, length = cut(M, B * H, launch, k, 1)
+    parts, length = cut(M, B * H, launch, k, least=1)
     named = dict(
         WEIGHT=weight is not None, GLOBAL=call.query is not None, SCALED=call.scaled, WEIGHT_GRADIENT=weight_gradient,
         TMA=boxes[0] is not None, LEN=launch.length, STAGES=launch.stages, LANES=LANES, num_warps=launch.warps,
         **constants,
     )  # fmt: skip
     w = (0, 0, 0) if weight is None else weight.stride()
-    numbers = *steps(k), *steps(v), *w, call.rotary()[2], M, H, B * H, length
+    numbers = *unit_strides_of(k, v), *w, call.rotary()[2], M, H, B * H, length
     return Plan(Bound(_key_gradients, (parts * B * H,), numbers, named), parts, boxes)
 
 

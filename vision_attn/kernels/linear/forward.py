@@ -4,6 +4,7 @@ Three launches. The first reads k and v once and leaves a float32 state for each
 parts in a fixed order (see `tiles.py`); the third reads q once and writes o once.
 """
 
+# the compiler of a kernel reads no annotations
 # ruff: noqa: ANN001, ANN202, PLR0912, PLR0915  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
 
@@ -19,32 +20,47 @@ import triton.language as tl
 from torch import Tensor
 
 from vision_attn.kernels.linear.tiles import (
-    LANES,
     LOWEST,
-    Launch,
     await_previous,
-    block_of,
     centred,
-    cut,
-    dependent,
     divisor,
     feature_sums,
     lane_sums,
     mapped,
     power,
-    precision_of,
-    put_rows,
     release,
-    steps,
-    tile_rows,
-    token_rows,
     turned,
-    unit_of,
-    value_block,
     weighed,
 )
-from vision_attn.kernels.triton.launching import Bound, Kernel, hopper, layout, planned
-from vision_attn.kernels.triton.plan import Box, Plan, sequence_box, uses_boxes
+from vision_attn.kernels.triton.launching import (
+    LANES,
+    Bound,
+    Box,
+    Kernel,
+    Launch,
+    Plan,
+    block_of,
+    cut,
+    dependent,
+    hopper,
+    layout,
+    planned,
+    precision_of,
+    sequence_box,
+    unit_strides_of,
+    uses_boxes,
+)
+from vision_attn.kernels.triton.rows import (
+    NO_KEY,
+    head_of,
+    load_rows_below,
+    load_tile_below,
+    own_head,
+    program_of,
+    store_rows_below,
+    unit_head_of,
+    unit_of,
+)
 
 # 16 bits up to 128 channels: tuned on an H200 with triton 3.6; else chosen by registers and shared memory.
 # Keys: bytes of an element, channels of the features and of the values at most.
@@ -101,9 +117,11 @@ class Call:
 
     @cached_property
     def blocks(self) -> tuple[int, int, int]:
-        """Channels of tiles of features and values, and of values that one program takes."""
+        """Channels of a tile of features, of values, and of the values that one program takes."""
         f, d = block_of(self.k.shape[-1]), block_of(self.v.shape[-1])
-        return f, d, value_block(f, d, self.q.element_size())
+        # a program's part of the state must fit in registers and shared memory
+        most = (64 if f > 128 else 128) if self.q.element_size() == 2 else 4096 // max(f, 64)
+        return f, d, min(d, most)
 
     def rotary(self) -> tuple[Any, Any, int]:
         """Cosine, sine and the stride of a token."""
@@ -131,7 +149,7 @@ def config(call: Call, table: dict[tuple[int, int, int], Launch]) -> Launch:
 @Kernel
 @triton.jit
 def _state(
-    k, v, weight, sum_weight, query, cos, sin, part, part_top, k_box, v_box,
+    k, v, weight, sum_weight, query, cos, sin, part_sums, part_top, k_box, v_box,
     k_b, k_n, k_h, v_b, v_n, v_h, w_b, w_n, w_h, cos_n, tokens, heads, batch_heads, length,
     WEIGHT: tl.constexpr, SUM_WEIGHT: tl.constexpr, GLOBAL: tl.constexpr, SCALED: tl.constexpr,
     OVERLAP: tl.constexpr, TMA: tl.constexpr, LEN: tl.constexpr, STAGES: tl.constexpr, LANES: tl.constexpr,
@@ -140,35 +158,35 @@ def _state(
 ):  # fmt: skip
     """Sum r phi(k) v^T and phi(k) over a part of the keys, each weighed.
 
-    Heads are neighbours in the launch, as they are in memory. `SUM_WEIGHT` weighs the second sum once more.
+    Inputs: k `[B, tokens, H, F]`, v `[B, tokens, H, D]`, each with strides `_b, _n, _h` in units of 16 bytes; weight
+    and sum_weight, which weighs the second sum once more, `[B, tokens, H]` with strides `w_`; query `[B, H, F]`; cos,
+    sin `[tokens, F]`.
+    Outputs: part_sums `[parts, B, H, F * D + F]`; part_top `[parts, B, H, 2]`, maximum and total of the query's logits.
+    Launch: blocks of `BLOCK_D` values, parts of `length` keys, in steps of `LEN`.
     """
-    pid = tl.program_id(0)
-    bh = pid % batch_heads
     D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    block = pid // batch_heads % D_BLOCKS
-    slice_ = pid // batch_heads // D_BLOCKS
-    batch, head = bh // heads, bh % heads
-    b, h = batch.to(tl.int64), head.to(tl.int64)
-    k += (b * k_b + h * k_h) * unit_of(k)
-    v += (b * v_b + h * v_h) * unit_of(v)
-    weight += b * w_b + h * w_h
-    sum_weight += b * w_b + h * w_h
-    f = tl.arange(0, BLOCK_F)
-    g = tl.load(query + bh * F + f, mask=f < F, other=0.0) if GLOBAL else 0.0
+    b, h, bh, block, part = program_of(heads, batch_heads, D_BLOCKS)
+    k, v = unit_head_of(k, b, h, k_b, k_h), unit_head_of(v, b, h, v_b, v_h)
+    weight, sum_weight = head_of(weight, b, h, w_b, w_h), head_of(sum_weight, b, h, w_b, w_h)
+    f = tl.arange(0, BLOCK_F)  # [BLOCK_F]
+    g = tl.load(query + bh * F + f, mask=f < F, other=0.0) if GLOBAL else 0.0  # [BLOCK_F]
     ALIKE: tl.constexpr = v.dtype.element_ty != tl.float32 and not ROTARY
-    acc = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
-    sums = tl.zeros([LANES, BLOCK_F], tl.float32)
-    columns = tl.zeros([BLOCK_F, LANES], tl.float32)
+    acc = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)  # [BLOCK_F, BLOCK_D]
+    sums = tl.zeros([LANES, BLOCK_F], tl.float32)  # [LANES, BLOCK_F]
+    columns = tl.zeros([BLOCK_F, LANES], tl.float32)  # [BLOCK_F, LANES]
     top, total = tl.full((), LOWEST, tl.float32), tl.full((), 0.0, tl.float32)
-    stop = tl.minimum(tokens, (slice_ + 1) * length)
-    for j in tl.range(slice_ * length, stop, LEN, num_stages=STAGES):
-        row = j + tl.arange(0, LEN)
-        phi = mapped(tile_rows(k, k_box, batch, head, j, stop, k_n * unit_of(k), 0, LEN, F, BLOCK_F, TMA), MAP)
-        values = tile_rows(v, v_box, batch, head, j, stop, v_n * unit_of(v), block * BLOCK_D, LEN, D, BLOCK_D, TMA)
-        w, logit = weighed(phi, row, stop, g, weight, w_n, WEIGHT, GLOBAL)
+    stop = tl.minimum(tokens, (part + 1) * length)
+    for j in tl.range(part * length, stop, LEN, num_stages=STAGES):
+        row = j + tl.arange(0, LEN)  # [LEN]
+        k_rows = load_tile_below(k, k_box, b, h, j, stop, k_n * unit_of(k), 0, LEN, F, BLOCK_F, TMA)  # [LEN, BLOCK_F]
+        v_rows = load_tile_below(
+            v, v_box, b, h, j, stop, v_n * unit_of(v), block * BLOCK_D, LEN, D, BLOCK_D, TMA
+        )  # [LEN, BLOCK_D]
+        phi = mapped(k_rows, MAP)  # [LEN, BLOCK_F]
+        w, logit = weighed(phi, row, stop, g, weight, w_n, WEIGHT, GLOBAL)  # [LEN]
         if GLOBAL:
             high = tl.maximum(top, tl.max(logit, 0))
-            share = power(logit - high)
+            share = power(logit - high)  # [LEN]
             shrink = power(top - high)
             total = total * shrink + tl.sum(share, 0)
             acc *= shrink
@@ -178,7 +196,7 @@ def _state(
             top = high
         if WEIGHT or GLOBAL or not ALIKE:
             phi *= w[:, None]
-        plain = phi
+        plain = phi  # [LEN, BLOCK_F]
         if ROTARY:
             phi = turned(phi, cos, sin, row, stop, cos_n, F, BLOCK_F, False)
         most = 1.0
@@ -189,10 +207,10 @@ def _state(
             most = tl.max(tl.where(there, tl.max(tl.abs(phi), 1), 0.0), 0)
             most = tl.where(most > 0.0, most, 1.0)
             phi = phi * tl.where(there, 1.0 / most, 0.0)[:, None]
-        low = phi.to(values.dtype)
+        low = phi.to(v_rows.dtype)  # [LEN, BLOCK_F]
         # a fresh product for each tile: adding a long sequence inside the tensor cores would lose what float32 has
-        acc += tl.dot(tl.trans(low), values, input_precision=PRECISION) * most
-        other = tl.where(row < stop, 1.0, 0.0)
+        acc += tl.dot(tl.trans(low), v_rows, input_precision=PRECISION) * most
+        other = tl.where(row < stop, 1.0, 0.0)  # [LEN]
         if SUM_WEIGHT:
             other = tl.load(sum_weight + row.to(tl.int64) * w_n, mask=row < stop, other=0.0)
         if ALIKE:  # rounded alike, equal values have equal means over all features
@@ -204,12 +222,12 @@ def _state(
                 plain *= other[:, None]
             sums += lane_sums(plain, LANES)
     release(OVERLAP)
-    place = slice_.to(tl.int64) * batch_heads + bh
-    part += place * (F * D + F)
-    put_rows(part, f, F, D, block * BLOCK_D, acc, D, BLOCK_D)
+    place = part.to(tl.int64) * batch_heads + bh
+    part_sums += place * (F * D + F)
+    store_rows_below(part_sums, f, F, D, block * BLOCK_D, acc, D, BLOCK_D)
     if block == 0:
-        added = tl.sum(columns, 1) if ALIKE else tl.sum(sums, 0)
-        tl.store(part + F * D + f, added, mask=f < F)
+        norm = tl.sum(columns, 1) if ALIKE else tl.sum(sums, 0)  # [BLOCK_F]
+        tl.store(part_sums + F * D + f, norm, mask=f < F)
         if GLOBAL:
             tl.store(part_top + place * 2, top)
             tl.store(part_top + place * 2 + 1, total)
@@ -218,37 +236,44 @@ def _state(
 @Kernel
 @triton.jit
 def _merge(
-    part, part_top, state, norm, tops, parts, batch_heads, factor,
+    part_sums, part_top, state, norm, tops, parts, batch_heads, factor,
     GLOBAL: tl.constexpr, OVERLAP: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, F: tl.constexpr,
     D: tl.constexpr,
 ):  # fmt: skip
-    """Add the parts of some numbers of one head's state and norm."""
+    """Add the parts of some columns of one head's state and norm, times `factor`.
+
+    Inputs: part_sums `[parts, B, H, F * D + F]`; part_top `[parts, B, H, 2]`.
+    Outputs: state `[B, H, F, D]`, norm `[B, H, F]`; tops `[B, H, 2]`, maximum and total of the query's logits.
+    Launch: `COLUMNS` numbers of `PARTS` parts at a time.
+    """
     release(OVERLAP)
     await_previous(OVERLAP)
     bh = tl.program_id(0).to(tl.int64)
     WIDTH: tl.constexpr = F * D + F
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    s = tl.arange(0, PARTS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
+    n = tl.arange(0, PARTS)  # [PARTS]
     top, total = tl.full((), LOWEST, tl.float32), tl.full((), 0.0, tl.float32)
     if GLOBAL:
         for first in tl.range(0, parts, PARTS):
-            place = (first + s) * batch_heads + bh
-            some = tl.load(part_top + place * 2, mask=first + s < parts, other=LOWEST)
-            totals = tl.load(part_top + place * 2 + 1, mask=first + s < parts, other=0.0)
-            high = tl.maximum(top, tl.max(some, 0))
-            total = total * power(top - high) + tl.sum(totals * power(some - high), 0)
+            place = (first + n) * batch_heads + bh  # [PARTS]
+            maxima = tl.load(part_top + place * 2, mask=first + n < parts, other=LOWEST)  # [PARTS]
+            totals = tl.load(part_top + place * 2 + 1, mask=first + n < parts, other=0.0)  # [PARTS]
+            high = tl.maximum(top, tl.max(maxima, 0))
+            total = total * power(top - high) + tl.sum(totals * power(maxima - high), 0)
             top = high
-        total = tl.maximum(total, 1e-30)
+        total = tl.maximum(total, NO_KEY)
         if tl.program_id(1) == 0:
             tl.store(tops + bh * 2, top)
             tl.store(tops + bh * 2 + 1, total)
-    acc = tl.zeros([COLUMNS], tl.float32)
+    acc = tl.zeros([COLUMNS], tl.float32)  # [COLUMNS]
     for first in tl.range(0, parts, PARTS):
-        place = (first + s) * batch_heads + bh
-        there = first + s < parts
+        place = (first + n) * batch_heads + bh  # [PARTS]
+        there = first + n < parts
         rows = tl.load(
-            part + place[:, None] * WIDTH + column[None, :], mask=there[:, None] & (column < WIDTH)[None, :], other=0.0
-        )
+            part_sums + place[:, None] * WIDTH + column[None, :],
+            mask=there[:, None] & (column < WIDTH)[None, :],
+            other=0.0,
+        )  # [PARTS, COLUMNS]
         if GLOBAL:
             rows *= power(tl.load(part_top + place * 2, mask=there, other=LOWEST) - top)[:, None]
         acc += tl.sum(rows, 0)
@@ -265,47 +290,47 @@ def _output(
     MAP: tl.constexpr, ROTARY: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Read the state with some queries."""
-    pid = tl.program_id(0)
-    bh = pid % batch_heads
+    """Output of a part of the queries.
+
+    Inputs: q `[B, tokens, H, F]` with strides `_b, _n, _h` in units of 16 bytes; state `[B, H, F, D]`, norm
+    `[B, H, F]`; cos, sin `[tokens, F]`.
+    Outputs: o `[B, tokens, H, D]`.
+    Launch: blocks of `BLOCK_D` values, parts of `length` queries, in steps of `LEN`.
+    """
     D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    block = pid // batch_heads % D_BLOCKS
-    slice_ = pid // batch_heads // D_BLOCKS
-    batch, head = bh // heads, bh % heads
-    b, h = batch.to(tl.int64), head.to(tl.int64)
-    q += (b * q_b + h * q_h) * unit_of(q)
-    o += (b * tokens * heads + h) * D
-    stop = tl.minimum(tokens, (slice_ + 1) * length)
+    b, h, bh, block, part = program_of(heads, batch_heads, D_BLOCKS)
+    q, o = unit_head_of(q, b, h, q_b, q_h), own_head(o, b, h, tokens, heads, D)
+    stop = tl.minimum(tokens, (part + 1) * length)
     if not TMA:
-        first = slice_ * length + tl.arange(0, LEN)
-        following = token_rows(q, first, stop, q_n * unit_of(q), 0, F, BLOCK_F)
+        first = part * length + tl.arange(0, LEN)  # [LEN]
+        following = load_rows_below(q, first, stop, q_n * unit_of(q), 0, F, BLOCK_F)  # [LEN, BLOCK_F]
     await_previous(OVERLAP)  # the first queries are on their way
     norm += bh * F
-    z, c = divisor(norm, floor, F, BLOCK_F, ROTARY)
+    z, c = divisor(norm, floor, F, BLOCK_F, ROTARY)  # [BLOCK_F]
     state += bh.to(tl.int64) * F * D
-    s, mean = centred(
+    S, mean = centred(
         state, z, c, block * BLOCK_D, q.dtype.element_ty, F, BLOCK_F, D, BLOCK_D, ROTARY, SCALED
-    )  # fmt: skip
-    for j in tl.range(slice_ * length, stop, LEN, num_stages=STAGES):
-        row = j + tl.arange(0, LEN)
+    )  # [BLOCK_F, BLOCK_D], [BLOCK_D]
+    for j in tl.range(part * length, stop, LEN, num_stages=STAGES):
+        row = j + tl.arange(0, LEN)  # [LEN]
         if TMA:
-            x = q_box.load([batch, j, head, 0]).reshape(LEN, BLOCK_F)
+            q_rows = q_box.load([b, j, h, 0]).reshape(LEN, BLOCK_F)  # [LEN, BLOCK_F]
         else:
-            x = following
+            q_rows = following
             # on its way while this tile is computed
-            following = token_rows(q, row + LEN, stop, q_n * unit_of(q), 0, F, BLOCK_F)
-        p = mapped(x, MAP)
-        norms = tl.sum(p * z[None, :], 1)
-        share = 1.0 / (norms + eps)
+            following = load_rows_below(q, row + LEN, stop, q_n * unit_of(q), 0, F, BLOCK_F)
+        p = mapped(q_rows, MAP)  # [LEN, BLOCK_F]
+        norms = tl.sum(p * z[None, :], 1)  # [LEN]
+        share = 1.0 / (norms + eps)  # [LEN]
         p *= share[:, None]
         if SCALED:
             p *= c[None, :]
         if ROTARY:
             p = turned(p, cos, sin, row, stop, cos_n, F, BLOCK_F, False)
-        rows = tl.dot(p.to(s.dtype), s, input_precision=PRECISION)
+        o_rows = tl.dot(p.to(S.dtype), S, input_precision=PRECISION)  # [LEN, BLOCK_D]
         if not ROTARY:
-            rows += (norms * share)[:, None] * mean[None, :]
-        put_rows(o, row, stop, heads * D, block * BLOCK_D, rows, D, BLOCK_D)
+            o_rows += (norms * share)[:, None] * mean[None, :]
+        store_rows_below(o, row, stop, heads * D, block * BLOCK_D, o_rows, D, BLOCK_D)
 
 
 def loading(launch: Launch, tensors: Sequence[Tensor], blocks: Sequence[int]) -> tuple[Launch, tuple[Box | None, ...]]:
@@ -325,14 +350,14 @@ def _plan_state(
     constants = call.constants()
     blocks = math.ceil(v.shape[-1] / constants["BLOCK_D"])
     launch, boxes = loading(launch, (k, v), (constants["BLOCK_F"], constants["BLOCK_D"]))
-    parts, length = cut(M, B * H * blocks, launch, k, 4)
+    parts, length = cut(M, B * H * blocks, launch, k, least=4)
     w = (0, 0, 0) if weight is None else weight.stride()
     named = dict(
         WEIGHT=weight is not None, SUM_WEIGHT=summed, GLOBAL=asked, SCALED=call.scaled, OVERLAP=hopper(k),
         TMA=boxes[0] is not None, LEN=launch.length, STAGES=launch.stages, LANES=LANES, num_warps=launch.warps,
         **constants,
     )  # fmt: skip
-    numbers = *steps(k), *steps(v), *w, call.rotary()[2], M, H, B * H, length
+    numbers = *unit_strides_of(k, v), *w, call.rotary()[2], M, H, B * H, length
     return Plan(Bound(_state, (parts * blocks * B * H,), numbers, named), parts, boxes)
 
 
@@ -342,12 +367,12 @@ def _plan_output(call: Call, launch: Launch) -> Plan:
     constants = call.constants()
     blocks = math.ceil(call.v.shape[-1] / constants["BLOCK_D"])
     launch, boxes = loading(launch, (call.q,), (constants["BLOCK_F"],))
-    parts, length = cut(N, B * H * blocks, launch, call.q, 1)
+    parts, length = cut(N, B * H * blocks, launch, call.q, least=1)
     named = dict(
         SCALED=call.scaled, TMA=boxes[0] is not None, LEN=launch.length, STAGES=launch.stages, num_warps=launch.warps,
         **constants, **dependent(call.q),
     )  # fmt: skip
-    numbers = *steps(call.q), call.rotary()[2], N, H, B * H, length, call.eps, call.floor
+    numbers = *unit_strides_of(call.q), call.rotary()[2], N, H, B * H, length, call.eps, call.floor
     return Plan(Bound(_output, (parts * blocks * B * H,), numbers, named), parts, boxes)
 
 

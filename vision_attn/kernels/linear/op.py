@@ -1,59 +1,14 @@
-"""Linear attention in Triton: the operators, their gradients, and when they can run.
+"""Linear attention in Triton: the operators and their gradients.
 
-The kernels are in `forward.py`, `backward.py` and `mean.py`; triton is
-imported when they first run.
+The kernels are in `forward.py`, `backward.py` and `mean.py`; triton is imported when they first run.
 """
 
-import importlib.util
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vision_attn.kernels.triton.custom_op import custom_op
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def linear_reasons(q: Tensor, *others: Tensor, constants: tuple[Tensor, ...] = (), auto: bool = False) -> list[str]:
-    """List why the Triton backend cannot run; empty if it can.
-
-    Args:
-        q: Queries; dtype and device are theirs.
-        others: All tensors whose last axis is channels of a head.
-        constants: Tensors that must need no gradient.
-        auto: Whether it would be chosen rather than asked for.
-    """
-    reasons = []
-    if not _HAS_TRITON:
-        reasons.append("triton is not installed")
-    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        reasons.append(f"q is on {q.device}, not on cuda")
-    if q.dtype not in _DTYPES:
-        reasons.append(f"dtype {q.dtype} is none of float32, float16, bfloat16")
-    reasons += [f"head_dim {D} is above 256" for D in sorted({t.shape[-1] for t in (q, *others)}) if D > 256]
-    if any(t.requires_grad for t in constants) and torch.is_grad_enabled():
-        reasons.append("rotary needs a gradient")
-    if auto and not q.is_cuda:
-        reasons.append("on a CPU it is interpreted")
-    return reasons
-
-
-def inference_reasons(q: Tensor, *others: Tensor, weights: tuple[Tensor, ...], auto: bool) -> list[str]:
-    """List why an operator without a backward cannot run: see `linear_reasons`.
-
-    Args:
-        q: As for `linear_reasons`.
-        others: As for `linear_reasons`.
-        weights: Tensors of other shapes.
-        auto: As for `linear_reasons`.
-    """
-    reasons = linear_reasons(q, *others, auto=auto)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, *others, *weights)):
-        reasons.append("it has no gradient")
-    return reasons
+from vision_attn.kernels.triton.launching import DTYPES, aligned, custom_op
 
 
 def linear_attention_triton(
@@ -75,8 +30,30 @@ def feature_mean_triton(q: Tensor, features: Any, weight: Tensor | None) -> Tens
     return _mean(q, weight, features.map)[0]
 
 
+def linear_state(features: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum features times values, and features, over the tokens: for operators that fuse the rest themselves.
+
+        S = sum_j phi_j v_j^T,    z = sum_j phi_j
+
+    Runs in Triton and has no gradient.
+
+    Args:
+        features: phi `[B, N, H, F]`, `aligned`.
+        v: Values `[B, N, H, D]`, `aligned`.
+
+    Returns:
+        S `[B, H, F, D]` and z `[B, H, F]` in float32.
+    """
+    from vision_attn.kernels.linear.forward import Call, merged, state_parts  # noqa: PLC0415
+
+    call = Call(features, features, v, None, None, None, None, "none", 0.0)
+    part, _ = state_parts(call, features, v, None, None, None)
+    state, norm, _ = merged(call, part, None, torch.float32, 1.0)
+    return state, norm
+
+
 def _narrow(weight: Tensor) -> Tensor:
-    return weight if weight.dtype in _DTYPES else weight.float()
+    return weight if weight.dtype in DTYPES else weight.float()
 
 
 @custom_op("vision_attn::linear_triton")
@@ -108,7 +85,6 @@ def _linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, weight and query; empty for what is None or not wanted."""
     from vision_attn.kernels.linear.backward import backward  # noqa: PLC0415
-    from vision_attn.kernels.linear.tiles import aligned  # noqa: PLC0415
 
     return backward(_call(q, k, v, cos, sin, weight, query, map_, eps), aligned(do), state, norm, tops, weight_gradient)
 
@@ -129,7 +105,6 @@ def _call(
     query: Tensor | None, map_: str, eps: float,
 ) -> Any:  # fmt: skip
     from vision_attn.kernels.linear.forward import Call  # noqa: PLC0415
-    from vision_attn.kernels.linear.tiles import aligned  # noqa: PLC0415
 
     q, k, v = (aligned(t) for t in (q, k, v))
     cos, sin = (None if t is None else t.contiguous() for t in (cos, sin))
@@ -159,7 +134,6 @@ _linear.register_autograd(_backward, setup_context=_save)
 def _mean(q: Tensor, weight: Tensor | None, map_: str) -> tuple[Tensor, Tensor]:
     """Mean `[B, H, F]` and sum of the weights `[B, H]`."""
     from vision_attn.kernels.linear.mean import feature_sums  # noqa: PLC0415
-    from vision_attn.kernels.linear.tiles import aligned  # noqa: PLC0415
 
     return feature_sums(aligned(q), weight, map_)
 
@@ -176,7 +150,6 @@ def _mean_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of q and weight; empty for what is not wanted."""
     from vision_attn.kernels.linear.mean import feature_sums_gradient  # noqa: PLC0415
-    from vision_attn.kernels.linear.tiles import aligned  # noqa: PLC0415
 
     return feature_sums_gradient(aligned(q), weight, mean, total, dmean, map_, weight_gradient)
 

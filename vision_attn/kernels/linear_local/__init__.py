@@ -13,13 +13,20 @@ import torch
 from torch import Tensor
 
 from vision_attn.grid import Grid
-from vision_attn.kernels.backend import Implementation, pick
-from vision_attn.kernels.dense import around, outside
-from vision_attn.kernels.linear.op import inference_reasons
+from vision_attn.kernels.backend import (
+    FLOATS,
+    Implementation,
+    PerAxis,
+    check_inputs,
+    check_mask,
+    full_precision,
+    per_axis,
+    pick,
+    refuse_unlike,
+)
+from vision_attn.kernels.dense import full_mask, outside
 from vision_attn.kernels.linear_local.op import linear_local_attention_triton
-from vision_attn.kernels.local import check_inputs, check_mask
-from vision_attn.kernels.local.window import PerAxis, per_axis
-from vision_attn.kernels.precision import FLOATS, full_precision, refuse_unlike
+from vision_attn.kernels.triton.launching import inference_reasons
 from vision_attn.kernels.window import cell_numbers, from_cells, inside_cells, to_cells
 
 
@@ -131,8 +138,9 @@ def _reference(
     own = torch.ones(grid.image_tokens, grid.tokens, dtype=torch.bool, device=v.device)
     own[:, image] = number == number[:, None]
     seen = own.expand(v.shape[0], -1, -1)
-    if mask is not None:
-        seen = seen & around(mask, mask.new_ones(len(mask), grid.image_tokens), grid)[:, None]
+    whole = full_mask(mask, grid)
+    if whole is not None:
+        seen = seen & whole[:, 0]
     scores = torch.einsum("bnhd,bmhd->bhnm", q[0][:, image].to(wide), k[0].to(wide)) * scale
     scores = scores.masked_fill(~seen[:, None], -torch.inf)
     exact = (scores - scores.amax(-1, keepdim=True).detach()).exp() * gate.to(wide)[:, None, None]

@@ -1,6 +1,6 @@
 """`linear_local_attention` in Triton, for inference: gradients are the portable path's.
 
-The kernels are in `forward.py`; triton is imported when they first run.
+The kernel is in `forward.py`; triton is imported when it first runs.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vision_attn.grid import Grid
 from vision_attn.kernels.dense import outside
-from vision_attn.kernels.triton.custom_op import custom_op
+from vision_attn.kernels.triton.launching import aligned, custom_op
 
 
 def linear_local_attention_triton(
@@ -29,15 +29,14 @@ def linear_local_attention_triton(
 @custom_op("vision_attn::linear_local_triton")
 def _linear_local(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, shared_k: Tensor | None, shared_v: Tensor | None,
-    seen: Tensor | None, gate: Tensor, size: Sequence[int], cell: Sequence[int], scale: float,
+    mask: Tensor | None, gate: Tensor, size: Sequence[int], cell: Sequence[int], scale: float,
 ) -> Tensor:  # fmt: skip
     """Output of the grid's tokens."""
-    from vision_attn.kernels.linear.tiles import aligned  # noqa: PLC0415
     from vision_attn.kernels.linear_local.forward import forward  # noqa: PLC0415
-    from vision_attn.kernels.window.op import cells_of  # noqa: PLC0415
+    from vision_attn.kernels.triton.cells import cells_of  # noqa: PLC0415
 
-    v, a, b = aligned(v), aligned(a), aligned(b)  # the sums are those of linear attention, which asks for it
-    call = cells_of(q, k, v, shared_k, shared_v, seen if shared_k is not None else None, size, cell, scale)
+    v, a, b = aligned(v), aligned(a), aligned(b)  # as the sums of linear attention ask
+    call = cells_of(q, k, v, shared_k, shared_v, mask if shared_k is not None else None, size, cell, scale)
     return forward(call, a, b, gate.contiguous())
 
 

@@ -2,19 +2,154 @@
 
     o_i = sum_j softmax_j(scale * q_i . k_j + bias_ij) v_j,    j in window(i) + prefix + suffix + pooled
 
-The window is a disc (CLEAR) or a square (NATTEN): see `local_window.py`. This file holds the signature, the checks and
-the definition; `portable.py` is the portable implementation, `op.py` the fused one.
+Two shapes of window exist, and they treat the border differently because their papers do:
+
+- disc, `dy^2 + dx^2 < radius^2`, cut by the border (CLEAR, https://arxiv.org/abs/2412.16112);
+- square, `kernel_size` keys per axis, `dilation` tokens apart, moved inside the grid so that every query has exactly
+  `kernel_size` keys per axis (NATTEN, https://arxiv.org/abs/2209.15001). On an axis of length L, for query i with
+  g = i mod d, a = i div d and L_g = ceil((L - g) / d):
+
+      start = clamp(a - K div 2, 0, L_g - K),   keys = { g + d * j : start <= j < start + K }
+
+This file holds the window, the signature, the checks and the definition; `portable.py` is the portable implementation,
+`op.py` the fused one.
 """
+
+import math
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from vision_attn._checks import check_number
 from vision_attn.grid import Grid
-from vision_attn.kernels.backend import Implementation, pick
-from vision_attn.kernels.local.op import local_attention_triton, triton_reasons
+from vision_attn.kernels.backend import Implementation, PerAxis, check_inputs, check_mask, per_axis, pick
+from vision_attn.kernels.local.op import local_attention_lse, local_attention_triton
 from vision_attn.kernels.local.portable import local_attention_torch
-from vision_attn.kernels.local.window import Window
-from vision_attn.kernels.precision import FLOATS
+from vision_attn.kernels.triton.launching import triton_reasons
+
+__all__ = ["Window", "local_attention", "local_attention_lse"]
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one grid query sees besides prefix and suffix tokens: a disc or a square, and optionally pooled keys.
+
+    Args:
+        radius: Disc radius in tokens, above 0; may be `math.inf`. Exclusive with `kernel_size`.
+        kernel_size: Side of the square in tokens, odd or even, or a (vertical, horizontal) pair.
+        dilation: Distance between the square's keys in tokens, or a pair.
+        bias: Relative position bias of the square, `[H, 2 * K_y - 1, 2 * K_x - 1]`, added to the scaled logits at
+            index `(key - query) / dilation + K - 1` of each axis (NAT, https://arxiv.org/abs/2204.07143).
+        pooled: Extra keys and values, each `[B, M, H, D]`, seen by every grid query and by nobody else.
+
+    Raises:
+        TypeError: If a size has the wrong type.
+        ValueError: If not exactly one of `radius` and `kernel_size` is given, or a value is out of range.
+    """
+
+    radius: float | None = None
+    kernel_size: PerAxis | None = None
+    dilation: PerAxis = 1
+    bias: Tensor | None = field(default=None, compare=False, repr=False)
+    pooled: tuple[Tensor, Tensor] | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if (self.radius is None) == (self.kernel_size is None):
+            raise ValueError(
+                f"a window is a disc or a square: give either radius or kernel_size, got radius={self.radius!r}, "
+                f"kernel_size={self.kernel_size!r}"
+            )
+        if self.radius is not None:
+            check_number("radius", self.radius, "a number of tokens")
+            if not self.radius > 0:
+                raise ValueError(f"radius must be above 0, got {self.radius}")
+            if self.bias is not None or self.dilation not in (1, (1, 1)):
+                raise ValueError("a disc has neither bias nor dilation: use kernel_size for a square window")
+        else:
+            _ = self.kernel, self.steps
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        """Keys per axis of the square, (vertical, horizontal)."""
+        assert self.kernel_size is not None
+        return per_axis(self.kernel_size, "kernel_size", 1)
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """Dilation per axis, (vertical, horizontal)."""
+        return per_axis(self.dilation, "dilation", 1)
+
+    def geometry(self, grid: Grid) -> tuple[float, list[int], list[int]]:
+        """Return the window as plain numbers: radius (0 for a square), kernel (0 for a disc), dilation."""
+        if self.radius is not None:
+            return min(float(self.radius), float(grid.height + grid.width)), [0, 0], [1, 1]
+        return 0.0, list(self.kernel), list(self.steps)
+
+    def check(self, grid: Grid) -> None:
+        """Refuse a square that does not fit the grid.
+
+        Raises:
+            ValueError: If `kernel_size * dilation` is above a side of the grid.
+        """
+        if self.kernel_size is None:
+            return
+        for side, K, d in zip((grid.height, grid.width), self.kernel, self.steps, strict=True):
+            if K * d > side:
+                raise ValueError(f"kernel_size {K} * dilation {d} does not fit in {grid}: at most {side // d}")
+
+    def covers(self, grid: Grid) -> bool:
+        """Whether every grid query sees every grid key."""
+        if self.radius is not None:
+            return (grid.height - 1) ** 2 + (grid.width - 1) ** 2 < self.radius**2
+        return self.kernel == (grid.height, grid.width)
+
+    def pairs(self, grid: Grid) -> int:
+        """Count the (query, key) pairs inside the grid exactly, in O(height)."""
+        if self.covers(grid):
+            return grid.image_tokens**2
+        if self.radius is None:
+            return grid.image_tokens * self.kernel[0] * self.kernel[1]
+        total = 0
+        for dy in range(grid.height):
+            reach = self.reach(dy, grid.width - 1)
+            if reach < 0:
+                break
+            columns = grid.width * (2 * reach + 1) - reach * (reach + 1)
+            total += (grid.height - dy) * columns * (1 if dy == 0 else 2)
+        return total
+
+    def share(self, grid: Grid) -> float:
+        """Return the mean share of a sequence's tokens that one of its tokens sees, pooled keys not counted."""
+        outside = grid.prefix + grid.suffix
+        return (self.pairs(grid) + outside * (grid.image_tokens + grid.tokens)) / grid.tokens**2
+
+    def reach(self, dy: int, most: int) -> int:
+        """Return the largest `dx <= most` with `dy^2 + dx^2 < radius^2`, or -1 if there is none."""
+        assert self.radius is not None
+        rest = self.radius**2 - dy**2
+        if rest <= 0:
+            return -1
+        return most if rest > most**2 else math.ceil(math.sqrt(rest)) - 1
+
+    def allowed(self, grid: Grid, device: torch.device | None = None) -> Tensor:
+        """Return the definition: a bool mask `[height * width, height * width]`, True where query (row) sees key."""
+        y, x = torch.arange(grid.height, device=device), torch.arange(grid.width, device=device)
+        if self.radius is not None:
+            dy, dx = (y[:, None] - y).double(), (x[:, None] - x).double()
+            seen = dy[:, None, :, None] ** 2 + dx[None, :, None, :] ** 2 < self.radius**2
+        else:
+            rows, columns = (self._axis(i, K, d) for i, K, d in zip((y, x), self.kernel, self.steps, strict=True))
+            seen = rows[:, None, :, None] & columns[None, :, None, :]
+        return seen.reshape(grid.image_tokens, grid.image_tokens)
+
+    @staticmethod
+    def _axis(i: Tensor, K: int, d: int) -> Tensor:
+        length, group = len(i), i % d
+        group_length = torch.div(length - group + d - 1, d, rounding_mode="floor")
+        start = (i // d - K // 2).clamp(min=0).minimum(group_length - K)
+        j = (i // d)[None]
+        return (group[:, None] == group) & (j >= start[:, None]) & (j < start[:, None] + K)
 
 
 def local_attention(
@@ -53,9 +188,9 @@ def local_attention(
             (every reason is listed).
     """
     check_inputs(q, k, v, grid)
-    check_window(q, grid, window)
+    _check_window(q, grid, window)
     check_mask(q, grid, mask)
-    reasons = triton_reasons(q, window)
+    reasons = triton_reasons(q)
     if backend == "auto" and (not q.is_cuda or (window.covers(grid) and window.bias is None)):
         reasons = [*reasons, "on a CPU it is interpreted, and a window that covers the grid is dense attention"]
     implementations = {
@@ -67,24 +202,7 @@ def local_attention(
     return run(q, k, v, grid, window, mask, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
-def check_inputs(q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> None:
-    """Refuse q, k, v that do not agree with each other or with the grid."""
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.dim() != 4:
-            raise ValueError(f"{name} must be [B, N, H, D], got shape {tuple(t.shape)}")
-        if t.shape != q.shape:
-            raise ValueError(f"q, k and v must have one shape, got q {tuple(q.shape)} and {name} {tuple(t.shape)}")
-        if t.dtype not in FLOATS:
-            raise TypeError(f"q, k and v must be floating point, got {name} {t.dtype}")
-        if t.dtype != q.dtype:
-            raise TypeError(f"q, k and v must share one floating dtype, got q {q.dtype} and {name} {t.dtype}")
-        if t.device != q.device:
-            raise ValueError(f"q, k and v must be on one device, got q on {q.device} and {name} on {t.device}")
-    if q.shape[1] != grid.tokens:
-        raise ValueError(f"N = {q.shape[1]} tokens, but {grid} has {grid.tokens}")
-
-
-def check_window(q: Tensor, grid: Grid, window: Window) -> None:
+def _check_window(q: Tensor, grid: Grid, window: Window) -> None:
     """Refuse a window that does not fit the grid, or whose bias or pooled keys do not fit q."""
     window.check(grid)
     B, _, H, D = q.shape
@@ -99,21 +217,6 @@ def check_window(q: Tensor, grid: Grid, window: Window) -> None:
             raise ValueError(f"{name} must be [B, M, H, D] = [{B}, M, {H}, {D}], got {tuple(t.shape)}")
         if t.dtype != q.dtype or t.device != q.device:
             raise TypeError(f"{name} must be {q.dtype} on {q.device} like q, got {t.dtype} on {t.device}")
-
-
-def check_mask(q: Tensor, grid: Grid, mask: Tensor | None) -> None:
-    """Refuse a key mask of another dtype, shape or device."""
-    if mask is None:
-        return
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be bool, True where a key is seen, got {mask.dtype}")
-    outside = grid.prefix + grid.suffix
-    if mask.dim() != 2 or mask.shape[1] != outside or mask.shape[0] not in (1, q.shape[0]):
-        raise ValueError(
-            f"mask must be [B, prefix + suffix] = [{q.shape[0]}, {outside}] for {grid}, got {tuple(mask.shape)}"
-        )
-    if mask.device != q.device:
-        raise ValueError(f"mask must be on the device of q, {q.device}, got {mask.device}")
 
 
 def _reference(

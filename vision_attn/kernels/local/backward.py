@@ -1,13 +1,15 @@
 """The backward of local attention in Triton: no atomics, so that equal inputs give equal gradients.
 
-    p_ij = 2^(s_ij log2(e) - lse_i),  ds_ij = p_ij (do_i . v_j - delta_i),  delta_i = do_i . o_i - dlse_i log2(e)
-    dq_i = scale sum_j ds_ij k_j,  dk_j = scale sum_i ds_ij q_i,  dv_j = sum_i p_ij do_i
+    p_ij = 2^(s_ij log2(e) - lse_i),  ds_ij = p_ij (dO_i . v_j - delta_i),  delta_i = dO_i . o_i - dlse_i log2(e)
+    dq_i = scale sum_j ds_ij k_j,  dk_j = scale sum_i ds_ij q_i,  dv_j = sum_i p_ij dO_i
 
-Three launches: delta; dq, whose programs own queries; dk and dv, whose programs own keys. As in the forward, programs
-of the tokens outside the grid come first and are split where few heads would leave them running alone.
+Three launches: delta; dq, whose programs own queries; dk and dv, whose programs own keys (`key_gradients.py`). As in
+the forward, programs of the tokens outside the grid come first, and are split where few heads would leave them running
+alone.
 """
 
-# ruff: noqa: ANN001, ANN202, PLR0915  # the compiler of a kernel reads no annotations
+# the compiler of a kernel reads no annotations
+# ruff: noqa: ANN001, ANN202  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
 
 import functools
@@ -18,34 +20,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels.local.bias_gradient import bias_gradient
-from vision_attn.kernels.local.call import Call, Tiles, token_strides
-from vision_attn.kernels.local.forward import config
-from vision_attn.kernels.local.key_gradients import key_gradients
-from vision_attn.kernels.local.plan import plan_queries
+from vision_attn.kernels.local.key_gradients import bias_gradient, key_gradients
+from vision_attn.kernels.local.op import Call
 from vision_attn.kernels.local.tiles import (
-    LOG2E,
-    band_columns,
-    bias_of,
+    Tiles,
     bias_table,
-    coordinate,
-    count_tiles,
-    disc_penalty,
+    config,
+    coordinates,
     grid_lane,
     grid_program,
     grid_tile,
-    grid_tokens,
-    key_range,
-    load_rows,
     next_tile,
-    sequence_tile,
-    shared_seen,
-    square_penalty,
-    store_rows,
+    outside_program,
+    plan_queries,
+    seen_tokens,
+    walk,
+    windowed,
 )
-from vision_attn.kernels.triton.launching import Kernel
+from vision_attn.kernels.triton.launching import Kernel, strides_of
+from vision_attn.kernels.triton.rows import LOG2E, ds_of, head_of, load_rows, load_tile, own_head, store_rows
 
-# Found on one H200 with torch 2.11.0 and triton 3.6.0; keys as in the forward.
+# Found on one H200 with torch 2.11.0 and triton 3.6.0.
 _CONFIGS: dict[tuple[int, int, float], Tiles] = {
     (2, 64, 12): Tiles((8, 8), (8, 8), 4, 2),
     (2, 64, math.inf): Tiles((8, 8), (8, 8), 4, 3),
@@ -65,43 +60,47 @@ def _delta(
     do, o, dlse, delta, do_b, do_n, do_h, N, heads, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     DLSE: tl.constexpr,
 ):  # fmt: skip
-    """delta_i = do_i . o_i - dlse_i log2(e), `[B, H, N]`."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """Compute delta_i = dO_i . o_i - dlse_i log2(e), of some queries.
+
+    Inputs: do `[B, N, H, D]` with strides `_b, _n, _h`, o like it, contiguous; dlse `[B, H, N]`.
+    Outputs: delta `[B, H, N]`.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     bh = tl.program_id(1)
-    b, h = (bh // heads).to(tl.int64), bh % heads
-    index, place = tl.minimum(row, N - 1), bh.to(tl.int64) * N + row
-    d_out = load_rows(do + b * do_b + h.to(tl.int64) * do_h, index, do_n, D, BLOCK_D).to(tl.float32)
-    out = load_rows(o + (b * N * heads + h) * D, index, heads * D, D, BLOCK_D).to(tl.float32)
-    value = tl.sum(d_out * out, 1)
+    b, h = bh // heads, bh % heads
+    index, place = tl.minimum(row, N - 1), bh.to(tl.int64) * N + row  # [ROWS]
+    do_rows = load_rows(head_of(do, b, h, do_b, do_h), index, do_n, D, BLOCK_D).to(tl.float32)  # [ROWS, BLOCK_D]
+    o_rows = load_rows(own_head(o, b, h, N, heads, D), index, heads * D, D, BLOCK_D).to(tl.float32)  # [ROWS, BLOCK_D]
+    delta_rows = tl.sum(do_rows * o_rows, 1)  # [ROWS]
     if DLSE:
-        value -= tl.load(dlse + place, mask=row < N, other=0.0) * LOG2E
-    tl.store(delta + place, value, mask=row < N)
+        delta_rows -= tl.load(dlse + place, mask=row < N, other=0.0) * LOG2E
+    tl.store(delta + place, delta_rows, mask=row < N)
 
 
 @triton.jit
 def _sequence(
-    q, d_out, lse, delta, dq, k, v, k_box, v_box, mask_row, b, h, first, stop, k_stride, v_stride, prefix, image, c,
-    LEN: tl.constexpr, RAGGED: tl.constexpr, MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    q_rows, do_rows, lse_rows, delta_rows, dq_rows, k, v, k_box, v_box, mask, b, h, first, stop, k_n, v_n, prefix,
+    image, c, LEN: tl.constexpr, RAGGED: tl.constexpr, MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Meet the tokens `first .. stop - 1` of a sequence."""
     for j in tl.range(first, stop, LEN):
-        keys = sequence_tile(k, k_box, b, h, j, stop, k_stride, LEN, D, BLOCK_D, TMA)
-        values = sequence_tile(v, v_box, b, h, j, stop, v_stride, LEN, D, BLOCK_D, TMA)
-        p = tl.math.exp2(tl.dot(q, tl.trans(keys), input_precision=PRECISION) * c - lse[:, None])
+        k_rows = load_tile(k, k_box, b, h, j, stop, k_n, LEN, D, BLOCK_D, TMA)  # [LEN, BLOCK_D]
+        v_rows = load_tile(v, v_box, b, h, j, stop, v_n, LEN, D, BLOCK_D, TMA)  # [LEN, BLOCK_D]
+        s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION) * c - lse_rows[:, None]  # [M, LEN]
+        p = tl.math.exp2(s)  # [M, LEN]
         if RAGGED or MASK:
-            seen = shared_seen(j + tl.arange(0, LEN), stop, mask_row, prefix, image, MASK)
+            seen = seen_tokens(j + tl.arange(0, LEN), stop, mask, prefix, image, MASK)  # [LEN]
             p = tl.where(seen[None, :], p, 0.0)
-        dp = tl.dot(d_out, tl.trans(values), input_precision=PRECISION)
-        ds = (p * (dp - delta[:, None])).to(keys.dtype)
-        dq = tl.dot(ds, keys, dq, input_precision=PRECISION)
-    return dq
+        ds = ds_of(p, do_rows, v_rows, delta_rows, PRECISION).to(k_rows.dtype)  # [M, LEN]
+        dq_rows = tl.dot(ds, k_rows, dq_rows, input_precision=PRECISION)
+    return dq_rows
 
 
 @Kernel
 @triton.jit
 def _query_gradients(
-    q, k, v, do, pooled_k, pooled_v, dq, lse, delta, part, bias, mask, k_seq, v_seq, k_grid, v_grid,
+    q, k, v, do, pooled_k, pooled_v, dq, lse, delta, part_dq, bias, mask, k_seq, v_seq, k_grid, v_grid,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h, pk_b, pk_n, pk_h, pv_b, pv_n, pv_h, mask_b,
     N, heads, batch, prefix, height, width, outside, pooled, limit, reach, KY, KX, step_y, step_x, scale,
     row_programs, part_length, together,
@@ -110,112 +109,85 @@ def _query_gradients(
     SUFFIX: tl.constexpr, POOLED: tl.constexpr, RAGGED_PREFIX: tl.constexpr, RAGGED_N: tl.constexpr,
     PARTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Gradients dq of a tile of queries: of the grid, or of the tokens outside it over a part of the keys.
+
+    Inputs: q, k, v, do `[B, N, H, D]`, pooled_k, pooled_v `[B, pooled, H, D]`, each with strides `_b, _n, _h`; lse,
+    delta `[B, H, N]`; bias `[H, 2 KY - 1, 2 KX - 1]`; mask `[B, outside]` with its stride.
+    Boxes: k_seq, v_seq of the sequence, k_grid, v_grid of the grid; with `TMA` only.
+    Outputs: dq `[B, N, H, D]`; of the tokens outside the grid part_dq `[PARTS, B, outside, H, D]` if there are several
+    parts.
+    Grid and window: see `tiles.py`. Launch and flags: as in the forward.
+    """
     M: tl.constexpr = TALL * WIDE
     LEN: tl.constexpr = KEY_TALL * KEY_WIDE
     pid = tl.program_id(0)
-    UNIT: tl.constexpr = 128 // k.dtype.element_ty.primitive_bitwidth
-    n = tl.arange(0, M)
     image = height * width
     c = scale * LOG2E
-    acc = tl.zeros([M, BLOCK_D], tl.float32)
+    dq_rows = tl.zeros([M, BLOCK_D], tl.float32)  # [M, BLOCK_D]
     if pid < row_programs:
-        blocks = tl.cdiv(outside, M)
-        slice_ = (pid // blocks) % PARTS
-        bh = pid // (blocks * PARTS)
-        b, h = bh // heads, bh % heads
-        wide_b, wide_h = b.to(tl.int64), h.to(tl.int64)
-        rank = (pid % blocks) * M + n
-        keep = rank < outside
-        token = tl.minimum(tl.where(rank < prefix, rank, rank + image), N - 1)
-        q_rows = load_rows(q + wide_b * q_b + wide_h * q_h, token, q_n, D, BLOCK_D)
-        d_out = load_rows(do + wide_b * do_b + wide_h * do_h, token, do_n, D, BLOCK_D)
-        lse_rows = tl.load(lse + bh.to(tl.int64) * N + token)
-        delta_rows = tl.load(delta + bh.to(tl.int64) * N + token)
-        k += wide_b * k_b + wide_h * k_h
-        v += wide_b * v_b + wide_h * v_h
-        first = slice_ * part_length
-        acc = _sequence(
-            q_rows, d_out, lse_rows, delta_rows, acc, k, v, k_seq, v_seq, mask + b * mask_b, b, h, first,
-            tl.minimum(first + part_length, N), k_n, v_n, prefix, image, c,
-            LEN, RAGGED_N, MASK, D, BLOCK_D, TMA and (PREFIX or SUFFIX), PRECISION,
+        b, h, bh, part, rank, keep, token = outside_program(pid, outside, heads, N, prefix, image, M, PARTS)
+        q_rows = load_rows(head_of(q, b, h, q_b, q_h), token, q_n, D, BLOCK_D)  # [M, BLOCK_D]
+        do_rows = load_rows(head_of(do, b, h, do_b, do_h), token, do_n, D, BLOCK_D)  # [M, BLOCK_D]
+        lse_rows = tl.load(lse + bh.to(tl.int64) * N + token)  # [M]
+        delta_rows = tl.load(delta + bh.to(tl.int64) * N + token)  # [M]
+        first = part * part_length
+        dq_rows = _sequence(
+            q_rows, do_rows, lse_rows, delta_rows, dq_rows, head_of(k, b, h, k_b, k_h), head_of(v, b, h, v_b, v_h),
+            k_seq, v_seq, mask + b * mask_b, b, h, first, tl.minimum(first + part_length, N), k_n, v_n, prefix, image,
+            c, LEN, RAGGED_N, MASK, D, BLOCK_D, TMA and (PREFIX or SUFFIX), PRECISION,
         )  # fmt: skip
         if PARTS == 1:
-            store_rows(dq + (wide_b * N * heads + h) * D, token, heads * D, acc * scale, keep, D, BLOCK_D)
+            store_rows(own_head(dq, b, h, N, heads, D), token, heads * D, dq_rows * scale, keep, D, BLOCK_D)
         else:
-            place = (slice_ * batch + b).to(tl.int64) * outside * heads + h
-            store_rows(part + place * D, rank, heads * D, acc * scale, keep, D, BLOCK_D)
+            place = (part * batch + b).to(tl.int64) * outside * heads + h
+            store_rows(part_dq + place * D, rank, heads * D, dq_rows * scale, keep, D, BLOCK_D)
     else:
-        pid -= row_programs
-        b, h, group_y, group_x, length_y, length_x, y0, x0 = grid_program(
-            pid, heads, together, height, width, step_y, step_x, TALL, WIDE
-        )
-        bh = b * heads + h
-        wide_b, wide_h = b.to(tl.int64), h.to(tl.int64)
-        k_lane = grid_lane(h, group_y, group_x, length_y, length_x, height, width, step_y, step_x, k_n, k_h, UNIT)
-        v_lane = grid_lane(h, group_y, group_x, length_y, length_x, height, width, step_y, step_x, v_n, v_h, UNIT)
-        qy, qx = y0 + n // WIDE, x0 + n % WIDE
-        keep = (qy < length_y) & (qx < length_x)
-        token = tl.where(keep, grid_tokens(qy, qx, group_y, group_x, step_y, step_x, prefix, width), prefix)
-        q_rows = load_rows(q + wide_b * q_b + wide_h * q_h, token, q_n, D, BLOCK_D)
-        d_out = load_rows(do + wide_b * do_b + wide_h * do_h, token, do_n, D, BLOCK_D)
-        lse_rows = tl.load(lse + bh.to(tl.int64) * N + token)
-        delta_rows = tl.load(delta + bh.to(tl.int64) * N + token)
-        k += wide_b * k_b + wide_h * k_h
-        v += wide_b * v_b + wide_h * v_h
-        mask_row = mask + b * mask_b
+        whole, window = (height, width, prefix, step_y, step_x), (KY, KX, reach, limit)
+        b, h, bh, sub, y0, x0, keep, token = grid_program(pid - row_programs, heads, together, whole, TALL, WIDE)
+        k_lane, v_lane = grid_lane(k, h, sub, whole, k_n, k_h), grid_lane(v, h, sub, whole, v_n, v_h)
+        q_rows = load_rows(head_of(q, b, h, q_b, q_h), token, q_n, D, BLOCK_D)  # [M, BLOCK_D]
+        do_rows = load_rows(head_of(do, b, h, do_b, do_h), token, do_n, D, BLOCK_D)  # [M, BLOCK_D]
+        lse_rows = tl.load(lse + bh.to(tl.int64) * N + token)  # [M]
+        delta_rows = tl.load(delta + bh.to(tl.int64) * N + token)  # [M]
+        k, v = head_of(k, b, h, k_b, k_h), head_of(v, b, h, v_b, v_h)
+        mask += b * mask_b
         if PREFIX:
-            acc = _sequence(
-                q_rows, d_out, lse_rows, delta_rows, acc, k, v, k_seq, v_seq, mask_row, b, h, 0, prefix, k_n, v_n,
+            dq_rows = _sequence(
+                q_rows, do_rows, lse_rows, delta_rows, dq_rows, k, v, k_seq, v_seq, mask, b, h, 0, prefix, k_n, v_n,
                 prefix, image, c, LEN, RAGGED_PREFIX, MASK, D, BLOCK_D, TMA, PRECISION,
             )  # fmt: skip
         if SUFFIX:
-            acc = _sequence(
-                q_rows, d_out, lse_rows, delta_rows, acc, k, v, k_seq, v_seq, mask_row, b, h, prefix + image, N, k_n,
+            dq_rows = _sequence(
+                q_rows, do_rows, lse_rows, delta_rows, dq_rows, k, v, k_seq, v_seq, mask, b, h, prefix + image, N, k_n,
                 v_n, prefix, image, c, LEN, True, MASK, D, BLOCK_D, TMA, PRECISION,
             )  # fmt: skip
         if POOLED:
-            acc = _sequence(
-                q_rows, d_out, lse_rows, delta_rows, acc, pooled_k + wide_b * pk_b + wide_h * pk_h,
-                pooled_v + wide_b * pv_b + wide_h * pv_h, pooled_k, pooled_v, mask_row, b, h,
-                0, pooled, pk_n, pv_n, 0, 0, c, LEN, True, False, D, BLOCK_D, False, PRECISION,
+            dq_rows = _sequence(
+                q_rows, do_rows, lse_rows, delta_rows, dq_rows, head_of(pooled_k, b, h, pk_b, pk_h),
+                head_of(pooled_v, b, h, pv_b, pv_h), pooled_k, pooled_v, mask, b, h, 0, pooled, pk_n, pv_n, 0, 0, c,
+                LEN, True, False, D, BLOCK_D, False, PRECISION,
             )  # fmt: skip
-        y1, x1 = tl.minimum(y0 + TALL, length_y) - 1, tl.minimum(x0 + WIDE, length_x) - 1
-        start_y, stop_y = key_range(y0, y1, length_y, KY, reach, DISC)
-        start_x, stop_x = key_range(x0, x1, length_x, KX, reach, DISC)
-        count = count_tiles(start_y, stop_y, y0, y1, x0, x1, start_x, stop_x, length_x, limit, KEY_TALL, KEY_WIDE, DISC)
-        count = tl.where((y0 < length_y) & (x0 < length_x), count, 0)
-        row = start_y
-        column, stop = band_columns(row, y0, y1, x0, x1, start_x, stop_x, length_x, limit, KEY_TALL, DISC)
-        j = tl.arange(0, LEN)
-        py, px = coordinate(y0, n // WIDE, DISC)[:, None], coordinate(x0, n % WIDE, DISC)[:, None]
-        if BIAS:
-            table = bias_table(bias, h, KY, KX, BIAS)
+        count, row, column, stop, near = walk(
+            y0, x0, sub, window, TALL, WIDE, KEY_TALL, KEY_WIDE, False, DISC
+        )  # fmt: skip
+        qy, qx = coordinates(y0, x0, TALL, WIDE, DISC)  # [M]
+        table = bias_table(bias, h, KY, KX, BIAS)
         for _i in tl.range(0, count):
-            keys = grid_tile(
-                k, k_grid, b, k_lane, row, column, length_y, length_x, group_y, group_x, step_y, step_x,
-                prefix, height, width, k_n, KEY_TALL, KEY_WIDE, D, BLOCK_D, TMA,
-            )  # fmt: skip
-            values = grid_tile(
-                v, v_grid, b, v_lane, row, column, length_y, length_x, group_y, group_x, step_y, step_x,
-                prefix, height, width, v_n, KEY_TALL, KEY_WIDE, D, BLOCK_D, TMA,
-            )  # fmt: skip
-            s = tl.dot(q_rows, tl.trans(keys), input_precision=PRECISION) * c - lse_rows[:, None]
-            ky, kx = coordinate(row, j // KEY_WIDE, DISC)[None, :], coordinate(column, j % KEY_WIDE, DISC)[None, :]
-            if DISC:
-                s += disc_penalty(py, px, ky, kx, length_y, length_x, limit)
-            else:
-                penalty = square_penalty(py, px, ky, kx, length_y, length_x, KY, KX)
-                if BIAS:
-                    s += bias_of(table, py, px, ky, kx, length_y, length_x, KY, KX, BIAS)
-                s += penalty
-            p = tl.math.exp2(s)
-            dp = tl.dot(d_out, tl.trans(values), input_precision=PRECISION)
-            ds = (p * (dp - delta_rows[:, None])).to(keys.dtype)
-            acc = tl.dot(ds, keys, acc, input_precision=PRECISION)
-            row, column, stop = next_tile(
-                row, column, stop, y0, y1, x0, x1, start_x, stop_x, length_x, limit, KEY_TALL, KEY_WIDE, DISC
-            )
-        store_rows(dq + (wide_b * N * heads + h) * D, token, heads * D, acc * scale, keep, D, BLOCK_D)
+            k_rows = grid_tile(
+                k, k_grid, b, k_lane, row, column, sub, whole, k_n, KEY_TALL, KEY_WIDE, D, BLOCK_D, TMA
+            )  # [LEN, BLOCK_D]
+            v_rows = grid_tile(
+                v, v_grid, b, v_lane, row, column, sub, whole, v_n, KEY_TALL, KEY_WIDE, D, BLOCK_D, TMA
+            )  # [LEN, BLOCK_D]
+            s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION) * c - lse_rows[:, None]  # [M, LEN]
+            ky, kx = coordinates(row, column, KEY_TALL, KEY_WIDE, DISC)  # [LEN]
+            s = windowed(
+                s, qy[:, None], qx[:, None], ky[None, :], kx[None, :], sub, window, table, False, BIAS, DISC
+            )  # [M, LEN]
+            ds = ds_of(tl.math.exp2(s), do_rows, v_rows, delta_rows, PRECISION).to(k_rows.dtype)  # [M, LEN]
+            dq_rows = tl.dot(ds, k_rows, dq_rows, input_precision=PRECISION)
+            row, column, stop = next_tile(row, column, stop, near, KEY_TALL, KEY_WIDE, DISC)
+        store_rows(own_head(dq, b, h, N, heads, D), token, heads * D, dq_rows * scale, keep, D, BLOCK_D)
 
 
 @functools.cache
@@ -233,7 +205,7 @@ def backward(call: Call, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor
         return *(q.new_empty(q.shape) for _ in range(3)), *optional, bias
     delta = torch.empty_like(lse)
     _delta[(math.ceil(N / 32), B * H)](
-        do, o, lse if dlse is None else dlse.contiguous(), delta, *token_strides(do), N, H, ROWS=32, D=D,
+        do, o, lse if dlse is None else dlse.contiguous(), delta, *strides_of(do), N, H, ROWS=32, D=D,
         BLOCK_D=call.block_d, DLSE=dlse is not None, num_warps=4,
     )  # fmt: skip
     dq = q.new_empty(q.shape)
@@ -257,11 +229,11 @@ def _fill_dq(dq: Tensor, call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> 
     q, k, v = call.q, call.k, call.v
     B, _, H, D = q.shape
     plan = plan_queries(call, _query_gradients, config(call, _CONFIGS), do)
-    part = q.new_empty((plan.parts, B, call.outside, H, D), dtype=torch.float32) if plan.parts > 1 else lse
+    part_dq = q.new_empty((plan.parts, B, call.outside, H, D), dtype=torch.float32) if plan.parts > 1 else lse
     plan.run(
         q, k, v, do, k if call.pooled_k is None else call.pooled_k, v if call.pooled_v is None else call.pooled_v, dq,
-        lse, delta, part, lse if call.bias is None else call.bias, lse if call.mask is None else call.mask,
+        lse, delta, part_dq, lse if call.bias is None else call.bias, lse if call.mask is None else call.mask,
         boxed=(k, v, k, v),
     )  # fmt: skip
     if plan.parts > 1:
-        call.put_outside(dq, part.sum(0))
+        call.put_outside(dq, part_dq.sum(0))

@@ -5,7 +5,8 @@ then walks the tiles of its window. The programs of the tokens outside the grid,
 in the launch; where few heads would leave them running alone, their keys are split and the parts merged.
 """
 
-# ruff: noqa: ANN001, ANN202, PLR0915  # the compiler of a kernel reads no annotations
+# the compiler of a kernel reads no annotations
+# ruff: noqa: ANN001, ANN202, E741, PLR0915  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
 
 import math
@@ -15,34 +16,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels.local.call import Call, Tiles
-from vision_attn.kernels.local.plan import plan_queries
+from vision_attn.kernels.local.op import Call
 from vision_attn.kernels.local.tiles import (
-    HIDDEN,
-    LOG2E,
-    LOWEST,
-    band_columns,
-    bias_of,
+    Tiles,
     bias_table,
-    coordinate,
-    count_tiles,
-    disc_penalty,
+    config,
+    coordinates,
     grid_lane,
     grid_program,
     grid_tile,
-    grid_tokens,
-    key_range,
-    load_rows,
     next_tile,
-    sequence_tile,
-    shared_seen,
-    square_penalty,
-    store_rows,
+    outside_program,
+    outside_tokens,
+    plan_queries,
+    seen_tokens,
+    tile_tokens,
+    walk,
+    windowed,
 )
 from vision_attn.kernels.triton.launching import Kernel
+from vision_attn.kernels.triton.rows import (
+    HIDDEN,
+    LOG2E,
+    NO_KEY,
+    START,
+    head_of,
+    load_rows,
+    load_tile,
+    own_head,
+    store_rows,
+)
 
-# Found on one H200 with torch 2.11.0 and triton 3.6.0. Keys: bytes of an element, channels at most, window columns at
-# most.
+# Found on one H200 with torch 2.11.0 and triton 3.6.0.
 _CONFIGS: dict[tuple[int, int, float], Tiles] = {
     (2, 32, 9): Tiles((4, 8), (8, 8), 2, 2),
     (2, 64, math.inf): Tiles((8, 8), (8, 8), 4, 2),
@@ -56,47 +61,44 @@ _CONFIGS: dict[tuple[int, int, float], Tiles] = {
 }
 
 
-def config(call: Call, table: dict[tuple[int, int, float], Tiles]) -> Tiles:
-    """Return the first entry that fits the dtype, the head and the window."""
-    size = call.q.element_size()
-    return next(t for (b, d, span), t in table.items() if b == size and call.block_d <= d and call.span <= span)
-
-
 @triton.jit
-def _update(s, v, m, l, acc, c, PRECISION: tl.constexpr):  # noqa: E741
-    """One step of the online softmax over raw logits `[M, keys]`."""
-    top = tl.maximum(m, tl.max(s, 1) * c)
-    p = tl.math.exp2(s * c - top[:, None])
-    shrink = tl.math.exp2(m - top)
+def _update(s, v_rows, m, l, acc, c, PRECISION: tl.constexpr):
+    """Add a tile of keys to an online softmax over raw logits s `[M, LEN]`, which `c` scales to base 2.
+
+    Values `[LEN, BLOCK_D]`; maximum m `[M]`, sum l `[M, 8]`, weighed values acc `[M, BLOCK_D]`.
+    """
+    top = tl.maximum(m, tl.max(s, 1) * c)  # [M]
+    p = tl.math.exp2(s * c - top[:, None])  # [M, LEN]
+    shrink = tl.math.exp2(m - top)  # [M]
     # eight sums a row that no two threads share: they are added up once, at the end
-    l = l * shrink[:, None] + tl.sum(p.reshape(p.shape[0], p.shape[1] // 8, 8), 1)  # noqa: E741
+    l = l * shrink[:, None] + tl.sum(p.reshape(p.shape[0], p.shape[1] // 8, 8), 1)
     acc = acc * shrink[:, None]
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    acc = tl.dot(p.to(v_rows.dtype), v_rows, acc, input_precision=PRECISION)
     return top, l, acc
 
 
 @triton.jit
 def _sequence(
-    q, m, l, acc, k, v, k_box, v_box, mask_row, b, h, first, stop, k_stride, v_stride, prefix, image, c,  # noqa: E741
+    q_rows, m, l, acc, k, v, k_box, v_box, mask, b, h, first, stop, k_n, v_n, prefix, image, c,
     LEN: tl.constexpr, RAGGED: tl.constexpr, MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Meet the tokens `first .. stop - 1` of a sequence."""
     for j in tl.range(first, stop, LEN):
-        keys = sequence_tile(k, k_box, b, h, j, stop, k_stride, LEN, D, BLOCK_D, TMA)
-        s = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
+        k_rows = load_tile(k, k_box, b, h, j, stop, k_n, LEN, D, BLOCK_D, TMA)  # [LEN, BLOCK_D]
+        s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION)  # [M, LEN]
         if RAGGED or MASK:
-            seen = shared_seen(j + tl.arange(0, LEN), stop, mask_row, prefix, image, MASK)
+            seen = seen_tokens(j + tl.arange(0, LEN), stop, mask, prefix, image, MASK)  # [LEN]
             s = tl.where(seen[None, :], s, HIDDEN)
-        values = sequence_tile(v, v_box, b, h, j, stop, v_stride, LEN, D, BLOCK_D, TMA)
-        m, l, acc = _update(s, values, m, l, acc, c, PRECISION)  # noqa: E741
+        v_rows = load_tile(v, v_box, b, h, j, stop, v_n, LEN, D, BLOCK_D, TMA)  # [LEN, BLOCK_D]
+        m, l, acc = _update(s, v_rows, m, l, acc, c, PRECISION)
     return m, l, acc
 
 
 @Kernel
 @triton.jit
 def _forward(
-    q, k, v, pooled_k, pooled_v, o, lse, part, part_lse, bias, mask, k_seq, v_seq, k_grid, v_grid,
+    q, k, v, pooled_k, pooled_v, o, lse, part_o, part_lse, bias, mask, k_seq, v_seq, k_grid, v_grid,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, pk_b, pk_n, pk_h, pv_b, pv_n, pv_h, mask_b,
     N, heads, batch, prefix, height, width, outside, pooled, limit, reach, KY, KX, step_y, step_x, scale,
     row_programs, part_length, together,
@@ -105,139 +107,123 @@ def _forward(
     SUFFIX: tl.constexpr, POOLED: tl.constexpr, RAGGED_PREFIX: tl.constexpr, RAGGED_N: tl.constexpr,
     PARTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Output and log-sum-exp of a tile of queries: of the grid, or of the tokens outside it over a part of the keys.
+
+    Inputs: q, k, v `[B, N, H, D]`, pooled_k, pooled_v `[B, pooled, H, D]`, each with strides `_b, _n, _h`; bias
+    `[H, 2 KY - 1, 2 KX - 1]`; mask `[B, outside]` with its stride.
+    Boxes: k_seq, v_seq of the sequence, k_grid, v_grid of the grid; with `TMA` only.
+    Outputs: o `[B, N, H, D]`, lse `[B, H, N]`; of the tokens outside the grid part_o `[PARTS, B, H, outside, D]` and
+    part_lse if there are several parts.
+    Grid and window: see `tiles.py`.
+    Launch: `row_programs` programs for the tokens outside the grid, each over `part_length` keys, then those of the
+    grid, `together` heads in turn; tiles of `TALL` x `WIDE` queries and `KEY_TALL` x `KEY_WIDE` keys.
+    Flags: what there is, and `RAGGED_` if no whole number of tiles covers it.
+    """
     M: tl.constexpr = TALL * WIDE
     LEN: tl.constexpr = KEY_TALL * KEY_WIDE
     pid = tl.program_id(0)
-    UNIT: tl.constexpr = 128 // k.dtype.element_ty.primitive_bitwidth
-    n = tl.arange(0, M)
     image = height * width
     c = scale * LOG2E
-    m = tl.full([M], LOWEST, tl.float32) * c
-    l = tl.zeros([M, 8], tl.float32)  # noqa: E741
-    acc = tl.zeros([M, BLOCK_D], tl.float32)
+    m = tl.full([M], START, tl.float32) * c  # [M]
+    l = tl.zeros([M, 8], tl.float32)  # [M, 8]
+    acc = tl.zeros([M, BLOCK_D], tl.float32)  # [M, BLOCK_D]
     if pid < row_programs:
-        blocks = tl.cdiv(outside, M)
-        slice_ = (pid // blocks) % PARTS
-        bh = pid // (blocks * PARTS)
-        b, h = bh // heads, bh % heads
-        rank = (pid % blocks) * M + n
-        keep = rank < outside
-        token = tl.where(rank < prefix, rank, rank + image)
-        q_rows = load_rows(q + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h, tl.minimum(token, N - 1), q_n, D, BLOCK_D)
-        k += b.to(tl.int64) * k_b + h.to(tl.int64) * k_h
-        v += b.to(tl.int64) * v_b + h.to(tl.int64) * v_h
-        first = slice_ * part_length
-        m, l, acc = _sequence(  # noqa: E741
-            q_rows, m, l, acc, k, v, k_seq, v_seq, mask + b * mask_b, b, h, first,
-            tl.minimum(first + part_length, N), k_n, v_n, prefix, image, c,
+        b, h, bh, part, rank, keep, token = outside_program(pid, outside, heads, N, prefix, image, M, PARTS)
+        q_rows = load_rows(head_of(q, b, h, q_b, q_h), token, q_n, D, BLOCK_D)  # [M, BLOCK_D]
+        first = part * part_length
+        m, l, acc = _sequence(
+            q_rows, m, l, acc, head_of(k, b, h, k_b, k_h), head_of(v, b, h, v_b, v_h), k_seq, v_seq, mask + b * mask_b,
+            b, h, first, tl.minimum(first + part_length, N), k_n, v_n, prefix, image, c,
             LEN, RAGGED_N, MASK, D, BLOCK_D, TMA and (PREFIX or SUFFIX), PRECISION,
         )  # fmt: skip
-        total = tl.maximum(tl.sum(l, 1), 1e-30)  # a part may hold hidden keys alone
+        total = tl.maximum(tl.sum(l, 1), NO_KEY)  # [M], a part may hold hidden keys alone
         acc = acc * (1.0 / total)[:, None]
         if PARTS == 1:
-            store_rows(o + (b.to(tl.int64) * N * heads + h) * D, token, heads * D, acc, keep, D, BLOCK_D)
+            token = outside_tokens(rank, prefix, image)  # [M], anew: kept over the loop it would take registers
+            store_rows(own_head(o, b, h, N, heads, D), token, heads * D, acc, keep, D, BLOCK_D)
             tl.store(lse + bh.to(tl.int64) * N + token, m + tl.log2(total), mask=keep)
         else:
-            place = (slice_ * batch * heads + bh).to(tl.int64) * outside
-            store_rows(part + place * D, rank, D, acc, keep, D, BLOCK_D)
+            place = (part * batch * heads + bh).to(tl.int64) * outside
+            store_rows(part_o + place * D, rank, D, acc, keep, D, BLOCK_D)
             tl.store(part_lse + place + rank, m + tl.log2(total), mask=keep)
     else:
-        pid -= row_programs
-        b, h, group_y, group_x, length_y, length_x, y0, x0 = grid_program(
-            pid, heads, together, height, width, step_y, step_x, TALL, WIDE
-        )
-        bh = b * heads + h
-        k_lane = grid_lane(h, group_y, group_x, length_y, length_x, height, width, step_y, step_x, k_n, k_h, UNIT)
-        v_lane = grid_lane(h, group_y, group_x, length_y, length_x, height, width, step_y, step_x, v_n, v_h, UNIT)
-        qy, qx = y0 + n // WIDE, x0 + n % WIDE
-        keep = (qy < length_y) & (qx < length_x)
-        token = grid_tokens(qy, qx, group_y, group_x, step_y, step_x, prefix, width)
-        q_rows = load_rows(
-            q + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h, tl.where(keep, token, prefix), q_n, D, BLOCK_D
-        )
-        k += b.to(tl.int64) * k_b + h.to(tl.int64) * k_h
-        v += b.to(tl.int64) * v_b + h.to(tl.int64) * v_h
-        mask_row = mask + b * mask_b
+        whole, window = (height, width, prefix, step_y, step_x), (KY, KX, reach, limit)
+        b, h, bh, sub, y0, x0, keep, token = grid_program(pid - row_programs, heads, together, whole, TALL, WIDE)
+        k_lane, v_lane = grid_lane(k, h, sub, whole, k_n, k_h), grid_lane(v, h, sub, whole, v_n, v_h)
+        q_rows = load_rows(head_of(q, b, h, q_b, q_h), token, q_n, D, BLOCK_D)  # [M, BLOCK_D]
+        k, v = head_of(k, b, h, k_b, k_h), head_of(v, b, h, v_b, v_h)
+        mask += b * mask_b
         if PREFIX:
-            m, l, acc = _sequence(  # noqa: E741
-                q_rows, m, l, acc, k, v, k_seq, v_seq, mask_row, b, h, 0, prefix, k_n, v_n, prefix, image, c,
+            m, l, acc = _sequence(
+                q_rows, m, l, acc, k, v, k_seq, v_seq, mask, b, h, 0, prefix, k_n, v_n, prefix, image, c,
                 LEN, RAGGED_PREFIX, MASK, D, BLOCK_D, TMA, PRECISION,
             )  # fmt: skip
         if SUFFIX:
-            m, l, acc = _sequence(  # noqa: E741
-                q_rows, m, l, acc, k, v, k_seq, v_seq, mask_row, b, h, prefix + image, N, k_n, v_n, prefix, image, c,
+            m, l, acc = _sequence(
+                q_rows, m, l, acc, k, v, k_seq, v_seq, mask, b, h, prefix + image, N, k_n, v_n, prefix, image, c,
                 LEN, True, MASK, D, BLOCK_D, TMA, PRECISION,
             )  # fmt: skip
         if POOLED:
-            m, l, acc = _sequence(  # noqa: E741
-                q_rows, m, l, acc, pooled_k + b.to(tl.int64) * pk_b + h.to(tl.int64) * pk_h,
-                pooled_v + b.to(tl.int64) * pv_b + h.to(tl.int64) * pv_h, pooled_k, pooled_v, mask_row, b, h,
-                0, pooled, pk_n, pv_n, 0, 0, c, LEN, True, False, D, BLOCK_D, False, PRECISION,
+            m, l, acc = _sequence(
+                q_rows, m, l, acc, head_of(pooled_k, b, h, pk_b, pk_h), head_of(pooled_v, b, h, pv_b, pv_h), pooled_k,
+                pooled_v, mask, b, h, 0, pooled, pk_n, pv_n, 0, 0, c, LEN, True, False, D, BLOCK_D, False, PRECISION,
             )  # fmt: skip
-        y1, x1 = tl.minimum(y0 + TALL, length_y) - 1, tl.minimum(x0 + WIDE, length_x) - 1
-        start_y, stop_y = key_range(y0, y1, length_y, KY, reach, DISC)
-        start_x, stop_x = key_range(x0, x1, length_x, KX, reach, DISC)
-        count = count_tiles(start_y, stop_y, y0, y1, x0, x1, start_x, stop_x, length_x, limit, KEY_TALL, KEY_WIDE, DISC)
-        # a sub-grid may have fewer tiles than the largest: its last programs have no query
-        count = tl.where((y0 < length_y) & (x0 < length_x), count, 0)
-        row = start_y
-        column, stop = band_columns(row, y0, y1, x0, x1, start_x, stop_x, length_x, limit, KEY_TALL, DISC)
-        j = tl.arange(0, LEN)
-        py, px = coordinate(y0, n // WIDE, DISC)[:, None], coordinate(x0, n % WIDE, DISC)[:, None]
-        if BIAS:
-            table = bias_table(bias, h, KY, KX, BIAS)
+        count, row, column, stop, near = walk(
+            y0, x0, sub, window, TALL, WIDE, KEY_TALL, KEY_WIDE, False, DISC
+        )  # fmt: skip
+        qy, qx = coordinates(y0, x0, TALL, WIDE, DISC)  # [M]
+        table = bias_table(bias, h, KY, KX, BIAS)
         for _i in tl.range(0, count):
-            keys = grid_tile(
-                k, k_grid, b, k_lane, row, column, length_y, length_x, group_y, group_x, step_y, step_x,
-                prefix, height, width, k_n, KEY_TALL, KEY_WIDE, D, BLOCK_D, TMA,
-            )  # fmt: skip
-            s = tl.dot(q_rows, tl.trans(keys), input_precision=PRECISION)
-            ky, kx = coordinate(row, j // KEY_WIDE, DISC)[None, :], coordinate(column, j % KEY_WIDE, DISC)[None, :]
-            if DISC:
-                s += disc_penalty(py, px, ky, kx, length_y, length_x, limit)
-            else:
-                penalty = square_penalty(py, px, ky, kx, length_y, length_x, KY, KX)
-                if BIAS:
-                    s = s * c + bias_of(table, py, px, ky, kx, length_y, length_x, KY, KX, BIAS)
-                s += penalty
-            values = grid_tile(
-                v, v_grid, b, v_lane, row, column, length_y, length_x, group_y, group_x, step_y, step_x,
-                prefix, height, width, v_n, KEY_TALL, KEY_WIDE, D, BLOCK_D, TMA,
-            )  # fmt: skip
-            m, l, acc = _update(s, values, m, l, acc, 1.0 if BIAS else c, PRECISION)  # noqa: E741
-            row, column, stop = next_tile(
-                row, column, stop, y0, y1, x0, x1, start_x, stop_x, length_x, limit, KEY_TALL, KEY_WIDE, DISC
-            )
-        total = tl.sum(l, 1)
+            k_rows = grid_tile(
+                k, k_grid, b, k_lane, row, column, sub, whole, k_n, KEY_TALL, KEY_WIDE, D, BLOCK_D, TMA
+            )  # [LEN, BLOCK_D]
+            s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION)  # [M, LEN]
+            if BIAS:
+                s = s * c
+            ky, kx = coordinates(row, column, KEY_TALL, KEY_WIDE, DISC)  # [LEN]
+            s = windowed(
+                s, qy[:, None], qx[:, None], ky[None, :], kx[None, :], sub, window, table, False, BIAS, DISC
+            )  # [M, LEN]
+            v_rows = grid_tile(
+                v, v_grid, b, v_lane, row, column, sub, whole, v_n, KEY_TALL, KEY_WIDE, D, BLOCK_D, TMA
+            )  # [LEN, BLOCK_D]
+            m, l, acc = _update(s, v_rows, m, l, acc, 1.0 if BIAS else c, PRECISION)
+            row, column, stop = next_tile(row, column, stop, near, KEY_TALL, KEY_WIDE, DISC)
+        total = tl.sum(l, 1)  # [M]
         acc = acc * (1.0 / total)[:, None]
-        store_rows(o + (b.to(tl.int64) * N * heads + h) * D, token, heads * D, acc, keep, D, BLOCK_D)
+        token = tile_tokens(y0, x0, sub, whole, TALL, WIDE)  # [M], anew: kept over the loop it would take registers
+        store_rows(own_head(o, b, h, N, heads, D), token, heads * D, acc, keep, D, BLOCK_D)
         tl.store(lse + bh.to(tl.int64) * N + token, m + tl.log2(total), mask=keep)
 
 
 @Kernel
 @triton.jit
 def _merge(
-    part, part_lse, o, lse, N, heads, batch, prefix, image, outside, PARTS: tl.constexpr, ROWS: tl.constexpr,
+    part_o, part_lse, o, lse, N, heads, batch, prefix, image, outside, PARTS: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts of the tokens outside the grid by their log-sum-exp."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """Merge the parts of the tokens outside the grid by their log-sum-exp.
+
+    Inputs: part_o `[PARTS, B, H, outside, D]`, part_lse `[PARTS, B, H, outside]`.
+    Outputs: o `[B, N, H, D]`, lse `[B, H, N]`.
+    """
+    rank = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     bh = tl.program_id(1)
-    keep = row < outside
-    top = tl.full([ROWS], HIDDEN, tl.float32)
+    keep = rank < outside
+    top = tl.full([ROWS], HIDDEN, tl.float32)  # [ROWS]
     for i in range(PARTS):
         place = (i * batch * heads + bh).to(tl.int64) * outside
-        top = tl.maximum(top, tl.load(part_lse + place + row, mask=keep, other=0.0))
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        top = tl.maximum(top, tl.load(part_lse + place + rank, mask=keep, other=0.0))
+    total = tl.zeros([ROWS], tl.float32)  # [ROWS]
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)  # [ROWS, BLOCK_D]
     for i in range(PARTS):
         place = (i * batch * heads + bh).to(tl.int64) * outside
-        weight = tl.math.exp2(tl.load(part_lse + place + row, mask=keep, other=0.0) - top)
-        rows = load_rows(part + place * D, tl.minimum(row, outside - 1), D, D, BLOCK_D)
+        weight = tl.math.exp2(tl.load(part_lse + place + rank, mask=keep, other=0.0) - top)  # [ROWS]
+        rows = load_rows(part_o + place * D, tl.minimum(rank, outside - 1), D, D, BLOCK_D)  # [ROWS, BLOCK_D]
         total += weight
         acc += rows * weight[:, None]
-    token = tl.where(row < prefix, row, row + image)
-    base = o + ((bh // heads).to(tl.int64) * N * heads + bh % heads) * D
+    token = outside_tokens(rank, prefix, image)  # [ROWS]
+    base = own_head(o, bh // heads, bh % heads, N, heads, D)
     store_rows(base, token, heads * D, acc / total[:, None], keep, D, BLOCK_D)
     tl.store(lse + bh.to(tl.int64) * N + token, top + tl.log2(total), mask=keep)
 
@@ -251,19 +237,19 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     if not o.numel():
         return o, lse
     plan = plan_queries(call, _forward, config(call, _CONFIGS))
-    part = part_lse = lse
+    part_o = part_lse = lse
     if plan.parts > 1:
-        part = q.new_empty((plan.parts, B, H, call.outside, D), dtype=torch.float32)
+        part_o = q.new_empty((plan.parts, B, H, call.outside, D), dtype=torch.float32)
         part_lse = q.new_empty((plan.parts, B, H, call.outside), dtype=torch.float32)
     plan.run(
         q, k, v, k if call.pooled_k is None else call.pooled_k, v if call.pooled_v is None else call.pooled_v, o, lse,
-        part, part_lse, lse if call.bias is None else call.bias, lse if call.mask is None else call.mask,
+        part_o, part_lse, lse if call.bias is None else call.bias, lse if call.mask is None else call.mask,
         boxed=(k, v, k, v),
     )  # fmt: skip
     if plan.parts > 1:
         height, width, prefix, _ = call.size
         _merge[(math.ceil(call.outside / 16), B * H)](
-            part, part_lse, o, lse, N, H, B, prefix, height * width, call.outside, plan.parts, 16, D, call.block_d,
+            part_o, part_lse, o, lse, N, H, B, prefix, height * width, call.outside, plan.parts, 16, D, call.block_d,
             num_warps=4,
         )  # fmt: skip
     return o, lse

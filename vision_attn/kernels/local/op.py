@@ -1,48 +1,146 @@
-"""Local attention in Triton: the operator, its gradient, and when it can run.
+"""Local attention in Triton: the inputs of a call, the operator, and its gradient.
 
-The kernels are in `forward.py` and `backward.py`; triton is imported when they first run.
+The kernels are in `forward.py`, `backward.py` and `key_gradients.py`; triton is imported when they first run.
 """
 
-import importlib.util
 import math
-import os
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vision_attn.grid import Grid
-from vision_attn.kernels.local.window import Window
-from vision_attn.kernels.triton.custom_op import custom_op
+from vision_attn.kernels.triton.launching import (
+    block_of,
+    bytes_of_mask,
+    custom_op,
+    layout,
+    multiprocessors,
+    next_power,
+    packed,
+)
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+if TYPE_CHECKING:
+    from vision_attn.kernels.local import Window
+
+PRECISION = "tf32x3"  # three TF32 products keep float32's accuracy on tensor cores; other dtypes ignore it
 
 
-def triton_reasons(q: Tensor, window: Window) -> list[str]:
-    """List why the Triton backend cannot run on `q`; empty if it can."""
-    reasons = []
-    if not _HAS_TRITON:
-        reasons.append("triton is not installed")
-    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        reasons.append(f"q is on {q.device}, not on cuda")
-    if q.dtype not in _DTYPES:
-        reasons.append(f"dtype {q.dtype} is none of float32, float16, bfloat16")
-    if q.shape[-1] > 256:
-        reasons.append(f"head_dim {q.shape[-1]} is above 256")
-    return reasons
+@dataclass(frozen=True)
+class Call:
+    """The inputs of one call, checked; see `local_attention`. `size` is height, width, prefix, suffix."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    pooled_k: Tensor | None
+    pooled_v: Tensor | None
+    bias: Tensor | None
+    mask: Tensor | None
+    size: Sequence[int]
+    radius: float
+    kernel: Sequence[int]
+    steps: Sequence[int]
+    scale: float
+
+    @cached_property
+    def key(self) -> tuple[Any, ...]:
+        """All that a launch depends on but what the tensors hold."""
+        tensors = self.q, self.k, self.v, self.pooled_k, self.pooled_v, self.bias, self.mask
+        about = *self.size, self.radius, *self.kernel, *self.steps, self.scale
+        return self.q.device, *about, *map(layout, tensors)
+
+    @cached_property
+    def block_d(self) -> int:
+        """Channels of a tile: the next power of two."""
+        return block_of(self.q.shape[-1])
+
+    @property
+    def bias_block(self) -> int:
+        """Entries of a head's bias, up to the next power of two, at least 16; 0 for none."""
+        return 0 if self.bias is None else max(16, next_power(self.bias.shape[1] * self.bias.shape[2]))
+
+    @property
+    def outside(self) -> int:
+        """Tokens outside the grid."""
+        return self.size[2] + self.size[3]
+
+    @property
+    def together(self) -> int:
+        """Heads that take turns in the launch at each tile of the grid.
+
+        Tiles at the border have less work. With all heads in turn they end the launch and fill its last wave; where
+        keys and values are more than a cache holds, one head after the other reuses them better.
+        """
+        B, N, H, D = self.q.shape
+        return B * H if 2 * B * N * H * D * self.q.element_size() <= 2**26 else 1
+
+    @property
+    def span(self) -> int:
+        """Columns of a window."""
+        return self.kernel[1] if self.radius == 0 else 2 * int(self.radius) + 1
+
+    @property
+    def limit(self) -> int:
+        """The largest dy^2 + dx^2 of the disc."""
+        return math.ceil(self.radius**2) - 1
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the geometry, by the names of the kernels' arguments."""
+        height, width, prefix, _ = self.size
+        disc = self.radius > 0
+        return dict(
+            N=self.q.shape[1], heads=self.q.shape[2], prefix=prefix, height=height, width=width, outside=self.outside,
+            limit=float(self.limit) if disc else 0.0, reach=math.isqrt(self.limit) if disc else 0,
+            KY=self.kernel[0], KX=self.kernel[1], step_y=self.steps[0], step_x=self.steps[1],
+            scale=self.scale, DISC=disc, D=self.q.shape[-1], BLOCK_D=self.block_d, PRECISION=PRECISION,
+        )  # fmt: skip
+
+    def tiles(self, tile: tuple[int, int]) -> int:
+        """Return the number of tiles of `tile` rows x columns that cover every sub-grid."""
+        sides = [math.ceil(math.ceil(s / d) / t) for s, d, t in zip(self.size[:2], self.steps, tile, strict=True)]
+        return math.prod(sides) * math.prod(self.steps)
+
+    def work(self, tile: tuple[int, int]) -> int:
+        """Return about how many tokens one tile of the grid meets."""
+        columns = [self.kernel[i] if self.radius == 0 else 2 * int(self.radius) for i in (0, 1)]
+        near = math.prod(min(c + t, s) for c, t, s in zip(columns, tile, self.size[:2], strict=True))
+        return near + self.outside + (0 if self.pooled_k is None else self.pooled_k.shape[1])
+
+    def splits(self, programs: int, length: int, others: int, block: int) -> tuple[int, int]:
+        """Return into how many parts, and of what length, the long loop of the tokens outside the grid is cut.
+
+        Their programs start first, so they may run for half of the launch; where they would run longer they are cut.
+
+        Args:
+            programs: Programs with a long loop.
+            length: Tokens of a long loop.
+            others: Tokens met by all other programs together.
+            block: Tokens of one step.
+        """
+        share = max((programs * length + others) / multiprocessors(self.q) / 2, 4 * block)
+        parts = max(1, min(math.ceil(length / share), 32))
+        return parts, math.ceil(length / parts / block) * block
+
+    def put_outside(self, t: Tensor, rows: Tensor) -> None:
+        """Write the tokens outside the grid, `rows` `[B, prefix + suffix, H, D]`, to `t` `[B, N, H, D]`."""
+        height, width, prefix, _ = self.size
+        t[:, :prefix] = rows[:, :prefix]
+        t[:, prefix + height * width :] = rows[:, prefix:]
 
 
 def local_attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, grid: Grid, window: Window, mask: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, window: "Window", mask: Tensor | None, scale: float
 ) -> Tensor:
     """Run `local_attention` on checked inputs."""
     return _run(q, k, v, grid, window, mask, scale)[0]
 
 
 def local_attention_lse(
-    q: Tensor, k: Tensor, v: Tensor, grid: Grid, window: Window, mask: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, window: "Window", mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Also return the log-sum-exp of the logits, `[B, H, N]` in float32, with which outputs can be merged."""
     o, lse = _run(q, k, v, grid, window, mask, scale)
@@ -50,16 +148,11 @@ def local_attention_lse(
 
 
 def _run(
-    q: Tensor, k: Tensor, v: Tensor, grid: Grid, window: Window, mask: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, window: "Window", mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    radius, kernel, steps = 0.0, [0, 0], [1, 1]
-    if window.radius is None:
-        kernel, steps = list(window.kernel), list(window.steps)
-    else:
-        radius = min(float(window.radius), float(grid.height + grid.width))
     size = [grid.height, grid.width, grid.prefix, grid.suffix]
     pooled = window.pooled or (None, None)
-    return _local(q, k, v, *pooled, window.bias, mask, size, radius, kernel, steps, scale)
+    return _local(q, k, v, *pooled, window.bias, mask, size, *window.geometry(grid), scale)
 
 
 @custom_op("vision_attn::local_triton")
@@ -92,7 +185,6 @@ def _local_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, pooled_k, pooled_v and bias; empty for what is None."""
     from vision_attn.kernels.local.backward import backward  # noqa: PLC0415
-    from vision_attn.kernels.local.call import packed  # noqa: PLC0415
 
     call = _call(q, k, v, pooled_k, pooled_v, bias, mask, size, radius, kernel, steps, scale)
     dq, dk, dv, pooled_dk, pooled_dv, dbias = backward(call, packed(do), dlse, o, lse)
@@ -111,15 +203,11 @@ def _(
 def _call(
     q: Tensor, k: Tensor, v: Tensor, pooled_k: Tensor | None, pooled_v: Tensor | None, bias: Tensor | None,
     mask: Tensor | None, *rest: Any,
-) -> Any:  # fmt: skip
-    from vision_attn.kernels.local.call import Call, packed  # noqa: PLC0415
-
+) -> Call:  # fmt: skip
     pooled_k, pooled_v = (None if t is None else packed(t) for t in (pooled_k, pooled_v))
     if bias is not None:
         bias = bias.contiguous()
-    if mask is not None:
-        mask = mask.contiguous().view(torch.uint8)
-    return Call(packed(q), packed(k), packed(v), pooled_k, pooled_v, bias, mask, *rest)
+    return Call(packed(q), packed(k), packed(v), pooled_k, pooled_v, bias, bytes_of_mask(mask), *rest)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

@@ -10,31 +10,32 @@ A dilated window is an undilated one on each of the dilation's sub-grids.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vision_attn.grid import Grid
-from vision_attn.kernels.dense import dense_attention, outside, seen_keys, with_dense_rows
-from vision_attn.kernels.local.strips import Strip, strips
-from vision_attn.kernels.local.subgrids import subgrids
-from vision_attn.kernels.local.window import Window
+from vision_attn.kernels.dense import dense_attention, full_mask, outside, with_dense_rows
+from vision_attn.kernels.local.strips import Strip, strips, subgrids
+
+if TYPE_CHECKING:
+    from vision_attn.kernels.local import Window
 
 _HIDDEN = -1e30
 _MAX_SCORES = 1 << 23  # logits computed at a time: 32 MiB in float32
 
 
 def local_attention_torch(
-    q: Tensor, k: Tensor, v: Tensor, grid: Grid, window: Window, mask: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, window: "Window", mask: Tensor | None, scale: float
 ) -> Tensor:
     """Run `local_attention` on checked inputs."""
     image = grid.image
     pooled = window.pooled or (k[:, :0], v[:, :0])
     if window.covers(grid) and window.bias is None:
         keys, values = torch.cat([k, pooled[0]], 1), torch.cat([v, pooled[1]], 1)
-        o = dense_attention(q[:, image], keys, values, seen=seen_keys(mask, grid, pooled[0].shape[1]), scale=scale)
+        o = dense_attention(q[:, image], keys, values, mask=full_mask(mask, grid, pooled[0].shape[1]), scale=scale)
     else:
         k_shared, v_shared = (torch.cat([outside(t, grid), p], 1) for t, p in zip((k, v), pooled, strict=True))
         hidden = None
@@ -42,16 +43,9 @@ def local_attention_torch(
             hidden = F.pad((~mask).to(torch.promote_types(q.dtype, torch.float32)) * _HIDDEN, (0, pooled[0].shape[1]))
         o = _grid_attention(
             q[:, image], k[:, image], v[:, image], k_shared, v_shared, window.bias, hidden,
-            [grid.height, grid.width], *_geometry(grid, window), scale,
+            [grid.height, grid.width], *window.geometry(grid), scale,
         )  # fmt: skip
     return with_dense_rows(o, q, k, v, grid, mask=mask, scale=scale)
-
-
-def _geometry(grid: Grid, window: Window) -> tuple[float, list[int], list[int]]:
-    """The window as plain numbers: radius (0 for a square), kernel (0 for a disc), dilation."""
-    if window.radius is not None:
-        return min(float(window.radius), float(grid.height + grid.width)), [0, 0], [1, 1]
-    return 0.0, list(window.kernel), list(window.steps)
 
 
 @torch.library.custom_op("vision_attn::local_grid", mutates_args=())

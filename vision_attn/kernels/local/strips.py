@@ -1,4 +1,6 @@
-"""Cuts a grid into strips and tiles for the portable local attention, and moves tensors in and out of them.
+"""Cuts a grid into sub-grids, strips and tiles for the portable local attention, and moves tensors in and out of them.
+
+On each sub-grid of a dilation a dilated window is an undilated one; a strip is some rows of a sub-grid.
 
 Inside a tile, tokens are ordered column by column (`[tile_width, strip_height]`), because the buffer of a strip's keys
 is `[columns, rows, D]`: there any run of columns is contiguous, so the boxes of all tiles are one strided view.
@@ -11,7 +13,56 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vision_attn.kernels.local.window import window_start
+
+def window_start(i: int, length: int, kernel_size: int) -> int:
+    """Return the first key of query `i` on an undilated axis: the window is moved inside, never shrunk."""
+    return min(max(i - kernel_size // 2, 0), length - kernel_size)
+
+
+@dataclass(frozen=True)
+class Subgrid:
+    """`n_y * n_x` sub-grids of one shape, by their rows `[n_y, L_y]` and columns `[n_x, L_x]` in the whole grid."""
+
+    size: tuple[int, int]
+    rows: Tensor
+    columns: Tensor
+
+    @property
+    def _whole(self) -> bool:
+        return self.size == (self.rows.shape[1], self.columns.shape[1])
+
+    @property
+    def _index(self) -> tuple[slice, Tensor, Tensor]:
+        return slice(None), self.rows[:, None, :, None], self.columns[None, :, None, :]
+
+    def take(self, t: Tensor) -> Tensor:
+        """`[B, height * width, H, D]` to `[B, n_y * n_x, L_y, L_x, H, D]`; a view if nothing is dilated."""
+        t = t.unflatten(1, self.size)
+        if self._whole:
+            return t[:, None]
+        return t[self._index].flatten(1, 2)
+
+    def put(self, part: Tensor, whole: Tensor) -> None:
+        """Write a sub-grid back into `whole`."""
+        whole = whole.unflatten(1, self.size)
+        if self._whole:
+            whole.copy_(part[:, 0])
+        else:
+            whole[self._index] = part.unflatten(1, (len(self.rows), len(self.columns)))
+
+
+def subgrids(size: Sequence[int], steps: Sequence[int], device: torch.device) -> Iterator[Subgrid]:
+    """Yield the sub-grids of a dilation, those of one shape together."""
+
+    def groups(length: int, d: int) -> list[Tensor]:
+        long = length % d  # the first `long` groups have one token more
+        first = torch.arange(d, device=device)[:, None]
+        cuts = ((first[:long], length // d + 1), (first[long:], length // d))
+        return [g + d * torch.arange(n, device=device) for g, n in cuts if len(g)]
+
+    for rows in groups(size[0], steps[0]):
+        for columns in groups(size[1], steps[1]):
+            yield Subgrid((size[0], size[1]), rows, columns)
 
 
 @dataclass(frozen=True)

@@ -1,71 +1,158 @@
-"""Triton pieces that the forward and the backward of local attention share: tiles of keys, and who sees whom.
+"""What the kernels of local attention share: how launches are laid out, tiles of the grid, and who sees whom.
 
-Queries and keys of the grid are cut into tiles of rows x columns. The tiles that one tile needs are walked in bands of
-rows; every band starts at its own first needed column. A dilated window is an undilated one on the sub-grid of every
-`dilation`-th row and column: all coordinates here are those of the sub-grid.
+All large launches (output, dq, dk and dv) have programs for tiles of the grid, and programs with a long loop for the
+tokens outside it. Tiles are of rows x columns. The tiles that one tile meets are walked in bands of rows; every band
+starts at its own first column. A dilated window is an undilated one on the sub-grid of every `dilation`-th row and
+column: all coordinates here are those of a sub-grid. Kernels pass three tuples around:
+
+    whole = (height, width, prefix, step_y, step_x)          the grid, and its dilation
+    sub = (group_y, group_x, length_y, length_x)             a sub-grid: its first row and column, and its sides
+    window = (KY, KX, reach, limit)                          a square's sides, a disc's reach and largest dy^2 + dx^2
 """
 
-# ruff: noqa: ANN001, SIM108  # the compiler of a kernel reads no annotations
+# the compiler of a kernel reads no annotations
+# ruff: noqa: ANN001  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-HIDDEN = tl.constexpr(-1e30)
-# Where the running maximum starts: below any true logit, far above any hidden one. A maximum over hidden logits alone
-# would be the rounded product of one of them, and the fused multiply-add of the exponent its rounding error: infinite.
-LOWEST = tl.constexpr(-1e16)
-LOG2E = tl.constexpr(1.4426950408889634)
+from vision_attn.kernels.local.op import Call
+from vision_attn.kernels.triton.launching import (
+    Bound,
+    Box,
+    Kernel,
+    Plan,
+    box_strides,
+    planned,
+    sequence_box,
+    strides_of,
+    uses_boxes,
+)
+from vision_attn.kernels.triton.rows import LOG2E, load_rows, unit_of
+
 OUTSIDE = tl.constexpr(1e20)
 SPREAD = tl.constexpr(8589934592.0)  # 2^33
 BIAS_NEAR = tl.constexpr(4096)  # entries of a table of relative biases that shared memory holds beside the tiles
 FAR = tl.constexpr(1048576.0)  # a coordinate that no disc reaches; (FAR * SPREAD)^2 is finite
 
 
-@triton.jit
-def load_rows(base, index, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows `index` as `[len(index), BLOCK_D]`, zero from D on."""
-    d = tl.arange(0, BLOCK_D)
-    pointers = base + index.to(tl.int64)[:, None] * stride + d[None, :]
-    if D == BLOCK_D:
-        rows = tl.load(pointers)
-    else:
-        rows = tl.load(pointers, mask=d[None, :] < D, other=0.0)
-    return rows
+@dataclass(frozen=True)
+class Tiles:
+    """A launch: query tile and key tile as (rows, columns), warps, pipeline stages."""
+
+    queries: tuple[int, int]
+    keys: tuple[int, int]
+    warps: int
+    stages: int
 
 
-@triton.jit
-def store_rows(base, index, stride, rows, keep, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write `rows` where `keep`, in the dtype of `base`."""
-    d = tl.arange(0, BLOCK_D)
-    pointers = base + index.to(tl.int64)[:, None] * stride + d[None, :]
-    tl.store(pointers, rows.to(base.dtype.element_ty), mask=keep[:, None] & (d[None, :] < D))
+def config(call: Call, table: Mapping[tuple[int, int, float], Tiles]) -> Tiles:
+    """Return the first entry that fits; keys are bytes of an element, channels at most, window columns at most."""
+    size = call.q.element_size()
+    return next(t for (b, d, span), t in table.items() if b == size and call.block_d <= d and call.span <= span)
 
 
-@triton.jit
-def sequence_tile(
-    base, box, b, h, first, stop, stride, LEN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr
-):
-    """Tokens `first ..` of the sequence `[LEN, BLOCK_D]`; what lies at or beyond `stop` is arbitrary but finite."""
-    if TMA:
-        rows = box.load([b, first, h, 0]).reshape(LEN, BLOCK_D)
-    else:
-        rows = load_rows(base, tl.minimum(first + tl.arange(0, LEN), stop - 1), stride, D, BLOCK_D)
-    return rows
+@planned
+def plan_queries(call: Call, kernel: Kernel, tiles: Tiles, *others: Tensor) -> Plan:
+    """Plan a launch whose programs own queries and walk keys; `others` are tensors of the launch beside the call's."""
+    pooled = 0 if call.pooled_k is None else call.pooled_k.shape[1]
+    pooled_k, pooled_v = (call.k, call.v) if call.pooled_k is None else (call.pooled_k, call.pooled_v)
+    strided = call.q, call.k, call.v, *others, pooled_k, pooled_v
+    more = dict(pooled=pooled, POOLED=pooled > 0)
+    return _plan(call, kernel, tiles, (tiles.queries, tiles.keys), (call.k, call.v), strided, more)
 
 
-@triton.jit
-def grid_tokens(y, x, group_y, group_x, step_y, step_x, prefix, width):
-    """Sequence positions of sub-grid coordinates."""
-    return prefix + (group_y + step_y * y) * width + group_x + step_x * x
+@planned
+def plan_keys(call: Call, kernel: Kernel, tiles: Tiles, do: Tensor) -> Plan:
+    """Plan a launch whose programs own keys and walk queries and the output's gradient."""
+    return _plan(call, kernel, tiles, (tiles.keys, tiles.queries), (call.q, do), (call.q, call.k, call.v, do), {})
 
 
-@triton.jit
-def grid_program(pid, heads, together, height, width, step_y, step_x, TALL: tl.constexpr, WIDE: tl.constexpr):
-    """What program `pid` of the grid owns: batch and head, sub-grid and its sides, first row and column of its tile.
+def _plan(
+    call: Call, kernel: Kernel, tiles: Tiles, order: Sequence[tuple[int, int]], walked: Sequence[Tensor],
+    strided: Sequence[Any], more: dict[str, Any],
+) -> Plan:  # fmt: skip
+    """Plan a launch; `order` is the tile that a program owns and the one that it walks by."""
+    B, N, H, _ = call.q.shape
+    _, _, prefix, suffix = call.size
+    own, other = order
+    M, LEN = math.prod(own), math.prod(other)
+    blocks = B * H * math.ceil(call.outside / M)
+    grid_programs = B * H * call.tiles(own)
+    parts, length = call.splits(blocks, N, grid_programs * call.work(own), LEN) if blocks else (1, N)
+    parts = math.ceil(N / length)
+    tma = uses_boxes(walked)
+    boxes: list[Box | None] = [None] * 4
+    if tma:
+        if call.outside:
+            boxes[:2] = [sequence_box(t, LEN, call.block_d) for t in walked]
+        boxes[2:] = [grid_box(t, call.size, call.steps, other, call.block_d) for t in walked]
+    named = dict(
+        mask_b=0 if call.mask is None else call.mask.stride(0) * (call.mask.shape[0] > 1), batch=B,
+        row_programs=blocks * parts, part_length=length, together=call.together,
+        TALL=tiles.queries[0], WIDE=tiles.queries[1], KEY_TALL=tiles.keys[0], KEY_WIDE=tiles.keys[1],
+        MASK=call.mask is not None, BIAS=call.bias_block, PREFIX=prefix > 0, SUFFIX=suffix > 0,
+        RAGGED_PREFIX=prefix % LEN > 0, RAGGED_N=N % LEN > 0, PARTS=parts, TMA=tma,
+        num_warps=tiles.warps, num_stages=tiles.stages, **call.numbers(), **more,
+    )  # fmt: skip
+    return Plan(Bound(kernel, (blocks * parts + grid_programs,), strides_of(*strided), named), parts, tuple(boxes))
 
-    `together` heads share a tile's place in the launch: see `Call.together`.
+
+def grid_box(t: Tensor, size: Sequence[int], steps: Sequence[int], tile: tuple[int, int], block_d: int) -> Box:
+    """Boxes of a tile of one head of a sub-grid; rows and columns beyond it read as zero.
+
+    TMA has five axes: batch, row, column, channel, and one in units of 16 bytes for head and sub-grid together
+    (`grid_lane`). Where a dilation does not divide a side, some sub-grids are shorter by one. Theirs is counted from
+    one step before the grid and starts at 1, so that all end at the same coordinate and none is read beyond the grid.
     """
+    (height, width, prefix, _), (step_y, step_x) = size, steps
+    b, n, h, d = box_strides(t)
+    unit = 16 // t.element_size()
+    ahead = step_y * (height % step_y > 0) * width + step_x * (width % step_x > 0)
+    last = (ahead + (step_y - 1) * width + step_x - 1) * n + (t.shape[2] - 1) * h
+    sides = [math.ceil(height / step_y), math.ceil(width / step_x)]
+    return Box(
+        (prefix - ahead) * n, [t.shape[0], *sides, last // unit + 1, t.shape[3]],
+        [b, step_y * width * n, step_x * n, unit, d], [1, *tile, 1, block_d],
+    )  # fmt: skip
+
+
+@triton.jit
+def outside_program(pid, outside, heads, N, prefix, image, M: tl.constexpr, PARTS: tl.constexpr):
+    """What program `pid` of the tokens outside the grid owns.
+
+    Batch entry, head, number of both, part of its loop; and of each row, `[M]`: its rank among the tokens outside the
+    grid, whether there is one, and its place in the sequence, at most the last.
+    """
+    blocks = tl.cdiv(outside, M)
+    bh = pid // (blocks * PARTS)
+    rank = (pid % blocks) * M + tl.arange(0, M)  # [M]
+    token = tl.minimum(outside_tokens(rank, prefix, image), N - 1)  # [M]
+    return bh // heads, bh % heads, bh, (pid // blocks) % PARTS, rank, rank < outside, token
+
+
+@triton.jit
+def outside_tokens(rank, prefix, image):
+    """Places in the sequence of tokens outside the grid; the rank after the last may be any."""
+    return tl.where(rank < prefix, rank, rank + image)
+
+
+@triton.jit
+def grid_program(pid, heads, together, whole, TALL: tl.constexpr, WIDE: tl.constexpr):
+    """What program `pid` of the grid owns.
+
+    Batch entry, head, number of both, sub-grid, first row and column of its tile; and of each row, `[TALL * WIDE]`:
+    whether there is a token, and its place in the sequence, that of the grid's first where there is none. `together`
+    heads share a tile's place in the launch: see `Call.together`.
+    """
+    height, width, prefix, step_y, step_x = whole
     member = pid % together
     pid = pid // together
     down, across = tl.cdiv(tl.cdiv(height, step_y), TALL), tl.cdiv(tl.cdiv(width, step_x), WIDE)
@@ -78,48 +165,68 @@ def grid_program(pid, heads, together, height, width, step_y, step_x, TALL: tl.c
     group_y = pid % step_y
     bh = pid // step_y * together + member
     length_y, length_x = tl.cdiv(height - group_y, step_y), tl.cdiv(width - group_x, step_x)
-    return bh // heads, bh % heads, group_y, group_x, length_y, length_x, y0, x0
+    sub = (group_y, group_x, length_y, length_x)
+    n = tl.arange(0, TALL * WIDE)  # [TALL * WIDE]
+    y, x = y0 + n // WIDE, x0 + n % WIDE  # [TALL * WIDE]
+    keep = (y < length_y) & (x < length_x)
+    return bh // heads, bh % heads, bh, sub, y0, x0, keep, tl.where(keep, grid_tokens(y, x, sub, whole), prefix)
 
 
 @triton.jit
-def grid_lane(
-    h, group_y, group_x, length_y, length_x, height, width, step_y, step_x, token_stride, head_stride,
-    UNIT: tl.constexpr,
-):  # fmt: skip
+def tile_tokens(y0, x0, sub, whole, TALL: tl.constexpr, WIDE: tl.constexpr):
+    """Places in the sequence of a tile's tokens, `[TALL * WIDE]`; beyond the sub-grid they are arbitrary."""
+    n = tl.arange(0, TALL * WIDE)  # [TALL * WIDE]
+    return grid_tokens(y0 + n // WIDE, x0 + n % WIDE, sub, whole)
+
+
+@triton.jit
+def grid_tokens(y, x, sub, whole):
+    """Places in the sequence of a sub-grid's coordinates."""
+    group_y, group_x, _, _ = sub
+    _, width, prefix, step_y, step_x = whole
+    return prefix + (group_y + step_y * y) * width + group_x + step_x * x
+
+
+@triton.jit
+def grid_lane(base, h, sub, whole, token_stride, head_stride):
     """Where a head of a sub-grid starts, in units of 16 bytes: the coordinate that `grid_box` has for both."""
+    group_y, group_x, length_y, length_x = sub
+    height, width, _, step_y, step_x = whole
     ahead_y, ahead_x = tl.where(height % step_y > 0, step_y, 0), tl.where(width % step_x > 0, step_x, 0)
     y = group_y + ahead_y - step_y * (tl.cdiv(height, step_y) - length_y)
     x = group_x + ahead_x - step_x * (tl.cdiv(width, step_x) - length_x)
-    return ((y * width + x) * (token_stride // UNIT) + h * (head_stride // UNIT)).to(tl.int32)
+    unit = unit_of(base)
+    return ((y * width + x) * (token_stride // unit) + h * (head_stride // unit)).to(tl.int32)
 
 
 @triton.jit
 def grid_tile(
-    base, box, b, lane, y, x, length_y, length_x, group_y, group_x, step_y, step_x, prefix, height, width, stride,
-    TALL: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
+    base, box, b, lane, y, x, sub, whole, stride, TALL: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """The tile of tokens at (y, x), `[TALL * WIDE, BLOCK_D]`; what lies outside the grid is arbitrary but finite."""
+    """The tile of tokens at (y, x), `[TALL * WIDE, BLOCK_D]`; outside the grid it is arbitrary but finite."""
+    _, _, length_y, length_x = sub
     if TMA:
+        height, width, _, step_y, step_x = whole
         y += tl.cdiv(height, step_y) - length_y
         x += tl.cdiv(width, step_x) - length_x
         rows = box.load([b, y, x, lane, 0]).reshape(TALL * WIDE, BLOCK_D)
     else:
-        n = tl.arange(0, TALL * WIDE)
-        ys, xs = tl.minimum(y + n // WIDE, length_y - 1), tl.minimum(x + n % WIDE, length_x - 1)
-        index = grid_tokens(ys, xs, group_y, group_x, step_y, step_x, prefix, width)
-        rows = load_rows(base, index, stride, D, BLOCK_D)
+        n = tl.arange(0, TALL * WIDE)  # [TALL * WIDE]
+        ys, xs = tl.minimum(y + n // WIDE, length_y - 1), tl.minimum(x + n % WIDE, length_x - 1)  # [TALL * WIDE]
+        rows = load_rows(base, grid_tokens(ys, xs, sub, whole), stride, D, BLOCK_D)
     return rows
 
 
 @triton.jit
-def shared_seen(index, stop, mask_row, prefix, image, MASK: tl.constexpr):
-    """Which tokens exist (are below `stop`) and are not hidden by the key mask."""
-    ok = index < stop
+def seen_tokens(index, stop, mask, prefix, image, MASK: tl.constexpr):
+    """Which tokens exist (are below `stop`) and are not hidden by one batch entry's mask."""
+    seen = index < stop
     if MASK:
         outside = (index < prefix) | (index >= prefix + image)
         place = tl.where(index < prefix, index, index - image)
-        ok = ok & (tl.load(mask_row + place, mask=ok & outside, other=1) != 0)
-    return ok
+        seen = seen & (tl.load(mask + place, mask=seen & outside, other=1) != 0)
+    return seen
 
 
 @triton.jit
@@ -150,8 +257,35 @@ def query_range(first, last, length, K, reach, DISC: tl.constexpr):
 
 
 @triton.jit
-def band_columns(row, y0, y1, x0, x1, start_x, stop_x, length_x, limit, TALL: tl.constexpr, DISC: tl.constexpr):
-    """Columns `[from, to)` that rows `row .. row + TALL - 1` hold for the tile `y0 .. y1` x `x0 .. x1`."""
+def walk(
+    y0, x0, sub, window, OWN_TALL: tl.constexpr, OWN_WIDE: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
+    OWN_KEYS: tl.constexpr, DISC: tl.constexpr,
+):  # fmt: skip
+    """The tiles that the tile at (y0, x0) meets: how many, row and column of the first, the end of its band.
+
+    The last result is what `next_tile` has to know: the rows and columns of the own tile, and the columns it meets.
+    """
+    _, _, length_y, length_x = sub
+    KY, KX, reach, limit = window
+    y1, x1 = tl.minimum(y0 + OWN_TALL, length_y) - 1, tl.minimum(x0 + OWN_WIDE, length_x) - 1
+    if OWN_KEYS:
+        start_y, stop_y = query_range(y0, y1, length_y, KY, reach, DISC)
+        start_x, stop_x = query_range(x0, x1, length_x, KX, reach, DISC)
+    else:
+        start_y, stop_y = key_range(y0, y1, length_y, KY, reach, DISC)
+        start_x, stop_x = key_range(x0, x1, length_x, KX, reach, DISC)
+    near = (y0, y1, x0, x1, start_x, stop_x, length_x, limit)
+    count = count_tiles(start_y, stop_y, near, TALL, WIDE, DISC)
+    # a sub-grid may have fewer tiles than the largest: its last programs own no token
+    count = tl.where((y0 < length_y) & (x0 < length_x), count, 0)
+    column, stop = band_columns(start_y, near, TALL, DISC)
+    return count, start_y, column, stop, near
+
+
+@triton.jit
+def band_columns(row, near, TALL: tl.constexpr, DISC: tl.constexpr):
+    """Columns `[from, to)` that rows `row .. row + TALL - 1` hold for the own tile."""
+    y0, y1, x0, x1, start_x, stop_x, length_x, limit = near
     if DISC:
         dy = tl.maximum(tl.maximum(row - y1, y0 - (row + TALL - 1)), 0)
         # 0.75 more than the integer: an approximate root never falls below the true one
@@ -163,18 +297,14 @@ def band_columns(row, y0, y1, x0, x1, start_x, stop_x, length_x, limit, TALL: tl
 
 
 @triton.jit
-def count_tiles(
-    start_y, stop_y, y0, y1, x0, x1, start_x, stop_x, length_x, limit,
-    TALL: tl.constexpr, WIDE: tl.constexpr, DISC: tl.constexpr,
-):  # fmt: skip
+def count_tiles(start_y, stop_y, near, TALL: tl.constexpr, WIDE: tl.constexpr, DISC: tl.constexpr):
     """How many tiles the bands of rows `start_y .. stop_y - 1` hold."""
+    _, _, _, _, start_x, stop_x, _, _ = near
     bands = tl.cdiv(stop_y - start_y, TALL)
     if DISC:
         count = bands * 0
         for band in tl.range(0, bands):
-            start, stop = band_columns(
-                start_y + band * TALL, y0, y1, x0, x1, start_x, stop_x, length_x, limit, TALL, DISC
-            )
+            start, stop = band_columns(start_y + band * TALL, near, TALL, DISC)
             count += tl.cdiv(stop - start, WIDE)
     else:
         count = bands * tl.cdiv(stop_x - start_x, WIDE)
@@ -182,14 +312,11 @@ def count_tiles(
 
 
 @triton.jit
-def next_tile(
-    row, column, stop, y0, y1, x0, x1, start_x, stop_x, length_x, limit,
-    TALL: tl.constexpr, WIDE: tl.constexpr, DISC: tl.constexpr,
-):  # fmt: skip
+def next_tile(row, column, stop, near, TALL: tl.constexpr, WIDE: tl.constexpr, DISC: tl.constexpr):
     """The tile after (row, column) in a band that ends at `stop`, and the end of its band."""
     ended = column + WIDE >= stop
     row = tl.where(ended, row + TALL, row)
-    start, stop = band_columns(row, y0, y1, x0, x1, start_x, stop_x, length_x, limit, TALL, DISC)
+    start, stop = band_columns(row, near, TALL, DISC)
     return row, tl.where(ended, start, column + WIDE), stop
 
 
@@ -197,7 +324,7 @@ def next_tile(
 def disc_penalty(y0, x0, y1, x1, length_y, length_x, limit):
     """0 where two tokens are in each other's disc, else hugely negative; `y1`, `x1` may lie beyond the grid.
 
-    Coordinates are multiples of SPREAD, a power of two: their squares are exact, and what they exceed the limit by is
+    Coordinates are multiples of SPREAD, a power of two: their squares are exact, and their excess over the limit is
     itself the penalty. So a pair costs three instructions, and no predicates wait while the products run.
     """
     y1 = tl.where(y1 < length_y.to(tl.float32) * SPREAD, y1, FAR * SPREAD)
@@ -217,22 +344,46 @@ def square_penalty(qy, qx, ky, kx, length_y, length_x, KY, KX):
 
 
 @triton.jit
-def coordinate(first, offset, DISC: tl.constexpr):
-    """`first + offset`; for a disc in float32 and spread, see `disc_penalty`."""
+def coordinates(y, x, TALL: tl.constexpr, WIDE: tl.constexpr, DISC: tl.constexpr):
+    """Rows and columns of a tile's tokens, `[TALL * WIDE]` both; for a disc spread in float32: see `disc_penalty`."""
+    n = tl.arange(0, TALL * WIDE)  # [TALL * WIDE]
     if DISC:
-        place = first.to(tl.float32) * SPREAD + offset.to(tl.float32) * SPREAD
+        ys = y.to(tl.float32) * SPREAD + (n // WIDE).to(tl.float32) * SPREAD
+        xs = x.to(tl.float32) * SPREAD + (n % WIDE).to(tl.float32) * SPREAD
     else:
-        place = first + offset
-    return place
+        ys, xs = y + n // WIDE, x + n % WIDE
+    return ys, xs
+
+
+@triton.jit
+def windowed(s, own_y, own_x, y, x, sub, window, table, OWN_KEYS: tl.constexpr, BIAS: tl.constexpr, DISC: tl.constexpr):
+    """Logits `[own, walked]` with the bias, and hugely negative where a query does not see a key.
+
+    Args in groups: `coordinates` of the own tile as columns, of the walked one as rows; `bias_table`.
+    """
+    _, _, length_y, length_x = sub
+    KY, KX, _, limit = window
+    if DISC:
+        s += disc_penalty(own_y, own_x, y, x, length_y, length_x, limit)
+    else:
+        if OWN_KEYS:
+            qy, qx, ky, kx = y, x, own_y, own_x
+        else:
+            qy, qx, ky, kx = own_y, own_x, y, x
+        penalty = square_penalty(qy, qx, ky, kx, length_y, length_x, KY, KX)
+        if BIAS:
+            s += bias_of(table, qy, qx, ky, kx, length_y, length_x, KY, KX, BIAS)
+        s += penalty
+    return s
 
 
 @triton.jit
 def bias_table(bias, h, KY, KX, BIAS: tl.constexpr):
-    """One head's table: its values in units of log2 where they fit beside a tile, else where it lies."""
+    """One head's table: its values `[BIAS]` in units of log2 where they fit beside a tile, else where it lies."""
     size = (2 * KY - 1) * (2 * KX - 1)
     table = bias + h * size
-    if BIAS <= BIAS_NEAR:
-        n = tl.arange(0, BIAS)
+    if BIAS > 0 and BIAS <= BIAS_NEAR:
+        n = tl.arange(0, BIAS)  # [BIAS]
         table = tl.load(table + n, mask=n < size, other=0.0).to(tl.float32) * LOG2E
     return table
 

@@ -17,12 +17,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vision_attn.grid import Grid
-from vision_attn.kernels.backend import Implementation, pick
-from vision_attn.kernels.dense import outside, seen_keys, with_dense_rows
-from vision_attn.kernels.linear.op import linear_reasons
-from vision_attn.kernels.local import check_inputs, check_mask
-from vision_attn.kernels.local.window import PerAxis, per_axis
-from vision_attn.kernels.precision import full_precision
+from vision_attn.kernels.backend import (
+    Implementation,
+    PerAxis,
+    check_inputs,
+    check_mask,
+    full_precision,
+    per_axis,
+    pick,
+)
+from vision_attn.kernels.dense import full_mask, outside, with_dense_rows
+from vision_attn.kernels.triton.launching import triton_reasons
 from vision_attn.kernels.window.op import window_attention_triton
 
 _MAX_SCORES = 1 << 24  # logits computed at a time: 64 MiB in float32
@@ -64,7 +69,7 @@ def window_attention(
     check_mask(q, grid, mask)
     cell = per_axis(window_size, "window_size", 1)
     implementations = {
-        "triton": Implementation(window_attention_triton, linear_reasons(q, auto=backend == "auto")),
+        "triton": Implementation(window_attention_triton, triton_reasons(q, auto=backend == "auto")),
         "torch": Implementation(_torch),
         "reference": Implementation(_reference),
     }
@@ -161,9 +166,9 @@ def _reference(
     number = cell_numbers(grid, cell, q.device)
     seen = torch.ones(q.shape[0], grid.tokens, grid.tokens, dtype=torch.bool, device=q.device)
     seen[:, grid.image, grid.image] = number == number[:, None]
-    hidden = seen_keys(mask, grid)
-    if hidden is not None:
-        seen &= hidden[:, 0]
+    whole = full_mask(mask, grid)
+    if whole is not None:
+        seen &= whole[:, 0]
     logits = torch.einsum("bnhd,bmhd->bhnm", q.to(dtype), k.to(dtype)) * scale
     weights = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
     return torch.einsum("bhnm,bmhd->bnhd", weights, v.to(dtype)).to(q.dtype)

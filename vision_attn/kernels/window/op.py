@@ -1,6 +1,6 @@
 """Window attention in Triton: the operator on the grid's tokens, its gradient, and the dense rows of the others.
 
-The kernels are in `kernels.py`; triton is imported when they first run.
+The kernels are in `forward.py` and `backward.py`; triton is imported when they first run.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vision_attn.grid import Grid
 from vision_attn.kernels.dense import outside, with_dense_rows
-from vision_attn.kernels.triton.custom_op import custom_op
+from vision_attn.kernels.triton.launching import custom_op, packed
 
 
 def window_attention_triton(
@@ -29,13 +29,14 @@ def window_attention_triton(
 
 @custom_op("vision_attn::window_triton")
 def _window(
-    q: Tensor, k: Tensor, v: Tensor, shared_k: Tensor | None, shared_v: Tensor | None, seen: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, shared_k: Tensor | None, shared_v: Tensor | None, mask: Tensor | None,
     size: Sequence[int], cell: Sequence[int], scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and log-sum-exp in base 2 of the grid's tokens."""
-    from vision_attn.kernels.window.kernels import forward  # noqa: PLC0415
+    from vision_attn.kernels.triton.cells import cells_of  # noqa: PLC0415
+    from vision_attn.kernels.window.forward import forward  # noqa: PLC0415
 
-    return forward(cells_of(q, k, v, shared_k, shared_v, seen, size, cell, scale))
+    return forward(cells_of(q, k, v, shared_k, shared_v, mask, size, cell, scale))
 
 
 @_window.register_fake
@@ -47,13 +48,13 @@ def _(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
 @custom_op("vision_attn::window_triton_backward")
 def _window_backward(
     do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, shared_k: Tensor | None,
-    shared_v: Tensor | None, seen: Tensor | None, size: Sequence[int], cell: Sequence[int], scale: float,
+    shared_v: Tensor | None, mask: Tensor | None, size: Sequence[int], cell: Sequence[int], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, shared_k and shared_v; empty for what is None."""
-    from vision_attn.kernels.local.call import packed  # noqa: PLC0415
-    from vision_attn.kernels.window.kernels import backward  # noqa: PLC0415
+    from vision_attn.kernels.triton.cells import cells_of  # noqa: PLC0415
+    from vision_attn.kernels.window.backward import backward  # noqa: PLC0415
 
-    return backward(cells_of(q, k, v, shared_k, shared_v, seen, size, cell, scale), packed(do), o, lse)
+    return backward(cells_of(q, k, v, shared_k, shared_v, mask, size, cell, scale), packed(do), o, lse)
 
 
 @_window_backward.register_fake
@@ -65,20 +66,6 @@ def _(
     return *(t.new_empty(t.shape) for t in (q, k, v)), *shared
 
 
-def cells_of(
-    q: Tensor, k: Tensor, v: Tensor, shared_k: Tensor | None, shared_v: Tensor | None, seen: Tensor | None,
-    size: Sequence[int], cell: Sequence[int], scale: float,
-) -> Any:  # fmt: skip
-    """Pack the cells of a grid, and the tokens outside it, for the kernels."""
-    from vision_attn.kernels.local.call import packed  # noqa: PLC0415
-    from vision_attn.kernels.window.kernels import Cells  # noqa: PLC0415
-
-    k_out, v_out = (None if t is None else packed(t) for t in (shared_k, shared_v))
-    if seen is not None:
-        seen = seen.contiguous().view(torch.uint8)
-    return Cells(packed(q), packed(k), packed(v), k_out, v_out, seen, (size[0], size[1]), (cell[0], cell[1]), scale)
-
-
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:6], *output)
@@ -86,9 +73,9 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 
 def _backward(ctx: Any, do: Tensor | None, unused: object) -> tuple:
-    q, k, v, shared_k, shared_v, seen, o, lse = ctx.saved_tensors
+    q, k, v, shared_k, shared_v, mask, o, lse = ctx.saved_tensors
     do = torch.zeros_like(o) if do is None else do
-    grads = _window_backward(do, o, lse, q, k, v, shared_k, shared_v, seen, *ctx.rest)
+    grads = _window_backward(do, o, lse, q, k, v, shared_k, shared_v, mask, *ctx.rest)
     both = (None, None) if shared_k is None else grads[3:]
     return *grads[:3], *both, None, None, None, None
 
