@@ -19,10 +19,10 @@ import traceback
 from concurrent.futures import as_completed
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import torch
-from test_operators import CASES, Case, call, inputs_of
+from operator_cases import CASES, Case, call, inputs_of
 from tune_linear import drawn, operators, pool, tune
 
 from vision_attn.grid import Grid
@@ -45,7 +45,7 @@ TUNED = [
     *(row("linear", f"strided-d{D}", N=1501, M=1501, H=2, D=D, F=D, strided=True) for D in (64, 128)),
     *(row("agent", f"a{A}-d{D}", N=1500, M=2100, A=A, H=2, D=D) for A in (1, 49, 256) for D in (40, 64, 128, 256)),
     *(row("agent", f"biases-a{A}", N=1500, M=1501, A=A, H=2, D=64, biases=True, direct=77) for A in (9, 49, 144)),
-    row("agent", "hidden", N=1500, M=2100, A=49, H=2, D=64, direct=77, seen=True, biases=True, query_scale=0.2),
+    row("agent", "hidden", N=1500, M=2100, A=49, H=2, D=64, direct=77, mask=True, biases=True, query_scale=0.2),
     *(row("window", f"w{w}-d{D}", grid=Grid(37, 50), size=w, H=2, D=D) for w in (2, 4, 7, 8, 16) for D in (64, 128)),
     *(row("window", f"text-d{D}", grid=Grid(37, 50, prefix=77), size=8, H=2, D=D) for D in (40, 64, 256)),
     row("window", "text-w2", grid=Grid(37, 50, prefix=77), size=2, H=2, D=64),

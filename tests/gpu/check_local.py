@@ -16,10 +16,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import torch
-from test_local_attention import CASES, Case, exact_and_plain, run
+from local_cases import CASES, Case, exact_and_plain, run
 
 from vision_attn.grid import Grid
 from vision_attn.kernels.local import Window, local_attention

@@ -14,23 +14,24 @@ from vision_attn.grid import Grid
 from vision_attn.kernels.agent import Agents, agent_attention
 from vision_attn.kernels.hedgehog import hedgehog
 from vision_attn.kernels.linear import Features, feature_mean, linear_attention
-from vision_attn.kernels.linear.tiles import Launch
 from vision_attn.kernels.linear_local import linear_local_attention
+from vision_attn.kernels.triton.launching import Launch
 from vision_attn.kernels.window import window_attention
 
 # Module, table, operator, whether the backward is timed.
 TABLES = {
-    "linear_state": ("linear_forward", "_STATE", "linear", False),
-    "linear_output": ("linear_forward", "_OUTPUT", "linear", False),
-    "linear_queries": ("linear_backward", "_QUERIES", "linear", True),
-    "linear_keys": ("linear_backward", "_KEYS", "linear", True),
-    "agent_forward": ("agent_forward", "_FORWARD", "agent", False),
-    "agent_queries": ("agent_backward", "_QUERIES", "agent", True),
-    "agent_keys": ("agent_backward", "_KEYS", "agent", True),
-    "window": ("window_kernels", "_TILES", "window", False),
-    "window_backward": ("window_kernels", "_TILES", "window", True),
-    "linear_local": ("linear_local_kernels", "_TILES", "linear_local", False),
-    "hedgehog": ("hedgehog_kernel", "_LAUNCHES", "hedgehog", False),
+    "linear_state": ("linear.forward", "_STATE", "linear", False),
+    "linear_output": ("linear.forward", "_OUTPUT", "linear", False),
+    "linear_queries": ("linear.backward", "_QUERIES", "linear", True),
+    "linear_keys": ("linear.backward", "_KEYS", "linear", True),
+    "agent_forward": ("agent.forward", "_FORWARD", "agent", False),
+    "agent_queries": ("agent.backward", "_QUERIES", "agent", True),
+    "agent_keys": ("triton.pairs", "_KEYS", "agent", True),
+    "window_forward": ("window.forward", "_FORWARD", "window", False),
+    "window_queries": ("window.backward", "_QUERIES", "window", True),
+    "window_keys": ("window.backward", "_KEYS", "window", True),
+    "linear_local": ("linear_local.forward", "_FORWARD", "linear_local", False),
+    "hedgehog": ("hedgehog.forward", "_LAUNCHES", "hedgehog", False),
 }
 SIZES = {64: ((64 * 64, 10), (256 * 256, 10)), 128: ((256 * 256, 24),), 256: ((128 * 128, 8),)}
 
@@ -98,15 +99,15 @@ def timed_launch(name, key, size, launch):
 
 def module_of(name):
     """Return the module that a table is in."""
-    return f"vision_attn.kernels._{TABLES[name][0]}_triton"
+    return f"vision_attn.kernels.{TABLES[name][0]}"
 
 
 def launches(start, many):
     """Return the launches to try for an entry, the table's own first."""
-    if isinstance(start, tuple) and isinstance(start[0], int):
-        return [start, *itertools.product((16, 32, 64, 128), (4, 8), (1, 2, 3), (32, 64, 128))]
+    if isinstance(start, tuple) and len(start) == 2:  # slots and warps
+        return [start, *itertools.product((16, 32, 64, 128), (2, 4, 8))]
     if isinstance(start, tuple):
-        return [start, *(((rows, warps),) * 3 for rows in (16, 32, 64, 128) for warps in (2, 4, 8))]
+        return [start, *itertools.product((16, 32, 64, 128), (4, 8), (1, 2, 3), (32, 64, 128))]
     programs = (4, 8, 16) if many else (1, 2, 4)
     every = list(itertools.product((16, 32, 64, 128), (4, 8, 16), (1, 2, 3, 4), programs))
     if isinstance(start, Launch):

@@ -1,1 +1,1 @@
-"""Operators on q, k, v, which know no paper and no model. One operator: signature, definition, implementations."""
+"""Operators on q, k, v, which know no paper and no model: one folder each, `triton/` for what they share."""

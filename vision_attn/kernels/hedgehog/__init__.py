@@ -14,7 +14,7 @@ from vision_attn.kernels.hedgehog.op import LEAST, hedgehog_reasons, hedgehog_tr
 
 
 def hedgehog(x: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
-    """Return features of queries or keys, at least 1e-12 (0 in float16, which has nothing so small).
+    """Return features of queries or keys, at least 1e-12 (0 in float16, which has no number that small).
 
     Args:
         x: Queries or keys `[B, N, H, D]`; any strides.

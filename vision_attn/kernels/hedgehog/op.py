@@ -1,4 +1,4 @@
-"""The Hedgehog's features in Triton, for inference: gradients are the portable path's.
+"""The Hedgehog's features in Triton, for inference; the portable implementation has the gradients.
 
 The kernel is in `forward.py`; triton is imported when it first runs.
 """

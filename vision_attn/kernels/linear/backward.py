@@ -320,7 +320,7 @@ def backward(
     dstate, y, kappa = _state_gradients(call, do, state, norm, dq, means)
     B, _, H, F = k.shape
     size = norm
-    if call.scaled:  # float16 has no range for sums over all queries
+    if call.scaled:  # float16 cannot hold sums over all queries
         size = dstate.abs().amax((2, 3)).clamp_(min=1e-30)
         dstate = (dstate / size[:, :, None, None]).to(q.dtype)
     plan = _plan_keys(call, config(call, _KEYS), weight_gradient)
@@ -330,7 +330,7 @@ def backward(
         dstate, y, size, tops, kappa, means, dk, dv, dweight, part_query, boxed=(k, v),
     )  # fmt: skip
     if call.query is not None:
-        # gradients of a softmax sum to zero: what rounding leaves is taken out
+        # the gradients of a softmax sum to zero: take out what rounding leaves of the sum
         straight, shared, rest = part_query.sum(0).unbind(2)
         dquery = straight - rest * shared
     return dq, dk, dv, dweight, dquery

@@ -101,7 +101,7 @@ class Call:
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
-        """All that a launch depends on but what the tensors hold."""
+        """Everything that a launch depends on, except the values of the tensors."""
         tensors = self.q, self.k, self.v, self.cos, self.sin, self.weight, self.query
         return self.q.device, self.map, self.eps, *map(layout, tensors)
 
@@ -124,11 +124,11 @@ class Call:
         return f, d, min(d, most)
 
     def rotary(self) -> tuple[Any, Any, int]:
-        """Cosine, sine and the stride of a token."""
+        """Return cosine, sine and the stride of a token."""
         return (self.q, self.q, 0) if self.cos is None else (self.cos, self.sin, self.cos.stride(0))
 
     def constants(self) -> dict[str, Any]:
-        """What all kernels are compiled for."""
+        """Return the constants that all kernels are compiled for."""
         f, _, d = self.blocks
         return dict(
             MAP=self.map, ROTARY=self.cos is not None, F=self.k.shape[-1], BLOCK_F=f, D=self.v.shape[-1], BLOCK_D=d,
@@ -200,15 +200,15 @@ def _state(
         if ROTARY:
             phi = turned(phi, cos, sin, row, stop, cos_n, F, BLOCK_F, False)
         most = 1.0
-        if SCALED:  # float16 has no range for features that are all small or all large
-            there = row < stop  # elsewhere is phi(0), which may be larger
+        if SCALED:  # float16 cannot hold features that are all small or all large
+            there = row < stop  # elsewhere the feature is phi(0), which may be larger
             if F < BLOCK_F:
                 phi = tl.where((f < F)[None, :], phi, 0.0)
             most = tl.max(tl.where(there, tl.max(tl.abs(phi), 1), 0.0), 0)
             most = tl.where(most > 0.0, most, 1.0)
             phi = phi * tl.where(there, 1.0 / most, 0.0)[:, None]
         low = phi.to(v_rows.dtype)  # [LEN, BLOCK_F]
-        # a fresh product for each tile: adding a long sequence inside the tensor cores would lose what float32 has
+        # a fresh product for each tile: a long sum inside the tensor cores would lose bits that float32 keeps
         acc += tl.dot(tl.trans(low), v_rows, input_precision=PRECISION) * most
         other = tl.where(row < stop, 1.0, 0.0)  # [LEN]
         if SUM_WEIGHT:

@@ -4,10 +4,10 @@ The state of a head is S, the mean over the keys of features times values, and i
 
     o_i = phi(q_i)^T S / den_i,    den_i = phi(q_i) . z + eps
 
-Where channels are not rotated, products take S - z m^T instead, and m is added afterwards: with m the mean of the
-values, what is left are the differences that make up the gradients of q and k, which rounding S would drown. float16
-has no range for S: there features are multiplied by c = max(z, eps), and S is divided by it, so that phi c / den is at
-most one and S / c no larger than the values. Of channels that are rotated in pairs, c is the sum of the pair.
+Where channels are not rotated, products take S - z m^T instead, and m, the mean of the values, is added afterwards. So
+products hold only the differences that make up the gradients of q and k; rounding S would drown them. float16 cannot
+hold S: there features are multiplied by c = max(z, eps), and S is divided by it, so that phi c / den is at most one and
+S / c no larger than the values. For channels that are rotated in pairs, c is the sum of the pair.
 """
 
 # the compiler of a kernel reads no annotations

@@ -1,4 +1,4 @@
-"""`linear_local_attention` in Triton, for inference: gradients are the portable path's.
+"""`linear_local_attention` in Triton, for inference; the portable implementation has the gradients.
 
 The kernel is in `forward.py`; triton is imported when it first runs.
 """

@@ -48,7 +48,7 @@ class Call:
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
-        """All that a launch depends on but what the tensors hold."""
+        """Everything that a launch depends on, except the values of the tensors."""
         tensors = self.q, self.k, self.v, self.pooled_k, self.pooled_v, self.bias, self.mask
         about = *self.size, self.radius, *self.kernel, *self.steps, self.scale
         return self.q.device, *about, *map(layout, tensors)

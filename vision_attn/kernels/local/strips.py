@@ -77,7 +77,7 @@ class Strip:
     radius: float
     kernel: tuple[int, int]
     device: torch.device
-    masks: dict  # of the strips of one call, by what they depend on
+    masks: dict  # the masks of a call's strips, by the rows that they depend on
     top: int
     bottom: int
     first: int

@@ -106,7 +106,7 @@ def _plan(
 
 
 def grid_box(t: Tensor, size: Sequence[int], steps: Sequence[int], tile: tuple[int, int], block_d: int) -> Box:
-    """Boxes of a tile of one head of a sub-grid; rows and columns beyond it read as zero.
+    """Return boxes of a tile of one head of a sub-grid; rows and columns beyond it read as zero.
 
     TMA has five axes: batch, row, column, channel, and one in units of 16 bytes for head and sub-grid together
     (`grid_lane`). Where a dilation does not divide a side, some sub-grids are shorter by one. Theirs is counted from
@@ -359,7 +359,7 @@ def coordinates(y, x, TALL: tl.constexpr, WIDE: tl.constexpr, DISC: tl.constexpr
 def windowed(s, own_y, own_x, y, x, sub, window, table, OWN_KEYS: tl.constexpr, BIAS: tl.constexpr, DISC: tl.constexpr):
     """Logits `[own, walked]` with the bias, and hugely negative where a query does not see a key.
 
-    Args in groups: `coordinates` of the own tile as columns, of the walked one as rows; `bias_table`.
+    `own_y` and `own_x` are `coordinates` of the own tile as columns, `y` and `x` those of the walked tile as rows.
     """
     _, _, length_y, length_x = sub
     KY, KX, _, limit = window

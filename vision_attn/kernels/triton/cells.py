@@ -48,7 +48,7 @@ class Cells:
         return max(2, next_power(self.cell[0] * self.cell[1]))
 
     def shared(self) -> dict[str, Any]:
-        """The shared keys, by the names of the kernels' arguments."""
+        """Return the shared keys, by the names of the kernels' arguments."""
         k, v, mask = self.shared_k, self.shared_v, self.mask
         if k is None or v is None:
             k, v, E = self.k, self.v, 0

@@ -100,12 +100,12 @@ def inference_reasons(q: Tensor, *others: Tensor, weights: tuple[Tensor, ...], a
 
 
 def packed(t: Tensor) -> Tensor:
-    """`t` with neighbouring channels in memory; a copy only where they are not."""
+    """Return `t` with neighbouring channels in memory; a copy only where they are not."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def aligned(t: Tensor) -> Tensor:
-    """`t` with neighbouring channels from a multiple of 16 bytes on; a copy only where they are not."""
+    """Return `t` with neighbouring channels from a multiple of 16 bytes on; a copy only where they are not."""
     unit = 16 // t.element_size()
     if t.data_ptr() % 16 == 0 and _in_units(t.shape, t.stride(), unit):
         return t
@@ -120,17 +120,17 @@ def _in_units(shape: tuple[int, ...], strides: tuple[int, ...], unit: int) -> bo
 
 
 def bytes_of_mask(mask: Tensor | None) -> Tensor | None:
-    """A bool mask as kernels read it."""
+    """Return a bool mask as kernels read it."""
     return None if mask is None else mask.contiguous().view(torch.uint8)
 
 
 def strides_of(*tensors: Tensor) -> tuple[int, ...]:
-    """Strides of batch, token and head of each tensor `[B, N, H, D]`."""
+    """Return the strides of batch, token and head of each tensor `[B, N, H, D]`."""
     return tuple([stride for t in tensors for stride in t.stride()[:3]])
 
 
 def unit_strides_of(*tensors: Tensor) -> tuple[int, ...]:
-    """`strides_of` tensors that are `aligned`, in units of 16 bytes: so a kernel knows that it may load that many."""
+    """Return `strides_of` tensors that are `aligned`, in units of the 16 bytes that one load may take."""
     found = []
     for t in tensors:
         unit = 16 // t.element_size()
@@ -163,31 +163,31 @@ def choice(q: Tensor, table: Mapping[tuple[int, int], Any]) -> Any:
 
 
 def next_power(n: int) -> int:
-    """Return the next power of two; triton's own takes ten times as long, and every call of an operator asks."""
+    """Return the next power of two; triton's own takes ten times as long, and every call of an operator needs it."""
     return 1 << (n - 1).bit_length()
 
 
 def block_of(channels: int) -> int:
-    """Channels of a tile: the next power of two, at least 16."""
+    """Return the channels of a tile: the next power of two, at least 16."""
     return max(16, next_power(channels))
 
 
 def precision_of(t: Tensor) -> str:
-    """Three TF32 products keep float32's accuracy on tensor cores up to 128 channels; other dtypes ignore it."""
+    """Return the precision of products: three in TF32 keep float32's accuracy up to 128 channels; 16 bits ignore it."""
     if t.dtype != torch.float32:
         return "tf32"
     return "tf32x3" if t.shape[-1] <= 128 else "ieee"
 
 
 def cut(tokens: int, programs: int, launch: Launch, t: Tensor, *, least: int, fill: bool = True) -> tuple[int, int]:
-    """Into how many parts, and of what length, a loop over `tokens` is cut.
+    """Return into how many parts, and of what length, a loop over `tokens` is cut.
 
     Args:
         tokens: Length of the loop.
         programs: Programs of one part.
         launch: Tokens of a tile, and programs on one multiprocessor.
         t: A tensor on the GPU.
-        least: Tiles of a part at least: fewer are not worth what a part costs.
+        least: The fewest tiles of a part that are worth what a part costs.
         fill: Whether the parts fill the GPU; if not, they leave room rather than exceed it.
     """
     want = multiprocessors(t) * launch.programs / max(programs, 1)
@@ -202,7 +202,7 @@ def added(parts: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Kernel:
-    """A Triton kernel that is launched on the GPU of its tensors; `triton.jit` takes the current one, whichever it is.
+    """A Triton kernel that is launched on the GPU of its tensors; `triton.jit` alone would take the current GPU.
 
     Args:
         function: The kernel, from `triton.jit`; its first argument is a tensor.
@@ -212,7 +212,7 @@ class Kernel:
         self.function = function
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        """Return what launches the kernel on a grid of programs."""
+        """Return a function that launches the kernel on a grid of programs."""
         return partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
@@ -266,7 +266,7 @@ _NOTHING = nullcontext()
 
 
 def multiprocessors(t: Tensor) -> int:
-    """Multiprocessors of the GPU; in the interpreter, those of an H200."""
+    """Return the number of the GPU's multiprocessors; in the interpreter, that of an H200."""
     return _properties(t.device).multi_processor_count if t.is_cuda else 132
 
 
@@ -281,12 +281,12 @@ def _properties(device: torch.device) -> Any:
 
 
 def dependent(t: Tensor) -> dict[str, bool]:
-    """Launch options of a kernel that calls `await_previous`."""
+    """Return launch options of a kernel that calls `await_previous`."""
     return dict(OVERLAP=True, launch_pdl=True) if hopper(t) else dict(OVERLAP=False)
 
 
 def layout(t: Tensor | None) -> tuple[Any, ...] | None:
-    """All of a tensor that a launch depends on but its values."""
+    """Return everything of a tensor that a launch depends on, except its values."""
     return None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() % 16)
 
 
@@ -383,10 +383,10 @@ def boxable(t: Tensor) -> bool:
 
 
 def sequence_box(t: Tensor, length: int, block_d: int) -> Box:
-    """Boxes of `length` tokens of one head of `[B, N, H, D]`."""
+    """Return boxes of `length` tokens of one head of `[B, N, H, D]`."""
     return Box(0, list(t.shape), box_strides(t), [1, length, 1, block_d])
 
 
 def box_strides(t: Tensor) -> list[int]:
-    """Strides; that of an axis of one element is free, and TMA wants a multiple of 16 bytes."""
+    """Return strides; that of an axis of one element is free, and TMA wants a multiple of 16 bytes."""
     return [s if n > 1 else 16 * t.shape[-1] for n, s in zip(t.shape[:3], t.stride()[:3], strict=True)] + [1]

@@ -64,7 +64,7 @@ class Pairs:
     scales: tuple[float, float]
 
     def numbers(self) -> dict[str, Any]:
-        """What all kernels take by name."""
+        """Return the arguments that all kernels take by name."""
         bias, mask, D = self.bias, self.mask, self.q.shape[-1]
         b = (0, 0, 0) if bias is None else bias.stride()
         return dict(

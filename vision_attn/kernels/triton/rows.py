@@ -1,4 +1,4 @@
-"""What Triton kernels share: what a program owns, rows of tensors it loads and stores, and the online softmax.
+"""What Triton kernels share: what a program owns, how rows are loaded and stored, and the online softmax.
 
 Rows are tokens of one head. In all kernels `b` and `h` are a batch entry and a head, `bh` is the number of both, `row`
 are tokens that queries have and `column` tokens that keys have. Logits are in base 2, and so is a log-sum-exp.
