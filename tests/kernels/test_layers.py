@@ -78,8 +78,8 @@ def test_the_shared_layer_knows_no_operator(tmp_path):
 
 @pytest.mark.interpreter
 def test_a_reader_of_local_attention_opens_few_files():
-    """Forward and backward of a bare window, with tokens outside the grid: the files whose functions run."""
-    grid, window = Grid(5, 6, prefix=2), Window(kernel_size=3, bias=torch.zeros(1, 5, 5, requires_grad=True))
+    """The files whose functions run in the forward and the backward of a window with tokens outside the grid."""
+    grid, window = Grid(5, 6, prefix=2), Window(kernel_size=3)
     q, k, v = (torch.randn(1, grid.tokens, 1, 16, requires_grad=True) for _ in range(3))
     opened = set()
     sys.setprofile(lambda frame, event, arg: opened.add(frame.f_code.co_filename))

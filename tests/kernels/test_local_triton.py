@@ -85,7 +85,7 @@ BOXED = [
     Case(Grid(9, 13, prefix=5, suffix=9), dict(radius=4), mask=True, pooled=7),
     CASES[13],
     DILATED,
-    Case(Grid(7, 9), dict(kernel_size=2, dilation=(3, 4)), head_dim=24, strided=True),
+    Case(Grid(4, 9), dict(kernel_size=2, dilation=(1, 4)), head_dim=24, strided=True),
     *(
         pytest.param(case, marks=pytest.mark.slow)
         for case in (
@@ -103,12 +103,12 @@ BOXED = [
 @pytest.mark.parametrize("case", BOXED, ids=str)
 def test_boxes_equal_the_definition_and_stay_inside_the_tensors(case, boxes):
     """What lies before and behind q, k and v in memory is NaN, which a weight of zero would not hide."""
-    q, k, v, window, mask, _ = draw(case, torch.float32, batch=2, heads=2)
+    q, k, v, window, mask, _ = draw(case, torch.float32, batch=2 if case == CASES[13] else 1, heads=2)
 
     def surrounded(t):
         t = t.detach()
         t = t.transpose(1, 2).contiguous() if case.strided else t
-        t = torch.cat([torch.full_like(t, math.nan), t, torch.full_like(t, math.nan)])[2:4]
+        t = torch.cat([torch.full_like(t, math.nan), t, torch.full_like(t, math.nan)])[len(t) : 2 * len(t)]
         return (t.transpose(1, 2) if case.strided else t).requires_grad_()
 
     q, k, v = leaves = [surrounded(t) for t in (q, k, v)]

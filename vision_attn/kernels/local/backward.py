@@ -167,11 +167,9 @@ def _query_gradients(
                 head_of(pooled_v, b, h, pv_b, pv_h), pooled_k, pooled_v, mask, b, h, 0, pooled, pk_n, pv_n, 0, 0, c,
                 LEN, True, False, D, BLOCK_D, False, PRECISION,
             )  # fmt: skip
-        count, row, column, stop, near = walk(
-            y0, x0, sub, window, TALL, WIDE, KEY_TALL, KEY_WIDE, False, DISC
-        )  # fmt: skip
-        qy, qx = coordinates(y0, x0, TALL, WIDE, DISC)  # [M]
         table = bias_table(bias, h, KY, KX, BIAS)
+        count, row, column, stop, near = walk(y0, x0, sub, window, TALL, WIDE, KEY_TALL, KEY_WIDE, False, DISC)
+        qy, qx = coordinates(y0, x0, TALL, WIDE, DISC)  # [M]
         for _i in tl.range(0, count):
             k_rows = grid_tile(
                 k, k_grid, b, k_lane, row, column, sub, whole, k_n, KEY_TALL, KEY_WIDE, D, BLOCK_D, TMA

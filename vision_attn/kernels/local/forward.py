@@ -168,9 +168,7 @@ def _forward(
                 q_rows, m, l, acc, head_of(pooled_k, b, h, pk_b, pk_h), head_of(pooled_v, b, h, pv_b, pv_h), pooled_k,
                 pooled_v, mask, b, h, 0, pooled, pk_n, pv_n, 0, 0, c, LEN, True, False, D, BLOCK_D, False, PRECISION,
             )  # fmt: skip
-        count, row, column, stop, near = walk(
-            y0, x0, sub, window, TALL, WIDE, KEY_TALL, KEY_WIDE, False, DISC
-        )  # fmt: skip
+        count, row, column, stop, near = walk(y0, x0, sub, window, TALL, WIDE, KEY_TALL, KEY_WIDE, False, DISC)
         qy, qx = coordinates(y0, x0, TALL, WIDE, DISC)  # [M]
         table = bias_table(bias, h, KY, KX, BIAS)
         for _i in tl.range(0, count):
