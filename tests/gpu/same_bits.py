@@ -47,6 +47,9 @@ def rows_of(operator, **rows):
     return [Row(operator, id.replace("_", "-"), options) for id, options in rows.items()]
 
 
+HALF = ("bf16", "fp16")  # dtypes of rows that would take long to compile in all
+
+
 ROWS = [
     *rows_of(
         "local",
@@ -56,15 +59,15 @@ ROWS = [
         disc_d40_strided=dict(window=dict(radius=6), D=40, strided=True),
         square=dict(window=dict(kernel_size=7), D=32),
         square_d128=dict(window=dict(kernel_size=13), prefix=5, D=128),
-        square_even_d72=dict(window=dict(kernel_size=(4, 6)), prefix=3, D=72, scale=0.3),
+        square_even_d72=dict(dtypes=HALF, window=dict(kernel_size=(4, 6)), prefix=3, D=72, scale=0.3),
         dilated=dict(window=dict(kernel_size=3, dilation=(2, 3)), suffix=6),
         bias=dict(window=dict(kernel_size=5), bias=True, prefix=4, mask=True),
-        bias_dilated=dict(window=dict(kernel_size=3, dilation=2), bias=True, pooled=5, D=128),
-        bias_far=dict(window=dict(kernel_size=(5, 7)), bias=True, far=True),
+        bias_dilated=dict(dtypes=HALF, window=dict(kernel_size=3, dilation=2), bias=True, pooled=5, D=128),
+        bias_far=dict(dtypes=HALF, window=dict(kernel_size=(5, 7)), bias=True, far=True),
         whole=dict(window=dict(radius=float("inf")), prefix=20, pooled=9),
-        negative=dict(window=dict(radius=4), prefix=2, scale=-0.2),
+        negative=dict(dtypes=HALF, window=dict(radius=4), prefix=2, scale=-0.2),
         lse=dict(window=dict(kernel_size=5), prefix=7, lse=True),
-        d256=dict(window=dict(radius=6), prefix=17, D=256, H=2),
+        d256=dict(dtypes=HALF, window=dict(radius=6), prefix=17, D=256, H=2),
     ),
     *rows_of(
         "linear",
@@ -76,26 +79,26 @@ ROWS = [
         rotary=dict(rotary=True),
         rala=dict(rotary=True, query=True),
         rala_mask=dict(query=True, weight=True, D=128, F=128),
-        more_keys=dict(M=1.7, D=24, F=24),
-        strided=dict(strided=True),
-        wide=dict(D=144, F=160, H=2),
+        more_keys=dict(dtypes=HALF, M=1.7, D=24, F=24),
+        strided=dict(dtypes=HALF, strided=True),
+        wide=dict(dtypes=HALF, D=144, F=160, H=2),
     ),
-    *rows_of("feature_mean", plain=dict(), weighted=dict(weight=True, F=40)),
+    *rows_of("feature_mean", plain=dict(), weighted=dict(dtypes=HALF, weight=True, F=40)),
     *rows_of(
         "agent",
         plain=dict(A=49, D=128),
         biases=dict(A=9, biases=True),
         direct=dict(A=16, biases=True, direct=21, mask=True, query_scale=0.2),
-        mask_strided=dict(A=25, mask=True, strided=True, D=40),
-        one=dict(A=1, direct=5),
+        mask_strided=dict(dtypes=HALF, A=25, mask=True, strided=True, D=40),
+        one=dict(dtypes=HALF, A=1, direct=5),
     ),
     *rows_of(
         "window",
         even=dict(size=8),
         small=dict(size=2, D=128),
         text_mask=dict(size=(7, 5), prefix=33, suffix=5, mask=True),
-        stripe=dict(size=(40, 3), D=40, scale=0.4),
-        d256=dict(size=4, prefix=9, D=256, H=2),
+        stripe=dict(dtypes=HALF, size=(40, 3), D=40, scale=0.4),
+        d256=dict(dtypes=HALF, size=4, prefix=9, D=256, H=2),
     ),
     *rows_of(
         "linear_local",
@@ -346,7 +349,7 @@ def timer(row, dtype):
 
 
 def jobs_of(only, dtypes):
-    every = [f"{name} {row}" for row in ROWS for name in dtypes]
+    every = [f"{name} {row}" for name in dtypes for row in ROWS if name in row.options.get("dtypes", DTYPES)]
     return [job for job in every if only in job]
 
 
@@ -356,14 +359,15 @@ def split(job):
 
 
 def compute_worker(jobs, file):
-    """Compute rows in this process's tree and save them."""
-    device, found = ("cuda" if torch.cuda.is_available() else "cpu"), {}
-    for job in jobs:
+    """Compute rows in this process's tree and save each as it is done."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for i, job in enumerate(jobs):
         try:
-            found[job] = computed(*split(job), device)
+            found = computed(*split(job), device)
         except Exception as error:  # a row of its own in the report
-            found[job] = f"{type(error).__name__}: {str(error)[:300]} @ {traceback.format_exc().splitlines()[-4:-1]}"
-    torch.save(found, file)
+            found = f"{type(error).__name__}: {str(error)[:300]} @ {traceback.format_exc().splitlines()[-4:-1]}"
+        torch.save({job: found}, f"{file}.{i}.part")
+        Path(f"{file}.{i}.part").rename(f"{file}.{i}.pt")
 
 
 def timing_worker():
@@ -389,23 +393,26 @@ def process(tree, *arguments, **options):
     return subprocess.Popen(command, env=environment, cwd=tree, text=True, **options)
 
 
-def compare_bits(trees, jobs, folder, workers, report):
-    """Run all rows in processes of both trees, and note which differ."""
+def compare_bits(trees, jobs, folder, workers, report, deadline):
+    """Run all rows in processes of both trees until the deadline, and note which differ."""
     running = []
     for side, tree in trees.items():
         for i in range(workers):
-            (folder / f"{side}-{i}.json").write_text(json.dumps(jobs[i::workers]))
-            running.append(process(tree, "--jobs", str(folder / f"{side}-{i}.json")))
+            (folder / f"{side}-{i}").write_text(json.dumps(jobs[i::workers]))
+            running.append(process(tree, "--jobs", str(folder / f"{side}-{i}")))
     for one in running:
-        one.wait()
+        try:
+            one.wait(max(0, deadline - time.time()))
+        except subprocess.TimeoutExpired:
+            one.kill()
     found = {}
     for side in trees:
-        files = [folder / f"{side}-{i}.json.pt" for i in range(workers)]
-        parts = [torch.load(file) for file in files if file.exists()]
+        parts = [torch.load(file) for file in folder.glob(f"{side}-*.pt")]
         found[side] = {job: value for part in parts for job, value in part.items()}
     for job in jobs:
-        before, after = (found[side].get(job, "its process died") for side in trees)
-        report[job] = verdict(before, after)
+        report[job] = verdict(
+            *(found[side].get(job, "not computed: out of time, or its process died") for side in trees)
+        )
 
 
 def verdict(before, after):
@@ -437,17 +444,22 @@ def compare_times(trees, jobs, report, deadline):
     workers = {side: process(tree, "--times", **pipes) for side, tree in trees.items()}
 
     def ask(side, job):
-        workers[side].stdin.write(job + "\n")
-        workers[side].stdin.flush()
-        for line in workers[side].stdout:
-            if line.startswith("timed "):
-                return json.loads(line[6:])
+        try:
+            workers[side].stdin.write(job + "\n")
+            workers[side].stdin.flush()
+            for line in workers[side].stdout:
+                if line.startswith("timed "):
+                    return json.loads(line[6:])
+        except BrokenPipeError:
+            pass
         return "its process died"
 
     try:
         for job in jobs:
             if time.time() > deadline:
                 break
+            if not report[job]["same"]:
+                continue
             rounds = []
             for i in range(ROUNDS):
                 order = list(trees) if i % 2 else list(trees)[::-1]
@@ -490,7 +502,7 @@ def main():
     parser.add_argument("--dtypes", default="bf16,fp16,fp32" if torch.cuda.is_available() else "fp16,fp32")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "same_bits.json")
     parser.add_argument("--workers", type=int, default=max(1, min(14, (os.cpu_count() or 2)) // 2), help="of each tree")
-    parser.add_argument("--seconds", type=float, default=210, help="no row is timed after that")
+    parser.add_argument("--seconds", type=float, default=210, help="on a GPU, no row is computed or timed after that")
     parser.add_argument("--tree", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--jobs", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--times", action="store_true", help=argparse.SUPPRESS)
@@ -499,7 +511,7 @@ def main():
         import vision_attn
 
         assert Path(vision_attn.__file__).is_relative_to(args.tree), f"{vision_attn.__file__} is not of {args.tree}"
-        timing_worker() if args.times else compute_worker(json.loads(args.jobs.read_text()), f"{args.jobs}.pt")
+        timing_worker() if args.times else compute_worker(json.loads(args.jobs.read_text()), args.jobs)
         return 0
     if args.before is None or args.after is None:
         parser.error("give --before and --after")
@@ -511,7 +523,8 @@ def main():
     start, trees = time.time(), dict(before=args.before.resolve(), after=args.after.resolve())
     jobs, report = jobs_of(args.only, args.dtypes.split(",")), {}
     with tempfile.TemporaryDirectory() as folder:
-        compare_bits(trees, jobs, Path(folder), args.workers, report)
+        deadline = start + (args.seconds - 20 if gpu else 10**6)
+        compare_bits(trees, jobs, Path(folder), args.workers, report, deadline)
     print(f"{len(jobs)} rows computed in {time.time() - start:.0f} s", flush=True)
     if gpu:
         compare_times(trees, jobs, report, start + args.seconds)
