@@ -6,7 +6,6 @@
 Where a launch owns few tokens, its loop over the others is split; parts are added in a fixed order.
 """
 
-# the compiler of a kernel reads no annotations
 # ruff: noqa: ANN001, ANN202  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
 

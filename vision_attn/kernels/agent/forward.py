@@ -6,7 +6,6 @@ Few queries over many keys: the keys are split, and the parts merged by their lo
 one launch. The bias `[H, N, first]` is read once, in place.
 """
 
-# the compiler of a kernel reads no annotations
 # ruff: noqa: ANN001, ANN202, E741  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
 

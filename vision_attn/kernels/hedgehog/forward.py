@@ -1,6 +1,5 @@
 """The Hedgehog's features in Triton: a product with each head's matrix and two softmaxes of it, in one launch."""
 
-# the compiler of a kernel reads no annotations
 # ruff: noqa: ANN001, ANN202  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
 

@@ -9,7 +9,6 @@ dq, the last reads k and v and writes dk and dv: seven tensors in all, which is 
 state does not fit in the registers beside all that, q and do are read once more.
 """
 
-# the compiler of a kernel reads no annotations
 # ruff: noqa: ANN001, ANN202, PLR0912, PLR0915  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
 

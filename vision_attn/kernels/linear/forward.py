@@ -4,7 +4,6 @@ Three launches. The first reads k and v once and leaves a float32 state for each
 parts in a fixed order (see `tiles.py`); the third reads q once and writes o once.
 """
 
-# the compiler of a kernel reads no annotations
 # ruff: noqa: ANN001, ANN202, PLR0912, PLR0915  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
 

@@ -3,7 +3,6 @@
 m = sum_i w_i phi(q_i) / sum_i w_i
 """
 
-# the compiler of a kernel reads no annotations
 # ruff: noqa: ANN001, ANN202  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
 

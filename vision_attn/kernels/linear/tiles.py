@@ -10,7 +10,6 @@ hold S: there features are multiplied by c = max(z, eps), and S is divided by it
 S / c no larger than the values. For channels that are rotated in pairs, c is the sum of the pair.
 """
 
-# the compiler of a kernel reads no annotations
 # ruff: noqa: ANN001, ANN202, SIM108  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
 

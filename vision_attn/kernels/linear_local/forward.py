@@ -5,7 +5,6 @@ its own kernels; a second launch walks the windows in slots (see `cells.py`), an
 own keys away where it adds their softmax part.
 """
 
-# the compiler of a kernel reads no annotations
 # ruff: noqa: ANN001, ANN202, E741  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
 

@@ -8,7 +8,6 @@ the forward, programs of the tokens outside the grid come first, and are split w
 alone.
 """
 
-# the compiler of a kernel reads no annotations
 # ruff: noqa: ANN001, ANN202  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
 

@@ -5,7 +5,6 @@ then walks the tiles of its window. The programs of the tokens outside the grid,
 in the launch; where few heads would leave them running alone, their keys are split and the parts merged.
 """
 
-# the compiler of a kernel reads no annotations
 # ruff: noqa: ANN001, ANN202, E741, PLR0915  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
 

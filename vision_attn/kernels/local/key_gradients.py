@@ -10,7 +10,6 @@ The bias of a square: a program holds one relative row and a tile of query colum
 over all rows of the grid first, as two matrix products a row, and adds up the diagonals once at the end.
 """
 
-# the compiler of a kernel reads no annotations
 # ruff: noqa: ANN001, ANN202, PLR0915  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
 

@@ -10,7 +10,6 @@ column: all coordinates here are those of a sub-grid. Kernels pass three tuples 
     window = (KY, KX, reach, limit)                          a square's sides, a disc's reach and largest dy^2 + dx^2
 """
 
-# the compiler of a kernel reads no annotations
 # ruff: noqa: ANN001  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
 

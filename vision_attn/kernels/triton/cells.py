@@ -5,7 +5,6 @@ queries holds many small cells (and sees no key of another one) or a part of a l
 come after those of the cell, in the same softmax.
 """
 
-# the compiler of a kernel reads no annotations
 # ruff: noqa: ANN001, E741  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
 

@@ -5,7 +5,6 @@
 Here are the inputs of a call, the logits, and the launch for the gradients of keys and values.
 """
 
-# the compiler of a kernel reads no annotations
 # ruff: noqa: ANN001, ANN202  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
 

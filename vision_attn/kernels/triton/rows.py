@@ -4,7 +4,6 @@ Rows are tokens of one head. In all kernels `b` and `h` are a batch entry and a 
 are tokens that queries have and `column` tokens that keys have. Logits are in base 2, and so is a log-sum-exp.
 """
 
-# the compiler of a kernel reads no annotations
 # ruff: noqa: ANN001, E741, SIM108  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
 

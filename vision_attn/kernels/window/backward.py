@@ -6,7 +6,6 @@
 The gradients of the shared keys are a third launch, see `pairs.py`.
 """
 
-# the compiler of a kernel reads no annotations
 # ruff: noqa: ANN001, ANN202  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
 

@@ -1,6 +1,5 @@
 """The forward of window attention in Triton: tiles of slots, see `cells.py`."""
 
-# the compiler of a kernel reads no annotations
 # ruff: noqa: ANN001, ANN202, E741  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
 
