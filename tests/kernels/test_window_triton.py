@@ -12,7 +12,7 @@ interpreter = pytest.mark.interpreter
 WINDOW = [one_head(case) for case in CASES if case.operator == "window"]
 ROWS = [*((case, torch.float32) for case in WINDOW), *((c, torch.float16) for c in WINDOW if c.id == "text-hidden")]
 WIDE = Case("window", "wide", dict(grid=Grid(9, 11, prefix=40), size=(3, 5), H=1, D=144))
-SLOW = [*((case, torch.float16) for case in (*WINDOW, WIDE)), (WIDE, torch.float32)]
+SLOW = [*((c, torch.float16) for c in (*WINDOW, WIDE) if c.id != "text-hidden"), (WIDE, torch.float32)]
 
 
 @interpreter
