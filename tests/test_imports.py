@@ -6,25 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from layers import LEVELS
 
 PACKAGE = Path(__file__).parent.parent / "vision_attn"
-# From the ground up: a folder may import from itself and from the lines above its own.
-ORDER = (
-    ("_compat", "_checks"),
-    ("grid",),
-    ("kernels",),
-    ("processors",),
-    ("hosts", "backbones"),
-    ("adapters", "estimation"),
-    ("conversion",),
-    ("highres",),
-    ("pipelines", "demo"),
-    ("distill",),
-    ("bench",),
-    ("gallery",),
-    ("cli",),
-)
-LEVELS = {folder: level for level, row in enumerate(ORDER) for folder in row}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 

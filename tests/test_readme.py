@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_imports import LEVELS, ORDER
+from layers import LEVELS, ORDER
 
 from vision_attn.bench.run import find_entries
 from vision_attn.cli import main
