@@ -81,7 +81,7 @@ def test_public_names_exist_and_are_few():
         _ = vision_attn.Clera
 
 
-@pytest.mark.slow  # a process of its own; the whole suite imports timm after the stand-in
+@pytest.mark.slow  # starts a process; the whole suite imports timm after the stand-in
 def test_timm_imports_after_the_stand_in_only_where_torchvision_is_broken():
     out = run(
         "from vision_attn._compat import ensure_torchvision\n"

@@ -1,4 +1,4 @@
-"""`save` and `load`: what was trained comes back exactly, and a damaged adapter changes nothing."""
+"""`save` and `load`: trained weights come back exactly, and a damaged adapter changes nothing."""
 
 import json
 import pickle
@@ -21,7 +21,7 @@ from vision_attn import Clear, Conversion, Neighborhood, convert, load
 
 
 def train(model: nn.Module, conversion: Conversion) -> set[str]:
-    """Change all learned weights, one weight of one tensor, and all of another; return the names of what changed."""
+    """Change all learned weights, a single weight of one host tensor and the whole of another; return their names."""
     with torch.no_grad():
         for parameter in conversion.parameters():
             parameter.add_(torch.rand_like(parameter))
@@ -155,7 +155,7 @@ def test_a_damaged_adapter_is_refused(damage: Any, error: Any, message: str, tmp
     assert_untouched(model, before)
 
 
-def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
+def test_files_that_are_no_adapter_are_refused(tmp_path: Path) -> None:
     model = HOST["vit"].build()
     before = state(model)
     torch.save(before, tmp_path / "weights.bin")
@@ -209,7 +209,7 @@ def test_revert_keeps_the_dtype_that_the_model_has_now(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["lora-first", "lora-last"])
-def test_what_was_trained_is_saved_and_loaded_beside_lora(before: bool, tmp_path: Path) -> None:
+def test_trained_weights_are_saved_and_loaded_beside_lora(before: bool, tmp_path: Path) -> None:
     model = HOST["flux"].build()
     if before:
         add_lora(model)
@@ -239,7 +239,7 @@ def test_fused_projections_are_saved_only_if_they_are_copies(tmp_path: Path) -> 
     assert not (tmp_path / "trained").exists()
 
 
-def test_two_components_replace_one_that_was_saved_before(tmp_path: Path) -> None:
+def test_saving_two_components_replaces_an_adapter_of_one(tmp_path: Path) -> None:
     case = PIPELINE["sd-controlnet"]
     pipe = case.build()
     convert(pipe, Clear(radius=2)).save(tmp_path)

@@ -1,4 +1,4 @@
-"""Gradient checkpointing runs layers again in backward: over the grid that they had, and rerouted as they were."""
+"""Gradient checkpointing runs layers again in backward, over the same grid and rerouted as before."""
 
 from functools import partial
 from typing import Any
@@ -35,7 +35,7 @@ def test_gradient_checkpointing(host_id: str, sizes: Any) -> None:
 
 
 @hosts("flux", "sd15-unet", "vit")
-def test_checkpointing_with_sizes_of_equal_length_one_after_another(host_id: str) -> None:
+def test_checkpointing_with_grids_of_equal_length_in_turn(host_id: str) -> None:
     totals = []
     for save_memory in (False, True):
         model = converted(host_id, POOLED).train()
@@ -68,6 +68,6 @@ def test_kinds_of_checkpointing(reentrant: bool, train: bool) -> None:
 
 @hosts("flux", "sd35", "sd15-unet", "pixart", "vit")
 def test_two_grids_of_equal_length_before_one_backward_are_refused(host_id: str) -> None:
-    """The layers that run again cannot tell which forward they belong to: an error, never the wrong window."""
+    """A layer that runs again cannot know to which forward it belongs: it raises, and never takes the wrong window."""
     with pytest.raises(RuntimeError, match="run backward after each forward"):
         gradients(host_id, True, [SIZE, (8, 16)])

@@ -16,7 +16,7 @@ from vision_attn import convert
 
 
 def small_unet() -> nn.Module:
-    """One level: the compiler takes a minute for three."""
+    """Return a UNet of one level: three would take the compiler a minute."""
     return randomise(
         diffusers.UNet2DConditionModel(
             in_channels=CHANNELS, out_channels=CHANNELS, layers_per_block=1, block_out_channels=(16,),
@@ -88,7 +88,7 @@ def test_compiled_blocks(tracer: Any) -> None:
     torch.testing.assert_close(run(HOST["flux"], model, 4, 6), want, rtol=0, atol=1e-5)
     assert tracer.frame_count == 1  # for all blocks of a kind
     run(HOST["flux"], model, 8, 4)
-    assert tracer.frame_count <= 3  # as many as the stock model needs
+    assert tracer.frame_count <= 3  # the stock model needs as many
     torch.testing.assert_close(run(HOST["flux"], model, 4, 6), want, rtol=0, atol=1e-5)
     assert tracer.frame_count <= 3
 

@@ -26,7 +26,7 @@ WHERE = {
 
 
 @pytest.mark.parametrize("where, layers", WHERE.values(), ids=WHERE)
-def test_where(where: Any, layers: int) -> None:
+def test_where_selects_layers(where: Any, layers: int) -> None:
     model = HOST["sd15-unet"].build()
     conversion = convert(model, Clear(radius=2), where=where)
     assert len(conversion.layers) == layers
@@ -151,7 +151,7 @@ def toy_grid(module: nn.Module, inputs: Any) -> Grid:
     return Grid(*(side // 4 for side in inputs["pixels"].shape[-2:]))
 
 
-def test_a_host_of_ones_own() -> None:
+def test_a_host_that_the_user_defines() -> None:
     model, pixels = ToyViT(), noise(2, 3, 24, 32)
     host = Host(layers=("blocks.?",), probe=toy_grid, others="suffix")
     stock_output = model(pixels)
@@ -196,7 +196,7 @@ def test_a_pattern_that_matches_nothing_is_refused() -> None:
 
 @pytest.mark.parametrize("host_id", ["flux", "sd35", "vit"])
 @pytest.mark.parametrize("given", [(4, 4), (10, 12), (24, 5)], ids=str)
-def test_a_given_grid_that_is_not_the_forwards_is_refused(host_id: str, given: tuple[int, int]) -> None:
+def test_a_given_grid_that_differs_from_the_inputs_is_refused(host_id: str, given: tuple[int, int]) -> None:
     case, model = HOST[host_id], HOST[host_id].build()
     conversion = convert(model, Clear(radius=2), grid=given)
     with pytest.raises(RuntimeError, match=f"the grid given, {given[0]} x {given[1]}, is not that of .*12 x 10"):

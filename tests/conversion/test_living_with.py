@@ -1,4 +1,4 @@
-"""A converted model keeps working with what users do: copies, LoRA, hooks, checkpointing, half precision, compilers."""
+"""A converted model works with what users do: copies, saving, half precision, training mode, timm's ways of calling."""
 
 import copy
 import io
@@ -31,7 +31,7 @@ COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dum
 
 @hosts("flux", "sd15-unet", "sd35", "vit", "eva02")
 @pytest.mark.parametrize("make", COPIES.values(), ids=COPIES)
-def test_copies(host_id: str, make: Any) -> None:
+def test_a_copy_computes_the_same(host_id: str, make: Any) -> None:
     model = converted(host_id, POOLED)
     run(HOST[host_id], model, 8, 8)
     other = make(model)

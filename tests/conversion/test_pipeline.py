@@ -46,7 +46,7 @@ def test_softmax_gives_the_same_images(case: PipelineCase) -> None:
 
 
 @all_pipelines
-def test_by_name_with_options_and_back(case: PipelineCase) -> None:
+def test_processors_by_name_with_options(case: PipelineCase) -> None:
     pipe = case.build()
     seen = [images(case, pipe)]
     for name, options, spec in (
@@ -65,7 +65,7 @@ def test_by_name_with_options_and_back(case: PipelineCase) -> None:
 
 
 @pytest.mark.parametrize("pipeline_id", ["sd", "flux"])
-def test_the_one_set_last_is_the_only_one(pipeline_id: str) -> None:
+def test_the_last_processor_replaces_the_one_before(pipeline_id: str) -> None:
     case, twice, once = PIPELINE[pipeline_id], PIPELINE[pipeline_id].build(), PIPELINE[pipeline_id].build()
     keys = set(getattr(twice, case.denoiser).state_dict())
     stock = images(case, once)
@@ -108,14 +108,14 @@ REFUSED: dict[str, tuple[tuple, dict[str, Any], type[Exception], str]] = {
 
 @pytest.fixture(scope="module", params=[None, Clear(radius=2)], ids=["stock", "converted"])
 def standing(request: pytest.FixtureRequest) -> tuple[Any, Any, np.ndarray]:
-    """A pipeline, what it is converted to, and its images: for all rows, since refusals leave it as it was."""
+    """Return a pipeline, what it is converted to, and its images. All rows share it: a refusal leaves it as it was."""
     pipe = PIPELINE["sd"].build()
     pipe.set_attn_processor(request.param)
     return pipe, request.param, images(PIPELINE["sd"], pipe, 6, 6)
 
 
 @pytest.mark.parametrize("arguments, options, error, message", REFUSED.values(), ids=REFUSED)
-def test_what_is_refused_leaves_the_pipeline_as_it_was(
+def test_a_refusal_leaves_the_pipeline_as_it_was(
     standing: Any, arguments: Any, options: Any, error: Any, message: str
 ) -> None:
     pipe, first, before = standing
@@ -197,7 +197,7 @@ def test_ip_adapter_after_conversion(pipeline_id: str) -> None:
     assert np.abs(seen[1] - seen[0]).max() <= 1e-5 and np.abs(seen[2] - seen[0]).max() > 1e-4
 
 
-def test_a_converted_pipeline_makes_others_from_its_parts() -> None:
+def test_from_pipe_keeps_the_conversion() -> None:
     case, pipe = PIPELINE["sd-img2img"], PIPELINE["sd"].build()
     pipe.set_attn_processor("clear", radius=2)
     other = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe)
@@ -247,7 +247,7 @@ assert pipe.set_attn_processor(None) is None and not conversion.models["transfor
 """
 
 
-@pytest.mark.slow  # a process of its own; that `conversion` imports nothing of `pipelines` is tests/test_imports.py
+@pytest.mark.slow  # starts a process; that `conversion` imports nothing from `pipelines` is a row of test_imports.py
 def test_convert_leaves_the_class_of_pipelines_alone(pytestconfig: pytest.Config) -> None:
     command = [sys.executable, "-W", "ignore", "-c", FRESH]
     done = subprocess.run(command, cwd=pytestconfig.rootpath, capture_output=True, text=True, check=False)

@@ -57,7 +57,7 @@ def test_softmax_gives_the_stock_images(pipeline_id: str, addition: str) -> None
 
 
 @pytest.mark.parametrize(("pipeline_id", "addition", "name"), PAIRWISE)
-def test_others_run(pipeline_id: str, addition: str, name: str) -> None:
+def test_processors_change_the_images(pipeline_id: str, addition: str, name: str) -> None:
     image = draw(pipeline_id, addition, PROCESSORS[name])
     assert np.isfinite(image).all()
     assert np.abs(image - stock(pipeline_id, addition)).max() > 1e-5

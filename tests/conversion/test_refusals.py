@@ -1,4 +1,4 @@
-"""Bad input: a clear error each, and the model unchanged."""
+"""Bad input gives a clear error and leaves the model unchanged."""
 
 import math
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from vision_attn.processors import make_spec
 
 @pytest.fixture(autouse=True)
 def _native_attention():
-    """`set_attention_backend` of one model sets that of the process too."""
+    """Take back `set_attention_backend`, which sets the backend of the whole process too."""
     yield
     HOST["flux"].build().set_attention_backend("native")
 
@@ -124,7 +124,7 @@ def test_a_converted_model_is_not_converted_again(tmp_path: Path) -> None:
     assert "reverted" in repr(conversion)
 
 
-def test_one_model_of_a_pipeline_that_refuses_leaves_all_as_they_were() -> None:
+def test_a_refusal_by_one_model_leaves_the_pipeline_as_it_was() -> None:
     pipe = PIPELINE["sd-controlnet"].build()
     before = state(pipe.unet)
     add_hook_to_module(pipe.controlnet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1"), ModelHook())
@@ -234,7 +234,7 @@ def test_a_model_of_features_says_what_to_convert() -> None:
     assert not torch.allclose(changed[-1], features(x)[-1])
 
 
-def test_a_processor_without_the_fused_function_is_named_with_its_cure() -> None:
+def test_a_processor_without_the_fused_function_is_an_error_that_names_the_cure() -> None:
     model = HOST["sd15-unet"].build()
     convert(model, Clear(radius=2))
     model.set_default_attn_processor()

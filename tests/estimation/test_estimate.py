@@ -1,4 +1,4 @@
-"""`estimate` beside what really runs: grids, operations, and where a conversion pays."""
+"""`estimate` against real forwards: grids, operations, and from which size on a conversion pays."""
 
 import math
 from dataclasses import replace
@@ -21,7 +21,7 @@ from vision_attn.processors import Layer, Schedule
 
 
 def scale_of(case: HostCase) -> int:
-    """Pixels of the host's input per token of its finest grid."""
+    """Return how many pixels of the host's input make a side of a token of its finest grid."""
     model = case.build()
     if "sdxl" in case.id:
         return 2
@@ -140,7 +140,7 @@ def test_layers_below_the_break_even_are_left_alone() -> None:
     assert torch.equal(run(case, model, 48, 48), before)
 
 
-def test_a_pipeline_is_asked_in_pixels() -> None:
+def test_sizes_of_a_pipeline_are_in_pixels() -> None:
     pipe = PIPELINE["sd"].build()
     rows = estimate(pipe, Clear(2), height=64, width=128).layers
     factor = pipe.vae_scale_factor

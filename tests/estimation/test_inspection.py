@@ -26,7 +26,7 @@ def test_what_a_token_attends_to(name: str) -> None:
 
 
 @pytest.mark.parametrize("window", [dict(radius=2.5), dict(kernel_size=5)], ids=["disc", "square"])
-def test_windows_are_seen_exactly(window: dict[str, Any]) -> None:
+def test_a_window_is_seen_exactly(window: dict[str, Any]) -> None:
     grid, spec = Grid(9, 7), Clear(**window) if "radius" in window else Neighborhood(**window)
     for row, column in ((0, 0), (4, 3), (8, 6)):
         seen = attended(spec, grid, row, column) > 0
@@ -67,7 +67,7 @@ def test_a_pipeline_needs_no_weights(name: str, tmp_path: Path, capsys: pytest.C
     assert f"HiLo()     {size}" in text and "processors that fit every grid with their defaults: agent," in text
 
 
-def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_processors_that_do_not_fit_are_listed_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "vit_tiny_patch16_224", "--height", "96", "--width", "96", "--processor", "clear"]) == 0
     text = capsys.readouterr().out
     fit = next(line for line in text.splitlines() if line.startswith("processors that fit"))

@@ -1,4 +1,4 @@
-"""`generate_highres`: levels, noise levels, positions and chunks are right; pipelines are as before afterwards."""
+"""`generate_highres`: levels, noise levels, positions and chunks are right, and the pipeline is left as it was."""
 
 from typing import Any
 
@@ -58,7 +58,7 @@ def test_levels_of_every_kind_of_pipeline(pipeline_id: str) -> None:
 
 
 @pytest.mark.parametrize("pipeline_id", ["sd", "flux"])
-def test_processors_by_level_and_back(pipeline_id: str) -> None:
+def test_each_level_has_its_processor_and_none_is_left(pipeline_id: str) -> None:
     pipe: Any = PIPELINE[pipeline_id].build()
     base = base_of(pipe)
     options = dict(base=(base, base))
@@ -286,7 +286,7 @@ def test_the_embedded_teachers(teacher: str) -> None:
     assert np.corrcoef(np.asarray(small, np.float32).ravel(), shrunk.ravel())[0, 1] > 0.95
 
 
-def test_what_the_levels_decide_is_refused():
+def test_arguments_that_the_levels_decide_are_refused():
     pipe = load_teacher("nano")
     with pytest.raises(ValueError, match="output_type, strength: the levels decide that"):
         generate_highres(pipe, "octopus", 256, 256, strength=0.3, output_type="pt")

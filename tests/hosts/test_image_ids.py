@@ -22,7 +22,7 @@ def test_grid_is_read_in_every_dtype(size, dtype):
     assert grid_of_ids(ids(*size, dtype=dtype)) == Grid(*size)
 
 
-def test_the_largest_bf16_id_would_mislead():
+def test_the_largest_id_in_bfloat16_is_not_the_side():
     rounded = ids(300, 20, dtype=torch.bfloat16)
     assert int(rounded[:, 1].max()) + 1 != 300
     assert grid_of_ids(rounded) == Grid(300, 20)
@@ -41,7 +41,7 @@ def test_the_largest_bf16_id_would_mislead():
     ],
     ids=["kontext", "flux2-references", "interpolated", "batched"],
 )
-def test_segments_steps_and_batches(tensor, grid):
+def test_ids_with_references_steps_or_a_batch(tensor, grid):
     assert grid_of_ids(tensor) == grid
 
 
@@ -50,5 +50,5 @@ def test_segments_steps_and_batches(tensor, grid):
     [torch.randn(60, 3), ids(6, 10)[:-1], ids(6, 10)[torch.randperm(60)], ids(6, 10).flip(0)],
     ids=["random", "one-missing", "shuffled", "backwards"],
 )
-def test_what_is_no_grid_is_said(tensor):
+def test_ids_that_are_no_grid_give_the_reason(tensor):
     assert "are not those of a grid" in grid_of_ids(tensor)

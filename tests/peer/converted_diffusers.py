@@ -1,4 +1,4 @@
-"""A pytest plugin: every model that diffusers' own tests construct is converted by us at once.
+"""A pytest plugin that converts every model as soon as diffusers' own tests construct it.
 
     PYTHONPATH=tests/peer:DIFFUSERS pytest -p converted_diffusers DIFFUSERS/tests/models/transformers/...
 

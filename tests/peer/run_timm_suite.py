@@ -2,9 +2,9 @@
 
     TIMM_TESTS=timm-1.0.31/tests python tests/peer/run_timm_suite.py nat_mini dinat_s_tiny -- --durations=5
 
-timm's file is used as it is but for three lists: the models are restricted to those named, and our modules and our
-ViT-like models are added to the filters that say who returns features. The tests that download weights and those that
-name timm's own models are left out. Arguments after `--` go to pytest.
+timm's file is changed in three lists only: the models are those named, and our modules and our ViT-like models are
+added to the filters that say which models return features. Tests that download weights or name timm's own models are
+left out. Arguments after `--` go to pytest.
 """
 
 import os

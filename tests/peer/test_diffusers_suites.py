@@ -1,4 +1,4 @@
-"""diffusers' own test suites, with every model converted: as many pass as without us.
+"""diffusers' own test suites, with every model converted: the same tests pass as without vision_attn.
 
 `DIFFUSERS_TESTS` points to a source tree of diffusers of the installed version:
 
@@ -37,7 +37,7 @@ def outcomes(suite: str, spec: str) -> set[tuple[str, str]]:
     done = subprocess.run(command, cwd=TREE, env=environment, capture_output=True, text=True, check=False)
     found = set(re.findall(r"^(PASSED|FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE))
     print(suite, spec, done.stdout[-300:])
-    ran = any(outcome == "PASSED" for outcome, _ in found)  # a suite that cannot be imported is one ERROR both times
+    ran = any(outcome == "PASSED" for outcome, _ in found)  # one that cannot be imported is one ERROR in both runs
     assert ran, done.stdout[-3000:] + done.stderr[-3000:]
     return {(test, outcome) for outcome, test in found}
 

@@ -34,7 +34,7 @@ def spec_of(patch, meta):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_authors_patches(name):
+def test_the_patched_model_equals_the_authors(name):
     meta, io, unet = read(name)
     stock = {k: v.clone() for k, v in unet.state_dict().items()}
     for patch_name, patch in meta["patches"].items():
@@ -71,7 +71,7 @@ def test_the_schedule_follows_the_timestep():
 
 @pytest.mark.parametrize("cell", [(2, 3), (3, 1)])
 def test_cells_that_are_not_square(cell):
-    """One token of each cell is kept, wherever it is drawn, and what is merged gets what it was merged into."""
+    """Each cell keeps one random token, and a merged token gets the value of the one that it was merged into."""
     grid = Grid(6, 6)
     tokens = torch.nn.functional.normalize(torch.randn(2, 36, 8), dim=-1)
     matching = Matching.of(tokens, grid, cell, torch.Generator().manual_seed(1))

@@ -60,7 +60,7 @@ def test_released_weights_through_triton(monkeypatch):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_sharp_attention(name):
+def test_sharp_attention_equals_the_authors(name):
     meta, io, unet, released = read(name)
     load(unet, released)
     first = unet.get_submodule(meta["modules"][0])
@@ -74,7 +74,7 @@ def test_sharp_attention(name):
 
 @contextmanager
 def _grid(unet, tokens):
-    """Let a layer run by itself: LinFusion's tokens have no order, so any grid of that many will do."""
+    """Let a layer run alone. LinFusion's tokens have no order, so any grid with as many tokens will do."""
     contexts = [state_of(m).context for m in unet.modules() if is_rerouted(m)]
     for context in contexts:
         context.fixed = Grid(1, tokens)
@@ -152,7 +152,7 @@ def test_a_file_for_another_model_is_refused(damage, tmp_path):
     assert all(torch.equal(value, before[key]) for key, value in unet.state_dict().items())
 
 
-def test_a_repository_tells_its_own_spec():
+def test_a_repository_brings_its_own_spec():
     _, _, unet, released = read(CASES[0])
     with pytest.raises(ValueError, match="leave spec= away"):
         load(unet, released, spec=LinFusion(mid_dim=8))
@@ -160,7 +160,7 @@ def test_a_repository_tells_its_own_spec():
         load(unet, released, spec=[LinFusion()])
 
 
-def test_no_networks_are_the_authors_identity(tmp_path):
+def test_without_networks_the_residual_is_the_identity(tmp_path):
     """Their residual of width -1 is the identity: W (x + x)."""
     _, _, unet, released = read(CASES[0])
     config, weights = (tmp_path / name for name in ("config.json", "diffusion_pytorch_model.safetensors"))

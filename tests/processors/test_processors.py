@@ -42,7 +42,7 @@ def size(case: HostCase, name: str) -> tuple[int, int]:
 
 
 def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of the layers that the last forward rerouted."""
+    """Return the parameters of the layers that the last forward rerouted."""
     done = [m for m in model.modules() if is_rerouted(m) and state_of(m).status == "rerouted"]
     assert done
     return {f"{state_of(m).name}.{n}": p for m in done for n, p in m.vision_attn.named_parameters()}  # type: ignore
@@ -113,7 +113,7 @@ def test_low_precision_stays_finite_and_keeps_its_dtype(name: str, host_id: str,
 
 @pytest.mark.parametrize("host_id", ["flux", "sd15-unet", "vit", "sd3", "flux2", "eva02", "lumina2"])
 def test_a_residual_network_changes_queries_and_keys_where_the_host_projects_them(host_id: str) -> None:
-    """Once f is not zero, the output must follow it, and the host alone, bypassed, must not."""
+    """The output follows f once f is not zero; the bypassed host does not."""
     case = HOST[host_id]
     model = case.build()
     conversion = convert(model, LinFusion())
@@ -176,8 +176,8 @@ def test_bad_fields_are_refused(make: Any, error: type[Exception], message: str)
         make()
 
 
-def test_softmax_leaves_a_layer_alone_that_never_calls_attention() -> None:
-    """Sliced attention computes what Softmax() is: that is a status. For others it is an error (test_refusals)."""
+def test_softmax_accepts_a_layer_that_never_calls_attention() -> None:
+    """Sliced attention computes what Softmax() asks for: a status. Other processors raise there (test_refusals)."""
     case = HOST["sd15-unet"]
     model = case.build()
     conversion = convert(model, Softmax())
@@ -194,7 +194,7 @@ def test_a_bypassed_layer_does_not_keep_its_blocks_input() -> None:
     assert all(state_of(m).block_input is None for m in model.modules() if is_rerouted(m))
 
 
-def test_a_residual_network_on_a_module_that_tells_only_heads_and_head_dim() -> None:
+def test_a_residual_network_needs_only_heads_and_head_dim_of_a_module() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -212,7 +212,7 @@ def test_a_residual_network_on_a_module_that_tells_only_heads_and_head_dim() -> 
     assert set(conversion.status.values()) == {"rerouted"}
 
 
-def test_networks_whose_weights_are_stored_in_8_bits() -> None:
+def test_residual_networks_run_with_weights_stored_in_8_bits() -> None:
     model = HOST["flux"].build()
     convert(model, LinFusion(mid_dim=4))
     want = run(HOST["flux"], model, 6, 6)
