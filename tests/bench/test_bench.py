@@ -85,10 +85,10 @@ def test_a_case_is_stored_once_in_the_order_of_the_entry():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["kernel"], "no benchmark 'kernel': there is 'kernels'"),
+        (["kernel"], "unknown benchmark 'kernel': known are 'kernels'"),
         (["kernels", "--device", "tpu"], "device must be 'cpu' or 'cuda', got 'tpu'"),
-        (["kernels", "--device", "cpu", "--only", "disk-*"], "no case 'disk-*': there is linear-64"),
-        (["kernels", "--device", "cpu", "--candidates", "cudnn"], "no candidate 'cudnn': there is 'ours'"),
+        (["kernels", "--device", "cpu", "--only", "disk-*"], "unknown case 'disk-*': known are linear-64"),
+        (["kernels", "--device", "cpu", "--candidates", "cudnn"], "unknown candidate 'cudnn': known are 'ours'"),
         (["table"], "needs a FILE"),
         (["kernels", "results.json"], "needs a FILE, and only they do"),
         (["table", str(Path(__file__))], "is not JSON"),
@@ -320,7 +320,7 @@ def test_a_table_shows_figures_ratios_and_reasons():
         "- NATTEN is left out: not importable\n- dense is left out at 128 x 128: out of memory\n",
     ]
     assert "NVIDIA H200, torch 2, 2026-01-02. Medians." in markdown(document())
-    with pytest.raises(ValueError, match="no group 'Disks'; there is 'Discs'"):
+    with pytest.raises(ValueError, match="unknown group 'Disks': known are 'Discs'"):
         markdown(document(), ["Disks"])
 
 

@@ -37,7 +37,7 @@ _PASS = dict(median_ms=_NUMBER, min_ms=_NUMBER, iqr_ms=_NUMBER, samples=int, lau
 
 
 def pick_device(name: str | None) -> torch.device:
-    """Return the device called `name`, or if None a GPU where there is one.
+    """Return the device called `name`; for None a GPU if there is one, else the CPU.
 
     Raises:
         ValueError: If there is no such device.

@@ -45,8 +45,8 @@ def find_entries(name: str) -> list[ModuleType]:
     known = entry_names()
     found = [entry for entry in known if entry == name or entry.partition("_")[0] == name]
     if not found:
-        groups = dict.fromkeys(entry.partition("_")[0] for entry in known)
-        raise ValueError(f"no benchmark {name!r}: there is {', '.join(map(repr, dict.fromkeys((*groups, *known))))}")
+        names = dict.fromkeys((*(entry.partition("_")[0] for entry in known), *known))
+        raise ValueError(f"unknown benchmark {name!r}: known are {', '.join(map(repr, names))}")
     return [importlib.import_module(f"{entries.__name__}.{entry}") for entry in found]
 
 
@@ -58,7 +58,7 @@ def choose(cases: Sequence[Any], patterns: Sequence[str]) -> list[Any]:
     """
     names = [case.name for case in cases]
     if unknown := [p for p in patterns if not fnmatch.filter(names, p)]:
-        raise ValueError(f"no case {', '.join(map(repr, unknown))}: there is {', '.join(names)}")
+        raise ValueError(f"unknown case {', '.join(map(repr, unknown))}: known are {', '.join(names)}")
     return [case for case in cases if not patterns or any(fnmatch.fnmatchcase(case.name, p) for p in patterns)]
 
 
@@ -70,7 +70,7 @@ def check_candidates(chosen: Sequence[ModuleType], names: Sequence[str]) -> None
     """
     known = dict.fromkeys(candidate.name for entry in chosen for candidate in entry.CANDIDATES)
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"no candidate {', '.join(map(repr, unknown))}: there is {', '.join(map(repr, known))}")
+        raise ValueError(f"unknown candidate {', '.join(map(repr, unknown))}: known are {', '.join(map(repr, known))}")
 
 
 def run_benchmarks(
@@ -88,7 +88,7 @@ def run_benchmarks(
     Args:
         name: An entry or a group, see `find_entries`.
         out: Folder of the results, `<entry>_<device>.json`. Cases stored there by the same versions are kept.
-        device: 'cpu' or 'cuda', by default a GPU where there is one.
+        device: 'cpu' or 'cuda'; None for a GPU if there is one.
         only: Case names, `*` and `?` allowed; all if empty.
         candidates: Names of the candidates to compare with, all if empty.
         quick: Run fewer cases and take fewer samples.

@@ -42,7 +42,7 @@ def heading(document: dict[str, Any], groups: Sequence[str] = ()) -> tuple[str, 
     """
     names = list(dict.fromkeys(row["group"] for row in document["rows"]))
     if unknown := [group for group in groups if group not in names]:
-        raise ValueError(f"no group {', '.join(map(repr, unknown))}; there is {', '.join(map(repr, names))}")
+        raise ValueError(f"unknown group {', '.join(map(repr, unknown))}: known are {', '.join(map(repr, names))}")
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items() if version)
     dates = sorted({row["date"] for row in document["rows"]})
     when = " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "no rows"

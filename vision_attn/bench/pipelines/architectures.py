@@ -1,7 +1,7 @@
 """The denoisers that are timed: diffusers' configurations of released models, filled with random weights.
 
-Each configuration has the values of the released `config.json` on the Hugging Face hub that differ from, or matter
-beside, the defaults of diffusers' class. Nothing is downloaded.
+Each configuration has the values of the released `config.json` on the Hugging Face hub, without those that are defaults
+of diffusers' class. Nothing is downloaded.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_FLUX_TEXT = 512  # tokens
 Draw = Callable[..., Tensor]
-"""Normal noise of the shape given, on the device and in the dtype of the model."""
+"""Draws normal noise of a shape, on the device and in the dtype of the model."""
 
 
 @dataclass(frozen=True)
@@ -21,16 +22,18 @@ class Architecture:
 
     Args:
         name: Short and stable: a row is called '<name>-<pixels>'.
-        title: Of its table.
-        source: Repository on the Hugging Face hub whose configuration it is.
-        model: Class of diffusers.
-        config: Its arguments.
-        small: What differs in the twin that a CPU runs.
+        title: Title of its table.
+        source: Repository on the Hugging Face hub that the configuration is from.
+        model: Name of the class in diffusers.
+        config: Arguments of the class.
+        small: Arguments that differ in the twin for a CPU.
         native: Side in pixels of the images that it was trained on.
-        inputs: Arguments of one forward from the configuration, the image's side in pixels and a source of noise.
-        blocks: Classes of the blocks that regional compilation compiles, as `compile_repeated_blocks` does.
-        stacks: Lists of equal blocks: a step's time is linear in their lengths. None where blocks differ (UNets).
-        patch: Pixels per side of a token of the finest attention.
+        inputs: Makes the arguments of one forward from the configuration, the image's side in pixels and a `Draw`.
+        blocks: Classes of the blocks that are compiled, those of `compile_repeated_blocks`.
+        stacks: Names of the lists of equal blocks: a step's time is linear in their lengths. None if all blocks differ,
+            as in UNets.
+        patch: Side in pixels of a token of the finest attention.
+        prefix: Text tokens that attend together with those of the image.
     """
 
     name: str
@@ -44,13 +47,14 @@ class Architecture:
     blocks: tuple[str, ...]
     stacks: tuple[str, ...] = ()
     patch: int = 16
+    prefix: int = 0
 
     def twin(self) -> "Architecture":
         """Return the same architecture, small enough for a CPU."""
         return replace(self, config={**self.config, **self.small}, title=f"{self.title}, small", native=64)
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """Build the model with random weights, drawn where they stay."""
+        """Build the model with random weights, drawn on the device."""
         from vision_attn._compat import ensure_torchvision  # noqa: PLC0415
 
         ensure_torchvision()
@@ -63,7 +67,7 @@ class Architecture:
                 model: nn.Module = getattr(diffusers, self.model)(**self.config)
         finally:
             torch.set_default_dtype(before)
-        # what numpy made is still on the CPU and in its own dtype; a model's own `to` would log
+        # tensors made by numpy are still on the CPU and in a dtype of their own; the model's own `to` would log
         return nn.Module.to(model.eval().requires_grad_(False), device, dtype)
 
     def arguments(self, pixels: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -77,19 +81,19 @@ class Architecture:
 
 
 def _flux_inputs(config: Mapping[str, Any], pixels: int, draw: Draw) -> dict[str, Any]:
-    """512 text tokens, and position ids in the dtype of the embeddings, as the pipeline passes them."""
+    """Position ids are in the dtype of the embeddings, as the pipeline passes them."""
     side, x = pixels // 16, draw(1)
     ids = torch.zeros(side, side, 3, device=x.device)
     ids[..., 1] += torch.arange(side, device=x.device)[:, None]
     ids[..., 2] += torch.arange(side, device=x.device)
     return dict(
         hidden_states=draw(1, side**2, config["in_channels"]),
-        encoder_hidden_states=draw(1, 512, config["joint_attention_dim"]),
+        encoder_hidden_states=draw(1, _FLUX_TEXT, config["joint_attention_dim"]),
         pooled_projections=draw(1, config["pooled_projection_dim"]),
         timestep=torch.full_like(x, 0.5),
         guidance=torch.full_like(x, 3.5, dtype=torch.float32),
         img_ids=ids.flatten(0, 1).to(x.dtype),
-        txt_ids=torch.zeros_like(x).expand(512, 3).contiguous(),
+        txt_ids=torch.zeros_like(x).expand(_FLUX_TEXT, 3).contiguous(),
     )
 
 
@@ -117,7 +121,7 @@ def _pixart_inputs(config: Mapping[str, Any], pixels: int, draw: Draw) -> dict[s
 
 
 def _sd3_inputs(config: Mapping[str, Any], pixels: int, draw: Draw) -> dict[str, Any]:
-    """77 text tokens of CLIP and 256 of T5."""
+    """The text is 77 tokens of CLIP and 256 of T5."""
     x = draw(1, config["in_channels"], pixels // 8, pixels // 8)
     return dict(
         hidden_states=x,
@@ -144,7 +148,7 @@ ARCHITECTURES = {
             dict(in_channels=16, num_layers=2, num_single_layers=3, attention_head_dim=16, num_attention_heads=2,
                  joint_attention_dim=24, pooled_projection_dim=16, axes_dims_rope=(4, 6, 6)),
             1024, _flux_inputs, ("FluxTransformerBlock", "FluxSingleTransformerBlock"),
-            ("transformer_blocks", "single_transformer_blocks"),
+            ("transformer_blocks", "single_transformer_blocks"), prefix=_FLUX_TEXT,
         ),
         Architecture(
             "sdxl", "Stable Diffusion XL", "stabilityai/stable-diffusion-xl-base-1.0", "UNet2DConditionModel",

@@ -36,12 +36,12 @@ class PipelineCase:
     """Steps of one denoiser, batch 1.
 
     Args:
-        architecture: Its name.
+        architecture: Name of the denoiser's architecture.
         pixels: Side of the square image.
         ways: Names of the candidates, see `attention.py`.
         compiled: Whether the repeated blocks are compiled.
         musts: What must hold.
-        small: Whether the twin for a CPU runs, in float32.
+        small: Whether to run the twin for a CPU, in float32.
     """
 
     architecture: str
@@ -71,7 +71,7 @@ class PipelineCase:
     def grid(self) -> Grid:
         """The tokens of the finest attention."""
         side = self.pixels // self.model.patch
-        return Grid(side, side, prefix=512 if self.architecture == "flux" else 0)
+        return Grid(side, side, prefix=self.model.prefix)
 
     @property
     def label(self) -> str:
@@ -81,12 +81,12 @@ class PipelineCase:
 
     @property
     def mode(self) -> str:
-        """How blocks run."""
+        """How the blocks run."""
         return "compiled" if self.compiled else "eager"
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and latents."""
+        """The dtype of weights and latents."""
         return torch.float32 if self.small else torch.bfloat16
 
     def shape(self) -> dict[str, Any]:
