@@ -34,17 +34,17 @@ def check_int(name: str, value: Any, least: int, what: str = "an int") -> None:
 
 
 def check_number(name: str, value: Any, what: str = "a number", *, least: float | None = None) -> None:
-    """Refuse what is no number, or is too small.
+    """Refuse a value that is not a number, or is too small.
 
     Args:
-        name: Of the argument, for the error.
+        name: Name of the argument, for the error.
         value: What was given.
-        what: What would do, for the error.
+        what: What is allowed, for the error.
         least: The smallest value allowed, if there is one.
 
     Raises:
-        TypeError: If it is neither an int nor a float, or a bool.
-        ValueError: If it is too small.
+        TypeError: If the value is neither an int nor a float, or is a bool.
+        ValueError: If it is below `least`.
     """
     if not is_number(value):
         raise TypeError(f"{name} must be {what}, got {value!r}")

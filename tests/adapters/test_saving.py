@@ -115,7 +115,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "no-config": (lambda f: (f / "config.json").unlink(), ValueError, "no config.json"),
     "config-truncated": (lambda f: truncate(f, "config.json"), ValueError, "config.json is damaged"),
     "config-of-diffusers": (lambda f: (f / "config.json").write_text('{"_class_name": "x"}'), ValueError, "its format"),
-    "config-list": (lambda f: (f / "config.json").write_text("[]"), ValueError, "no vision_attn adapter"),
+    "config-list": (lambda f: (f / "config.json").write_text("[]"), ValueError, "not a vision_attn adapter"),
     "config-lacks-a-key": (lambda f: reconfigure(f, lambda c: c.pop("processors")), ValueError, "processors"),
     "unknown-processor": (
         lambda f: reconfigure(f, lambda c: c["processors"][0]["spec"].update({"class": "Sparse"})),
@@ -160,9 +160,9 @@ def test_files_that_are_no_adapter_are_refused(tmp_path: Path) -> None:
     before = state(model)
     torch.save(before, tmp_path / "weights.bin")
     for source, options, error, message in (
-        (tmp_path / "weights.bin", {}, ValueError, "only .safetensors files are, for a pickle can run any code"),
+        (tmp_path / "weights.bin", {}, ValueError, "only .safetensors files are read, because a pickle"),
         (tmp_path, dict(weight_name="weights.bin"), ValueError, "only .safetensors files"),
-        (tmp_path, {}, ValueError, "is no adapter.*only weights.bin"),
+        (tmp_path, {}, ValueError, "is not an adapter.*only weights.bin"),
         (tmp_path / "nowhere", {}, FileNotFoundError, "nowhere does not exist"),
         ("nobody/nothing", {}, FileNotFoundError, "nobody/nothing"),
         (tmp_path, dict(weight_name="none.safetensors"), FileNotFoundError, "none.safetensors does not exist"),

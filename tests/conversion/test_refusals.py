@@ -83,7 +83,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception
     "grid-of-a-unet": (UNET, dict(grid=(12, 10)), ValueError, "levels of a UNet"),
     "components-of-a-model": (VIT, dict(components=("unet",)), ValueError, "is for a pipeline"),
     "host-kind": (VIT, dict(host="vit"), TypeError, "host"),
-    "unknown-model": (lambda: nn.Linear(2, 2), {}, ValueError, "Linear is no known host.*FluxTransformer2DModel.*Host"),
+    "unknown-model": (lambda: nn.Linear(2, 2), {}, ValueError, "Linear is not a known host.*FluxTransformer2DM.*Host"),
     "no-attention": (unet_without_attention, {}, ValueError, "UNet2DConditionModel has no self-attention over a grid"),
     "differential": (
         lambda: timm.create_model("vit_tiny_patch16_224", depth=1, attn_layer="diff"), {}, ValueError, "DiffAttention",

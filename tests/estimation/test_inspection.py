@@ -71,7 +71,7 @@ def test_processors_that_do_not_fit_are_listed_with_the_reason(capsys: pytest.Ca
     assert main(["inspect", "vit_tiny_patch16_224", "--height", "96", "--width", "96", "--processor", "clear"]) == 0
     text = capsys.readouterr().out
     fit = next(line for line in text.splitlines() if line.startswith("processors that fit"))
-    assert "clear" in fit and "neighborhood" not in fit and "neighborhood not blocks.0.attn (" in text
+    assert "clear" in fit and "neighborhood" not in fit and "neighborhood does not fit blocks.0.attn (" in text
 
 
 @pytest.mark.parametrize(
@@ -79,12 +79,12 @@ def test_processors_that_do_not_fit_are_listed_with_the_reason(capsys: pytest.Ca
     [
         (["vit_of_dreams"], "neither a folder"),
         (["vit_tiny_patch16_224", "--processor", "cleer"], "cleer"),
-        (["resnet18"], "no known host"),
-        (["dinat_mini"], "NAT is no known host"),
+        (["resnet18"], "not a known host"),
+        (["dinat_mini"], "NAT is not a known host"),
         (["vit_tiny_patch16_224", "--processor", "clear:radius"], "name=value"),
         (["vit_tiny_patch16_224", "--processor", "clear:diameter=3"], "diameter"),
         (["nobody/nothing"], "could not be loaded"),
-        (["vit_tiny_patch16_224", "--picture", "x.foo"], "names no format of a picture"),
+        (["vit_tiny_patch16_224", "--picture", "x.foo"], "does not name a picture format"),
         (["vit_tiny_patch16_224", "--picture", "no/folder/x.png"], "there is no folder no/folder"),
         (["vit_tiny_patch16_224", "--token", "1", "2"], "--token is for the --picture"),
         (["vit_tiny_patch16_224", "--token", "1", "99", "--picture", "x.png"], "(1, 99) is not in a grid"),

@@ -193,7 +193,7 @@ def test_two_converted_models_do_not_see_each_other(host_id: str) -> None:
 def test_video_models_are_refused_by_name(case: HostCase) -> None:
     model = case.build()
     output = run(case, model, 4, 4)
-    with pytest.raises(ValueError, match=rf"{type(model).__name__} is no known host\. It looks like a video model"):
+    with pytest.raises(ValueError, match=rf"{type(model).__name__} is not a known host\. It looks like a video model"):
         convert(model, Softmax())
     assert not any(is_rerouted(module) for module in model.modules())
     assert torch.equal(run(case, model, 4, 4), output)

@@ -154,7 +154,7 @@ def test_a_file_for_another_model_is_refused(damage, tmp_path):
 
 def test_a_repository_brings_its_own_spec():
     _, _, unet, released = read(CASES[0])
-    with pytest.raises(ValueError, match="leave spec= away"):
+    with pytest.raises(ValueError, match="leave out spec="):
         load(unet, released, spec=LinFusion(mid_dim=8))
     with pytest.raises(TypeError, match="spec must be"):
         load(unet, released, spec=[LinFusion()])

@@ -38,11 +38,11 @@ class Adapter:
     Attributes:
         source: Where it was read, for messages.
         component: Name of the component in its pipeline, '' for a model by itself.
-        layers: The spec of each layer by name; one spec for all layers of the host if None is a key.
-        tensors: By name in the converted model.
+        layers: The spec of each layer by name; the name None stands for all layers of the host.
+        tensors: Tensors by their names in the converted model.
         min_tokens: As given to `convert`.
-        model_class: Name of the model's class, if known.
-        complete: Parts of names: of the model's parameters with one of them none may be missing.
+        model_class: Name of the model's class, '' if not known.
+        complete: Parts of names: every parameter of the model whose name has one of them must be in `tensors`.
     """
 
     source: str
@@ -57,7 +57,7 @@ class Adapter:
         """Refuse a model of another class than the one that was saved, and a file that is not complete.
 
         Raises:
-            ValueError: If neither its class nor one that it derives from bears the name, or tensors are missing.
+            ValueError: If neither the model's class nor a base class has the saved name, or tensors are missing.
         """
         wanted = [name for name, _ in model.named_parameters() if any(part in name for part in self.complete)]
         if missing := [name for name in wanted if name not in self.tensors]:
@@ -84,11 +84,21 @@ class Adapter:
 def read_adapter(
     source: str | Path, weight_name: str | None = None, spec: AttnSpec | None = None, **hub: Any
 ) -> list[Adapter]:
-    """Read a folder, a file, or a repository of the hub: one adapter per component, with `spec` instead of its own.
+    """Read a folder, a file, or a repository of the hub.
+
+    Args:
+        source: The folder or file, or the name of the repository.
+        weight_name: Name of a file in the folder or repository, if that is not an adapter.
+        spec: Replaces the spec that was saved.
+        hub: `subfolder` and the options in `HUB`.
+
+    Returns:
+        One adapter for each component.
 
     Raises:
-        FileNotFoundError: If there is nothing there.
-        ValueError: If it is no adapter, or a file is damaged or of a kind that is not read.
+        TypeError: If an option is unknown.
+        FileNotFoundError: If `source` does not exist and cannot be downloaded.
+        ValueError: If it is not an adapter, or a file is damaged or not a safetensors file.
     """
     place = _fetch(source, weight_name, **hub)
     if place.is_file():
@@ -101,7 +111,7 @@ def read_adapter(
     if not inner:
         files = ", ".join(sorted(path.name for path in place.iterdir())[:8]) or "nothing"
         raise ValueError(
-            f"{place} is no adapter: it has no {CONFIG}, only {files}; name a weights file by weight_name="
+            f"{place} is not an adapter: it has no {CONFIG}, only {files}; name a weights file by weight_name="
         )
     return [_read_folder(path, spec) for path in inner]
 
@@ -114,7 +124,7 @@ def _read_folder(folder: Path, spec: AttnSpec | None) -> Adapter:
     if isinstance(config, dict) and is_linfusion(config):
         return _read_linfusion(folder, config, spec)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise ValueError(f"{folder / CONFIG} is no vision_attn adapter: its format is not {FORMAT!r}")
+        raise ValueError(f"{folder / CONFIG} is not a vision_attn adapter: its format is not {FORMAT!r}")
     try:
         return _read_config(folder, config, spec)
     except (KeyError, TypeError, AttributeError) as error:
@@ -123,7 +133,7 @@ def _read_folder(folder: Path, spec: AttnSpec | None) -> Adapter:
 
 def _read_linfusion(folder: Path, config: dict[str, Any], spec: AttnSpec | None) -> Adapter:
     if spec is not None:
-        raise ValueError(f"{folder} is a LinFusion repository, which tells the spec of each layer: leave spec= away")
+        raise ValueError(f"{folder} is a LinFusion repository, which has the spec of each layer: leave out spec=")
     tensors = read_tensors(folder / LINFUSION_WEIGHTS)
     try:
         return Adapter(str(folder), "unet", *linfusion_adapter(str(folder), config, tensors))
@@ -159,7 +169,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _refuse_other_files(path: Path) -> None:
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path.name} is not read: only .safetensors files are, for a pickle can run any code")
+        raise ValueError(f"{path.name} is refused: only .safetensors files are read, because a pickle can run any code")
 
 
 HUB = ("revision", "token", "cache_dir", "local_dir", "force_download", "local_files_only", "endpoint")
@@ -189,16 +199,16 @@ def _fetch(source: str | Path, weight_name: str | None, *, subfolder: str = "", 
         wanted = [f"{inside}**{name}" for name in (CONFIG, WEIGHTS, LINFUSION_WEIGHTS)]
         return Path(snapshot_download(str(source), allow_patterns=wanted, **hub)) / subfolder
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise FileNotFoundError(f"{source} is neither here nor could it be downloaded: {error}") from None
+        raise FileNotFoundError(f"{source} does not exist here, and could not be downloaded: {error}") from None
 
 
 def write_adapter(folder: Path, adapter: Adapter, base_name: str) -> None:
     """Write an adapter folder. The files appear complete or not at all.
 
     Args:
-        folder: Is made if it does not exist. Files of an earlier adapter are replaced.
+        folder: Made if it does not exist. Files of an earlier adapter are replaced.
         adapter: What to write.
-        base_name: Of the base model, where it is known.
+        base_name: Name of the base model, '' if it is not known.
     """
     groups: dict[AttnSpec, list[str]] = {}
     for name, spec in adapter.layers.items():

@@ -39,7 +39,7 @@ def published_adapter(
     Args:
         name: The file's name, which tells the hyperparameters.
         tensors: Its content.
-        spec: Instead of what the name says.
+        spec: Replaces what the name says.
 
     Raises:
         ValueError: If the name is not that of a released file, or the content is not what name or spec say.
@@ -47,7 +47,7 @@ def published_adapter(
     match = _CLEAR.search(name)
     if spec is None and match is None:
         raise ValueError(
-            f"{name} is no released file that is known, clear_local_RADIUS[_down_POOL].safetensors: give its spec="
+            f"{name} is not named like a released file, clear_local_RADIUS[_down_POOL].safetensors: give its spec="
         )
     if spec is None and match is not None:
         spec = Clear(radius=int(match[1]), pool=int(match[2] or 1))
@@ -91,10 +91,10 @@ def linfusion_adapter(
             wrong.append(f"unexpected: {key}")
         child = f"{CHILD}." if rest.startswith(("to_q_.", "to_k_.")) else ""
         if module["projection_mid_dim"] == -1 and rest in _QUERIES_AND_KEYS:
-            tensor = 2 * tensor  # noqa: PLW2901 - their f is the identity then: W (x + x)
+            tensor = 2 * tensor  # noqa: PLW2901 - their f is then the identity: W (x + x)
         renamed[f"{module['module_name']}.{child}{rest}"] = tensor
     if wrong:
-        raise ValueError(f"{source} is no complete LinFusion repository: {'; '.join(wrong[:8])}")
+        raise ValueError(f"{source} is not a complete LinFusion repository: {'; '.join(wrong[:8])}")
     return layers, renamed
 
 
@@ -113,10 +113,10 @@ def export_clear(conversion: Any, folder: str | Path) -> Path:
 
     Args:
         conversion: A `Conversion` to `Clear`, of one model.
-        folder: Is made if it does not exist.
+        folder: Made if it does not exist.
 
     Returns:
-        The file, `clear_local_{radius}[_down_{pool}].safetensors`.
+        The path of the file, `clear_local_{radius}[_down_{pool}].safetensors`.
 
     Raises:
         ValueError: If it is not a FLUX.1 with one `Clear` of whole radius on all layers.
@@ -145,7 +145,7 @@ def check_clear(conversion: Any) -> tuple[nn.Module, Clear]:
             f"{', '.join(sorted(map(str, specs)))}"
         )
     if spec.radius != int(spec.radius):
-        raise ValueError(f"CLEAR's format has whole radii, and this is {spec.radius}")
+        raise ValueError(f"CLEAR's format is for whole radii, and this is {spec.radius}")
     return model, spec
 
 
@@ -154,13 +154,13 @@ def export_linfusion(conversion: Any, folder: str | Path) -> Path:
 
     Args:
         conversion: A `Conversion` to `LinFusion(feature_map='elu')`, of one model.
-        folder: Is made if it does not exist.
+        folder: Made if it does not exist.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If a layer is no such LinFusion, or its projections are not separate and unbiased.
+        ValueError: If a layer has another spec, or its projections are not separate and unbiased.
     """
     modules_list: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
@@ -185,10 +185,10 @@ def export_linfusion(conversion: Any, folder: str | Path) -> Path:
 
 
 def check_linfusion(conversion: Any) -> list[tuple[str, LinFusion, Any]]:
-    """Return name, spec and module of the layers of a conversion that LinFusion's format can hold.
+    """Return name, spec and module of each layer of a conversion that LinFusion's format can hold.
 
     Raises:
-        ValueError: If a layer is no `LinFusion(feature_map='elu')`, or its projections are not separate and unbiased.
+        ValueError: If a layer has another spec, or its projections are not separate and unbiased.
     """
     model, layers = _only_model(conversion), []
     for name, spec in conversion.specs.items():

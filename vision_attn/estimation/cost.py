@@ -1,4 +1,4 @@
-"""When a processor pays: seconds of its attention beside dense attention, from operations, bytes and measured rates."""
+"""When a processor pays: times of its attention and of dense attention, from operations, bytes and measured rates."""
 
 import functools
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ class Machine:
 
     Attributes:
         dense: Operations per second of dense attention.
-        other: Needed operations per second of all others, whose tiles also compute what no token needs.
+        other: Needed operations per second of other attention, whose tiles also compute operations nobody needs.
         bandwidth: Bytes per second.
-        overhead: Seconds of one call that is not dense.
+        overhead: Seconds that each call of other attention takes in addition.
     """
 
     dense: float
@@ -37,7 +37,7 @@ MACHINES = {
 
 
 def machine_of(device: str) -> Machine:
-    """Return the rates of a kind of device, those of a GPU if it was not measured."""
+    """Return the rates of a kind of device; those of a GPU if its own were not measured."""
     return MACHINES.get(device.partition(":")[0], MACHINES["cuda"])
 
 
@@ -45,28 +45,34 @@ def check_device(device: str | None) -> None:
     """Refuse the name of a device whose rates are not known.
 
     Raises:
-        ValueError: If it is none of 'cuda' and 'cpu', with or without a number.
+        ValueError: If it is neither 'cuda' nor 'cpu', with or without a number.
     """
     if device is not None and device.partition(":")[0] not in MACHINES:
         raise ValueError(f"device must be {' or '.join(map(repr, MACHINES))}, whose rates are known, got {device!r}")
 
 
 def seconds(spec: AttnSpec, grid: Grid, layer: Layer, machine: Machine, itemsize: int) -> float:
-    """Estimate the time of one attention over one sequence, for a schedule its mean over the denoising.
+    """Estimate the time of one attention over one sequence; for a schedule, the mean over the denoising.
 
     Args:
         spec: The processor.
         grid: The sequence.
-        layer: Its heads.
+        layer: The layer; its name is not used.
         machine: The rates.
         itemsize: Bytes of one element of q.
+
+    Returns:
+        Seconds.
+
+    Raises:
+        ValueError: If the spec does not fit the grid.
     """
     if isinstance(spec, Schedule):
         return sum(share * seconds(stage, grid, layer, machine, itemsize) for share, stage in spec.shares)
     dense = isinstance(spec, Softmax)
     work = spec.flops(grid, layer) / (machine.dense if dense else machine.other)
     moved = spec.passes * least_bytes(grid, layer, itemsize) / machine.bandwidth
-    # a machine computes and moves at once, but no kernel is perfect at it: the longer one, and the overhead
+    # a machine computes and moves data at the same time, so the longer of the two counts
     return max(work, moved) + (0 if dense else machine.overhead)
 
 
@@ -77,17 +83,17 @@ def least_bytes(grid: Grid, layer: Layer, itemsize: int) -> int:
 
 @functools.cache
 def break_even(spec: AttnSpec, layer: Layer, outside: int, device: str, itemsize: int) -> int | None:
-    """Return the tokens of the smallest square grid from which on a processor is faster than dense attention.
+    """Return the number of grid tokens from which on a processor is faster than dense attention, on square grids.
 
     Args:
         spec: The processor.
-        layer: Heads of the layer; its name does not count.
+        layer: The layer. Give it no name, so that equal layers are worked out once.
         outside: Tokens outside the grid.
         device: Kind of device, 'cuda' or 'cpu'.
         itemsize: Bytes of one element of q.
 
     Returns:
-        Tokens of the grid; None if it never is, up to 1024 x 1024.
+        Tokens of the grid; None if the processor is never faster, up to 1024 x 1024.
     """
     machine, found = machine_of(device), None
     for side in reversed(_SIDES):

@@ -16,7 +16,7 @@ _CELL = 6  # pixels of a token in the picture
 
 
 def fitting(layers: Sequence[LayerEstimate]) -> str:
-    """Say which processors fit all grids with their defaults, and why others do not."""
+    """Return lines that say which processors fit all grids with their defaults, and why the others do not."""
     grids = {row.grid: row.name for row in reversed(layers)}
     fit, others = [], []
     for name, known in REGISTRY.items():
@@ -27,7 +27,7 @@ def fitting(layers: Sequence[LayerEstimate]) -> str:
             try:
                 kind().attended(grid)
             except ValueError as error:
-                others.append(f"{name} not {layer} ({error})")
+                others.append(f"{name} does not fit {layer} ({error})")
                 break
         else:
             fit.append(name)
@@ -35,15 +35,18 @@ def fitting(layers: Sequence[LayerEstimate]) -> str:
 
 
 def attended(spec: AttnSpec, grid: Grid, row: int, column: int) -> Tensor:
-    """Return how much a token attends to each token of the grid, `[height, width]`, where all keys are alike.
+    """Return how much a token attends to each token of the grid if all keys are alike.
 
-    It is the derivative of the token's output by the values, so it holds for any processor.
+    This is the derivative of the token's output with respect to the values, so it works for any processor.
 
     Args:
         spec: The processor.
         grid: The sequence.
-        row: Of the token.
-        column: Of the token.
+        row: Row of the token.
+        column: Column of the token.
+
+    Returns:
+        `[height, width]`.
 
     Raises:
         ValueError: If the token is not in the grid, or the spec does not fit it.
@@ -61,21 +64,30 @@ def attended(spec: AttnSpec, grid: Grid, row: int, column: int) -> Tensor:
 
 
 def check_picture(path: Path) -> None:
-    """Refuse a file that no picture can be written to, before anything is worked out.
+    """Refuse a file that no picture can be written to, before anything is computed.
 
     Raises:
-        ValueError: If its folder does not exist, or its name does not say a format.
+        ValueError: If its folder does not exist, or its name does not end with a known format.
     """
     from PIL import Image  # noqa: PLC0415
 
     if not path.parent.is_dir():
         raise ValueError(f"{path} cannot be written: there is no folder {path.parent}")
     if path.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"{path} names no format of a picture: end it with .png, .jpg or .webp")
+        raise ValueError(f"{path} does not name a picture format: end it with .png, .jpg or .webp")
 
 
 def picture(weights: Tensor, row: int, column: int) -> Any:
-    """Draw what a token attends to: the darker, the more; the token itself is red."""
+    """Draw what a token attends to.
+
+    Args:
+        weights: How much the token attends to each token of the grid `[height, width]`; more is darker.
+        row: Row of the token, which is drawn in red.
+        column: Column of the token.
+
+    Returns:
+        A PIL image.
+    """
     from PIL import Image  # noqa: PLC0415
 
     shade = (weights.clamp(min=0) / weights.max().clamp(min=1e-12)).sqrt()

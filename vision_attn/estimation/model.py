@@ -1,4 +1,4 @@
-"""`estimate`: what a conversion would need and save at a size of the image, before anything is converted."""
+"""`estimate`: what a conversion would need and save at an image size, before anything is converted."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from vision_attn.hosts.selection import Specs, Where, assign, check_specs, selec
 from vision_attn.processors.base import AttnSpec, Layer
 from vision_attn.processors.softmax import Softmax
 
-_SIDES = (*range(64, 1025, 64), *range(1280, 16385, 256))  # pixels, of the shorter side, for the break-even
+_SIDES = (*range(64, 1025, 64), *range(1280, 16385, 256))  # pixels of the shorter side that `_pays_from` tries
 
 
 def estimate(
@@ -30,7 +30,7 @@ def estimate(
 ) -> "Estimate":
     """Estimate what `convert(target, spec)` needs and saves, without converting or running anything.
 
-    Operations are counted; times are estimated from rates that were measured on one H200 and one CPU core, and decide
+    Operations are counted. Times are estimated from rates that were measured on one H200 and one CPU core; they decide
     from which size on the conversion pays.
 
     Args:
@@ -40,8 +40,12 @@ def estimate(
         width: Width of the image in pixels.
         where: As for `convert`.
         host: As for `convert`.
-        vae_scale_factor: Pixels per latent; the pipeline's own, 8 for a diffusers model by itself, 1 for timm.
-        device: 'cuda' or 'cpu', for the times; where the model lies unless given.
+        vae_scale_factor: Pixels per latent; by default the pipeline's own, 8 for a diffusers model by itself, 1 for
+            timm.
+        device: 'cuda' or 'cpu', for the times; by default where the model is.
+
+    Returns:
+        The estimate, which prints as a table.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -67,16 +71,16 @@ def estimate(
 
 @dataclass(frozen=True)
 class LayerEstimate:
-    """One layer.
+    """What one layer needs for one sequence.
 
     Attributes:
-        name: Of the layer.
+        name: Name of the layer.
         spec: Its processor, `Softmax()` if it is not converted.
         grid: Its tokens.
-        dense_flops: Operations of dense attention over one sequence, without projections.
+        dense_flops: Operations of dense attention, without projections.
         flops: Operations that the processor needs.
         attended: Mean share of the tokens that one token attends to.
-        bytes: Of q, k, v and o.
+        bytes: Bytes of q, k, v and o.
         dense_seconds: Estimated time of dense attention.
         seconds: Estimated time of the processor.
     """
@@ -98,9 +102,9 @@ class Estimate:
 
     Attributes:
         layers: All attention layers over a grid.
-        other_flops: Operations of the linear and convolution layers of the model, without small ones.
-        pays_from: The smallest (height, width) in pixels, of the asked shape, from which on the conversion is faster;
-            None if it never is.
+        other_flops: Operations of the model's linear layers in blocks that attend, and of its convolutions.
+        pays_from: The (height, width) in pixels, of the given shape, from which on the conversion is faster; None if it
+            never is.
     """
 
     layers: list[LayerEstimate]
@@ -120,7 +124,7 @@ class Estimate:
 
     @property
     def converted_share(self) -> float:
-        """Operations of the converted model, as a share of the dense one's."""
+        """Operations of the converted model, as a share of those of the dense one."""
         dense = sum(row.dense_flops for row in self.layers) + self.other_flops
         return (sum(row.flops for row in self.layers) + self.other_flops) / dense
 
@@ -197,11 +201,13 @@ def _refuse_tiny(
     for name in names:
         if min(size) < 1 or min(host.size(model, name, *size)) < 1:
             height, width = pixels
-            raise ValueError(f"an image of {height} x {width} pixels is smaller than a token of {name}: give more")
+            raise ValueError(
+                f"an image of {height} x {width} pixels is smaller than a token of {name}: give a larger one"
+            )
 
 
 def _other_flops(model: nn.Module, host: Host, size: tuple[int, int]) -> float:
-    """Twice the weights times the tokens, for all layers inside blocks that attend, and all convolutions."""
+    """Return twice the weights times the tokens, for linear layers in blocks that attend and for convolutions."""
     tokens = {name: host.grid_at(model, name, *size).tokens for name in host.layer_names(model)}
     blocks = {name.rpartition(".")[0]: count for name, count in tokens.items()}
     total = 0.0
@@ -223,7 +229,7 @@ def _pays_from(
     scale: int,
     device: str | None,
 ) -> tuple[int, int] | None:
-    """Try sizes of the same shape, from large to small, until dense attention is faster."""
+    """Return the smallest size of the same shape that pays: try sizes from large to small until dense is faster."""
     found = None
     for short in reversed(_SIDES):
         height, width = (round(short * side / min(size) / 64) * 64 for side in size)

@@ -1,8 +1,8 @@
-"""Runs the feed-forward layers of FLUX.1 some tokens at a time: their hidden layer is four times as wide as a token.
+"""Runs the feed-forward layers of FLUX.1 in chunks of tokens: their hidden layer is four times as wide as a token.
 
 diffusers offers this for other models (`enable_forward_chunking`), but not for FLUX. Nothing of the blocks is
-rewritten: in a single-stream block the hidden layer is left out where the block computes it, and made chunk by chunk
-where the block projects it back.
+rewritten: a single-stream block skips the hidden layer where it computes it otherwise, and makes it chunk by chunk
+where it projects it back.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vision_attn._checks import check_int
+
 
 @contextmanager
 def chunked_feed_forward(transformer: nn.Module, tokens: int) -> Iterator[None]:
@@ -19,13 +21,13 @@ def chunked_feed_forward(transformer: nn.Module, tokens: int) -> Iterator[None]:
 
     Args:
         transformer: A `FluxTransformer2DModel`; other models are left as they are.
-        tokens: Tokens computed at a time, at least 1.
+        tokens: Tokens in a chunk, at least 1.
 
     Raises:
+        TypeError: If `tokens` is not an int.
         ValueError: If `tokens` is below 1.
     """
-    if tokens < 1:
-        raise ValueError(f"tokens must be at least 1, got {tokens}")
+    check_int("tokens", tokens, 1)
     changed: list[nn.Module] = []
     try:
         for module in transformer.modules():

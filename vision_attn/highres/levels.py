@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from vision_attn._checks import is_int, is_number
+from vision_attn._checks import check_one_of, is_int, is_number
 from vision_attn.conversion.conversion import convert
 from vision_attn.conversion.state import is_converted
 from vision_attn.grid import Grid
@@ -32,7 +32,7 @@ from vision_attn.processors.base import AttnSpec
 from vision_attn.processors.clear import Clear
 from vision_attn.processors.schedule import Schedule
 
-# Steps and strengths are in `Options`; a level goes on from the tensors of the one before, and pictures are PIL's.
+# Options hold steps and strengths, a level goes on from the tensors of the one before, and pictures are PIL images.
 _TAKEN = {"num_inference_steps", "strength", "image", "latents", "output_type", "callback_on_step_end", "return_dict"}
 _TILED_FROM = 2048  # pixels of the longer side from which on the autoencoder works tile by tile
 _CHUNK = 16384  # tokens of FLUX's feed-forward layers at a time
@@ -44,19 +44,19 @@ class Options:
 
     Args:
         num_inference_steps: Denoising steps of the first level.
-        level_inference_steps: Steps of each further one.
-        base: (height, width) of the first level in pixels; the largest of the asked shape with no more pixels than the
-            native size, if None.
+        level_inference_steps: Denoising steps of each level above the first.
+        base: (height, width) of the first level in pixels; None for the largest size of the asked shape that has no
+            more pixels than the native size.
         factor: Enlargement from level to level, above 1.
-        strength: Noise levels s of the further levels, in (0, 1), or one for all; the last one counts for all that
-            follow.
-        skip_residual: Power of the skip residual, above 0; None for none.
-        match_stats: Whether the latents of a level get mean and deviation, by channel, of the enlarged picture.
+        strength: Noise levels s of the levels above the first, in (0, 1), or one for all; the last one also counts for
+            all levels that follow.
+        skip_residual: Power of the skip residual, above 0; None for no skip residual.
+        match_stats: Whether each channel of a level's latents gets the mean and deviation of the enlarged picture.
         rope: 'ntk' to stretch the base of FLUX's rotary embedding with the side, 'interpolate' to scale positions to
             those of the first level, 'none' to leave both.
-        shift: Of flow matching's schedule above the first level: 'sqrt' to let it grow with the square root of the
-            tokens, or a number above 0.
-        quiet: No progress bar.
+        shift: Shift of flow matching's schedule above the first level: 'sqrt' to let it grow with the square root of
+            the tokens, or a number above 0.
+        quiet: Whether to hide the progress bar.
 
     Raises:
         TypeError: If a value has the wrong type.
@@ -85,8 +85,7 @@ class Options:
         if self.skip_residual is not None and not (is_number(self.skip_residual) and self.skip_residual > 0):
             text = "skip_residual must be a number above 0, or None for none"
             raise _refusal(text, self.skip_residual, is_number(self.skip_residual))
-        if self.rope not in ("ntk", "interpolate", "none"):
-            raise ValueError(f"rope must be 'ntk', 'interpolate' or 'none', got {self.rope!r}")
+        check_one_of("rope", self.rope, ("ntk", "interpolate", "none"))
         if self.shift != "sqrt" and not (is_number(self.shift) and self.shift > 0):  # type: ignore[operator]
             typed = isinstance(self.shift, str) or is_number(self.shift)
             raise _refusal("shift must be 'sqrt' or a number above 0", self.shift, typed)
@@ -96,13 +95,13 @@ class Options:
 
         Args:
             pipe: The pipeline.
-            height: Of the last level in pixels.
-            width: Of the last level in pixels.
-            cell: Tokens that the sides of all levels are multiples of: the processors' pooled cells.
+            height: Height of the last level in pixels.
+            width: Width of the last level in pixels.
+            cell: The sides of all levels are multiples of this many tokens: the processors' pooled cells.
 
         Raises:
             TypeError: If a side is not an int.
-            ValueError: If the sides are no such multiples, or `base` does not fit.
+            ValueError: If a side is not a multiple of the cell, or `base` does not fit.
         """
         if not (is_int(height) and is_int(width)):
             raise TypeError(f"height and width must be ints, got {height!r} and {width!r}")
@@ -129,7 +128,7 @@ class Options:
         return sizes
 
     def strengths(self, levels: int) -> list[float]:
-        """Return the noise level that each level begins at."""
+        """Return the noise level that each of `levels` levels begins at."""
         assert isinstance(self.strength, tuple)
         return [1.0, *(self.strength[min(i, len(self.strength) - 1)] for i in range(levels - 1))]
 
@@ -140,13 +139,13 @@ def _refusal(text: str, value: object, right_type: bool) -> Exception:
 
 
 def _check_count(name: str, value: object) -> None:
-    """Refuse what is no int of at least 1."""
+    """Refuse a value that is not an int of at least 1."""
     if not (is_int(value) and value >= 1):  # type: ignore[operator]
         raise _refusal(f"{name} must be an int, at least 1", value, is_int(value))
 
 
 def _checked_base(base: object) -> tuple[int, int]:
-    """Return (height, width), or refuse what is no pair of positive ints."""
+    """Return (height, width), or refuse a value that is not a pair of positive ints."""
     if not (isinstance(base, tuple | list) and len(base) == 2 and all(map(is_int, base)) and min(base) >= 1):
         typed = isinstance(base, tuple | list) and all(map(is_int, base))
         raise _refusal("base must be (height, width) in pixels, two ints of at least 1", base, typed)
@@ -154,7 +153,7 @@ def _checked_base(base: object) -> tuple[int, int]:
 
 
 def _checked_strength(strength: Any) -> tuple[float, ...]:
-    """Return noise levels, of one number a single one, or refuse what is none."""
+    """Return the noise levels, one for a single number, or refuse a value that holds anything else."""
     levels = (strength,) if is_number(strength) else strength
     typed = isinstance(levels, tuple | list) and all(map(is_number, levels))
     if not typed or not levels or not all(0 < s < 1 for s in levels):
@@ -163,7 +162,7 @@ def _checked_strength(strength: Any) -> tuple[float, ...]:
 
 
 def unit_of(pipe: Any) -> int:
-    """Return the pixels that height and width must be multiples of: two latents."""
+    """Return the number of pixels that height and width must be multiples of: two latents."""
     return 2 * pipe.vae_scale_factor
 
 
@@ -174,7 +173,7 @@ def native_side(pipe: Any) -> int:
 
 
 def shift_at(pipe: Any, size: tuple[int, int], shift: float | str) -> float:
-    """Return the shift of flow matching's schedule at a size: the native one times the ratio of the sides, if 'sqrt'.
+    """Return the shift of flow matching's schedule at a size; for 'sqrt' the native one times the ratio of the sides.
 
     FLUX's own dynamic shift is not bounded: at 64K tokens every level would begin at pure noise.
     """
@@ -190,7 +189,7 @@ def shift_at(pipe: Any, size: tuple[int, int], shift: float | str) -> float:
 
 
 def tokens_of(pipe: Any, size: tuple[int, int]) -> int:
-    """Return the image tokens of a size in pixels."""
+    """Return the number of image tokens at a size in pixels."""
     return size[0] // unit_of(pipe) * (size[1] // unit_of(pipe))
 
 
@@ -206,7 +205,7 @@ def refuse_taken(call: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Proportional(Clear):
-    """`Clear` whose native tokens are those of the first level: its image and the text at hand.
+    """`Clear` whose native tokens are those of the first level: its image and the text.
 
     Args:
         first: Image tokens of the first level.
@@ -220,14 +219,18 @@ class Proportional(Clear):
 
 
 def cell_of(spec: Any) -> int:
-    """Return the tokens that the sides of every level must be multiples of."""
+    """Return the number of tokens that the sides of every level must be multiples of."""
     given = [spec] if isinstance(spec, AttnSpec) else spec or []
     specs = [s for spec in given for s in ([s for _, s in spec.stages] if isinstance(spec, Schedule) else [spec])]
     return math.lcm(*(spec.pool for spec in specs if isinstance(spec, Clear)))
 
 
 def specs_of(spec: Any, levels: int) -> list[AttnSpec | None]:
-    """Return the processor of each level."""
+    """Return the processor of each level, None for the pipeline as it is.
+
+    Raises:
+        ValueError: If `spec` is neither one for the levels above the first nor a list with one for each level.
+    """
     if spec is None or isinstance(spec, AttnSpec):
         return [None, *[spec] * (levels - 1)]
     specs = list(spec)
@@ -241,11 +244,11 @@ class Level:
     """One level: the pictures, and how they were made.
 
     Attributes:
-        height: In pixels.
-        width: In pixels.
+        height: Height in pixels.
+        width: Width in pixels.
         images: PIL images, one per prompt.
-        strength: Noise level that drawing began at, 1 for the first.
-        seconds: Of the denoising and the autoencoder.
+        strength: Noise level at which drawing began, 1 for the first level.
+        seconds: Time that the denoising and the autoencoder took.
     """
 
     height: int
@@ -282,20 +285,24 @@ def generate_highres(
     """Draw a picture above the size that a pipeline was trained for, in levels that each enlarge the one before.
 
     Args:
-        pipe: A text-to-image pipeline of the FLUX, SD3, SDXL or Stable Diffusion kind. It is as before afterwards.
-        prompt: One or several; None if `call` has embeddings.
-        height: Of the picture in pixels.
-        width: Of the picture in pixels.
+        pipe: A text-to-image pipeline of the FLUX, SD3, SDXL or Stable Diffusion kind. It is unchanged afterwards.
+        prompt: One prompt or several; None if `call` has embeddings.
+        height: Height of the picture in pixels.
+        width: Width of the picture in pixels.
         options: How levels are made, see `Options`.
         spec: Processor of the levels above the first; or a list with one for each level, None for the pipeline as it
             is. A `Clear` without `native_tokens` gets those of the first level (the proportional scale).
-        generator: Of all noise.
-        callback: Is called with the number and the result of each level that is done.
+        generator: Draws all noise.
+        callback: Called with the number and the result of each level when it is done.
         call: Further arguments of the pipeline's calls, such as `guidance_scale` or `negative_prompt`.
 
+    Returns:
+        All levels, with their pictures.
+
     Raises:
-        ValueError: If the size is no multiple of what the pipeline can draw, options contradict each other, or `call`
-            has what the levels decide themselves.
+        TypeError: If a side is not an int.
+        ValueError: If the size is not a multiple of what the pipeline can draw, `options` or `spec` do not fit, the
+            pipeline is converted already, or `call` has what the levels decide themselves.
     """
     refuse_taken(call)
     options = options or Options()
@@ -305,7 +312,7 @@ def generate_highres(
     redraw = image_to_image(pipe)
     converted = any(map(is_converted, denoisers_of(pipe).values()))
     if converted and any(spec is not None for spec in specs):
-        raise ValueError("the pipeline is converted already: revert() it, or leave spec away")
+        raise ValueError("the pipeline is converted already: revert() it, or leave out spec")
     levels: list[Level] = []
     total = options.num_inference_steps + (len(sizes) - 1) * options.level_inference_steps
     with tqdm(total=total, unit="step", disable=options.quiet) as bar, ExitStack() as restored, torch.no_grad():
@@ -377,7 +384,7 @@ def _next(
 def _level(
     pipe: Any, size: tuple[int, int], base: tuple[int, int], spec: AttnSpec | None, options: Options
 ) -> Iterator[None]:
-    """Change the pipeline for one level, and back."""
+    """Prepare the pipeline for one level inside the `with` block."""
     stretch = math.sqrt(size[0] * size[1] / (base[0] * base[1]))
     with ExitStack() as restored:
         restored.enter_context(tiled(pipe.vae, max(size) > _TILED_FROM))
@@ -395,7 +402,7 @@ def _level(
 
 @contextmanager
 def _without_bars(*pipes: Any) -> Iterator[None]:
-    """Hide the pipelines' own progress bars: there is one for all levels."""
+    """Hide the pipelines' own progress bars inside the `with` block: one bar shows all levels."""
     before = [dict(getattr(pipe, "_progress_bar_config", {})) for pipe in pipes]
     for pipe, config in zip(pipes, before, strict=True):
         pipe.set_progress_bar_config(**{**config, "disable": True})

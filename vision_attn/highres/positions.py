@@ -1,7 +1,7 @@
 """The positions of FLUX's image tokens above the training size: exact, and stretched.
 
 The pipelines make position ids in the prompt's dtype, and bfloat16 cannot tell row 256 from row 257: beyond 4096 pixels
-rows and columns merge. Here the ids are made anew in float32. The rotary embedding is stretched by the base of its
+rows and columns merge. Here the ids are made again in float32. The rotary embedding is stretched by the base of its
 frequencies (NTK: theta * stretch^(d / (d - 2))), or by scaling the positions to those of the first level.
 
 Source: 'NTK-aware scaled RoPE' (bloc97, 2023); CLEAR multiplies theta by 10 - https://arxiv.org/abs/2412.16112
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 @contextmanager
 def stretched_positions(model: Any, grid: tuple[int, int], stretch: float, rope: str) -> Iterator[None]:
-    """Give a FLUX.1 transformer exact and stretched positions inside the `with` block; other models none.
+    """Give a FLUX.1 transformer exact and stretched positions inside the `with` block.
 
     Args:
-        model: The denoiser.
+        model: The denoiser; models other than FLUX.1 are left as they are.
         grid: Height and width of the image in tokens.
-        stretch: Side of the grid over that of the first level.
+        stretch: Side of the grid divided by that of the first level.
         rope: 'ntk', 'interpolate' or 'none'.
     """
     embed: Any = getattr(model, "pos_embed", None)

@@ -1,8 +1,8 @@
 """Redraws a picture from a chosen noise level with diffusers' own image-to-image pipelines, in latents.
 
 A noise level s in (0, 1) means: s parts noise to 1 - s parts picture. Flow matching calls it sigma; a diffusion with
-cumulative alpha a has s = sqrt(1 - a) / (sqrt(a) + sqrt(1 - a)). It means the same signal-to-noise ratio everywhere,
-whatever the steps and the shift of a schedule are.
+cumulative alpha a has s = sqrt(1 - a) / (sqrt(a) + sqrt(1 - a)). A level is the same signal-to-noise ratio in every
+pipeline, whatever the steps and the shift of its schedule are.
 """
 
 import copy
@@ -29,9 +29,9 @@ def image_to_image(pipe: Any) -> Any:
     """
     from diffusers import AutoPipelineForImage2Image  # noqa: PLC0415, diffusers is optional
 
-    own = getattr(type(pipe), "image_to_image", None)  # of a pipeline that diffusers does not know
+    own = getattr(type(pipe), "image_to_image", None)  # a pipeline that diffusers does not know names its own
     if own is not None:
-        return own(**pipe.components)  # from_pipe casts to float32
+        return own(**pipe.components)  # from_pipe would cast to float32
     try:
         return AutoPipelineForImage2Image.from_pipe(pipe)
     except (ValueError, TypeError) as error:
@@ -60,7 +60,7 @@ def _shift(vae: Any) -> float:
 
 @contextmanager
 def _full_precision(vae: Any) -> Iterator[None]:
-    """SDXL's autoencoder overflows in half precision and says so."""
+    """Run the autoencoder in float32 inside the `with` block, if it says that it overflows in float16 (SDXL)."""
     dtype = vae.dtype
     upcast = getattr(vae.config, "force_upcast", False) and dtype == torch.float16
     if upcast:
@@ -74,7 +74,7 @@ def _full_precision(vae: Any) -> Iterator[None]:
 
 @contextmanager
 def tiled(vae: Any, enabled: bool) -> Iterator[None]:
-    """Encode and decode tile by tile inside the `with` block, if `enabled` and the autoencoder can."""
+    """Encode and decode tile by tile inside the `with` block, if it is `enabled` and the autoencoder can do it."""
     before = getattr(vae, "use_tiling", False)
     if enabled and not before and hasattr(vae, "enable_tiling"):
         vae.enable_tiling()
@@ -86,7 +86,14 @@ def tiled(vae: Any, enabled: bool) -> Iterator[None]:
 
 
 def unpacked(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
-    """Return latents `[B, C, height, width]` of what a pipeline gives out; FLUX packs 2 x 2 of them into a token."""
+    """Return a pipeline's output as an image of latents `[B, C, rows, columns]`; FLUX packs 2 x 2 of them into a token.
+
+    Args:
+        pipe: The pipeline.
+        latents: Its output, packed or not.
+        height: Height of the picture in pixels.
+        width: Width of the picture in pixels.
+    """
     return pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor) if latents.dim() == 3 else latents
 
 
@@ -110,10 +117,10 @@ def schedule_for(pipe: Any, level: float, steps: int, shift: float | None) -> di
     """Return the arguments of an image-to-image call that runs `steps` steps from a noise level on.
 
     Args:
-        pipe: The pipeline; its scheduler gets the static shift, if it is one of flow matching.
+        pipe: The pipeline. If its scheduler is one of flow matching, it gets the static shift.
         level: Noise level s to begin at.
         steps: Steps to run.
-        shift: Shift of the schedule of flow matching.
+        shift: Shift of flow matching's schedule, None for other schedulers.
     """
     if is_flow(pipe):
         fixed = dict(use_dynamic_shifting=False, shift=shift)
@@ -136,14 +143,14 @@ def schedule_for(pipe: Any, level: float, steps: int, shift: float | None) -> di
 
 
 class Redraw:
-    """One call of an image-to-image pipeline from given latents and noise, guided by the picture on its way.
+    """One call of an image-to-image pipeline from given latents and noise, guided by the picture.
 
     Args:
         pipe: An image-to-image pipeline.
         clean: Latents of the picture `[B, C, height, width]`.
         noise: Like `clean`.
-        residual: Power p of the skip residual, None for none: after each step at level s, c parts of the latents are
-            replaced by the noisy picture, c = (0.5 + 0.5 cos(pi (1 - s))) ** p (DemoFusion).
+        residual: Power p of the skip residual, None for none: after a step that leads to level s, the noisy picture
+            replaces a share c of the latents, c = (0.5 + 0.5 cos(pi (1 - s))) ** p (DemoFusion).
     """
 
     def __init__(self, pipe: Any, clean: Tensor, noise: Tensor, residual: float | None) -> None:

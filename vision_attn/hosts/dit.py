@@ -7,15 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from vision_attn.grid import Grid
-from vision_attn.hosts.host import Host, Timestep
+from vision_attn.hosts.host import Host, Timestep, grid_of_patches
 
 
 def _patches(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
-    """Read the grid of latents `[B, C, height, width]` that are cut into patches."""
-    x, patch = inputs["hidden_states"], module.config.patch_size  # type: ignore[union-attr]
-    if x.dim() != 4:
-        return f"the input is no image, but {tuple(x.shape)}"
-    return Grid(x.shape[-2] // patch, x.shape[-1] // patch)
+    return grid_of_patches(inputs["hidden_states"], module.config.patch_size)  # type: ignore[union-attr, arg-type]
 
 
 def _square_patches(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from vision_attn._checks import check_one_of
 from vision_attn.grid import Grid
@@ -23,6 +23,13 @@ class Timestep(NamedTuple):
     argument: str
     noise: float
     image: float = 0.0
+
+
+def grid_of_patches(image: Tensor, patch: int = 1) -> Grid | str:
+    """Return the grid of an image `[B, C, height, width]` that is cut into patches, or why there is none."""
+    if image.dim() != 4:
+        return f"the input is not an image, but {tuple(image.shape)}"
+    return Grid(image.shape[-2] // patch, image.shape[-1] // patch)
 
 
 def _whole(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -50,7 +50,7 @@ def find_host(model: nn.Module) -> Host:
         hint = " It holds one as its attribute `model`: convert that."
     known = ", ".join(name for host in HOSTS for name in host.models)
     raise ValueError(
-        f"{classes[0]} is no known host.{hint} Known are {known}. For another image model say which modules attend "
+        f"{classes[0]} is not a known host.{hint} Known are {known}. For another image model say which modules attend "
         "over the grid and where the grid is: convert(model, spec, host=Host(layers=('blocks.*.attn',), "
         "probe=lambda module, inputs: Grid(height, width)))"
     )

@@ -6,12 +6,11 @@ from typing import Any
 from torch import nn
 
 from vision_attn.grid import Grid
-from vision_attn.hosts.host import Host, Timestep
+from vision_attn.hosts.host import Host, Timestep, grid_of_patches
 
 
 def _grid(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
-    x = inputs["hidden_states"]
-    return Grid(*x.shape[-2:]) if x.dim() == 4 else f"the input is no image, but {tuple(x.shape)}"
+    return grid_of_patches(inputs["hidden_states"])
 
 
 def _spatial_transformers(model: nn.Module) -> list[tuple[str, nn.Module]]:
