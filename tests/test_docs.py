@@ -98,11 +98,3 @@ def test_all_pages(api: ModuleType, tmp_path: Path) -> None:
     names = api.modules()
     assert all((tmp_path / f"{name.replace('.', '/')}.html").is_file() for name in names)
     assert broken(tmp_path) == []
-
-
-def test_the_guide_for_contributors_names_the_commands_of_ci() -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    makefile = (ROOT / "Makefile").read_text()
-    targets = re.findall(r"`?make (\w+)", text)
-    assert {"test", "lint", "docs"} <= set(targets) and all(f"\n{target}:" in makefile for target in targets)
-    assert all(f"make {target}" in (ROOT / ".ci" / "run").read_text() for target in ("lint", "test"))

@@ -239,6 +239,13 @@ def test_the_first_block_imports_in_a_fresh_process():
     assert imports and done.returncode == 0, done.stderr[-2000:]
 
 
+def test_the_targets_that_pages_and_ci_name_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    in_ci = set(re.findall(r"^ *step ([\w-]+)$", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE))
+    assert {"lint", "test"} <= in_ci <= targets
+    assert {"lint", "test", "docs"} <= said(r"`?\bmake ([\w-]+)(?=`| #)") <= targets
+
+
 SHELL = dict.fromkeys(re.split(r"\s\s+#", line.strip())[0] for page in PAGES for _, block in blocks(page, "bash")
                       for line in block.strip().splitlines())  # fmt: skip
 SMALL = {  # what stands for what takes long
