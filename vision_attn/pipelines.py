@@ -1,4 +1,4 @@
-"""`pipe.set_attn_processor`, as diffusers' models have it, which takes our processors too.
+"""`pipe.set_attn_processor`, as diffusers' models have it, but it takes our processors too.
 
 Importing this module adds the method to every diffusers pipeline, unless diffusers has one of its own.
 

@@ -110,7 +110,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "truncated": (lambda f: truncate(f, "vision_attn.safetensors"), ValueError, "vision_attn.safetensors is damaged"),
     "garbage": (lambda f: put(f, b"\xff" * 64), ValueError, "vision_attn.safetensors is damaged"),
     "empty": (lambda f: put(f, b""), ValueError, "vision_attn.safetensors is damaged"),
-    "pickle": (lambda f: put(f, pickle.dumps({"a": 1})), ValueError, "damaged or no safetensors"),
+    "pickle": (lambda f: put(f, pickle.dumps({"a": 1})), ValueError, "damaged or not a safetensors"),
     "no-weights": (lambda f: (f / "vision_attn.safetensors").unlink(), FileNotFoundError, "does not exist"),
     "no-config": (lambda f: (f / "config.json").unlink(), ValueError, "no config.json"),
     "config-truncated": (lambda f: truncate(f, "config.json"), ValueError, "config.json is damaged"),

@@ -58,7 +58,7 @@ def convert(  # noqa: PLR0913, the one call that users make
         host: For a model that is not known: which modules are its self-attention, and where the grid is.
         components: Names of the components of a pipeline to convert; by default `unet`, `transformer`,
             `transformer_2` and `prior`, as far as the pipeline has them.
-        only_if_faster: Layers run their own attention on grids where it is faster, and their status says so. The
+        only_if_faster: Layers run their own attention on grids where that is faster, and their status says so. The
             measured rates of `estimate` decide, for the device that the model is on now, so `Conversion.save` does
             not keep this.
         replace: Replace an earlier conversion, which stays if this one is refused.
@@ -231,7 +231,7 @@ class Conversion:
         return cls(models)
 
     def _converted(self) -> list[tuple[str, nn.Module]]:
-        """The models by component name.
+        """Return the models by component name.
 
         Raises:
             ValueError: If one was reverted.
@@ -325,7 +325,7 @@ class Conversion:
                 context.fix(fixed)
 
     def revert(self) -> None:
-        """Put the host back as it was: classes, hooks, switches, keys, and the weights that `load` replaced.
+        """Put the host back as it was: classes, hooks, switches, state-dict keys, and the weights that `load` replaced.
 
         Raises:
             ValueError: If it was reverted already, or a LoRA is fused into weights that `load` replaced.
@@ -340,7 +340,10 @@ class Conversion:
         Args:
             target: What `convert` takes.
             source: A folder, a safetensors file, or the name of a repository on the Hugging Face hub.
-            options: As for `vision_attn.load`.
+            options: As for `vision_attn.load`, which also says what is raised.
+
+        Returns:
+            The conversion.
         """
         return load(target, source, **options)
 
@@ -357,6 +360,9 @@ class Conversion:
 
         Returns:
             The address of the commit.
+
+        Raises:
+            ValueError: As for `save_pretrained`.
         """
         from huggingface_hub import HfApi  # noqa: PLC0415, only where one uploads
 
@@ -413,7 +419,7 @@ def _adapter_of(model: nn.Module, component: str) -> Adapter:
 
 
 def _base_name(model: nn.Module) -> str:
-    """Name of the model that was converted, '' if it does not say."""
+    """Return the name of the model that was converted, '' if it does not say."""
     config: Any = getattr(model, "config", None)
     return getattr(config, "_name_or_path", "") or getattr(model, "pretrained_cfg", {}).get("architecture", "")
 

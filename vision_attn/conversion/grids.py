@@ -63,7 +63,7 @@ class AwaitingBackward:
         """Return what was found by the forward that runs again.
 
         Raises:
-            RuntimeError: If no such forward is known, or two over different grids of this many tokens are.
+            RuntimeError: If no such forward is known, or if two over different grids have this many tokens.
         """
         self.pending.discard(tokens)
         if tokens in self.ambiguous:

@@ -58,7 +58,7 @@ def restore(module: nn.Module) -> None:
 
 @functools.cache
 def rerouted_class(base: Any) -> type[nn.Module]:
-    """Return the subclass of `base` that reroutes. It has the name of `base`, as `parametrize` has it."""
+    """Return the subclass of `base` that reroutes. It has the name of `base`, as with `parametrize`."""
 
     class Rerouted(base):
         def forward(self, *args: Any, **kwargs: Any) -> Any:

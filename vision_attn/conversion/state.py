@@ -30,7 +30,7 @@ class Shared:
         thresholds: Where the schedules of the layers change, as shares of the denoising.
         progress: The last threshold that the running forward has passed, None if it is not known.
         finest: Tokens of the host's finest grid, None if all grids are equal.
-        generator: Random numbers of all layers.
+        generator: Draws the random numbers of all layers.
     """
 
     min_tokens: int = 0

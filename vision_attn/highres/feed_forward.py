@@ -1,8 +1,8 @@
 """Runs the feed-forward layers of FLUX.1 in chunks of tokens: their hidden layer is four times as wide as a token.
 
 diffusers offers this for other models (`enable_forward_chunking`), but not for FLUX. Nothing of the blocks is
-rewritten: a single-stream block skips the hidden layer where it computes it otherwise, and makes it chunk by chunk
-where it projects it back.
+rewritten: a single-stream block passes the tokens on where it would compute the hidden layer, and computes it chunk by
+chunk where it projects it back.
 """
 
 from collections.abc import Callable, Iterator
