@@ -3,11 +3,9 @@
 import re
 
 import pytest
-import timm
 import torch
 from backbone_families import FAMILIES
-from golden_case import mechanism
-from test_golden_backbones import CASES, build
+from golden_case import GOLDEN, mechanism
 from transformers import DinatConfig
 from transformers.models.dinat import modeling_dinat
 
@@ -27,7 +25,7 @@ TO_TRANSFORMERS = (
     (r"^norm\.", "dinat.layernorm."),
     (r"^head\.", "classifier."),
 )
-TINY = FAMILIES["nat"].tiny | dict(num_classes=10)
+OPEN = [(name, path.stem) for name in FAMILIES for path in sorted((GOLDEN / name).glob("*_open.json"))]
 
 
 def in_transformers_layout(official):
@@ -78,77 +76,90 @@ def test_transformers_layout(family, scaled, monkeypatch):
     theirs = modeling_dinat.DinatForImageClassification(config).state_dict()
     assert {name: t.shape for name, t in theirs.items()} == {name: t.shape for name, t in layout.items()}
     x = case["inputs"]["x"]
-    want = build(family, case)(x)
+    want = FAMILIES[family].recorded(case)(x)
     if not scaled:
         torch.testing.assert_close(want, case["output"], rtol=0, atol=case["cfg"]["suggested_atol"])
-    assert torch.equal(build(family, dict(case, state_dict=layout))(x), want)
+    assert torch.equal(FAMILIES[family].recorded(dict(case, state_dict=layout))(x), want)
     as_nat = {name.replace("dinat.", "nat.", 1): t for name, t in layout.items()}
-    assert torch.equal(build(family, dict(case, state_dict=as_nat))(x), want)
+    assert torch.equal(FAMILIES[family].recorded(dict(case, state_dict=as_nat))(x), want)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.endswith("_open")])
+@pytest.mark.parametrize("family, case", OPEN)
 @pytest.mark.parametrize("wrap", ["module", "model", "state_dict", "own"])
-def test_wrapped_checkpoints(name, wrap):
-    family, case = name.split("/")[0], mechanism(name)
-    model = build(family, case)
+def test_wrapped_checkpoints(family, case, wrap):
+    case = mechanism(f"{family}/{case}")
+    model = FAMILIES[family].recorded(case)
     state_dict = {
         "module": {f"module.{key}": t for key, t in case["state_dict"].items()},
         "model": {"model": case["state_dict"], "epoch": 300, "optimizer": {"state": {}}},
         "state_dict": {"state_dict": {f"module.{key}": t for key, t in case["state_dict"].items()}},
         "own": model.state_dict(),
     }[wrap]
-    again = build(family, dict(case, state_dict=state_dict))
+    again = FAMILIES[family].recorded(dict(case, state_dict=state_dict))
     for key, t in model.state_dict().items():
         assert torch.equal(t, again.state_dict()[key])
-
-
-def load(arch, state_dict, **arguments):
-    overlay = dict(state_dict=state_dict, num_classes=10)
-    return timm.create_model(arch, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_other_classes_channels_and_features(name):
     family = FAMILIES[name]
     whole = family.build()
-    adapted = load(family.arch, whole.state_dict(), **family.tiny, in_chans=1).eval()
+    adapted = family.load(whole.state_dict(), in_chans=1)
     first = whole.pretrained_cfg["first_conv"] + ".weight"
     torch.testing.assert_close(adapted.state_dict()[first], whole.state_dict()[first].sum(1, keepdim=True))
-    fine_tuned = load(family.arch, whole.state_dict(), **family.tiny, num_classes=3)
+    fine_tuned = family.load(whole.state_dict(), num_classes=3)
     assert fine_tuned.head.fc.out_features == 3
     for key, t in whole.state_dict().items():
         assert key.startswith("head.") or torch.equal(fine_tuned.state_dict()[key], t)
-    features = load(family.arch, whole.state_dict(), **family.tiny, features_only=True, out_indices=(0, 1))
+    features = family.load(whole.state_dict(), features_only=True, out_indices=(0, 1))
     x = torch.randn(1, 3, 48, 64)
     want = whole.forward_intermediates(x, indices=[0, 1], intermediates_only=True)
-    for got, expected in zip(features.eval()(x), want, strict=True):
+    for got, expected in zip(features(x), want, strict=True):
         torch.testing.assert_close(got if got.shape == expected.shape else got.permute(0, 3, 1, 2), expected)
 
 
+@pytest.mark.parametrize("name, best, other", [("agent_cswin", "state_dict_ema", "model"),
+                                               ("ravlt", "model_ema", "model")])  # fmt: skip
+def test_the_moving_average_is_taken(name, best, other):
+    good = FAMILIES[name].build().state_dict()
+    bad = {key: torch.zeros_like(t) for key, t in good.items()}
+    model = FAMILIES[name].load({other: bad, best: good})
+    assert all(torch.equal(t, good[key]) for key, t in model.state_dict().items())
+
+
 REFUSED = {
-    "width": (dict(TINY, embed_dim=16, num_heads=(2, 4, 8, 16)), r"patch_embed.norm.bias is \[16\] instead of \[8\]"),
-    "depth": (dict(TINY, depths=(1, 2, 3, 1)), r"stages.2.blocks.2.attn.proj.bias \[32\] is unknown"),
-    "kernel": (dict(TINY, kernel_size=5), r"stages.0.blocks.0.attn.rpb is \[1, 9, 9\] instead of \[1, 5, 5\]"),
-    "layer-scale": ({**TINY, "layer_scale": None}, "stages.0.blocks.0.ls1.gamma is missing"),
-    "stem": (dict(TINY, patch_size=4), "patch_embed.proj.0.bias is missing"),
+    "width": (dict(embed_dim=16), r"patch_embed.norm.bias is \[16\] instead of \[8\]"),
+    "depth": (dict(depths=(1, 2, 3, 1), dilations=None), r"stages.2.blocks.2.attn.proj.bias \[32\] is unknown"),
+    "kernel": (dict(kernel_size=5), r"stages.0.blocks.0.attn.rpb is \[1, 9, 9\] instead of \[1, 5, 5\]"),
+    "layer-scale": (dict(layer_scale=None), "stages.0.blocks.0.ls1.gamma is missing"),
+    "stem": (dict(patch_size=4), "patch_embed.proj.0.bias is missing"),
 }
 
 
-@pytest.mark.parametrize("arguments, message", REFUSED.values(), ids=REFUSED)
-def test_another_variant_is_refused(arguments, message):
-    other = NAT(**arguments)
-    with pytest.raises(
-        ValueError, match=f"the checkpoint is of another model than nat_mini: .*{message}.* and .* more"
-    ):
-        load("nat_mini", other.state_dict(), **TINY)
+@pytest.mark.parametrize("row", REFUSED)
+def test_another_variant_is_refused(row):
+    arguments, message = REFUSED[row]
+    other = NAT(**{"num_classes": 10, **FAMILIES["nat"].tiny, **arguments})
+    with pytest.raises(ValueError, match=f"is of another model than nat_mini: .*{message}.* and .* more"):
+        FAMILIES["nat"].load(other.state_dict())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_another_shape_is_refused(name):
+    checkpoint = FAMILIES[name].build().state_dict()
+    changed = next(key for key in checkpoint if key.endswith("fc1.weight"))
+    checkpoint[changed] = checkpoint[changed][:-1]
+    del checkpoint[next(key for key in reversed(checkpoint) if "fc2" in key)]
+    with pytest.raises(ValueError, match=f"another model than {FAMILIES[name].arch}: .*{changed} is .* instead of"):
+        FAMILIES[name].load(checkpoint)
 
 
 def test_another_family_is_refused():
     with pytest.raises(ValueError, match="another model than nat_iso_small"):
-        load("nat_iso_small", FAMILIES["nat"].build().state_dict())
+        FAMILIES["nat_isotropic"].load(FAMILIES["nat"].build().state_dict())
 
 
 @pytest.mark.parametrize("checkpoint", [{"epoch": 3}, {"model": {}}], ids=["no-tensors", "empty"])
 def test_no_tensors_are_refused(checkpoint):
     with pytest.raises(ValueError, match="the checkpoint has no tensors"):
-        load("nat_mini", checkpoint, **TINY)
+        FAMILIES["nat"].load(checkpoint)

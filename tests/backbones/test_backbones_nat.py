@@ -5,7 +5,6 @@ import timm
 import torch
 from backbone_families import FAMILIES
 
-from vision_attn.backbones import NAT, NATIsotropic
 from vision_attn.backbones.nat.attention import NeighborhoodAttention
 
 
@@ -53,22 +52,3 @@ def test_dense_twin_sees_a_trained_bias_at_its_own_size_and_a_resized_one_elsewh
     resized = attention.bias(16, 4)
     assert resized.shape == (2, 64, 64) and not torch.equal(resized, bias)
     torch.testing.assert_close(resized.diagonal(dim1=1, dim2=2).std(-1), torch.zeros(2))
-
-
-REFUSED = {
-    "depths": (
-        NAT,
-        dict(depths=(1, 1), num_heads=(2, 4, 8)),
-        r"depths, num_heads and dilations must fit .*\(2, 4, 8\)",
-    ),
-    "dilations": (NAT, dict(depths=(2,), num_heads=(2,), dilations=[[1]]), r"dilations=\[\[1\]\]"),
-    "heads": (NAT, dict(embed_dim=64, num_heads=(3, 4, 8, 16)), "num_heads must divide the 64 channels, got 3"),
-    "kernel": (NAT, dict(kernel_size=0), "kernel_size must be at least 1, got 0"),
-    "dilation": (NATIsotropic, dict(depth=2, dilation=0), "dilation must be at least 1, got 0"),
-}
-
-
-@pytest.mark.parametrize("model, arguments, message", REFUSED.values(), ids=REFUSED)
-def test_bad_arguments(model, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        model(**arguments)

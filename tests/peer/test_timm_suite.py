@@ -14,13 +14,12 @@ from pathlib import Path
 
 import pytest
 from backbone_families import FAMILIES
-from linear_families import ROWS
 
 HERE = Path(__file__).parent
 TESTS = os.environ.get("TIMM_TESTS")
 PARTS = ("forward", "backward", "default_cfgs", "torchscript", "forward_features", "intermediates", "prune", "fx")
 TOKEN_ARCH = "agent_deit_tiny"
-ARCHS = [family.arch for family in (FAMILIES | ROWS).values()]
+ARCHS = [family.arch for family in FAMILIES.values()]
 
 
 @pytest.mark.slow

@@ -10,11 +10,11 @@ import torch
 from golden_case import TOLERANCE, mechanism
 from golden_layers import FAMILIES, LAYERS, ROTARY, build
 
-from vision_attn.backbones.agent.attention import AgentSelfAttention
-from vision_attn.backbones.cross_shaped_attention import AgentStripeAttention, StripeAttention
+from vision_attn.backbones.agent.attention import AgentReducedAttention, AgentSelfAttention, AgentStripeAttention
+from vision_attn.backbones.cswin_layers import StripeAttention
 from vision_attn.backbones.litv2.attention import HiLoSelfAttention
+from vision_attn.backbones.pvt_layers import ReducedAttention
 from vision_attn.backbones.ravlt.attention import RALASelfAttention, rotary, rotary_frequencies
-from vision_attn.backbones.reduced_attention import AgentReducedAttention, ReducedAttention
 from vision_attn.processors.hilo import low_heads
 
 

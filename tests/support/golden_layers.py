@@ -9,11 +9,11 @@ from math import isqrt
 
 from golden_case import GOLDEN, mechanism
 
-from vision_attn.backbones.agent.attention import AgentSelfAttention
-from vision_attn.backbones.cross_shaped_attention import AgentStripeAttention, StripeAttention
+from vision_attn.backbones.agent.attention import AgentReducedAttention, AgentSelfAttention, AgentStripeAttention
+from vision_attn.backbones.cswin_layers import StripeAttention
 from vision_attn.backbones.litv2.attention import HiLoSelfAttention
+from vision_attn.backbones.pvt_layers import ReducedAttention
 from vision_attn.backbones.ravlt.attention import RALASelfAttention, rotary
-from vision_attn.backbones.reduced_attention import AgentReducedAttention, ReducedAttention
 
 FAMILIES = [f"attn_agent_{name}" for name in ("deit", "pvt", "swin", "cswin", "dynamic")] + ["attn_hilo", "attn_rala"]
 CASES = sorted(f"{family}/{path.stem}" for family in FAMILIES for path in (GOLDEN / family).glob("*.json"))

@@ -13,16 +13,12 @@ from vision_attn._compat import ensure_torchvision
 
 ensure_torchvision()
 
-from vision_attn.backbones.agent import cswin as agent_cswin  # noqa: E402
-from vision_attn.backbones.agent import deit as agent_deit  # noqa: E402
-from vision_attn.backbones.agent import pvt as agent_pvt  # noqa: E402
-from vision_attn.backbones.agent import swin as agent_swin  # noqa: E402
+from vision_attn.backbones.agent import agent_cswin, agent_deit, agent_pvt, agent_swin  # noqa: E402
 from vision_attn.backbones.backbone import Backbone  # noqa: E402
 from vision_attn.backbones.litv2 import litv2  # noqa: E402
-from vision_attn.backbones.nat import dinat, dinat_s, nat  # noqa: E402
-from vision_attn.backbones.nat import isotropic as nat_isotropic  # noqa: E402
-from vision_attn.backbones.nat.isotropic import NATIsotropic  # noqa: E402
+from vision_attn.backbones.nat import dinat, dinat_s, nat, nat_isotropic  # noqa: E402
 from vision_attn.backbones.nat.nat import NAT  # noqa: E402
+from vision_attn.backbones.nat.nat_isotropic import NATIsotropic  # noqa: E402
 from vision_attn.backbones.ravlt import ravlt  # noqa: E402
 
 __all__ = [

@@ -1,12 +1,21 @@
-"""The block and the stage of a vision transformer on maps `[B, height, width, C]`; the attention is handed in."""
+"""The parts that families on maps `[B, height, width, C]` share, from the patches to the head, and their sizes."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerScale, Mlp
+import torch.nn.functional as F
+from timm.layers import ClassifierHead, DropPath, LayerScale, Mlp, PatchEmbed, to_2tuple
 from timm.models import checkpoint
 from torch import Tensor, nn
+
+
+def patches(in_chans: int, dim: int, patch_size: int, *, norm: bool = True, **dd: Any) -> PatchEmbed:
+    """Return an embedding of patches into a map `[B, height, width, C]`, for images of any size."""
+    norm_layer = nn.LayerNorm if norm else None
+    return PatchEmbed(
+        None, patch_size, in_chans, dim, norm_layer=norm_layer, output_fmt="NHWC", dynamic_img_pad=True, **dd
+    )
 
 
 class PreNormBlock(nn.Module):
@@ -81,3 +90,29 @@ def refuse_heads(dim: int, num_heads: int) -> None:
     """
     if num_heads < 1 or dim % num_heads:
         raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
+
+
+def attend_densely(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend from each query `[B, N, H, D]` to every key: `kernels.dense` in words that TorchScript knows."""
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+def last_layers(
+    dim: int, num_classes: int, global_pool: str, drop_rate: float, **dd: Any
+) -> tuple[nn.LayerNorm, ClassifierHead]:
+    """Return the norm of the last map, and the head."""
+    head = ClassifierHead(dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC", **dd)
+    return nn.LayerNorm(dim, **dd), head
+
+
+def levels_of(dims: Sequence[int], patch_size: int) -> list[tuple[int, int]]:
+    """Return channels and reduction of each stage; each halves the side of the one before."""
+    return [(dim, patch_size * 2**i) for i, dim in enumerate(dims)]
+
+
+def map_size(img_size: int | tuple[int, int], reduction: int, *, up: bool = True) -> tuple[int, int]:
+    """Return height and width of the map of an image, rounded up, or down to 1 at least."""
+    height, width = to_2tuple(img_size)
+    if up:
+        return -(-height // reduction), -(-width // reduction)
+    return max(1, height // reduction), max(1, width // reduction)

@@ -1,14 +1,27 @@
-"""CSwin's own layers on maps `[B, height, width, C]`: stem, merging, and the block with one or two branches."""
+"""CSwin's layers on maps `[B, height, width, C]`: stem, merging, attention inside stripes, and the block.
 
+    o = attention(q, k, v inside the stripe) + dwc(v inside the stripe)
+
+The stripes of a branch have full height and `split_size` columns (`idx` 0), `split_size` rows and full width (1), or
+they are one stripe, the map (-1). Where `split_size` does not divide the map, the last stripe is smaller.
+
+Paper: 'CSWin Transformer' - https://arxiv.org/abs/2107.00652
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
-from timm.models import checkpoint
+from timm.models import checkpoint, register_notrace_module
 from torch import Tensor, nn
 
-from vision_attn.backbones.cross_shaped_attention import AgentStripeAttention, StripeAttention
+from vision_attn.backbones.blocks import refuse_heads
+from vision_attn.backbones.registry import operator
+from vision_attn.grid import Grid
+from vision_attn.kernels.window import from_cells, to_cells, window_attention
+from vision_attn.processors.positional import add_depthwise
 
 
 class ConvEmbed(nn.Module):
@@ -57,29 +70,90 @@ class NormedConv(nn.Module):
         return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
+@operator("attend_in_stripes(Tensor[] qkv, Tensor weight, Tensor? bias, SymInt[] sizes) -> Tensor")
+def attend_in_stripes(qkv: list[Tensor], weight: Tensor, bias: Tensor | None, sizes: list[int]) -> Tensor:
+    """Attend inside cells and add the convolution of each cell's values.
+
+    Args:
+        qkv: Queries, keys and values `[B, N, H, D]`.
+        weight: Of the convolution `[C, 1, 3, 3]`.
+        bias: Of the convolution `[C]`.
+        sizes: Height and width of the map, and of a cell.
+
+    Returns:
+        `[B, N, C]`.
+    """
+    assert bias is not None  # a convolution's type allows None
+    size, cell = (sizes[0], sizes[1]), (sizes[2], sizes[3])
+    q, k, v = qkv
+    grid = Grid(*size)
+    o = window_attention(q, k, v, grid, cell)
+    if cell == size:
+        return add_depthwise(o, v, grid, weight, bias).flatten(2)
+    o, v = (to_cells(t, grid, cell).flatten(0, 1) for t in (o, v))
+    o = add_depthwise(o, v, Grid(*cell), weight, bias).unflatten(0, (len(q), -1))
+    return from_cells(o, grid, cell).flatten(2)
+
+
+@register_notrace_module
+class StripeAttention(nn.Module):
+    """Softmax attention inside stripes.
+
+    Args:
+        dim: Channels C of the branch.
+        resolution: Height and width of the map that the layer is for.
+        idx: 0 for vertical stripes, 1 for horizontal ones, -1 for the map.
+        split_size: Width of a stripe in tokens.
+        num_heads: H of the branch.
+        **dd: Device and dtype of the parameters.
+
+    Raises:
+        ValueError: If `idx` is another number, or `num_heads` does not divide `dim`.
+    """
+
+    def __init__(
+        self, dim: int, resolution: tuple[int, int], idx: int, split_size: int, num_heads: int, **dd: Any
+    ) -> None:
+        super().__init__()
+        refuse_heads(dim, num_heads)
+        if idx not in (-1, 0, 1):
+            raise ValueError(f"idx must be -1, 0 or 1, got {idx}")
+        self.resolution, self.idx, self.split_size, self.num_heads = resolution, idx, split_size, num_heads
+        self.get_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
+
+    def cell(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return height and width of a stripe in a map of `size`."""
+        return (
+            size[0] if self.idx < 1 else min(self.split_size, size[0]),
+            size[1] if self.idx != 0 else min(self.split_size, size[1]),
+        )
+
+    def forward(self, qkv: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return `[B, N, C]` for `[3, B, N, C]` of a map of `size` (height, width)."""
+        heads = qkv.unflatten(3, [self.num_heads, -1]).unbind(0)
+        cell = self.cell(size)
+        sizes = [size[0], size[1], cell[0], cell[1]]
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return torch.ops.vision_attn.attend_in_stripes(heads, self.get_v.weight, self.get_v.bias, sizes)
+        return attend_in_stripes(heads, self.get_v.weight, self.get_v.bias, sizes)
+
+
 def branches(
-    dim: int, size: tuple[int, int], num_heads: int, split: int | None, *, agent_num: int | None = None, **dd: Any
+    make: Callable[..., nn.Module], dim: int, size: tuple[int, int], num_heads: int, split: int | None, **dd: Any
 ) -> list[nn.Module]:
     """Return the attention of a block: two branches of half of the channels, or one over the whole map.
 
     Args:
+        make: `StripeAttention`, or a class or function with the same arguments; makes one branch.
         dim: Channels of the block.
         size: Height and width of the map.
         num_heads: Heads of the block.
         split: Width of the stripes, None for the whole map.
-        agent_num: Agents of each branch, None for softmax attention.
         **dd: Device and dtype of the parameters.
     """
-    shares = [(dim, -1, max(size), num_heads)]
-    if split is not None:
-        shares = [(dim // 2, idx, split, num_heads // 2) for idx in (0, 1)]
-    made: list[nn.Module] = []
-    for channels, idx, width, heads in shares:
-        if agent_num is None:
-            made.append(StripeAttention(channels, size, idx, width, heads, **dd))
-        else:
-            made.append(AgentStripeAttention(channels, size, idx, width, heads, agent_num=agent_num, **dd))
-    return made
+    if split is None:
+        return [make(dim, size, -1, max(size), num_heads, **dd)]
+    return [make(dim // 2, size, idx, split, num_heads // 2, **dd) for idx in (0, 1)]
 
 
 class CSwinBlock(nn.Module):

@@ -1,13 +1,17 @@
-"""Registers the variants of a family with timm, from a table."""
+"""Registers the variants of a family with timm, and functions with torch, for TorchScript."""
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, register_model
 from torch import nn
 
+F = TypeVar("F", bound=Callable[..., object])
+
+_LIBRARY = torch.library.Library("vision_attn", "FRAGMENT")
 UNTESTED = "The address is the authors'; no download was tried where this package is developed."
 
 
@@ -72,3 +76,21 @@ def _entry_point(
         )
 
     return entry
+
+
+def operator(schema: str) -> Callable[[F], F]:
+    """Register the decorated function as the operator `torch.ops.vision_attn.<name>`; its gradient is by autograd.
+
+    TorchScript cannot compile the package's operators and their arguments, so a scripted layer calls such an operator.
+    A saved script runs wherever `vision_attn.backbones` has been imported.
+
+    Args:
+        schema: Name, arguments and result as torch writes them: 'name(Tensor x, int[] sizes) -> Tensor'.
+    """
+    _LIBRARY.define(schema)
+
+    def register(function: F) -> F:
+        _LIBRARY.impl(schema.split("(", maxsplit=1)[0], function, "CompositeImplicitAutograd")
+        return function
+
+    return register

@@ -9,8 +9,8 @@ from timm.models import checkpoint, register_notrace_module
 from torch import Tensor, nn
 
 from vision_attn.backbones.backbone import checked_image
+from vision_attn.backbones.blocks import attend_densely
 from vision_attn.backbones.position import resized_positions
-from vision_attn.backbones.reduced_attention import attend_densely
 
 
 @register_notrace_module

@@ -18,7 +18,9 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from vision_attn.backbones.blocks import refuse_heads
-from vision_attn.backbones.scripted import operator
+from vision_attn.backbones.cswin_layers import StripeAttention
+from vision_attn.backbones.pvt_layers import ReducedAttention
+from vision_attn.backbones.registry import operator
 from vision_attn.grid import Grid
 from vision_attn.kernels.agent import Agents, agent_attention
 from vision_attn.kernels.window import from_cells, inside_cells, to_cells
@@ -215,3 +217,90 @@ class AgentSelfAttention(nn.Module):
         sizes = [size[0], size[1], size[0], size[1], cell[0], cell[1], self.agents[0], self.agents[1]]
         o = attend(qkv, tables, self.dwc.weight, self.dwc.bias, sizes)  # type: ignore[arg-type]
         return self.proj_drop(self.proj(o)).reshape(shape)
+
+
+@register_notrace_module
+class AgentReducedAttention(ReducedAttention):
+    """Agent attention to keys of a reduced map.
+
+    Args:
+        dim: Channels C.
+        num_heads: H.
+        agent_num: Agents that the biases are for, a square number.
+        size: Height and width of the map that the biases are for.
+        agent_grid: Rows and columns of the agents at use, the square root of `agent_num` each if None.
+        sr_ratio: The keys' map is this many times smaller per side.
+        qkv_bias: Whether the projections to q, k and v have a bias.
+        proj_drop: Dropout rate of the output.
+        **dd: Device and dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        agent_num: int,
+        size: Size,
+        *,
+        agent_grid: Size | None = None,
+        sr_ratio: int = 1,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        **dd: Any,
+    ) -> None:
+        super().__init__(dim, num_heads, sr_ratio=sr_ratio, qkv_bias=qkv_bias, proj_drop=proj_drop, **dd)
+        self.agents = agent_grid_of(agent_num, agent_grid)
+        key_size = max(1, size[0] // sr_ratio), max(1, size[1] // sr_ratio)
+        add_biases(self, num_heads, agent_num, size, key_size=key_size, **dd)
+        self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
+
+    def reset_parameters(self) -> None:
+        """Draw the biases anew."""
+        reset_biases(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the attended map `[B, height, width, C]`."""
+        tables = [self.an_bias, self.na_bias, self.ah_bias, self.aw_bias, self.ha_bias, self.wa_bias]
+        height, width = x.shape[1], x.shape[2]
+        keys = [max(1, height // self.sr_ratio), max(1, width // self.sr_ratio)]
+        sizes = [height, width, keys[0], keys[1], height, width, self.agents[0], self.agents[1]]
+        o = attend(self.project(x), tables, self.dwc.weight, self.dwc.bias, sizes)  # type: ignore[arg-type]
+        return self.proj_drop(self.proj(o)).reshape(x.shape)
+
+
+@register_notrace_module
+class AgentStripeAttention(StripeAttention):
+    """Agent attention inside stripes: see `StripeAttention` for the other arguments.
+
+    Args:
+        agent_num: Agents of a stripe that the biases are for, a square number.
+        agent_grid: Rows and columns of the agents at use, the square root of `agent_num` each if None.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        resolution: tuple[int, int],
+        idx: int,
+        split_size: int,
+        num_heads: int,
+        *,
+        agent_num: int,
+        agent_grid: tuple[int, int] | None = None,
+        **dd: Any,
+    ) -> None:
+        super().__init__(dim, resolution, idx, split_size, num_heads, **dd)
+        self.agents = agent_grid_of(agent_num, agent_grid)
+        add_biases(self, num_heads, agent_num, self.cell(resolution), **dd)
+
+    def reset_parameters(self) -> None:
+        """Draw the biases anew."""
+        reset_biases(self)
+
+    def forward(self, qkv: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return `[B, N, C]` for `[3, B, N, C]` of a map of `size` (height, width)."""
+        heads = qkv.unflatten(3, [self.num_heads, -1]).unbind(0)
+        tables = [self.an_bias, self.na_bias, self.ah_bias, self.aw_bias, self.ha_bias, self.wa_bias]
+        cell = self.cell(size)
+        sizes = [size[0], size[1], size[0], size[1], cell[0], cell[1], self.agents[0], self.agents[1]]
+        return attend(heads, tables, self.get_v.weight, self.get_v.bias, sizes)  # type: ignore[arg-type]

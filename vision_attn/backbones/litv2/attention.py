@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from vision_attn.backbones.scripted import operator
+from vision_attn.backbones.blocks import refuse_heads
+from vision_attn.backbones.registry import operator
 from vision_attn.grid import Grid
 from vision_attn.kernels.dense import dense_attention
 from vision_attn.kernels.window import window_attention
@@ -73,8 +74,7 @@ class HiLoSelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         HiLo(alpha=alpha, window_size=window_size)  # its checks
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
+        refuse_heads(dim, num_heads)
         self.window_size = window_size
         self.low = low_heads(num_heads, alpha, window_size)
         self.high = num_heads - self.low

@@ -14,12 +14,10 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from vision_attn.backbones.backbone import Backbone
-from vision_attn.backbones.blocks import Stage
+from vision_attn.backbones.blocks import Stage, last_layers, levels_of, patches
 from vision_attn.backbones.checkpoints import refuse_mismatch, rename, unwrap
 from vision_attn.backbones.litv2.attention import HiLoSelfAttention
 from vision_attn.backbones.litv2.layers import DeformableMerging, LITBlock
-from vision_attn.backbones.nat.nat import patches
-from vision_attn.backbones.pyramid import last_layers, levels_of
 from vision_attn.backbones.registry import cfg, register
 
 

@@ -17,7 +17,8 @@ from timm.layers import trunc_normal_
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from vision_attn.backbones.scripted import operator
+from vision_attn.backbones.blocks import refuse_heads
+from vision_attn.backbones.registry import operator
 from vision_attn.grid import Grid
 from vision_attn.kernels.local import Window, local_attention
 
@@ -55,7 +56,7 @@ class NeighborhoodAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_heads(dim, num_heads)
+        refuse_heads(dim, num_heads)
         _ = Window(kernel_size=kernel_size, dilation=dilation).steps
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.num_heads, self.kernel_size, self.dilation = num_heads, kernel_size, dilation
@@ -90,12 +91,6 @@ class NeighborhoodAttention(nn.Module):
         return self.proj_drop(self.proj(o))
 
 
-def check_heads(dim: int, num_heads: int) -> None:
-    """Refuse a number of heads that does not divide the channels."""
-    if num_heads < 1 or dim % num_heads:
-        raise ValueError(f"num_heads must divide the {dim} channels, got {num_heads}")
-
-
 @operator(
     "neighborhood(Tensor q, Tensor k, Tensor v, Tensor rpb, int height, int width, int dilation, float scale) -> Tensor"
 )
@@ -105,3 +100,38 @@ def neighborhood(
     """Attend from every cell to its window; the bias `[H, 2 * kernel_size - 1, 2 * kernel_size - 1]` tells its side."""
     window = Window(kernel_size=(rpb.shape[1] + 1) // 2, dilation=dilation, bias=rpb)
     return local_attention(q, k, v, Grid(height, width), window, scale=scale)
+
+
+@register_notrace_module
+class RelativeAttention(NeighborhoodAttention):
+    """Dense attention with a relative position bias, the twin that the isotropic NAT is compared with ('ViT-rpb').
+
+        o_i = proj( sum_j softmax_j( scale * q_i . k_j + rpb[h, j - i] ) v_j ),    j in the whole map
+
+    The window is the whole map `[B, height, width, C]`. The bias is made for maps of side `kernel_size` and resized
+    (bicubic) for others.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a map of the shape of `x`."""
+        B, height, width, C = x.shape
+        qkv = self.qkv(x).reshape(B, height * width, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.bias(height, width).to(q.dtype)
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        return self.proj_drop(self.proj(o.transpose(1, 2).reshape(B, height, width, C)))
+
+    def bias(self, height: int, width: int) -> Tensor:
+        """Return the bias of every query and key, `[H, N, N]`."""
+        table: Tensor = self.rpb
+        size = [2 * height - 1, 2 * width - 1]
+        if table.shape[1] != size[0] or table.shape[2] != size[1]:
+            table = F.interpolate(table[None], size=size, mode="bicubic", align_corners=False)[0]
+        rows, columns = offsets(height, table.device), offsets(width, table.device)
+        return table[:, rows[:, None, :, None], columns[None, :, None, :]].flatten(3).flatten(1, 2)
+
+
+def offsets(length: int, device: torch.device) -> Tensor:
+    """Return `key - query + length - 1` of every query and key of an axis, `[length, length]`."""
+    i = torch.arange(length, device=device)
+    return i - i[:, None] + length - 1

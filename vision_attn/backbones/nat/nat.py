@@ -10,17 +10,54 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, PatchEmbed, calculate_drop_path_rates, to_2tuple
+from timm.layers import calculate_drop_path_rates, to_2tuple
 from timm.models import generate_default_cfgs
 from timm.models.swin_transformer import PatchMerging
-from torch import nn
+from torch import Tensor, nn
 
 from vision_attn.backbones.backbone import Backbone
-from vision_attn.backbones.blocks import PreNormBlock, Stage
+from vision_attn.backbones.blocks import PreNormBlock, Stage, last_layers, levels_of, patches
 from vision_attn.backbones.nat.attention import NeighborhoodAttention
 from vision_attn.backbones.nat.checkpoint import checkpoint_filter_fn
-from vision_attn.backbones.nat.layers import ConvDownsample, ConvTokenizer
 from vision_attn.backbones.registry import cfg, register
+
+
+class ConvTokenizer(nn.Module):
+    """Two 3 x 3 convolutions of stride 2 with nothing between them: from images to a map `[B, height, width, C]`."""
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
+        self.proj = nn.Sequential(
+            nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd),
+            nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd),
+        )
+        self.norm = nn.LayerNorm(dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the map of images `[B, in_chans, height, width]`; a quarter of each side, rounded up."""
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class ConvDownsample(nn.Module):
+    """A 3 x 3 convolution of stride 2 that doubles the channels of a map `[B, height, width, C]`."""
+
+    def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
+        self.reduction = nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, bias=False, **dd)
+        self.norm = nn.LayerNorm(2 * dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a map of half of each side, rounded up."""
+        return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 class NAT(Backbone):
@@ -116,11 +153,10 @@ class NAT(Backbone):
         super().__init__(
             patch_embed,
             stages,
-            nn.LayerNorm(dims[-1], **dd),
-            ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC", **dd),
+            *last_layers(dims[-1], num_classes, global_pool, drop_rate, **dd),
             in_chans=in_chans,
             num_classes=num_classes,
-            levels=[(dim, (patch_size or 4) * 2**i) for i, dim in enumerate(dims)],
+            levels=levels_of(dims, patch_size or 4),
         )
         self.kernel_size, self.dilated = kernel_size, any(max(level) > 1 for level in steps)
 
@@ -139,14 +175,6 @@ class NAT(Backbone):
             side = -(-min(to_2tuple(img_size)) // info["reduction"])
             for block in stage.blocks[1::2]:
                 block.attn.dilation = max(1, side // self.kernel_size)
-
-
-def patches(in_chans: int, dim: int, patch_size: int, *, norm: bool = True, **dd: Any) -> PatchEmbed:
-    """Return an embedding of patches into a map `[B, height, width, C]`, for images of any size."""
-    norm_layer = nn.LayerNorm if norm else None
-    return PatchEmbed(
-        None, patch_size, in_chans, dim, norm_layer=norm_layer, output_fmt="NHWC", dynamic_img_pad=True, **dd
-    )
 
 
 def _cfg(name: str) -> dict[str, Any]:

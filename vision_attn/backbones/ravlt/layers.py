@@ -7,8 +7,7 @@ from timm.layers import DropPath, LayerNorm2d, LayerScale2d
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from vision_attn.backbones.pointwise import PointwiseConv2d
-from vision_attn.backbones.ravlt.attention import RALASelfAttention, rotary
+from vision_attn.backbones.ravlt.attention import PointwiseConv2d, RALASelfAttention, rotary
 
 
 class ConvStem(nn.Module):

@@ -14,8 +14,8 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from vision_attn.backbones.backbone import Backbone
+from vision_attn.backbones.blocks import levels_of
 from vision_attn.backbones.checkpoints import refuse_mismatch, rename, unwrap
-from vision_attn.backbones.pyramid import levels_of
 from vision_attn.backbones.ravlt.layers import ConvMerging, ConvStem, Projection, RALABlock, RALAStage
 from vision_attn.backbones.registry import cfg, register
 

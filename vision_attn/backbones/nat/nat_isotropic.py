@@ -8,18 +8,15 @@ Paper: 'Dilated Neighborhood Attention Transformer' - https://arxiv.org/abs/2209
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, calculate_drop_path_rates
+from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs
-from torch import nn
 
 from vision_attn.backbones.backbone import Backbone
-from vision_attn.backbones.blocks import PreNormBlock
-from vision_attn.backbones.nat.attention import NeighborhoodAttention
+from vision_attn.backbones.blocks import PreNormBlock, last_layers, patches
+from vision_attn.backbones.nat.attention import NeighborhoodAttention, RelativeAttention
 from vision_attn.backbones.nat.checkpoint import checkpoint_filter_fn
 from vision_attn.backbones.nat.dinat import CHECKPOINTS
-from vision_attn.backbones.nat.nat import patches
 from vision_attn.backbones.registry import cfg, register
-from vision_attn.backbones.relative_attention import RelativeAttention
 
 
 class NATIsotropic(Backbone):
@@ -91,8 +88,7 @@ class NATIsotropic(Backbone):
         super().__init__(
             patches(in_chans, embed_dim, patch_size, norm=patch_norm, **dd),
             blocks,
-            nn.LayerNorm(embed_dim, **dd),
-            ClassifierHead(embed_dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC", **dd),
+            *last_layers(embed_dim, num_classes, global_pool, drop_rate, **dd),
             in_chans=in_chans,
             num_classes=num_classes,
             levels=[(embed_dim, patch_size)] * depth,

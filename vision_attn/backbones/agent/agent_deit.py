@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from vision_attn.backbones.agent.attention import AgentSelfAttention
 from vision_attn.backbones.agent.family import AgentBackbone, agent_cfg, checkpoint_filter
+from vision_attn.backbones.blocks import map_size
 from vision_attn.backbones.checkpoints import Rule
-from vision_attn.backbones.pyramid import map_size
 from vision_attn.backbones.registry import register
 from vision_attn.backbones.token_layers import TokenAttention, TokenBlock, TokenEmbed, TokenHead
 

@@ -18,10 +18,8 @@ from torch import Tensor, nn
 
 from vision_attn.backbones.agent.attention import AgentSelfAttention
 from vision_attn.backbones.agent.family import AgentBackbone, agent_cfg, checkpoint_filter
-from vision_attn.backbones.blocks import PreNormBlock, Stage
+from vision_attn.backbones.blocks import PreNormBlock, Stage, last_layers, levels_of, map_size, patches
 from vision_attn.backbones.checkpoints import Rule
-from vision_attn.backbones.nat.nat import patches
-from vision_attn.backbones.pyramid import last_layers, levels_of, map_size
 from vision_attn.backbones.registry import register
 
 

@@ -14,13 +14,11 @@ from timm.layers import ClassifierHead, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import nn
 
+from vision_attn.backbones.agent.attention import AgentReducedAttention
 from vision_attn.backbones.agent.family import AgentBackbone, agent_cfg, checkpoint_filter
-from vision_attn.backbones.blocks import PreNormBlock
+from vision_attn.backbones.blocks import PreNormBlock, levels_of, map_size, patches
 from vision_attn.backbones.checkpoints import Rule
-from vision_attn.backbones.nat.nat import patches
-from vision_attn.backbones.pvt_layers import MapPatches, PositionedStage, Positions
-from vision_attn.backbones.pyramid import levels_of, map_size
-from vision_attn.backbones.reduced_attention import AgentReducedAttention, ReducedAttention
+from vision_attn.backbones.pvt_layers import MapPatches, PositionedStage, Positions, ReducedAttention
 from vision_attn.backbones.registry import register
 
 

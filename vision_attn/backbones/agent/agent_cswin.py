@@ -7,6 +7,7 @@ Paper: 'Agent Attention: On the Integration of Softmax and Linear Attention' - h
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +15,11 @@ from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from vision_attn.backbones.agent.attention import AgentStripeAttention
 from vision_attn.backbones.agent.family import AgentBackbone, agent_cfg, checkpoint_filter
-from vision_attn.backbones.blocks import Stage
+from vision_attn.backbones.blocks import Stage, last_layers, levels_of, map_size
 from vision_attn.backbones.checkpoints import Rule, rename, unwrap
-from vision_attn.backbones.cswin_layers import ConvEmbed, CSwinBlock, NormedConv, branches
-from vision_attn.backbones.pyramid import last_layers, levels_of, map_size
+from vision_attn.backbones.cswin_layers import ConvEmbed, CSwinBlock, NormedConv, StripeAttention, branches
 from vision_attn.backbones.registry import register
 
 
@@ -84,13 +85,14 @@ class AgentCSwin(AgentBackbone):
         stages = []
         for i, dim in enumerate(dims):
             height, width = map_size(img_size, patch_size * 2**i)
-            agents = agent_nums[i] if attn_types[i] == "A" else None
-            split = (split_sizes if agents is None else agent_split_sizes)[i]
+            has_agents = attn_types[i] == "A"
+            make = partial(AgentStripeAttention, agent_num=agent_nums[i]) if has_agents else StripeAttention
+            split = (agent_split_sizes if has_agents else split_sizes)[i]
             whole = i == len(dims) - 1 or (height <= split and width <= split)
             blocks = [
                 CSwinBlock(
                     dim,
-                    branches(dim, (height, width), num_heads[i], None if whole else split, agent_num=agents, **dd),
+                    branches(make, dim, (height, width), num_heads[i], None if whole else split, **dd),
                     mlp_ratio=mlp_ratio,
                     qkv_bias=qkv_bias,
                     proj_drop=proj_drop_rate,
