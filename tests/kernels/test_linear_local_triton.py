@@ -26,7 +26,7 @@ def check_output(case, dtype):
 
 
 MIXED = [one_head(case) for case in CASES if case.operator == "linear_local"]
-HEADS = Case("linear_local", "heads", dict(grid=Grid(6, 9, prefix=3), size=4, H=3, D=40, F=80))
+HEADS = Case("linear_local", "heads", dict(grid=Grid(4, 6, prefix=3), size=3, H=3, D=40, F=80))
 WIDE = Case("linear_local", "wide", dict(grid=Grid(9, 11, prefix=40), size=(3, 5), H=1, D=144, F=200))
 ROWS = [*((case, torch.float32) for case in (*MIXED, HEADS)), *((c, torch.float16) for c in MIXED if c.id == "hidden")]
 SLOW = [*((c, torch.float16) for c in (*MIXED, HEADS, WIDE) if c.id != "hidden"), (WIDE, torch.float32)]

@@ -11,13 +11,15 @@ from vision_attn.kernels.triton.launching import triton_reasons
 interpreter = pytest.mark.interpreter
 LINEAR = [one_head(case) for case in CASES if case.operator == "linear"]
 WIDE = Case("linear", "wide", dict(N=30, M=30, H=1, D=144, F=160))
+NARROW = Case("linear", "wide-features", WIDE.options | dict(D=40))
 LONG = Case("linear", "wide-long", WIDE.options | dict(N=70, M=70))
 ROWS = [
     *((case, torch.float32) for case in LINEAR),
     *((case, torch.float16) for case in LINEAR if case.id in ("elu", "weights", "rala-hidden", "one-token")),
-    (WIDE, torch.float32),
+    (NARROW, torch.float32),
 ]
 SLOW = [
+    (WIDE, torch.float32),
     (LONG, torch.float32),
     (Case("linear", "wide-rala", LONG.options | dict(rotary=True, globals=True, weight=True)), torch.float16),
     *(
@@ -33,7 +35,7 @@ SLOW = [
 @interpreter
 @pytest.mark.parametrize(("case", "dtype"), [*ROWS, *(pytest.param(*r, marks=pytest.mark.slow) for r in SLOW)], ids=str)
 def test_error_is_within_the_budget(case, dtype, monkeypatch):
-    if case == WIDE:
+    if case in (WIDE, NARROW):
         linear_tiles(monkeypatch, 32)
     check_case(case, dtype)
 
@@ -53,8 +55,11 @@ def test_parts_of_the_sequence_add_up(id, monkeypatch):
 
 
 BOTH = (torch.float32, torch.float16)
-TILED = [(case, BOTH[i % 2]) for i, case in enumerate(LINEAR)] + [(WIDE, torch.float16)]
-SLOW_TILED = [(case, BOTH[(i + 1) % 2]) for i, case in enumerate(LINEAR) if case.id != "rala"] + [(LONG, torch.float16)]
+TILED = [(case, BOTH[i % 2]) for i, case in enumerate(LINEAR)] + [(NARROW, torch.float16)]
+SLOW_TILED = [(case, BOTH[(i + 1) % 2]) for i, case in enumerate(LINEAR) if case.id != "rala"] + [
+    (WIDE, torch.float16),
+    (LONG, torch.float16),
+]
 
 
 @interpreter

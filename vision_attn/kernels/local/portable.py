@@ -95,16 +95,16 @@ def _grid_attention_backward(
         dq_sub, dk_sub, dv_sub = (q_sub.new_zeros(q_sub.shape, dtype=dtype) for _ in range(3))
         for strip in strips(q_sub.shape, radius, kernel, q.device):
             queries, keys, values = strip.queries(q_sub) * scale, strip.keys(k_sub), strip.keys(v_sub)
-            d_out = strip.queries(do_sub)
+            do_rows = strip.queries(do_sub)
             d_queries = torch.empty_like(queries)
             dk_buffer, dv_buffer = strip.buffer(dtype).zero_(), strip.buffer(dtype).zero_()
             for c in _chunks(queries, keys, k_all):
                 weights = _weights(strip, c, queries[c], keys[c], k_all[c], bias, hidden)
-                d_weights = _scores(d_out[c], values[c], v_all[c])
+                d_weights = _scores(do_rows[c], values[c], v_all[c])
                 d_scores = torch._softmax_backward_data(d_weights, weights, -1, dtype)
                 _mix(d_scores, keys[c], k_all[c], d_queries[c])
                 strip.add_keys(_mix_back(d_scores, queries[c], dk_all[c]), dk_buffer, c)
-                strip.add_keys(_mix_back(weights, d_out[c], dv_all[c]), dv_buffer, c)
+                strip.add_keys(_mix_back(weights, do_rows[c], dv_all[c]), dv_buffer, c)
                 if bias is not None:
                     strip.add_bias(d_scores[..., k_all.shape[1] :], dbias, c)
             strip.put_queries(d_queries.mul_(scale), dq_sub)
@@ -188,9 +188,9 @@ def _mix(weights: Tensor, values: Tensor, shared: Tensor, out: Tensor) -> None:
         out.flatten(1, 2).baddbmm_(weights.flatten(1, 2)[..., :M], shared)
 
 
-def _mix_back(weights: Tensor, d_out: Tensor, d_shared: Tensor) -> Tensor:
+def _mix_back(weights: Tensor, do_rows: Tensor, d_shared: Tensor) -> Tensor:
     """Return the gradient of the box values `[heads * tiles, S, D]`; add that of the shared ones to `d_shared`."""
     M = d_shared.shape[1]
     if M:
-        d_shared.baddbmm_(weights.flatten(1, 2)[..., :M].mT, d_out.flatten(1, 2))
-    return torch.bmm(weights.flatten(0, 1)[..., M:].mT, d_out.flatten(0, 1))
+        d_shared.baddbmm_(weights.flatten(1, 2)[..., :M].mT, do_rows.flatten(1, 2))
+    return torch.bmm(weights.flatten(0, 1)[..., M:].mT, do_rows.flatten(0, 1))
