@@ -27,7 +27,8 @@ def program_of(heads, batch_heads, BLOCKS):
     pid = tl.program_id(0)
     bh = pid % batch_heads
     rest = pid // batch_heads
-    return bh // heads, bh % heads, bh, rest % BLOCKS, rest // BLOCKS
+    block, part = rest % BLOCKS, rest // BLOCKS
+    return bh // heads, bh % heads, bh, block, part
 
 
 @triton.jit
