@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -77,7 +76,7 @@ def test_the_pages_are_of_the_package_beside_the_script(tmp_path: Path) -> None:
 
 
 def test_a_few_pages(tmp_path: Path) -> None:
-    write(tmp_path, "vision_attn", "vision_attn.grid", "vision_attn.processors.clear", "vision_attn.demo")
+    write(tmp_path, "vision_attn", "vision_attn.grid", "vision_attn.processors.clear", "vision_attn.adapters")
     page = (tmp_path / "vision_attn" / "processors" / "clear.html").read_text()
     assert "native_tokens" in page and "Arguments" in page
     assert "Where the grid lies in the sequence." in (tmp_path / "vision_attn" / "grid.html").read_text()
