@@ -30,9 +30,9 @@ DISC = LocalProblem("Discs", Grid(48, 48, prefix=8), Window(radius=4), ("peer",)
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """Return the folder of one quick run of everything."""
+    """Return the folder of one quick run."""
     out = tmp_path_factory.mktemp("results")
-    assert main(["bench", "kernels", "--device", "cpu", "--quick", "--out", str(out)]) == 0
+    assert main(["bench", "kernels_local", "--device", "cpu", "--quick", "--out", str(out)]) == 0
     return out
 
 
