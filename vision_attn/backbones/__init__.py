@@ -1,12 +1,12 @@
-"""Image backbones in timm's registry, which load their authors' weights: importing this package registers them.
+"""Image backbones for timm that load their authors' weights. Importing this package registers them.
 
-    import vision_attn.backbones  # first: it also lets timm load beside a CPU build of torch
+    import vision_attn.backbones  # before timm, which it also makes importable beside a CPU build of torch
     import timm
 
     model = timm.create_model("nat_tiny.shi_in1k", pretrained=True)
 
-A family is one file: a class over `Backbone`, its `checkpoint_filter_fn`, its `default_cfgs`, its table of variants and
-a call of `register`. Its name is added here.
+A family is one file in a folder: a class over `Backbone`, its `checkpoint_filter_fn`, its `default_cfgs`, its table of
+variants and a call of `register`. Its name is added here. Files beside this one hold what several folders use.
 """
 
 from vision_attn._compat import ensure_torchvision

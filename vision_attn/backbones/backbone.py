@@ -1,4 +1,4 @@
-"""The frame that all families share: patch embedding, stages, norm and head, and timm's conventions over them."""
+"""The frame of all families: patch embedding, stages, norm and head, with timm's conventions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @register_notrace_function
 def checked_image(x: Tensor, in_chans: int, cut: int = 1) -> Tensor:
-    """Return the images, cut to a multiple, or refuse what is no batch of images with that many channels."""
+    """Refuse anything but a batch of images with `in_chans` channels; cut its sides to multiples of `cut`."""
     if x.dim() != 4 or x.shape[1] != in_chans or x.numel() == 0:
         raise ValueError(f"images must be [B, {in_chans}, height, width] and not empty, got shape {list(x.shape)}")
     if cut == 1:
@@ -22,22 +22,21 @@ def checked_image(x: Tensor, in_chans: int, cut: int = 1) -> Tensor:
 
 
 class Backbone(nn.Module):
-    """An image classifier whose parts a family builds, and which timm's tools can use.
+    """An image classifier that timm's tools can use, for images of any height and width; families build its parts.
 
-    A family's constructor builds the parts as plain variables and hands them to this one. A module that owns a
-    gradient checkpoint has an attribute `grad_checkpointing`; a module that owns bare parameters has a
-    `reset_parameters`. Any height and width may come in.
+    A family's constructor builds the parts and passes them to this one. A module that can checkpoint its gradient has
+    an attribute `grad_checkpointing`. A module with parameters of its own has a method `reset_parameters`.
 
     Args:
-        patch_embed: From images `[B, in_chans, height, width]` to a map in `output_fmt`.
-        stages: From map to map; the output of each is a feature.
-        norm: Of the last map.
+        patch_embed: Turns images `[B, in_chans, height, width]` into a map in `output_fmt`.
+        stages: Each turns a map into a map; its output is a feature.
+        norm: The norm of the last map.
         head: Pools a map and classifies it.
         in_chans: Channels of an image.
-        num_classes: Classes of the head, 0 for none.
+        num_classes: Classes of the head; 0 for no classifier.
         levels: Channels and reduction (pixels per side of a map's cell) of each feature.
-        output_fmt: Format of the maps, 'NHWC' or 'NCHW'.
-        cut: Pixels that height and width are cut to multiples of, where they are more; 1 for not at all.
+        output_fmt: Format of the maps, such as 'NHWC' or 'NCHW'.
+        cut: Height and width of an image are cut to multiples of this number of pixels; 1 cuts nothing.
     """
 
     def __init__(
@@ -65,23 +64,23 @@ class Backbone(nn.Module):
             dict(num_chs=channels, reduction=reduction, module=f"stages.{i}")
             for i, (channels, reduction) in enumerate(levels)
         ]
-        # One width throughout: the norm fits every feature, as in a plain vision transformer.
+        # All features have one width, as in a plain vision transformer, so the last norm fits each of them.
         self.isotropic = len(stages) > 1 and len(set(levels)) == 1
         self.init_weights(needs_reset=False)
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
-        """Initialize linear layers like a vision transformer's; with `needs_reset` everything else anew as well."""
+        """Initialize linear layers as timm does for a vision transformer; with `needs_reset` also everything else."""
         named_apply(get_init_weights_vit("", needs_reset=needs_reset), self)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters that are not decayed: position biases."""
+        """Return the names of the parameters without weight decay: position biases."""
         return {name for name, _ in self.named_parameters() if name.endswith("rpb")}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, object]:
-        """Return the patterns that order parameters by depth: a group per stage, or per block."""
+        """Return patterns that group parameters by depth: one group per stage, or per block."""
         blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
         if coarse or self.isotropic:
             blocks = [(r"^stages\.(\d+)", None)]
@@ -89,22 +88,22 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the inputs of blocks for the backward pass, and compute the rest again."""
+        """Store only the inputs of blocks for the backward pass, which computes the rest again."""
         for module in self.modules():
             if hasattr(module, "grad_checkpointing"):
                 module.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """Return the last layer, an identity without classes."""
+        """Return the last layer; an identity if there are no classes."""
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new last layer in place.
+        """Replace the last layer.
 
         Args:
-            num_classes: Classes, 0 for none.
-            global_pool: How maps are pooled ('avg', 'max', ..., '' for not at all); None leaves it as it is.
+            num_classes: Classes; 0 for no classifier.
+            global_pool: How maps are pooled: 'avg', 'max', ..., '' for no pooling, None for no change.
         """
         self.num_classes = num_classes
         self.head.reset(num_classes, pool_type=global_pool, in_features=self.num_features, **get_device_dtype(self))
@@ -121,21 +120,21 @@ class Backbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return what `forward_features` does, and the features on the way.
+        """Return the result of `forward_features`, and the features of the stages.
 
         Args:
             x: Images `[B, in_chans, height, width]`.
-            indices: Which features: the last n, a list, or None for all.
-            norm: Whether the final norm is applied to features that it fits.
-            stop_early: Whether stages after the last feature asked for are left out.
+            indices: Which features to return: the last n, a list, or None for all.
+            norm: Apply the last norm to the features that it fits.
+            stop_early: Skip the stages after the last requested feature.
             output_fmt: 'NCHW', the only format of features.
-            intermediates_only: Whether features alone are returned.
+            intermediates_only: Return only the features.
 
         Returns:
-            Features `[B, C, height, width]`, preceded by the last map unless `intermediates_only`.
+            Features `[B, C, height, width]`, after the last map unless `intermediates_only`.
 
         Raises:
-            ValueError: If `output_fmt` is another one, or the images have another number of channels.
+            ValueError: If `output_fmt` is not 'NCHW', or the images have a wrong number of channels.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got '{output_fmt}'")
@@ -158,15 +157,15 @@ class Backbone(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the features asked for do not need.
+        """Remove the parts that the requested features do not need.
 
         Args:
-            indices: Which features: the last n, or a list.
-            prune_norm: Whether the final norm goes as well.
-            prune_head: Whether the head goes as well; it does if stages go.
+            indices: Which features to keep: the last n, or a list.
+            prune_norm: Also remove the last norm.
+            prune_head: Also remove the head; it is always removed if a stage is.
 
         Returns:
-            The indices of the features that are left.
+            The indices of the features that remain.
         """
         take, last_taken = feature_take_indices(len(self.stages), indices)
         ends_early = last_taken < len(self.stages) - 1
@@ -179,12 +178,12 @@ class Backbone(nn.Module):
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Return the last map, not pooled, from images `[B, in_chans, height, width]`."""
+        """Return the last map of images `[B, in_chans, height, width]`, before pooling."""
         x = self.patch_embed(checked_image(x, self.in_chans, self.cut))
         return self.norm(self.stages(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool and classify a map; with `pre_logits` only pool it."""
+        """Pool a map and, without `pre_logits`, classify it."""
         return self.head(x, pre_logits=True) if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:

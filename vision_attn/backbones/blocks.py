@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def patches(in_chans: int, dim: int, patch_size: int, *, norm: bool = True, **dd: Any) -> PatchEmbed:
-    """Return an embedding of patches into a map `[B, height, width, C]`, for images of any size."""
+    """Return the embedding of patches of images of any size in a map `[B, height, width, C]`."""
     norm_layer = nn.LayerNorm if norm else None
     return PatchEmbed(
         None, patch_size, in_chans, dim, norm_layer=norm_layer, output_fmt="NHWC", dynamic_img_pad=True, **dd
@@ -19,18 +19,18 @@ def patches(in_chans: int, dim: int, patch_size: int, *, norm: bool = True, **dd
 
 
 class PreNormBlock(nn.Module):
-    """Attention and an MLP, each behind a norm.
+    """Attention and an MLP, each after a norm.
 
         x = x + gamma_1 * attn(norm1(x)),    x = x + gamma_2 * mlp(norm2(x))
 
     Args:
         dim: Channels C.
-        attn: From a map to a map of the same shape.
+        attn: Turns a map into a map of the same shape.
         mlp_ratio: Hidden channels of the MLP over C.
-        layer_scale: First value of the gammas, None for none.
+        layer_scale: Initial value of the gammas; None for no gammas.
         proj_drop: Dropout of the MLP.
-        drop_path: Share of samples that skip a branch in training.
-        device: Where parameters are made.
+        drop_path: Share of the samples that skip a branch in training.
+        device: Device of the parameters.
         dtype: Type of the parameters.
     """
 
@@ -70,7 +70,7 @@ class PreNormBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """A downsampling, an identity in the first stage, and blocks."""
+    """A downsampling, which is an identity in the first stage, and blocks."""
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Stage(nn.Module):
 
 
 def refuse_heads(dim: int, num_heads: int) -> None:
-    """Refuse heads that do not divide the channels.
+    """Refuse a number of heads that does not divide the channels.
 
     Raises:
         ValueError: If `dim` is not a multiple of `num_heads`.
@@ -93,7 +93,7 @@ def refuse_heads(dim: int, num_heads: int) -> None:
 
 
 def attend_densely(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attend from each query `[B, N, H, D]` to every key: `kernels.dense` in words that TorchScript knows."""
+    """Attend from each query `[B, N, H, D]` to every key; `kernels.dense` in a form that TorchScript compiles."""
     return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
@@ -106,12 +106,12 @@ def last_layers(
 
 
 def levels_of(dims: Sequence[int], patch_size: int) -> list[tuple[int, int]]:
-    """Return channels and reduction of each stage; each halves the side of the one before."""
+    """Return channels and reduction of each stage; each stage has half the side of the one before."""
     return [(dim, patch_size * 2**i) for i, dim in enumerate(dims)]
 
 
 def map_size(img_size: int | tuple[int, int], reduction: int, *, up: bool = True) -> tuple[int, int]:
-    """Return height and width of the map of an image, rounded up, or down to 1 at least."""
+    """Return height and width of the map of an image, rounded up; with `up=False` down, but to at least 1."""
     height, width = to_2tuple(img_size)
     if up:
         return -(-height // reduction), -(-width // reduction)

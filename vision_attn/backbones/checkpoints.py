@@ -1,4 +1,4 @@
-"""What the checkpoint filters of all families share: unwrapping, renaming, and refusing another model's weights."""
+"""What checkpoint filters share: they unwrap and rename tensors, and refuse the weights of another model."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -7,15 +7,15 @@ from typing import Any
 from torch import Tensor, nn
 
 Rule = tuple[str, str | Callable[[re.Match[str]], str]]
-"""A pattern of names, and what replaces it."""
+"""A pattern in names, and its replacement."""
 
 
 def unwrap(checkpoint: Mapping[str, Any], wrappers: Sequence[str] = ("model", "state_dict")) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint by name, without a wrapper and without DistributedDataParallel's 'module.'.
+    """Return the tensors of a checkpoint by name, without wrappers and DistributedDataParallel's prefix 'module.'.
 
     Args:
-        checkpoint: Names to tensors, or a dictionary that holds one under a name of `wrappers`.
-        wrappers: Names of the wrapped dictionary, the best weights first.
+        checkpoint: Tensors by name, or a dictionary that holds them under a key of `wrappers`.
+        wrappers: Keys to look under, those of the best weights first.
 
     Raises:
         ValueError: If there are no tensors.
@@ -32,7 +32,7 @@ def unwrap(checkpoint: Mapping[str, Any], wrappers: Sequence[str] = ("model", "s
 
 
 def rename(state_dict: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Tensor]:
-    """Return the tensors under new names: every rule is applied to every name, in turn."""
+    """Return the tensors under new names. Each rule is applied to each name, in order."""
     renamed = {}
     for old, tensor in state_dict.items():
         name = old
@@ -45,10 +45,10 @@ def rename(state_dict: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str,
 def refuse_mismatch(state_dict: Mapping[str, Tensor], model: nn.Module, shown: int = 3) -> None:
     """Refuse weights of another variant.
 
-    The head is left to timm, which replaces it for another number of classes, and so are the image's channels.
+    Other classes and other channels of the image pass, because timm adapts the head and the first layer to them.
 
     Raises:
-        ValueError: If names or shapes differ; the first few are named.
+        ValueError: If names or shapes differ; the error names the first few.
     """
     own = {name: tuple(t.shape) for name, t in model.state_dict().items() if not name.startswith("head.")}
     given = {name: tuple(t.shape) for name, t in state_dict.items() if not name.startswith("head.")}

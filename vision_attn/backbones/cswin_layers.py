@@ -25,13 +25,13 @@ from vision_attn.processors.positional import add_depthwise
 
 
 class ConvEmbed(nn.Module):
-    """A 7 x 7 convolution of an image and a norm; the image goes on with zeros to whole cells.
+    """A 7 x 7 convolution of an image and a norm. The image is padded with zeros to whole cells.
 
     Args:
         in_chans: Channels of an image.
         dim: Channels C.
         patch_size: Pixels per side of a cell.
-        device: Where parameters are made.
+        device: Device of the parameters.
         dtype: Type of the parameters.
     """
 
@@ -56,7 +56,7 @@ class ConvEmbed(nn.Module):
 
 
 class NormedConv(nn.Module):
-    """A strided 3 x 3 convolution and a norm: half of the side, rounded up."""
+    """A strided 3 x 3 convolution and a norm, which halve a map's sides, rounded up."""
 
     def __init__(
         self, dim: int, out_dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -76,8 +76,8 @@ def attend_in_stripes(qkv: list[Tensor], weight: Tensor, bias: Tensor | None, si
 
     Args:
         qkv: Queries, keys and values `[B, N, H, D]`.
-        weight: Of the convolution `[C, 1, 3, 3]`.
-        bias: Of the convolution `[C]`.
+        weight: Weight of the convolution `[C, 1, 3, 3]`.
+        bias: Bias of the convolution `[C]`.
         sizes: Height and width of the map, and of a cell.
 
     Returns:
@@ -101,14 +101,14 @@ class StripeAttention(nn.Module):
 
     Args:
         dim: Channels C of the branch.
-        resolution: Height and width of the map that the layer is for.
-        idx: 0 for vertical stripes, 1 for horizontal ones, -1 for the map.
+        resolution: Height and width of the map for which the layer is made.
+        idx: 0 for vertical stripes, 1 for horizontal stripes, -1 for the whole map.
         split_size: Width of a stripe in tokens.
         num_heads: H of the branch.
         **dd: Device and dtype of the parameters.
 
     Raises:
-        ValueError: If `idx` is another number, or `num_heads` does not divide `dim`.
+        ValueError: If `idx` is none of these, or `num_heads` does not divide `dim`.
     """
 
     def __init__(
@@ -141,14 +141,14 @@ class StripeAttention(nn.Module):
 def branches(
     make: Callable[..., nn.Module], dim: int, size: tuple[int, int], num_heads: int, split: int | None, **dd: Any
 ) -> list[nn.Module]:
-    """Return the attention of a block: two branches of half of the channels, or one over the whole map.
+    """Return the attention of a block: two branches with half of the channels each, or one over the whole map.
 
     Args:
-        make: `StripeAttention`, or a class or function with the same arguments; makes one branch.
+        make: Makes one branch: `StripeAttention`, or a class or function with the same arguments.
         dim: Channels of the block.
         size: Height and width of the map.
         num_heads: Heads of the block.
-        split: Width of the stripes, None for the whole map.
+        split: Width of the stripes; None for the whole map.
         **dd: Device and dtype of the parameters.
     """
     if split is None:
@@ -157,7 +157,7 @@ def branches(
 
 
 class CSwinBlock(nn.Module):
-    """Attention of one or two branches that share its projections, and an MLP, each behind a norm.
+    """Attention of one or two branches with shared projections, and an MLP, each after a norm.
 
     Args:
         dim: Channels C.
@@ -165,8 +165,8 @@ class CSwinBlock(nn.Module):
         mlp_ratio: Hidden channels of the MLP over C.
         qkv_bias: Whether queries, keys and values have a bias.
         proj_drop: Dropout of the MLP.
-        drop_path: Share of samples that skip a branch in training.
-        device: Where parameters are made.
+        drop_path: Share of the samples that skip a branch in training.
+        device: Device of the parameters.
         dtype: Type of the parameters.
     """
 

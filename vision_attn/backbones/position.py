@@ -1,4 +1,4 @@
-"""Position embeddings and biases for maps of another size: resized on the fly, or once when a checkpoint is loaded."""
+"""Resizes position embeddings and biases to maps of another size, in each forward or when a checkpoint is loaded."""
 
 from collections.abc import Mapping
 from math import isqrt
@@ -12,9 +12,9 @@ def resized_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, i
     """Resize position embeddings.
 
     Args:
-        positions: `[1, N, C]` of a map in row-major order.
+        positions: Embeddings `[1, N, C]` of a map, row by row.
         old: Height and width of that map.
-        new: Height and width of the map at hand.
+        new: Height and width of the new map.
         mode: 'bilinear' or 'bicubic'.
 
     Returns:
@@ -28,24 +28,25 @@ def resized_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, i
 
 
 def position_names(model: nn.Module) -> set[str]:
-    """Return the parameters that say where tokens are, and class tokens: they are not decayed."""
+    """Return the names of position embeddings, position biases and class tokens, which have no weight decay."""
     kinds = ("an", "na", "ah", "aw", "ha", "wa", "ac", "ca")
     ends = (*(f".{kind}_bias" for kind in kinds), ".relative_position_bias_table", ".pos_embed", ".cls_token")
     return {name for name, _ in model.named_parameters() if name.endswith(ends)}
 
 
 def resize_for(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Resize what a checkpoint says of positions to the sizes that a model was made for.
+    """Resize a checkpoint's position embeddings and biases to the sizes of a model.
 
-    Agents' rows and columns linearly, tables of relative positions and position embeddings bicubically, as the authors
-    do for fine-tuning. The checkpoint's maps are those of its agents' rows and columns, square where there are none.
+    Rows and columns of agents are resized linearly, tables of relative positions and position embeddings bicubically,
+    as the authors do for fine-tuning. The rows and columns of agents tell the shapes of the checkpoint's maps; without
+    agents the maps are taken to be square.
 
     Args:
         state_dict: Tensors under the model's names.
         model: The model that is to hold them; a module with a `pos_embed` has the `size` of its map.
 
     Returns:
-        The tensors; those that cannot be resized are as they were.
+        All tensors; those that cannot be resized are unchanged.
     """
     own, maps = dict(model.named_parameters()), _maps_of(state_dict)
     resized = {}
@@ -64,7 +65,7 @@ def resize_for(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
 
 
 def _maps_of(state_dict: Mapping[str, Tensor]) -> set[tuple[int, int]]:
-    """Return height and width of the maps that a checkpoint's agents have rows and columns for."""
+    """Return height and width of each map for which a checkpoint's agents have rows and columns."""
     rows = {name: t for name, t in state_dict.items() if name.endswith(".ha_bias") and t.dim() == 5}
     columns = {name: state_dict.get(f"{name.removesuffix('ha_bias')}wa_bias") for name in rows}
     return {(t.shape[2], w.shape[3]) for name, t in rows.items() if (w := columns[name]) is not None and w.dim() == 5}
@@ -90,9 +91,9 @@ def _resize_table(tensor: Tensor, want: Tensor, window: tuple[int, int]) -> Tens
 
 
 def _resize_embedding(tensor: Tensor, want: Tensor, size: tuple[int, int], maps: set[tuple[int, int]]) -> Tensor:
-    """Resize `[1, N, C]` to a map of `size`; what it has more is class tokens, which stay.
+    """Resize `[1, N, C]` to a map of `size`. The first tokens, which belong to no cell, are class tokens and stay.
 
-    The number of tokens alone does not tell a map's shape: 7 x 28 tokens are as many as 14 x 14.
+    The number of tokens does not tell the shape of a map: both 7 x 28 and 14 x 14 cells are 196 tokens.
     """
     prefix = want.shape[1] - size[0] * size[1]
     tokens = tensor.shape[1] - prefix

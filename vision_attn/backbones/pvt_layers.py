@@ -20,12 +20,12 @@ from vision_attn.backbones.position import resized_positions
 
 @register_notrace_module
 class Positions(nn.Module):
-    """A position embedding `pos_embed` of a map, resized bilinearly for maps of another size.
+    """Adds a position embedding to a map; it is resized (bilinear) to maps of another size.
 
     Args:
         dim: Channels C.
-        size: Height and width of the map that it is for.
-        device: Where parameters are made.
+        size: Height and width of the map for which it is made.
+        device: Device of the parameters.
         dtype: Type of the parameters.
     """
 
@@ -43,7 +43,7 @@ class Positions(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the embedding anew."""
+        """Draw a new embedding."""
         trunc_normal_(self.pos_embed, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class Positions(nn.Module):
 class MapPatches(nn.Module):
     """Joins 2 x 2 cells of a map `[B, height, width, C]`.
 
-    An odd side loses its last cells, as with the authors; a side of one cell goes on with zeros.
+    An odd side loses its last cells, as in the authors' code; a side of one cell is padded with zeros.
     """
 
     def __init__(
@@ -72,14 +72,14 @@ class MapPatches(nn.Module):
 
 @register_notrace_module
 class ReducedAttention(nn.Module):
-    """Softmax attention to keys of a reduced map.
+    """Softmax attention to the keys of a map that a strided convolution reduces.
 
     Args:
         dim: Channels C.
         num_heads: H.
-        sr_ratio: The keys' map is this many times smaller per side.
+        sr_ratio: Stride of the convolution: the keys' map is this many times smaller per side.
         qkv_bias: Whether the projections to q, k and v have a bias.
-        proj_drop: Dropout rate of the output.
+        proj_drop: Dropout of the output.
         **dd: Device and dtype of the parameters.
     """
 
@@ -124,7 +124,7 @@ class ReducedAttention(nn.Module):
 
 
 class PositionedStage(nn.Module):
-    """A downsampling, an identity in the first stage, a position embedding, and blocks."""
+    """A downsampling, which is an identity in the first stage, a position embedding, and blocks."""
 
     def __init__(self, downsample: nn.Module, positions: nn.Module, blocks: Sequence[nn.Module]) -> None:
         super().__init__()

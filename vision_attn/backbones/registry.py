@@ -16,12 +16,12 @@ UNTESTED = "The address is the authors'; no download was tried where this packag
 
 
 def cfg(url: str = "", size: int = 224, **fields: Any) -> dict[str, Any]:
-    """Return a pretrained configuration: ImageNet's mean and deviation, bicubic, 1000 classes.
+    """Return a pretrained configuration with ImageNet's mean, deviation and 1000 classes, and bicubic interpolation.
 
     Args:
-        url: Where the authors keep the weights.
-        size: Side of the square image in pixels that the weights are for.
-        fields: What differs; `first_conv` always, `pool_size` unless a map's cell is 32 pixels wide.
+        url: The authors' address of the weights.
+        size: Side in pixels of the square images that the weights were trained on.
+        fields: Other fields: `first_conv` always, `pool_size` unless the cells of the last map are 32 pixels wide.
     """
     return dict(
         url=url,
@@ -44,15 +44,15 @@ def register(
     filter_fn: Callable[[dict[str, Any], nn.Module], dict[str, Any]],
     **feature_cfg: Any,
 ) -> None:
-    """Register one entry point of timm per variant, and make it a function of the module.
+    """Register an entry point of timm for each variant, and add it to the module as a function.
 
     Args:
-        module: Name of the family's module, which has its `default_cfgs`. timm knows a module by the last part of its
-            name, so no module of timm may bear that.
+        module: Name of the family's module, which has the `default_cfgs`. timm lists models by the last part of this
+            name, so it must differ from all of timm's own modules.
         model: The family's class.
-        variants: Name to constructor arguments.
-        filter_fn: Turns a checkpoint of any layout into the model's own.
-        feature_cfg: How `features_only=True` finds features, `out_indices` at least.
+        variants: Constructor arguments by name of the variant.
+        filter_fn: Turns a checkpoint of any layout into one in the model's layout.
+        feature_cfg: How `features_only=True` finds features; at least `out_indices`.
     """
     for name, arguments in variants.items():
         entry = _entry_point(name, model, dict(arguments), filter_fn, feature_cfg)

@@ -1,4 +1,4 @@
-"""The parts of a vision transformer with a class token, which hand on the size of the map: stem, block, head."""
+"""The parts of a vision transformer with a class token: stem, attention, block and head."""
 
 from typing import Any
 
@@ -15,13 +15,13 @@ from vision_attn.backbones.position import resized_positions
 
 @register_notrace_module
 class TokenEmbed(nn.Module):
-    """Patches of an image, a class token before them, and position embeddings, resized (bicubic) for other sizes.
+    """A class token and the patches of an image, with position embeddings that are resized (bicubic) to other sizes.
 
     Args:
         in_chans: Channels of an image.
         dim: Channels C.
-        patch_size: Pixels per side of a patch; the image goes on with zeros to whole patches.
-        size: Height and width of the map that the position embeddings are for.
+        patch_size: Pixels per side of a patch; images are padded with zeros to whole patches.
+        size: Height and width of the map for which the position embeddings are made.
         **dd: Device and dtype of the parameters.
     """
 
@@ -34,7 +34,7 @@ class TokenEmbed(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw class token and position embeddings anew."""
+        """Draw a new class token and new position embeddings."""
         trunc_normal_(self.cls_token, std=0.02)
         trunc_normal_(self.pos_embed, std=0.02)
 
@@ -50,7 +50,7 @@ class TokenEmbed(nn.Module):
 
 @register_notrace_module
 class TokenAttention(nn.Module):
-    """Softmax attention over all tokens; it takes the size of the map only for the interface."""
+    """Softmax attention over all tokens. It takes the map's size as agent attention does, and does not use it."""
 
     def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True, proj_drop: float = 0.0, **dd: Any) -> None:
         super().__init__()
@@ -66,14 +66,14 @@ class TokenAttention(nn.Module):
 
 
 class TokenBlock(nn.Module):
-    """Attention and an MLP, each behind a norm, on tokens of a map of a size that comes along.
+    """Attention and an MLP, each after a norm, on the tokens of a map.
 
     Args:
         dim: Channels C.
-        attn: From tokens and the map's size to tokens.
+        attn: Turns tokens and the map's size into tokens.
         mlp_ratio: Hidden channels of the MLP over C.
         proj_drop: Dropout of the MLP.
-        drop_path: Share of samples that skip a branch in training.
+        drop_path: Share of the samples that skip a branch in training.
         **dd: Device and dtype of the parameters.
     """
 
@@ -108,7 +108,7 @@ class TokenBlock(nn.Module):
 
 
 class TokenPool(nn.Module):
-    """Pools tokens `[B, 1 + N, C]`: 'token' is the class token, 'avg' and 'max' are of the others, '' leaves them."""
+    """Pools tokens `[B, 1 + N, C]`: 'token' takes the class token, 'avg' and 'max' pool the others, '' does nothing."""
 
     def __init__(self, pool_type: str) -> None:
         super().__init__()
@@ -126,8 +126,8 @@ class TokenHead(nn.Module):
 
     Args:
         in_features: Channels C.
-        num_classes: Classes, 0 for none.
-        pool_type: See `TokenPool`.
+        num_classes: Classes; 0 for no classifier.
+        pool_type: How tokens are pooled, see `TokenPool`.
         drop_rate: Dropout before the classifier.
         **dd: Device and dtype of the parameters.
     """
@@ -145,7 +145,7 @@ class TokenHead(nn.Module):
     def reset(
         self, num_classes: int, pool_type: str | None = None, *, in_features: int | None = None, **dd: Any
     ) -> None:
-        """Put a new classifier in place; None leaves the pooling, or the channels, as they are."""
+        """Replace the classifier; None keeps the pooling or the channels."""
         if pool_type is not None:
             self.global_pool = TokenPool(pool_type)
         self.in_features = self.num_features = in_features or self.in_features
@@ -153,6 +153,6 @@ class TokenHead(nn.Module):
         self.train(self.training)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool and classify tokens; with `pre_logits` only pool them."""
+        """Pool tokens and, without `pre_logits`, classify them."""
         x = self.drop(self.global_pool(x))
         return x if pre_logits else self.fc(x)

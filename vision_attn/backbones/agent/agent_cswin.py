@@ -1,7 +1,7 @@
 """Agent-CSwin: agent attention over the whole map in the first stages, cross-shaped stripes in the last.
 
-Weights of the authors (https://github.com/LeapLabTHU/Agent-Attention) load in their layout, those of the moving average
-before the raw ones. Any image size runs: the agents' biases are resized to the map.
+The authors' weights (https://github.com/LeapLabTHU/Agent-Attention) load in their layout; a moving average is preferred
+to the raw weights. Any image size runs: the agents' biases are resized to the map.
 
 Paper: 'Agent Attention: On the Integration of Softmax and Linear Attention' - https://arxiv.org/abs/2312.08874
 """
@@ -24,33 +24,33 @@ from vision_attn.backbones.registry import register
 
 
 class AgentCSwin(AgentBackbone):
-    """Agents and cross-shaped stripes in stages.
+    """Agent attention and cross-shaped stripes in stages.
 
     Args:
-        img_size: Height and width of the images, or one number for both, that the biases are made for; other sizes run
-            as well.
-        patch_size: Pixels per side of a cell of the first map, which the stem's windows overlap.
+        img_size: Height and width of the images, or one number for both, for which the biases are made. Other sizes
+            run as well.
+        patch_size: Pixels per side of a cell of the first map; the stem's windows are larger and overlap.
         in_chans: Channels of an image.
-        num_classes: Classes of the head, 0 for none.
+        num_classes: Classes of the head; 0 for no classifier.
         global_pool: How the last map is pooled.
         embed_dim: Channels of the first stage.
         depths: Blocks of each stage.
         num_heads: Heads of each stage.
         split_sizes: Width of the stripes of softmax attention in each stage.
-        agent_split_sizes: The same of agent attention; a stage whose map is as wide for `img_size`, and the last stage,
-            attend over the whole map. Weights fit where the same stages do.
+        agent_split_sizes: Width of the stripes of agent attention in each stage. A stage whose map is not larger for
+            `img_size`, and the last stage, attend over the whole map. Weights fit a model in which the same stages do.
         attn_types: A letter per stage: 'A' agent attention, 'B' softmax attention.
         agent_nums: Agents of each stage, square numbers.
         mlp_ratio: Hidden channels of an MLP over its channels.
         qkv_bias: Whether queries, keys and values have a bias.
         drop_rate: Dropout before the classifier.
         proj_drop_rate: Dropout of attention and MLP outputs.
-        drop_path_rate: Share of samples that skip a branch of the last block; it falls linearly towards the first.
-        device: Where parameters are made.
+        drop_path_rate: Share of samples that skip a branch in the last block; it rises linearly from 0 in the first.
+        device: Device of the parameters.
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: If the arguments of the stages do not fit each other.
+        ValueError: If the arguments have different numbers of stages, or a value is unknown.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - timm builds models from flat arguments
@@ -137,7 +137,7 @@ _filter = checkpoint_filter(RULES, WRAPPERS)
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Turn a checkpoint of the authors, or of this package, into a model's own.
+    """Turn a checkpoint, of the authors or of this package, into one in the model's layout.
 
     Raises:
         ValueError: If the checkpoint is of another variant, or `img_size` gives the model other stripes.
@@ -147,7 +147,7 @@ def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dic
 
 
 def _refuse_other_stripes(state_dict: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Refuse weights of whole maps for stripes, and the other way round: their channels and heads are shared out."""
+    """Refuse weights of whole maps for stripes, and of stripes for whole maps: they split channels differently."""
     for i, stage in enumerate(model.stages):  # type: ignore[arg-type]
         attns = stage.blocks[0].attns
         given = [name for name in state_dict if name.startswith(f"stages.{i}.blocks.0.attns.")]
@@ -157,7 +157,7 @@ def _refuse_other_stripes(state_dict: Mapping[str, Tensor], model: nn.Module) ->
             (height, width), most = attns[0].resolution, "below" if stripes else "at least"
             raise ValueError(
                 f"stage {i + 1} of the checkpoint attends {kinds[not stripes]}, but {kinds[stripes]} in a model of "
-                f"this img_size ({height} x {width} cells): leave it as the checkpoint's, other sizes run as well, "
+                f"this img_size ({height} x {width} cells): use the checkpoint's img_size, other sizes run as well, "
                 f"or give agent_split_sizes (for softmax attention split_sizes) {most} {max(height, width)}"
             )
 

@@ -1,6 +1,6 @@
 """Agent-DeiT: a vision transformer with a class token and agent attention in some or all blocks.
 
-Weights of the authors (https://github.com/LeapLabTHU/Agent-Attention) load in their layout. Any image size runs:
+The authors' weights (https://github.com/LeapLabTHU/Agent-Attention) load in their layout. Any image size runs:
 position embeddings and biases are resized to the map.
 
 Paper: 'Agent Attention: On the Integration of Softmax and Linear Attention' - https://arxiv.org/abs/2312.08874
@@ -22,30 +22,30 @@ from vision_attn.backbones.checkpoints import Rule
 from vision_attn.backbones.registry import register
 from vision_attn.backbones.token_layers import TokenAttention, TokenBlock, TokenEmbed, TokenHead
 
-AGENTS_OF_BLOCKS = (0, 0, 1, 1, 2, 2, 2, 2, 2, 2, 3, 3)  # as if a twelve-block model had four stages
+AGENTS_OF_BLOCKS = (0, 0, 1, 1, 2, 2, 2, 2, 2, 2, 3, 3)  # the twelve blocks are treated as four stages
 
 
 class AgentDeiT(AgentBackbone):
-    """Agent attention on patches of one size after a class token; each block's output is a feature.
+    """Agent attention on a class token and patches of one size; the output of each block is a feature.
 
     Args:
-        img_size: Height and width of the images, or one number for both, that position embeddings and biases are made
-            for; other sizes run as well.
+        img_size: Height and width of the images, or one number for both, for which position embeddings and biases are
+            made. Other sizes run as well.
         patch_size: Pixels per side of a patch.
         in_chans: Channels of an image.
-        num_classes: Classes of the head, 0 for none.
-        global_pool: How the last tokens are pooled, 'token' for the class token.
+        num_classes: Classes of the head; 0 for no classifier.
+        global_pool: How the last tokens are pooled; 'token' takes the class token.
         embed_dim: Channels.
         depth: Blocks.
         num_heads: Heads.
         agent_nums: Agents of blocks 1-2, 3-4, 5-10 and 11-12, square numbers.
-        agent_layers: How many blocks have agent attention, the first ones; None for all.
+        agent_layers: Number of blocks with agent attention, from the first on; None for all.
         mlp_ratio: Hidden channels of an MLP over `embed_dim`.
         qkv_bias: Whether queries, keys and values have a bias.
         drop_rate: Dropout before the classifier.
         proj_drop_rate: Dropout of attention and MLP outputs.
-        drop_path_rate: Share of samples that skip a branch of the last block; it falls linearly towards the first.
-        device: Where parameters are made.
+        drop_path_rate: Share of samples that skip a branch in the last block; it rises linearly from 0 in the first.
+        device: Device of the parameters.
         dtype: Type of the parameters.
 
     Raises:
@@ -103,7 +103,7 @@ class AgentDeiT(AgentBackbone):
             output_fmt="NLC",
         )
         self.patch_size, self.num_prefix_tokens = patch_size, 1
-        self.stages: Any = nn.ModuleList(self.stages)  # blocks take the size of the map as well
+        self.stages: Any = nn.ModuleList(self.stages)  # a Sequential would not pass the map's size to the blocks
 
     def map_size_of(self, x: Tensor) -> tuple[int, int]:
         """Return height and width of the map of images."""
@@ -127,12 +127,12 @@ class AgentDeiT(AgentBackbone):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return what `forward_features` does, and the features on the way: see `Backbone.forward_intermediates`.
+        """Return the result of `forward_features`, and the features: see `Backbone.forward_intermediates`.
 
-        `output_fmt` may be 'NLC' as well; features are without the class token.
+        `output_fmt` may also be 'NLC'. Features have no class token.
 
         Raises:
-            ValueError: If `output_fmt` is another one, or the images have another number of channels.
+            ValueError: If `output_fmt` is unknown, or the images have a wrong number of channels.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got '{output_fmt}'")
@@ -155,7 +155,7 @@ class AgentDeiT(AgentBackbone):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the features asked for do not need: see `Backbone.prune_intermediate_layers`."""
+        """Remove the parts that the requested features do not need: see `Backbone.prune_intermediate_layers`."""
         take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         self.stages = nn.ModuleList(self.stages)
         return take

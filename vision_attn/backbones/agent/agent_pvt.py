@@ -1,7 +1,7 @@
-"""Agent-PVT: the Pyramid Vision Transformer with agent attention in the place of spatial reduction.
+"""Agent-PVT: the Pyramid Vision Transformer with agent attention instead of spatial reduction.
 
-Weights of the authors (https://github.com/LeapLabTHU/Agent-Attention) load in their layout. Any image size runs:
-position embeddings and biases are resized to the map. What is left of an image beside whole patches is cut off.
+The authors' weights (https://github.com/LeapLabTHU/Agent-Attention) load in their layout. Any image size runs: position
+embeddings and biases are resized to the map. Images are cut to whole patches.
 
 Paper: 'Agent Attention: On the Integration of Softmax and Linear Attention' - https://arxiv.org/abs/2312.08874
 """
@@ -26,11 +26,11 @@ class AgentPVT(AgentBackbone):
     """Agent attention in a pyramid of stages.
 
     Args:
-        img_size: Height and width of the images, or one number for both, that position embeddings and biases are made
-            for; other sizes run as well.
+        img_size: Height and width of the images, or one number for both, for which position embeddings and biases are
+            made. Other sizes run as well.
         patch_size: Pixels per side of a patch.
         in_chans: Channels of an image.
-        num_classes: Classes of the head, 0 for none.
+        num_classes: Classes of the head; 0 for no classifier.
         global_pool: How the last map is pooled.
         embed_dims: Channels of each stage.
         depths: Blocks of each stage.
@@ -38,18 +38,18 @@ class AgentPVT(AgentBackbone):
         mlp_ratios: Hidden channels of an MLP over its channels, of each stage.
         attn_types: A letter per stage: 'A' agent attention, 'B' softmax attention.
         agent_nums: Agents of each stage, square numbers.
-        agent_sr_ratios: How many times keys are fewer per side under agent attention.
-        sr_ratios: The same under softmax attention.
-        agent_grids: Rows and columns of the agents of each stage, the square roots of `agent_nums` if None.
+        agent_sr_ratios: Reduction of the keys' map per side under agent attention, of each stage.
+        sr_ratios: Reduction of the keys' map per side under softmax attention, of each stage.
+        agent_grids: Rows and columns of the agents of each stage; if None, the square roots of `agent_nums`.
         qkv_bias: Whether queries, keys and values have a bias.
         drop_rate: Dropout before the classifier.
         proj_drop_rate: Dropout of attention and MLP outputs.
-        drop_path_rate: Share of samples that skip a branch of the last block; it falls linearly towards the first.
-        device: Where parameters are made.
+        drop_path_rate: Share of samples that skip a branch in the last block; it rises linearly from 0 in the first.
+        device: Device of the parameters.
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: If the arguments of the stages do not fit each other.
+        ValueError: If the arguments have different numbers of stages, or a value is unknown.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - timm builds models from flat arguments
@@ -97,7 +97,7 @@ class AgentPVT(AgentBackbone):
                 block = PreNormBlock(
                     dim, attn, mlp_ratio=mlp_ratios[i], proj_drop=proj_drop_rate, drop_path=next(skips), **dd
                 )
-                block.norm1.eps = block.norm2.eps = 1e-6  # only in the authors' blocks
+                block.norm1.eps = block.norm2.eps = 1e-6  # in the authors' code only blocks have this eps
                 blocks.append(block)
             merging = MapPatches(embed_dims[i - 1], dim, **dd) if i else nn.Identity()
             stages.append(PositionedStage(merging, Positions(dim, size, **dd), blocks))

@@ -1,7 +1,7 @@
 """Agent-Swin: Swin with agent attention over the whole map in its first stages, shifted windows in its last.
 
-Weights of the authors (https://github.com/LeapLabTHU/Agent-Attention) load in their layout. Any image size runs: the
-agents' biases are resized to the map, which is padded to whole windows where there are windows.
+The authors' weights (https://github.com/LeapLabTHU/Agent-Attention) load in their layout. Any image size runs: the
+agents' biases are resized to the map, and shifted windows pad it to whole windows.
 
 Paper: 'Agent Attention: On the Integration of Softmax and Linear Attention' - https://arxiv.org/abs/2312.08874
 """
@@ -25,7 +25,7 @@ from vision_attn.backbones.registry import register
 
 @register_notrace_module
 class ShiftedWindowBlock(SwinTransformerBlock):
-    """timm's block of Swin, for maps of any size and with gradient checkpointing."""
+    """timm's block of Swin for maps of any size, with gradient checkpointing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, dynamic_mask=True, **kwargs)
@@ -43,15 +43,15 @@ class ShiftedWindowBlock(SwinTransformerBlock):
 
 
 def block_types(attn_types: str, depths: Sequence[int]) -> list[str]:
-    """Return a letter per block, 'A' or 'B', of each stage.
+    """Return the letters of the blocks of each stage: 'A' agent attention, 'B' windows.
 
     Args:
-        attn_types: A letter per stage: 'A' agent attention, 'B' windows, or 'M', which is 'A' in as many first blocks
-            as the number at the end says: 'AAMB2'.
+        attn_types: A letter per stage: 'A', 'B', or 'M', whose first blocks are 'A' and the others 'B'. A number at the
+            end says how many are 'A': 'AAMB2'.
         depths: Blocks of each stage.
 
     Raises:
-        ValueError: If there is another number of letters or another letter.
+        ValueError: If the number of letters is wrong or a letter is unknown.
     """
     found = re.fullmatch(r"([ABM]+)(\d*)", attn_types)
     if found is None or len(found[1]) != len(depths) or ("M" in found[1]) != bool(found[2]):
@@ -69,30 +69,30 @@ class AgentSwin(AgentBackbone):
     """Agent attention and shifted windows in stages.
 
     Args:
-        img_size: Height and width of the images, or one number for both, that the biases are made for; other sizes run
-            as well.
+        img_size: Height and width of the images, or one number for both, for which the biases are made. Other sizes
+            run as well.
         patch_size: Pixels per side of a patch.
         in_chans: Channels of an image.
-        num_classes: Classes of the head, 0 for none.
+        num_classes: Classes of the head; 0 for no classifier.
         global_pool: How the last map is pooled.
         embed_dim: Channels of the first stage.
         depths: Blocks of each stage.
         num_heads: Heads of each stage.
-        window_size: Side of the windows of agent attention in cells, which cover a map that is not larger for
-            `img_size`; an eighth of it, seven at least, is the side of shifted windows.
+        window_size: Side of the windows of agent attention in cells; a map that is not larger for `img_size` is one
+            window. Shifted windows have an eighth of it as their side, but at least 7.
         attn_types: A letter per stage, see `block_types`.
         agent_nums: Agents of each stage, square numbers.
-        agent_grids: Rows and columns of the agents of each stage, the square roots of `agent_nums` if None.
+        agent_grids: Rows and columns of the agents of each stage; if None, the square roots of `agent_nums`.
         mlp_ratio: Hidden channels of an MLP over its channels.
         qkv_bias: Whether queries, keys and values have a bias.
         drop_rate: Dropout before the classifier.
         proj_drop_rate: Dropout of attention and MLP outputs.
-        drop_path_rate: Share of samples that skip a branch of the last block; it falls linearly towards the first.
-        device: Where parameters are made.
+        drop_path_rate: Share of samples that skip a branch in the last block; it rises linearly from 0 in the first.
+        device: Device of the parameters.
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: If the arguments of the stages do not fit each other.
+        ValueError: If the arguments have different numbers of stages, or a value is unknown.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - timm builds models from flat arguments

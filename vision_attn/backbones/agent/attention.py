@@ -2,8 +2,8 @@
 
     o = proj(agents(q, k, v, B_1, B_2) + dwc(v))
 
-See `vision_attn.processors.agent` for the formula. The biases are resized bilinearly to the map at hand and, if wanted,
-to another grid of agents, as the authors do for detection: any height x width works with one set of weights.
+See `vision_attn.processors.agent` for the formula. The biases are resized (bilinear) to the map and, on request, to
+another grid of agents, as the authors do for detection. So one set of weights works for any height and width.
 
 Paper: 'Agent Attention: On the Integration of Softmax and Linear Attention' - https://arxiv.org/abs/2312.08874
 """
@@ -34,12 +34,13 @@ def attend(qkv: list[Tensor], tables: list[Tensor], weight: Tensor, bias: Tensor
     """Attend through agents inside every cell of the grid and add the convolution of the values.
 
     Args:
-        qkv: Queries `[B, N, H, D]`, keys and values `[B, M, H, D]`, after one class token if there are eight tables.
-        tables: `AgentBiases.tables`, and ac_bias `[1, H, A, 1]`, ca_bias `[1, H, 1, A]` for a class token.
-        weight: Of the convolution `[C, 1, 3, 3]`.
-        bias: Of the convolution `[C]`.
-        sizes: Height and width of the queries' grid, of the keys' grid and of a cell, rows and columns of the agents;
-            the grids are equal if there is more than one cell.
+        qkv: Queries `[B, N, H, D]`, keys and values `[B, M, H, D]`; the first token is a class token if there are
+            eight tables.
+        tables: `AgentBiases.tables`, and for a class token ac_bias `[1, H, A, 1]` and ca_bias `[1, H, 1, A]`.
+        weight: Weight of the convolution `[C, 1, 3, 3]`.
+        bias: Bias of the convolution `[C]`.
+        sizes: Height and width of the queries' grid, of the keys' grid and of a cell, then rows and columns of the
+            agents. If there is more than one cell, both grids are equal.
 
     Returns:
         `[B, N, C]`.
@@ -104,15 +105,15 @@ def add_biases(
     class_token: bool = False,
     **dd: Any,
 ) -> None:
-    """Give a layer the biases of its agents as parameters of its own.
+    """Register the biases of agents as parameters of a layer.
 
     Args:
-        layer: The layer, which must have a `reset_parameters` of its own that calls `reset_biases`.
+        layer: The layer; its `reset_parameters` must call `reset_biases`.
         num_heads: H.
-        agent_num: Agents that the biases are for, a square number.
-        size: Height and width of the map that the biases are for.
-        key_size: The same of the keys' map, `size` if None.
-        class_token: Whether there are biases ac_bias, ca_bias of a class token.
+        agent_num: Number of agents for which the biases are made; a square number.
+        size: Height and width of the map for which the biases are made.
+        key_size: Height and width of the keys' map; `size` if None.
+        class_token: Also register the biases ac_bias and ca_bias of a class token.
         **dd: Device and dtype of the parameters.
 
     Raises:
@@ -131,34 +132,34 @@ def add_biases(
 
 
 def reset_biases(layer: nn.Module) -> None:
-    """Draw the biases of a layer anew, as the authors do."""
+    """Draw new biases of a layer, as the authors do."""
     for table in layer.parameters(recurse=False):
         trunc_normal_(table, std=0.02)
 
 
 def agent_grid_of(agent_num: int, agent_grid: Size | None) -> Size:
-    """Return rows and columns of the agents at use."""
+    """Return rows and columns of the agents in use."""
     return agent_grid or (isqrt(agent_num), isqrt(agent_num))
 
 
 @register_notrace_module
 class AgentSelfAttention(nn.Module):
-    """Agent attention over all tokens of a map, with one class token or none.
+    """Agent attention over all tokens of a map, with or without a class token.
 
     Args:
         dim: Channels C.
         num_heads: H.
-        agent_num: Agents that the biases are for, a square number.
-        size: Height and width of the map that the biases are for.
-        class_token: Whether one token precedes those of the map.
-        agent_grid: Rows and columns of the agents at use, the square root of `agent_num` each if None.
-        window: Height and width of windows that attend each on its own; None for the whole map.
+        agent_num: Number of agents for which the biases are made; a square number.
+        size: Height and width of the map for which the biases are made.
+        class_token: Whether a class token precedes the tokens of the map.
+        agent_grid: Rows and columns of the agents in use; if None, the square root of `agent_num` for both.
+        window: Height and width of windows inside which tokens attend; None for the whole map.
         qkv_bias: Whether the projection to q, k and v has a bias.
-        proj_drop: Dropout rate of the output.
+        proj_drop: Dropout of the output.
         **dd: Device and dtype of the parameters.
 
     Attributes:
-        shift: Whether windows smaller than the map lie half a window lower and further right, around the map's edges.
+        shift: Whether windows that are smaller than the map are shifted by half a window, cyclically.
     """
 
     def __init__(
@@ -186,7 +187,7 @@ class AgentSelfAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def reset_parameters(self) -> None:
-        """Draw the biases anew."""
+        """Draw new biases."""
         reset_biases(self)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -194,7 +195,7 @@ class AgentSelfAttention(nn.Module):
 
         Args:
             x: A map `[B, height, width, C]`, or the tokens `[B, N, C]` of a map of `size`.
-            size: Height and width of the map, None for a map.
+            size: Height and width of the map whose tokens `x` is; None if `x` is a map.
         """
         shape = x.shape
         if self.window is not None and self.shift and size is None:
@@ -221,17 +222,17 @@ class AgentSelfAttention(nn.Module):
 
 @register_notrace_module
 class AgentReducedAttention(ReducedAttention):
-    """Agent attention to keys of a reduced map.
+    """PVT's attention to the keys of a reduced map, through agents: `o = W (agents(q, k, v) + dwc(upsampled v))`.
 
     Args:
         dim: Channels C.
         num_heads: H.
-        agent_num: Agents that the biases are for, a square number.
-        size: Height and width of the map that the biases are for.
-        agent_grid: Rows and columns of the agents at use, the square root of `agent_num` each if None.
+        agent_num: Number of agents for which the biases are made; a square number.
+        size: Height and width of the map for which the biases are made.
+        agent_grid: Rows and columns of the agents in use; if None, the square root of `agent_num` for both.
         sr_ratio: The keys' map is this many times smaller per side.
         qkv_bias: Whether the projections to q, k and v have a bias.
-        proj_drop: Dropout rate of the output.
+        proj_drop: Dropout of the output.
         **dd: Device and dtype of the parameters.
     """
 
@@ -255,7 +256,7 @@ class AgentReducedAttention(ReducedAttention):
         self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
 
     def reset_parameters(self) -> None:
-        """Draw the biases anew."""
+        """Draw new biases."""
         reset_biases(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -270,11 +271,13 @@ class AgentReducedAttention(ReducedAttention):
 
 @register_notrace_module
 class AgentStripeAttention(StripeAttention):
-    """Agent attention inside stripes: see `StripeAttention` for the other arguments.
+    """CSwin's attention inside stripes, through agents. See `StripeAttention` for the other arguments.
+
+    Where the last stripe is smaller, agents are pooled with zeros in the missing places.
 
     Args:
-        agent_num: Agents of a stripe that the biases are for, a square number.
-        agent_grid: Rows and columns of the agents at use, the square root of `agent_num` each if None.
+        agent_num: Number of agents of a stripe for which the biases are made; a square number.
+        agent_grid: Rows and columns of the agents in use; if None, the square root of `agent_num` for both.
     """
 
     def __init__(
@@ -294,7 +297,7 @@ class AgentStripeAttention(StripeAttention):
         add_biases(self, num_heads, agent_num, self.cell(resolution), **dd)
 
     def reset_parameters(self) -> None:
-        """Draw the biases anew."""
+        """Draw new biases."""
         reset_biases(self)
 
     def forward(self, qkv: Tensor, size: tuple[int, int]) -> Tensor:

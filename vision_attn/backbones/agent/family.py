@@ -1,4 +1,4 @@
-"""What the Agent-* families share: undecayed parameters, reading checkpoints, and the configuration of the weights."""
+"""What the Agent families share: parameters without weight decay, reading checkpoints, configurations of weights."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,25 +15,25 @@ BUFFERS = ("relative_position_index", "attn_mask")
 
 
 class AgentBackbone(Backbone):
-    """A `Backbone` whose biases and embeddings of positions are not decayed."""
+    """A `Backbone` whose position biases and embeddings have no weight decay."""
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters that are not decayed."""
+        """Return the names of the parameters without weight decay."""
         return position_names(self)
 
 
 def checkpoint_filter(
     rules: Sequence[Rule], wrappers: Sequence[str] = ("model", "state_dict")
 ) -> Callable[[Mapping[str, Any], nn.Module], dict[str, Tensor]]:
-    """Return a function that turns a checkpoint of the authors, or of this package, into a model's own.
+    """Return a function that turns a checkpoint, of the authors or of this package, into one in a model's layout.
 
-    It resizes embeddings and biases of positions to the size that the model was made for, and raises a ValueError that
-    names differences if the checkpoint is of another variant.
+    The function resizes position embeddings and biases to the model's size. It raises a ValueError that names the
+    differences if the checkpoint is of another variant.
 
     Args:
-        rules: The authors' names and ours.
-        wrappers: Names of the wrapped dictionary, the best weights first.
+        rules: Rules that turn the authors' names into ours.
+        wrappers: Keys under which the tensors may lie, those of the best weights first.
     """
     head = (r"^head\.(weight|bias)$", r"head.fc.\1")
 
@@ -48,7 +48,7 @@ def checkpoint_filter(
 
 
 def agent_cfg(share: str, size: int = 224, crop_pct: float = 0.875, **fields: Any) -> dict[str, Any]:
-    """Return the configuration of weights that the authors share under that key; images are squashed to a square."""
+    """Return the configuration of weights that the authors share under a key; images are squashed to a square."""
     url = f"https://cloud.tsinghua.edu.cn/f/{share}/?dl=1"
     fields = dict(first_conv="patch_embed.proj", license="unknown", paper_ids="arXiv:2312.08874") | fields
     return cfg(url, size, crop_pct=crop_pct, crop_mode="squash", **fields)

@@ -4,7 +4,7 @@
     low:  o = W_l attention(W_q x, W_kv mean_window(x)) on the last int(H * alpha) heads
 
 The output is [high, low] on the channels. A map that the windows do not divide is padded with zeros, as the authors do
-for detection. A window of one token makes all heads low: plain attention with separate projections.
+for detection. With a window of one token all heads are low: plain attention with separate projections.
 
 Paper: 'Fast Vision Transformers with HiLo Attention' - https://arxiv.org/abs/2205.13213
 """
@@ -54,7 +54,7 @@ class HiLoSelfAttention(nn.Module):
         dim: Channels C.
         num_heads: H.
         window_size: Side of a window in tokens.
-        alpha: Share of low heads; int(H * alpha) is truncated.
+        alpha: Share of low heads; their number is int(H * alpha).
         qkv_bias: Whether the projections to q, k and v have a bias.
         **dd: Device and dtype of the parameters.
 
@@ -106,7 +106,7 @@ class HiLoSelfAttention(nn.Module):
         return attend_high(qkv, self.high, self.window_size)
 
     def means(self, x: Tensor) -> Tensor:
-        """Return the cells that the low heads see, `[B, M, C]`."""
+        """Return the means `[B, M, C]` to which the low heads attend."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return torch.ops.vision_attn.window_means(x, self.window_size)
         return window_means(x, self.window_size)

@@ -1,4 +1,4 @@
-"""LITv2's own layers: the MLP with a depth-wise convolution, the block, and deformable merging in pure PyTorch."""
+"""LITv2's layers: the MLP with a depth-wise convolution, the block, and deformable merging in pure PyTorch."""
 
 import torch
 import torch.nn.functional as F
@@ -33,15 +33,15 @@ class ConvolvedMlp(nn.Module):
 
 
 class LITBlock(nn.Module):
-    """A `PreNormBlock` whose MLP convolves, and which may lack attention.
+    """A `PreNormBlock` with a convolution in its MLP, with or without attention.
 
     Args:
         dim: Channels C.
-        attn: From a map to a map of the same shape; None for no attention.
+        attn: Turns a map into a map of the same shape; None for no attention.
         mlp_ratio: Hidden channels of the MLP over C.
         proj_drop: Dropout of the MLP.
-        drop_path: Share of samples that skip a branch in training.
-        device: Where parameters are made.
+        drop_path: Share of the samples that skip a branch in training.
+        device: Device of the parameters.
         dtype: Type of the parameters.
     """
 
@@ -79,11 +79,11 @@ class LITBlock(nn.Module):
 
 @register_notrace_module
 class DeformableConv(nn.Conv2d):
-    """A convolution, without overlap, of a map that is sampled at offsets which another such convolution predicts.
+    """A convolution without overlap, whose taps are moved by offsets that another such convolution predicts.
 
-        o(p) = sum_t w_t x(p + t + offset_t(p)),    x bilinear, zero outside of the map
+        o(p) = sum_t w_t x(p + t + offset_t(p)),    x bilinear, zero outside the map
 
-    Offsets are (row, column) per tap t. A map that the taps do not divide goes on with zeros.
+    Offsets are (row, column) per tap t. A map that the taps do not divide is padded with zeros.
 
     Paper: 'Deformable Convolutional Networks' - https://arxiv.org/abs/1703.06211
 
@@ -91,7 +91,7 @@ class DeformableConv(nn.Conv2d):
         in_channels: C of `[B, C, height, width]`.
         out_channels: C of the output.
         kernel_size: Taps per side, and the stride.
-        device: Where parameters are made.
+        device: Device of the parameters.
         dtype: Type of the parameters.
     """
 
@@ -110,7 +110,7 @@ class DeformableConv(nn.Conv2d):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start as a plain convolution."""
+        """Reset to a plain convolution: all offsets are zero."""
         super().reset_parameters()
         if hasattr(self, "conv_offset"):
             nn.init.zeros_(self.conv_offset.weight)
@@ -123,7 +123,7 @@ class DeformableConv(nn.Conv2d):
         if down or right:
             x = F.pad(x, [0, right, 0, down])
         height, width = x.shape[2], x.shape[3]
-        # pixels are numbers up to the size of the map, which half precision cannot tell apart
+        # Half precision cannot tell the coordinates of a large map apart.
         wide = torch.promote_types(x.dtype, torch.float32)
         offsets = self.conv_offset(x).to(wide)
         offsets = offsets.reshape(x.shape[0], K, K, 2, height // K, width // K)
@@ -136,7 +136,7 @@ class DeformableConv(nn.Conv2d):
 
 
 class DeformableMerging(nn.Module):
-    """Halves the side of a map `[B, height, width, C]` and doubles its channels."""
+    """Halves the sides of a map `[B, height, width, C]` and doubles its channels."""
 
     def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()

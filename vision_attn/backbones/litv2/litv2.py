@@ -22,24 +22,24 @@ from vision_attn.backbones.registry import cfg, register
 
 
 class LITv2(Backbone):
-    """HiLo attention in stages; deformable convolutions merge the cells of a map between them.
+    """HiLo attention in stages; between stages deformable convolutions merge the cells of a map.
 
     Args:
         in_chans: Channels of an image.
-        num_classes: Classes of the head, 0 for none.
+        num_classes: Classes of the head; 0 for no classifier.
         global_pool: How the last map is pooled.
         patch_size: Pixels per side of a patch.
         embed_dim: Channels of the first stage.
         depths: Blocks of each stage.
         num_heads: Heads of each stage.
-        window_sizes: Side of HiLo's window in each stage, 1 for plain attention, 0 for none.
+        window_sizes: Side of HiLo's window in each stage; 1 for plain attention, 0 for no attention.
         alpha: Share of low heads.
         mlp_ratio: Hidden channels of an MLP over its channels.
         qkv_bias: Whether queries, keys and values have a bias.
         drop_rate: Dropout before the classifier.
         proj_drop_rate: Dropout of MLP outputs.
-        drop_path_rate: Share of samples that skip a branch of the last block; it falls linearly towards the first.
-        device: Where parameters are made.
+        drop_path_rate: Share of samples that skip a branch in the last block; it rises linearly from 0 in the first.
+        device: Device of the parameters.
         dtype: Type of the parameters.
 
     Raises:
@@ -95,17 +95,14 @@ class LITv2(Backbone):
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Turn a checkpoint of the authors, or of this package, into the model's own.
+    """Return the tensors of a checkpoint, of the authors or of this package, under the model's names.
 
     Args:
         checkpoint: Tensors by name, or a wrapper around them.
-        model: The model that is to hold them.
-
-    Returns:
-        The tensors under the model's names.
+        model: The model that loads them.
 
     Raises:
-        ValueError: If the checkpoint is of another variant; the first few differences are named.
+        ValueError: If the checkpoint is of another variant; the error names the first few differences.
     """
     rules = (
         (r"^layers\.(\d+)\.downsample\.", lambda match: f"stages.{int(match[1]) + 1}.downsample."),

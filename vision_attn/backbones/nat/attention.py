@@ -2,8 +2,8 @@
 
     o_i = proj( sum_j softmax_j( scale * q_i . k_j + rpb[h, j - i] ) v_j ),    j in window(i)
 
-Where the map is smaller than `kernel_size * dilation` it is padded with zeros after the norm and before the projection,
-as the released models were trained (NATTEN 0.14): a padded cell is a key and a value equal to the projection's bias.
+A map that is smaller than `kernel_size * dilation` is padded with zeros after the norm and before the projection, as
+in the training of the released models (NATTEN 0.14). A padded cell is a key and a value equal to the projection's bias.
 
 Papers: 'Neighborhood Attention Transformer' - https://arxiv.org/abs/2204.07143,
 'Dilated Neighborhood Attention Transformer' - https://arxiv.org/abs/2209.15001
@@ -25,7 +25,7 @@ from vision_attn.kernels.local import Window, local_attention
 
 @register_notrace_module
 class NeighborhoodAttention(nn.Module):
-    """Neighborhood attention of a map `[B, height, width, C]`, which may have any size.
+    """Neighborhood attention over a map `[B, height, width, C]` of any size.
 
     Args:
         dim: Channels C.
@@ -33,9 +33,9 @@ class NeighborhoodAttention(nn.Module):
         kernel_size: Side of the window in cells.
         dilation: Distance between the window's cells.
         qkv_bias: Whether queries, keys and values have a bias.
-        scale: Factor of the logits, `(dim / num_heads) ** -0.5` if None or 0.
+        scale: Factor of the logits; `(dim / num_heads) ** -0.5` if None or 0.
         proj_drop: Dropout of the output.
-        device: Where parameters are made.
+        device: Device of the parameters.
         dtype: Type of the parameters.
 
     Raises:
@@ -68,7 +68,7 @@ class NeighborhoodAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the position bias anew; the linear layers do so themselves."""
+        """Draw a new position bias; linear layers reset themselves."""
         trunc_normal_(self.rpb, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class NeighborhoodAttention(nn.Module):
         B, height, width, C = x.shape
         least = self.kernel_size * self.dilation
         padded = height < least or width < least
-        if padded:  # not by zero otherwise: a compiler keeps sizes simple
+        if padded:  # padding by zero would give a compiler more complicated sizes
             x = F.pad(x, (0, 0, 0, max(0, least - width), 0, max(0, least - height)))
         rows, columns = x.shape[1], x.shape[2]
         qkv = self.qkv(x).reshape(B, rows * columns, 3, self.num_heads, C // self.num_heads)
@@ -97,19 +97,19 @@ class NeighborhoodAttention(nn.Module):
 def neighborhood(
     q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, height: int, width: int, dilation: int, scale: float
 ) -> Tensor:
-    """Attend from every cell to its window; the bias `[H, 2 * kernel_size - 1, 2 * kernel_size - 1]` tells its side."""
+    """Attend from each cell to its window, whose side follows from the bias `[H, 2 * side - 1, 2 * side - 1]`."""
     window = Window(kernel_size=(rpb.shape[1] + 1) // 2, dilation=dilation, bias=rpb)
     return local_attention(q, k, v, Grid(height, width), window, scale=scale)
 
 
 @register_notrace_module
 class RelativeAttention(NeighborhoodAttention):
-    """Dense attention with a relative position bias, the twin that the isotropic NAT is compared with ('ViT-rpb').
+    """Dense attention with a relative position bias: 'ViT-rpb', with which the paper compares the isotropic NAT.
 
         o_i = proj( sum_j softmax_j( scale * q_i . k_j + rpb[h, j - i] ) v_j ),    j in the whole map
 
     The window is the whole map `[B, height, width, C]`. The bias is made for maps of side `kernel_size` and resized
-    (bicubic) for others.
+    (bicubic) to others.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class RelativeAttention(NeighborhoodAttention):
         return self.proj_drop(self.proj(o.transpose(1, 2).reshape(B, height, width, C)))
 
     def bias(self, height: int, width: int) -> Tensor:
-        """Return the bias of every query and key, `[H, N, N]`."""
+        """Return the bias `[H, N, N]` of each query and key."""
         table: Tensor = self.rpb
         size = [2 * height - 1, 2 * width - 1]
         if table.shape[1] != size[0] or table.shape[2] != size[1]:
@@ -132,6 +132,6 @@ class RelativeAttention(NeighborhoodAttention):
 
 
 def offsets(length: int, device: torch.device) -> Tensor:
-    """Return `key - query + length - 1` of every query and key of an axis, `[length, length]`."""
+    """Return `key - query + length - 1` for each query and key of an axis, `[length, length]`."""
     i = torch.arange(length, device=device)
     return i - i[:, None] + length - 1

@@ -1,4 +1,4 @@
-"""Reads the checkpoints of all NAT families: the authors' three layouts and that of transformers."""
+"""Reads the checkpoints of the NAT families in the authors' three layouts and in that of transformers."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from vision_attn.backbones.checkpoints import Rule, refuse_mismatch, rename, unw
 
 
 def _next_stage(match: re.Match[str]) -> str:
-    """The authors downsample at the end of a level, timm at the start of the next stage."""
+    """Rename a downsampling: the authors have it at the end of a level, timm at the start of the next stage."""
     return f"stages.{int(match[1]) + 1}.downsample."
 
 
@@ -39,17 +39,17 @@ TRANSFORMERS: tuple[Rule, ...] = (
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Turn a checkpoint of any layout into the model's own.
+    """Turn a checkpoint of any layout into one in the model's layout.
 
     Args:
         checkpoint: Tensors by name as the authors, transformers or this package save them, or a wrapper around them.
-        model: The model that is to hold them.
+        model: The model that loads them.
 
     Returns:
         The tensors under the model's names.
 
     Raises:
-        ValueError: If the checkpoint is of another variant; the first few differences are named.
+        ValueError: If the checkpoint is of another variant; the error names the first few differences.
     """
     state_dict = unwrap(checkpoint)
     if any(".layernorm_before." in name for name in state_dict):
@@ -62,7 +62,7 @@ def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dic
 
 
 def _joined(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Join query, key and value, and split the pair of layer scales."""
+    """Join the tensors of query, key and value, and split the pair of layer scales."""
     joined = {}
     for name, tensor in state_dict.items():
         if ".attn.query." in name:

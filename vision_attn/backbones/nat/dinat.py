@@ -1,6 +1,6 @@
-"""DiNAT: NAT with every second block dilated as far as its map allows.
+"""DiNAT: NAT in which every second block is dilated as far as its map allows.
 
-Dilations are those of the pretrained size; `set_input_size` finds them for another one.
+The dilations fit the pretrained size; `set_input_size` fits them to another size.
 
 Paper: 'Dilated Neighborhood Attention Transformer' - https://arxiv.org/abs/2209.15001
 """
@@ -20,7 +20,7 @@ AT_384 = (13, 6, 3, 1)
 
 
 def alternating(depths: Sequence[int], dilations: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Return the dilation of each block of each stage: 1 and the stage's in turn."""
+    """Return the dilation of each block of each stage: 1 and the stage's dilation in turn."""
     return tuple(tuple((1, d)[j % 2] for j in range(depth)) for depth, d in zip(depths, dilations, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""DiNAT_s: Swin with dilated neighborhood attention in the place of shifted windows.
+"""DiNAT_s: Swin with dilated neighborhood attention instead of shifted windows.
 
 Paper: 'Dilated Neighborhood Attention Transformer' - https://arxiv.org/abs/2209.15001
 """

@@ -1,4 +1,4 @@
-"""NAT, a pyramid of neighborhood attention; DiNAT and DiNAT_s are the same class with dilations and Swin's stem.
+"""NAT, a pyramid with neighborhood attention. DiNAT and DiNAT_s are the same class with dilations and Swin's stem.
 
 The released weights (https://github.com/SHI-Labs/Neighborhood-Attention-Transformer, MIT) load in the authors' layout
 and in that of transformers.
@@ -23,7 +23,7 @@ from vision_attn.backbones.registry import cfg, register
 
 
 class ConvTokenizer(nn.Module):
-    """Two 3 x 3 convolutions of stride 2 with nothing between them: from images to a map `[B, height, width, C]`."""
+    """Two 3 x 3 convolutions of stride 2, one after the other, from images to a map `[B, height, width, C]`."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class ConvTokenizer(nn.Module):
         self.norm = nn.LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the map of images `[B, in_chans, height, width]`; a quarter of each side, rounded up."""
+        """Return the map of images `[B, in_chans, height, width]`: each side a quarter, rounded up."""
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
@@ -56,33 +56,33 @@ class ConvDownsample(nn.Module):
         self.norm = nn.LayerNorm(2 * dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return a map of half of each side, rounded up."""
+        """Return a map with half of each side, rounded up."""
         return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 class NAT(Backbone):
-    """Neighborhood attention in stages, each with half of the side and twice the channels of the one before.
+    """Neighborhood attention in stages; each has half the side and twice the channels of the one before.
 
     Args:
         in_chans: Channels of an image.
-        num_classes: Classes of the head, 0 for none.
+        num_classes: Classes of the head; 0 for no classifier.
         global_pool: How the last map is pooled.
-        patch_size: Pixels per side of a patch, embedded and merged as in Swin (DiNAT_s); None for overlapping
-            convolutions (NAT, DiNAT).
+        patch_size: Pixels per side of a patch. Patches are embedded and merged as in Swin (DiNAT_s); None embeds and
+            merges by overlapping convolutions (NAT, DiNAT).
         embed_dim: Channels of the first stage.
         depths: Blocks of each stage.
         num_heads: Heads of each stage.
         kernel_size: Side of the window in cells of a map.
-        dilations: Of each block of each stage, in cells; None for 1.
+        dilations: Dilation of each block of each stage, in cells; None for 1.
         mlp_ratio: Hidden channels of an MLP over its channels.
         qkv_bias: Whether queries, keys and values have a bias.
-        qk_scale: Factor of the logits, `head_dim ** -0.5` if None.
-        layer_scale: First value of the factors of the branches, None for no factors.
-        patch_norm: Whether patches are normed; overlapping convolutions always are.
+        qk_scale: Factor of the logits; `head_dim ** -0.5` if None.
+        layer_scale: Initial value of the factors of the branches; None for no factors.
+        patch_norm: Whether a norm follows the patch embedding; one always follows overlapping convolutions.
         drop_rate: Dropout before the classifier.
         proj_drop_rate: Dropout of attention and MLP outputs.
-        drop_path_rate: Share of samples that skip a branch of the last block; it falls linearly towards the first.
-        device: Where parameters are made.
+        drop_path_rate: Share of samples that skip a branch in the last block; it rises linearly from 0 in the first.
+        device: Device of the parameters.
         dtype: Type of the parameters.
 
     Raises:
@@ -161,9 +161,10 @@ class NAT(Backbone):
         self.kernel_size, self.dilated = kernel_size, any(max(level) > 1 for level in steps)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Dilate for images of another size as the authors do: every second block as far as the map allows.
+        """Dilate every second block as far as images of a size allow, as the authors do.
 
-        Any size runs without it, with the dilations of the pretrained size. A model without dilation stays as it is.
+        Without this call any size runs with the dilations of the pretrained size. A model without dilations does not
+        change.
 
         Args:
             img_size: Height and width of the images in pixels, or one number for both.

@@ -1,6 +1,6 @@
-"""Isotropic NAT and DiNAT: one width and one size of map throughout; and ViT-rpb, their twin with dense attention.
+"""Isotropic NAT and DiNAT, whose maps all have one width and one size, and ViT-rpb, their twin with dense attention.
 
-Patches have no position embedding and there is no class token: the last map is averaged.
+There are no position embeddings and there is no class token: the last map is averaged.
 
 Paper: 'Dilated Neighborhood Attention Transformer' - https://arxiv.org/abs/2209.15001
 """
@@ -20,28 +20,28 @@ from vision_attn.backbones.registry import cfg, register
 
 
 class NATIsotropic(Backbone):
-    """Neighborhood attention on patches of one size; each block's output is a feature.
+    """Neighborhood attention on patches of one size; the output of each block is a feature.
 
     Args:
-        img_size: Side of the images, in pixels, that dense attention's bias is made for; other sizes run as well.
+        img_size: Side in pixels of the images for which dense attention's bias is made; other sizes run as well.
         patch_size: Pixels per side of a patch.
         in_chans: Channels of an image.
-        num_classes: Classes of the head, 0 for none.
+        num_classes: Classes of the head; 0 for no classifier.
         global_pool: How the last map is pooled.
         embed_dim: Channels.
         depth: Blocks.
         num_heads: Heads.
         kernel_size: Side of the window in patches; 0 for dense attention (ViT-rpb).
-        dilation: Of every second block.
+        dilation: Dilation of every second block.
         mlp_ratio: Hidden channels of an MLP over `embed_dim`.
         qkv_bias: Whether queries, keys and values have a bias.
-        qk_scale: Factor of the logits, `head_dim ** -0.5` if None.
-        layer_scale: First value of the factors of the branches, None for no factors.
-        patch_norm: Whether patches are normed.
+        qk_scale: Factor of the logits; `head_dim ** -0.5` if None.
+        layer_scale: Initial value of the factors of the branches; None for no factors.
+        patch_norm: Whether a norm follows the patch embedding.
         drop_rate: Dropout before the classifier.
         proj_drop_rate: Dropout of attention and MLP outputs.
-        drop_path_rate: Share of samples that skip a branch of the last block; it falls linearly towards the first.
-        device: Where parameters are made.
+        drop_path_rate: Share of samples that skip a branch in the last block; it rises linearly from 0 in the first.
+        device: Device of the parameters.
         dtype: Type of the parameters.
     """
 

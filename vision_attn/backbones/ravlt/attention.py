@@ -2,7 +2,7 @@
 
     [q, k, v, g] = W_1 x,    o = W_2 ((attention(q, k, v) + dwc_5x5(v)) * g)
 
-`attention` is rank-augmented linear attention, or softmax attention in the last stages of RAVLT; both rotate queries
+`attention` is rank-augmented linear attention, or softmax attention in the last stages of RAVLT. Both rotate queries
 and keys by their row (first half of a head's channels) and column (second half). See `vision_attn.processors.rala`.
 
 Paper: 'Breaking the Low-Rank Dilemma of Linear Attention' - https://arxiv.org/abs/2411.07635
@@ -25,9 +25,9 @@ from vision_attn.processors.rala import rank_augmented_attention
 
 @register_notrace_module
 class PointwiseConv2d(nn.Conv2d):
-    """A 1 x 1 convolution that is one matrix product on channels-last maps.
+    """A 1 x 1 convolution that computes one matrix product on channels-last maps.
 
-    There the product adds the bias; a convolution of cuDNN is followed by a pass over its output that does.
+    The product also adds the bias. After a convolution, cuDNN adds it in a second pass over the output.
 
     Args:
         in_channels: Channels of the map.
@@ -39,7 +39,7 @@ class PointwiseConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, 1, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return a map `[B, out_channels, height, width]`, channels-last if `x` is."""
+        """Return a map `[B, out_channels, height, width]`; it is channels-last if `x` is."""
         if not x.is_contiguous(memory_format=torch.channels_last):
             return self._conv_forward(x, self.weight, self.bias)
         return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
@@ -47,12 +47,12 @@ class PointwiseConv2d(nn.Conv2d):
 
 @register_notrace_function
 def rotary(x: Tensor, head_dim: int) -> list[Tensor]:
-    """Return cosine and sine `[N, D]` of the angles of the tokens of a map, in float32.
+    """Return cosine and sine `[N, D]` of the angles of a map's tokens, in float32.
 
-    The D / 4 frequencies go from 1 to 1e-4, both included; rows turn the first D / 2 channels, columns the rest.
+    The D / 4 frequencies go from 1 to 1e-4, both included. Rows turn the first D / 2 channels, columns the others.
 
     Args:
-        x: The map `[B, C, height, width]`, for its size and device.
+        x: The map `[B, C, height, width]`; only its size and device count.
         head_dim: D, a multiple of four.
     """
     height, width = x.shape[2], x.shape[3]
@@ -65,7 +65,7 @@ def rotary(x: Tensor, head_dim: int) -> list[Tensor]:
 
 
 def rotary_frequencies(head_dim: int, device: torch.device | None = None) -> Tensor:
-    """Return the frequencies of D / 2 channels, each twice, in float32."""
+    """Return the frequencies of D / 2 channels in float32; two neighbouring channels share one."""
     exponents = torch.linspace(0.0, 1.0, head_dim // 4, device=device, dtype=torch.float32)
     return (1.0 / torch.pow(10000.0, exponents)).repeat_interleave(2)
 
@@ -76,15 +76,15 @@ def rotary_frequencies(head_dim: int, device: torch.device | None = None) -> Ten
 def attend_gated(
     qkvg: Tensor, num_heads: int, angles: list[Tensor], weight: Tensor, bias: Tensor | None, linear: bool
 ) -> Tensor:
-    """Attend, add the convolution of the values and gate.
+    """Attend, add the convolution of the values, and multiply by the gate.
 
     Args:
         qkvg: Queries, keys, values and gate `[B, 4 C, height, width]`.
         num_heads: H.
         angles: Cosine and sine `[N, D]`.
-        weight: Of the convolution `[C, 1, 5, 5]`.
-        bias: Of the convolution `[C]`.
-        linear: Rank-augmented linear attention, or softmax.
+        weight: Weight of the convolution `[C, 1, 5, 5]`.
+        bias: Bias of the convolution `[C]`.
+        linear: Use rank-augmented linear attention rather than softmax.
 
     Returns:
         `[B, C, height, width]`.
@@ -109,7 +109,7 @@ class RALASelfAttention(nn.Module):
     Args:
         dim: Channels C.
         num_heads: H; C / H must be a multiple of four.
-        linear: Rank-augmented linear attention, or softmax.
+        linear: Use rank-augmented linear attention rather than softmax.
         **dd: Device and dtype of the parameters.
 
     Raises:

@@ -1,4 +1,4 @@
-"""RAVLT's own layers on maps `[B, C, height, width]`: stem, merging, block, stage, and projection before the head."""
+"""RAVLT's layers on maps `[B, C, height, width]`: stem, merging, block, stage, and the projection before the head."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from vision_attn.backbones.ravlt.attention import PointwiseConv2d, RALASelfAtten
 
 
 class ConvStem(nn.Module):
-    """Four 3 x 3 convolutions from an image to a map of a quarter of its side."""
+    """Four 3 x 3 convolutions from an image to a map with a quarter of its sides."""
 
     def __init__(
         self, in_chans: int, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -29,7 +29,7 @@ class ConvStem(nn.Module):
 
 
 class ConvMerging(nn.Module):
-    """A strided 3 x 3 convolution and a batch norm: half of the side, rounded up."""
+    """A strided 3 x 3 convolution and a batch norm, which halve a map's sides, rounded up."""
 
     def __init__(
         self, dim: int, out_dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -44,7 +44,7 @@ class ConvMerging(nn.Module):
 
 
 class ConvolvedFfn(nn.Module):
-    """An MLP with a depth-wise convolution around which its hidden channels go as well.
+    """An MLP whose hidden channels pass through a depth-wise convolution with a skip connection.
 
     y = GELU(fc1(x)),    o = fc2(y + dwconv(y))
     """
@@ -79,12 +79,12 @@ class RALABlock(nn.Module):
     Args:
         dim: Channels C.
         num_heads: Heads.
-        linear: Rank-augmented linear attention, or softmax.
+        linear: Use rank-augmented linear attention rather than softmax.
         mlp_ratio: Hidden channels of the MLP over C.
-        layer_scale: First value of the gammas, None for none.
+        layer_scale: Initial value of the gammas; None for no gammas.
         proj_drop: Dropout of the MLP.
-        drop_path: Share of samples that skip a branch in training.
-        device: Where parameters are made.
+        drop_path: Share of the samples that skip a branch in training.
+        device: Device of the parameters.
         dtype: Type of the parameters.
     """
 
@@ -117,7 +117,7 @@ class RALABlock(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, angles: list[Tensor]) -> Tensor:
-        """Return a map of the shape of `x`; `angles` are those of `rotary`."""
+        """Return a map of the shape of `x`; `angles` come from `rotary`."""
         if self.grad_checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
             return checkpoint(self._forward, x, angles)
         return self._forward(x, angles)
@@ -129,7 +129,7 @@ class RALABlock(nn.Module):
 
 
 class RALAStage(nn.Module):
-    """A downsampling, an identity in the first stage, and blocks that share the angles of their map."""
+    """A downsampling, which is an identity in the first stage, and blocks that share the angles of their map."""
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], head_dim: int) -> None:
         super().__init__()

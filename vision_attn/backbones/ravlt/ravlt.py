@@ -25,23 +25,23 @@ class RAVLT(Backbone):
 
     Args:
         in_chans: Channels of an image.
-        num_classes: Classes of the head, 0 for none.
+        num_classes: Classes of the head; 0 for no classifier.
         global_pool: How the last map is pooled.
         embed_dims: Channels of each stage.
         depths: Blocks of each stage.
         num_heads: Heads of each stage.
         mlp_ratios: Hidden channels of an MLP over its channels, of each stage.
-        linear: Whether a stage's attention is linear, or softmax.
-        layer_scales: First value of the factors of the branches of each stage, None for no factors.
-        projection: Channels that are pooled.
+        linear: Whether a stage's attention is linear rather than softmax.
+        layer_scales: Initial value of the factors of the branches of each stage; None for no factors.
+        projection: Channels of the last map, which is pooled.
         drop_rate: Dropout before the classifier.
         proj_drop_rate: Dropout of MLP outputs.
-        drop_path_rate: Share of samples that skip a branch of the last block; it falls linearly towards the first.
-        device: Where parameters are made.
+        drop_path_rate: Share of samples that skip a branch in the last block; it rises linearly from 0 in the first.
+        device: Device of the parameters.
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: If the arguments of the stages do not fit each other.
+        ValueError: If the arguments have different numbers of stages, or a value is unknown.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - timm builds models from flat arguments
@@ -91,17 +91,14 @@ class RAVLT(Backbone):
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Turn a checkpoint of the authors, or of this package, into the model's own.
+    """Return the tensors of a checkpoint, of the authors or of this package, under the model's names.
 
     Args:
-        checkpoint: Tensors by name, or a wrapper around them; of `model` and `model_ema` the average is taken.
-        model: The model that is to hold them.
-
-    Returns:
-        The tensors under the model's names.
+        checkpoint: Tensors by name, or a wrapper around them; `model_ema` is preferred to `model`.
+        model: The model that loads them.
 
     Raises:
-        ValueError: If the checkpoint is of another variant; the first few differences are named.
+        ValueError: If the checkpoint is of another variant; the error names the first few differences.
     """
     rules = (
         (r"^layers\.(\d+)\.downsample\.", lambda match: f"stages.{int(match[1]) + 1}.downsample."),
