@@ -1,7 +1,7 @@
 """A ControlNet with neighborhood attention.
 
-One call converts both the UNet and the ControlNet. The edges are drawn here. Nothing is trained, so
-long-range detail suffers until a fine-tuning (`vision-attn distill`); levels with few tokens keep their attention.
+One call converts the UNet and the ControlNet. Levels with few tokens keep their attention. The program draws the edges
+itself. Nothing is trained, so the picture lacks long-range detail until a fine-tuning (`vision-attn distill`).
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """DiNAT's feature maps, on a picture that is not square.
 
-A backbone of timm's registry, for any height and width; the picture is two emoji that the teacher draws. Nothing is
-downloaded: the backbone's weights are random, so colours mean nothing but 'alike' and 'unlike' (`--weights` reads the
-authors' file). A level is shown by its first three principal components.
+The backbone is one of timm's registry and takes any height and width. The picture is two emoji, drawn by the teacher.
+Each level is shown by its first three principal components. Nothing is downloaded: the backbone's weights are random,
+so colours only tell which places look alike (`--weights` reads the authors' file).
 """
 
 import argparse
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-import vision_attn.backbones  # noqa: F401, timm learns the names
+import vision_attn.backbones  # noqa: F401, adds the names to timm
 from vision_attn.demo import load_teacher
 
 # isort: split

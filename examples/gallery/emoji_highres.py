@@ -1,7 +1,7 @@
-"""Emoji at 512 px, from a teacher that knows 128 px.
+"""Emoji at 512 px, from a teacher trained at 128 px.
 
-Drawn directly at twice its size, the teacher repeats the object. `generate_highres` draws at 128 px, enlarges, adds
-noise and removes it again, with local attention (a disc of radius 8) above the first level. Nothing is downloaded.
+At twice its training size the teacher repeats the object. `generate_highres` draws at 128 px, enlarges the picture,
+adds noise and removes it again, with local attention (a disc of radius 8) above the first level. Nothing is downloaded.
 """
 
 import argparse
@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
-from vision_attn import Clear, generate_highres
+from vision_attn import Clear, Options, generate_highres
 from vision_attn.demo import load_teacher
-from vision_attn.highres.levels import Options
 
 
 def main(pipe=None, out=Path("emoji_highres"), prompt="alarm clock", side=512, steps=10, level_inference_steps=3):

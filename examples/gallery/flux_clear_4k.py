@@ -1,7 +1,8 @@
 """FLUX.1 at 4096 px with CLEAR's released weights.
 
-Of the 65536 image tokens each attends to a disc of radius 16, one pooled key per 4 x 4 cell, and the text. The picture
-is drawn at 1024 px first and refined twice. Give `native_tokens`: CLEAR scales its logits above the size it knows.
+Each of the 65536 image tokens attends to a disc of radius 16, to one pooled key per 4 x 4 cell, and to the text. The
+picture is first drawn at 1024 px and then refined twice. `native_tokens` is the size of the training, above which CLEAR
+scales its logits.
 """
 
 import argparse

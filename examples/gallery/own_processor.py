@@ -1,8 +1,8 @@
 """Add your own processor: stripes, in one file.
 
-The program defines it, checks it and draws with it. On the first half of the heads a token sees its horizontal stripe
-of the grid, on the others its vertical one (the idea of 'CSWin Transformer', https://arxiv.org/abs/2107.00652). Nothing
-is trained, and nothing is downloaded: the emoji teacher is part of the package.
+The program defines a processor, checks it and draws with it. In the first half of the heads a token sees its horizontal
+stripe of the grid, in the others its vertical one (the idea of 'CSWin Transformer', https://arxiv.org/abs/2107.00652).
+Nothing is trained or downloaded: the emoji teacher is part of the package.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from vision_attn.processors import AttnSpec, Processor
 
 @dataclass(frozen=True)
 class Stripes(AttnSpec):
-    """Stripes of the grid, `size` tokens wide; tokens outside the grid (text) see all and are seen by all."""
+    """Stripes of the grid, `size` tokens wide. Tokens outside the grid (text) see all tokens and are seen by all."""
 
     size: int = 8
 
@@ -38,14 +38,14 @@ class Stripes(AttnSpec):
 
 
 class StripesAttention(Processor):
-    """Half of the heads across, the others along."""
+    """Half of the heads attend in horizontal stripes, the others in vertical ones."""
 
     def __init__(self, size, backend):
         super().__init__()
         self.size, self.backend = size, backend
 
     def forward(self, q, k, v, grid, mask=None, scale=None):
-        """Attend: q, k and v are `[B, N, H, D]`."""
+        """Attend from queries to keys; q, k and v are `[B, N, H, D]`."""
         half, options = q.shape[2] // 2, dict(mask=mask, scale=scale, backend=self.backend)
         rows, columns = ([t[:, :, heads] for t in (q, k, v)] for heads in (slice(half), slice(half, None)))
         across = window_attention(*rows, grid, (self.size, grid.width), **options)
@@ -56,7 +56,7 @@ class StripesAttention(Processor):
 def main(pipe=None, out=Path("own_processor"), prompts=("red apple", "rocket", "alarm clock"), steps=8):
     pipe, captions, grid = pipe or load_teacher(), {}, Grid(32, 32)
     out.mkdir(parents=True, exist_ok=True)
-    seen = attended(Stripes(), grid, 9, 20)  # by the derivative of the token's output
+    seen = attended(Stripes(), grid, 9, 20)  # found by the derivative of the token's output
     assert (seen > 0).sum() == 8 * 32 + 8 * 32 - 8 * 8, "a cross: two stripes that share a cell"
     for spec in (Softmax(), Stripes()):
         conversion = convert(pipe, spec, min_tokens=256)

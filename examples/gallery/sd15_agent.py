@@ -1,7 +1,7 @@
 """Stable Diffusion 1.5 with agent attention, training-free.
 
-As the paper's authors run it: tokens are merged and attend through a few agents in the early steps at full
-resolution; the weights stay as they are.
+This is the schedule of the paper's authors: in the early steps, and only at full resolution, tokens are merged and
+attend through a few agents. The weights do not change.
 """
 
 import argparse
@@ -12,9 +12,8 @@ from pathlib import Path
 import diffusers
 import torch
 
-from vision_attn import convert
+from vision_attn import AgentSD, convert
 from vision_attn._compat import ensure_torchvision
-from vision_attn.processors import AgentSD
 
 WEIGHTS = ("stable-diffusion-v1-5/stable-diffusion-v1-5",)
 PROMPT = "a watercolour of a fox in the snow"

@@ -1,7 +1,7 @@
 """SDXL with LinFusion's released weights.
 
-Linear attention: its cost grows with the pixels and not with their square. The same noise and prompt
-at SDXL's own 1024 px with its dense attention and with LinFusion, then 2048 px from there.
+The cost of linear attention grows with the number of pixels, not with its square. The program draws one prompt from one
+noise at 1024 px, SDXL's own size, with dense attention and with LinFusion, and goes on to 2048 px.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def weights():
         pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(
             WEIGHTS[0], torch_dtype=torch.float16, variant="fp16"
         )
-        load(pipe, WEIGHTS[1]).revert()  # to see that both are there before anything is drawn
+        load(pipe, WEIGHTS[1]).revert()  # checks that both exist before anything is drawn
     except OSError:
         sys.exit(f"this example needs the weights of {' and '.join(WEIGHTS)}, which could not be loaded")
     return pipe.to("cuda")

@@ -1,8 +1,8 @@
 """What the tokens of a timm ViT attend to, before and after a conversion.
 
-The picture is drawn by the emoji teacher. Nothing is downloaded: the ViT's weights are random, with keys equal to
-queries, so that a token attends to what looks like it (`--pretrained` takes trained weights from the hub). A picture
-is lit at the tokens that the red one attends to in the first layer, in the mean over the heads.
+The emoji teacher draws the picture. It is lit where the red token attends in the first layer, in the mean over the
+heads. Nothing is downloaded: the ViT's weights are random, and its keys equal its queries, so that a token attends to
+tokens like itself (`--pretrained` takes trained weights from the hub).
 """
 
 import argparse
@@ -34,7 +34,7 @@ def build(pretrained):
 
 
 def attention_of(vit, image, row, column):
-    """Return what a token attends to: the derivative of its output by the values, whatever the processor is."""
+    """Return how a token attends: the derivative of its output by the values, which works for any processor."""
     attn, kept, side = vit.blocks[0].attn, {}, PIXELS // PATCH
     handles = [
         attn.qkv.register_forward_hook(lambda _, __, output: kept.setdefault("qkv", output.detach().requires_grad_())),
@@ -73,6 +73,6 @@ def main(pipe=None, out=Path("vit_attention"), pretrained=False, steps=10):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("vit_attention"), help="folder for the pictures")
-    parser.add_argument("--pretrained", action="store_true", help="trained weights, from the hub")
+    parser.add_argument("--pretrained", action="store_true", help="use trained weights from the hub")
     options = parser.parse_args()
     main(out=options.out, pretrained=options.pretrained)
