@@ -62,13 +62,24 @@ def _registry(monkeypatch):
     torch._dynamo.reset()
 
 
+def is_compiled(block):
+    return "compile_" in block
+
+
+CODE = [pytest.param(page, False, id=page) for page in PAGES if blocks(page, "python")]
+CODE += [pytest.param(page, True, id=f"{page}, compiled", marks=pytest.mark.slow) for page in PAGES
+         if any(is_compiled(block) for _, block in blocks(page, "python"))]  # fmt: skip
+
+
 @pytest.mark.usefixtures("_registry")
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
-def test_code_runs(page, tmp_path, monkeypatch):
-    """The blocks of a page run in their order."""
+@pytest.mark.parametrize("page, compiled", CODE)
+def test_code_runs(page, compiled, tmp_path, monkeypatch):
+    """The blocks of a page run in their order; those that compile are slow."""
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "page"}
     for line, block in blocks(page, "python"):
+        if is_compiled(block) and not compiled:
+            continue
         code = functools.reduce(lambda code, pair: code.replace(*pair), STAND_INS.items(), block)
         exec(compile("\n" * line + code, page, "exec"), names)
 
@@ -257,7 +268,10 @@ SMALL = {  # what stands for what takes long
 }
 
 
-@pytest.mark.parametrize("line", SHELL, ids=lambda line: " ".join(line.split()[:4]))
+LINES = [pytest.param(line, marks=[pytest.mark.slow] * ("bench plot" in line)) for line in SHELL]
+
+
+@pytest.mark.parametrize("line", LINES, ids=[" ".join(line.split()[:4]) for line in SHELL])
 def test_every_command_runs(line, tmp_path, monkeypatch):
     for text, small in SMALL.items():
         line = line.replace(text, small)
