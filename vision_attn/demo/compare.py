@@ -22,6 +22,7 @@ from vision_attn.highres.redraw import image_to_image
 from vision_attn.processors import AgentSD, AttnSpec, Schedule, Softmax, registrations
 
 PROMPTS = ("red apple", "rocket", "octopus", "alarm clock")
+FEW = PROMPTS[:2]  # a row of these takes seven seconds on two cores
 # Dense attention comes first, then what draws well without training, then what needs training.
 PROCESSORS: tuple[AttnSpec, ...] = tuple(
     spec
@@ -31,7 +32,6 @@ PROCESSORS: tuple[AttnSpec, ...] = tuple(
 AT_LARGE = tuple(known.spec for known in registrations() if known.draws_untrained)  # the processors at 256 px
 NATIVE, LARGE = 128, 256  # pixels a side; the teachers were trained at 128
 MIN_TOKENS = 256  # the UNet's 8 x 8 grid stays dense: that costs nothing, and large windows do not fit it
-FEW = 2  # prompts at 256 px by default: a picture of that size takes long
 STRENGTH = 0.2  # of image-to-image: enough to sharpen edges, too little to repeat the object
 
 
@@ -87,21 +87,16 @@ def entries_of(teacher: str) -> list[Entry]:
     return entries + [entry for entry in distilled if entry.spec not in PROCESSORS]
 
 
-def plan(
-    teacher: str, prompts: Sequence[str] = PROMPTS, *, everything: bool = False
-) -> list[tuple[int, Entry, Sequence[str]]]:
-    """Return the size, the attention and the prompts of each row, in the order of drawing.
+def plan(teacher: str, *, everything: bool = False) -> list[tuple[int, Entry]]:
+    """Return the size and the attention of each row, in the order of drawing.
 
     Args:
         teacher: A name that `load_teacher` takes.
-        prompts: What to draw at 128 px.
-        everything: Also draw with processors that need training and have had none, and draw all prompts at 256 px
-            rather than the first two.
+        everything: Also draw with processors that need training and have had none.
     """
     entries = [entry for entry in entries_of(teacher) if everything or entry.draws_well]
-    enlarged = prompts if everything else prompts[:FEW]
-    rows = [(NATIVE, entry, prompts) for entry in entries]
-    return rows + [(LARGE, entry, enlarged) for entry in entries if isinstance(entry.spec, AT_LARGE)]
+    large = [entry for entry in entries if isinstance(entry.spec, AT_LARGE)]
+    return [(NATIVE, entry) for entry in entries] + [(LARGE, entry) for entry in large]
 
 
 def compare(
@@ -127,7 +122,7 @@ def compare(
         teacher: A name that `load_teacher` takes.
         steps: Denoising steps at 128 px. At 256 px the schedule has twice as many, of which the last fifth runs.
         seed: Seed of the noise.
-        everything: Draw all rows, see `plan`.
+        everything: Also draw with processors that need training and have had none.
         say: Receives a line when the page is there.
 
     Returns:
@@ -143,23 +138,23 @@ def compare(
     redraw = image_to_image(pipe)
     for each in (pipe, redraw):
         each.set_progress_bar_config(disable=True)
-    todo = plan(teacher, prompts, everything=everything)
+    todo = plan(teacher, everything=everything)
     large_steps = 2 * steps - int(2 * steps * (1 - STRENGTH))  # as diffusers counts them
-    total = sum(len(shown) * (steps if pixels == NATIVE else large_steps) for pixels, _, shown in todo)
-    planned = sum(len(shown) for _, _, shown in todo)
+    total = len(prompts) * sum(steps if pixels == NATIVE else large_steps for pixels, _ in todo)
+    planned = len(prompts) * len(todo)
     out.mkdir(parents=True, exist_ok=True)
     page = write_page(out, prompts, [], teacher=teacher, planned=planned)
     say(f"Open {page.resolve()}; it shows each picture as soon as it is drawn.")
     rows: list[Row] = []
     dense: dict[int, list[Image.Image]] = {}  # the first row of each size, with which the others are compared
     with tqdm(total=total, unit="step", mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
-        for pixels, entry, shown in todo:
+        for pixels, entry in todo:
             bar.set_description(f"{pixels} px {entry.name}")
             images: list[Image.Image] = []
             files: tuple[str, ...] = ()
             seconds = 0.0
             conversion = entry.put_into(pipe)
-            for i, prompt in enumerate(shown):
+            for i, prompt in enumerate(prompts):
                 start = time.perf_counter()
                 call: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed + i)}
                 call["callback_on_step_end"] = _tick(bar)

@@ -57,7 +57,7 @@ class Row:
         attended: Mean share of those tokens that one token sees.
         seconds: Time that drawing the row took.
         psnr: Mean PSNR in dB to the pictures of dense attention from the same noise; None for dense attention itself.
-        files: One picture for each prompt, in their order; the last prompts may have none.
+        files: A picture for each prompt, in their order; fewer while the row is drawn.
     """
 
     pixels: int
