@@ -11,6 +11,7 @@ from vision_attn.processors.clear import Clear
 from vision_attn.processors.hilo import HiLo
 from vision_attn.processors.linear_local import LinearLocal
 from vision_attn.processors.linfusion import LinFusion
+from vision_attn.processors.multipole import Multipole
 from vision_attn.processors.neighborhood import Neighborhood
 from vision_attn.processors.rala import RALA
 from vision_attn.processors.schedule import Schedule
@@ -28,6 +29,7 @@ __all__ = [
     "LinFusion",
     "LinearLocal",
     "Moment",
+    "Multipole",
     "Neighborhood",
     "Processor",
     "Schedule",

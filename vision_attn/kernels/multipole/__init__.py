@@ -1,0 +1,135 @@
+"""Multipole attention: exact attention near by and to a few chosen cells, pooled attention with the right mass elsewhere.
+
+    o_i = sum_j w_ij v_j,    w_i = softmax over { scale * q_i . k_j : j exact }
+                                          + { scale * q_i . mean(k_c) + log |c| + mass : c pooled }
+
+Exact are the tokens outside the grid, the tokens of the cells within `near` cells of the query's own, and the tokens of
+the `exact` further cells that its cell weighs most. Everything else is met once, as a mean that counts as the tokens
+|c| it stands for: see `cells.py`. Tokens outside the grid attend densely.
+
+Sources: 'A Fast Algorithm for Particle Simulations' (Greengard, Rokhlin, 1987) for the levels; 'FMMformer' -
+https://arxiv.org/abs/2108.02347 and 'Fast Multipole Attention' - https://arxiv.org/abs/2310.11960 for attention in one
+dimension that is trained with them. This file holds the signature, the checks and the definition; `portable.py` is the
+portable implementation, `op.py` the fused one.
+"""
+
+import torch
+from torch import Tensor
+
+from vision_attn.grid import Grid
+from vision_attn.kernels.backend import Implementation, pick
+from vision_attn.kernels.local import check_inputs, check_mask
+from vision_attn.kernels.multipole.cells import Cells, choose_cells, counts_of, means_of
+from vision_attn.kernels.multipole.portable import multipole_attention_torch
+from vision_attn.kernels.precision import full_precision
+
+__all__ = ["Cells", "choose_cells", "multipole_attention"]
+
+
+def multipole_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: Grid,
+    cells: Cells,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attend from each grid token to near tokens exactly and to all others as means that count as their tokens.
+
+    Prefix and suffix tokens see and are seen by everything. Logits and sums are computed in float32 at least.
+
+    Args:
+        q: Queries `[B, N, H, D]`, with `N == grid.tokens`; any strides.
+        k: Keys, like `q`.
+        v: Values, like `q`.
+        grid: Where the image tokens lie in the sequence; any height and width.
+        cells: Sides of cells and means, how many cells are exact, and what was learned of the means.
+        mask: Bool `[B, prefix + suffix]` (or batch 1): False hides a key outside the grid from all queries. Keys of the
+            grid cannot be hidden.
+        scale: Factor of the logits, `D ** -0.5` if None.
+        backend: 'triton' (CUDA, fused), 'torch' (any device), 'reference' (dense, small inputs), or 'auto' for the
+            fastest that can run.
+
+    Returns:
+        `[B, N, H, D]` in the dtype of `q`.
+
+    Raises:
+        TypeError: If dtypes differ or are not floating point.
+        ValueError: If shapes, devices, the cells and the grid do not fit each other, or a named backend cannot run
+            (every reason is listed).
+    """
+    check_inputs(q, k, v, grid)
+    check_mask(q, grid, mask)
+    check_cells(q, grid, cells)
+    implementations = {
+        "torch": Implementation(multipole_attention_torch),
+        "reference": Implementation(_reference),
+    }
+    run = pick("multipole_attention", backend, implementations)
+    return run(q, k, v, grid, cells, mask, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def check_cells(q: Tensor, grid: Grid, cells: Cells) -> None:
+    """Refuse tensors of `cells` that do not fit q and the grid."""
+    B, _, H, _ = q.shape
+    if H % cells.group:
+        raise ValueError(f"group {cells.group} must divide the {H} heads")
+    if cells.mass is not None and (cells.mass.dim() != 2 or cells.mass.shape[0] != H or not cells.mass.shape[1]):
+        raise ValueError(f"mass must be [H, levels] = [{H}, levels], got {tuple(cells.mass.shape)}")
+    if cells.weights is not None and tuple(cells.weights.shape) != (cells.pool, cells.pool):
+        raise ValueError(f"weights must be [pool, pool] = {(cells.pool,) * 2}, got {tuple(cells.weights.shape)}")
+    want = (B, H, cells.count(grid), cells.exact)
+    if cells.chosen is not None and tuple(cells.chosen.shape) != want:
+        raise ValueError(f"chosen must be [B, H, cells, exact] = {want}, got {tuple(cells.chosen.shape)}")
+
+
+@full_precision
+def _reference(q: Tensor, k: Tensor, v: Tensor, grid: Grid, cells: Cells, mask: Tensor | None, scale: float) -> Tensor:
+    """The definition: a softmax over all tokens and all means, with dense masks, in float64 if q is, else float32."""
+    wide, device = torch.promote_types(q.dtype, torch.float32), q.device
+    q, k, v, dtype = q.to(wide), k.to(wide), v.to(wide), q.dtype
+    layout, image, n = cells.layout(grid, device), grid.image, grid.image_tokens
+    chosen = choose_cells(q, k, grid, cells, scale=scale) if cells.chosen is None else cells.chosen
+    number = _cell_of_token(layout.tokens[:-1], grid)  # [n]
+    C, B, H = layout.near.shape[0], q.shape[0], q.shape[2]
+    # who sees which cell exactly, [B, H, C, C]; none is the index C, which is dropped
+    exact = torch.zeros(B, H, C, C + 1, dtype=torch.bool, device=device).scatter_(3, chosen, True)
+    exact = exact.scatter(3, layout.near.expand(B, H, -1, -1), True)[..., :C]
+    seen = torch.ones(B, H, n, grid.tokens, dtype=torch.bool, device=device)
+    seen[..., image] = exact[:, :, number][..., number]
+    seen = seen if mask is None else seen & _all_keys(mask, grid)[:, None, None]
+    logits = torch.einsum("bnhd,bmhd->bhnm", q[:, image], k) * scale
+    means_k, means_v = (means_of(t[:, image], grid, cells, layout.sides) for t in (k, v))
+    M = means_k.shape[1]
+    left = counts_of(layout, layout.slots, chosen)  # [B, H, C, P]
+    count = torch.zeros(B, H, C, M + 1, dtype=left.dtype, device=device)
+    count = count.scatter_add(3, layout.slots.expand_as(left), left)[..., :M]
+    count = count[:, :, number].to(wide)  # [B, H, n, M]
+    far = torch.einsum("bnhd,bmhd->bhnm", q[:, image], means_k) * scale
+    if cells.mass is not None:
+        level = layout.levels[:M].clamp(max=cells.mass.shape[1] - 1)
+        far = far + cells.mass.to(device, wide)[:, level][:, None]
+    far = (far + count.clamp(min=1).log()).masked_fill(count == 0, -torch.inf)
+    weights = torch.cat([logits.masked_fill(~seen, -torch.inf), far], -1).softmax(-1)
+    o_image = torch.einsum("bhnm,bmhd->bnhd", weights, torch.cat([v, means_v], 1))
+    dense = torch.einsum("bnhd,bmhd->bhnm", q, k) * scale
+    if mask is not None:
+        dense = dense.masked_fill(~_all_keys(mask, grid)[:, None, None], -torch.inf)
+    o = torch.einsum("bhnm,bmhd->bnhd", dense.softmax(-1), v)
+    return torch.cat([o[:, : grid.prefix], o_image, o[:, image.stop :]], 1).to(dtype)
+
+
+def _cell_of_token(boxes: Tensor, grid: Grid) -> Tensor:
+    """The cell of each grid token `[height * width]`."""
+    n = torch.arange(grid.image_tokens, device=boxes.device)
+    y, x = (n // grid.width)[:, None], (n % grid.width)[:, None]
+    inside = (y >= boxes[:, 0]) & (y < boxes[:, 1]) & (x >= boxes[:, 2]) & (x < boxes[:, 3])
+    return inside.int().argmax(1)
+
+
+def _all_keys(mask: Tensor, grid: Grid) -> Tensor:
+    """Widen a mask over prefix and suffix to all keys `[B, N]`."""
+    return torch.cat([mask[:, : grid.prefix], mask.new_ones(len(mask), grid.image_tokens), mask[:, grid.prefix :]], 1)

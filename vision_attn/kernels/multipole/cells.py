@@ -1,0 +1,281 @@
+"""The cells of multipole attention: which tokens a cell sees exactly, which means it sees, and what each mean stands for.
+
+A grid is cut into cells of `cell` x `cell` tokens; at level l a cell has 2^l times that side, and its means are over
+`pool * 2^l` x `pool * 2^l` tokens. A query meets the means of level l in the cells of that level that are children of
+the neighbourhood of its own cell's parent and not in its own cell's neighbourhood: the interaction list of the fast
+multipole method. So each token beyond the neighbourhood is in one mean, of the level that its distance asks for.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vision_attn._checks import check_int
+from vision_attn.grid import Grid
+
+_MOST_SCORES = 1 << 24  # of mean queries and mean keys at a time
+
+
+@dataclass(frozen=True)
+class Cells:
+    """What one grid query sees exactly and what it sees as means.
+
+    Args:
+        cell: Side of a cell in tokens.
+        near: A query sees exactly the cells within this Chebyshev distance of its own: 1 for 3 x 3 cells.
+        pool: Side of the finest means in tokens; it must divide `cell`.
+        exact: How many further cells each cell sees exactly: those that its mean query weighs most.
+        group: How many heads choose together, one choice a head for 1.
+        mass: Added to the logits of the means, `[H, levels]`; levels beyond the last column take the last.
+        weights: Logarithms of the weights of the tokens in a mean of the first level, `[pool, pool]`; equal if None.
+        chosen: Indices of the exact cells `[B, H, cells, exact]` in row-major order, the number of cells for none: what
+            `choose_cells` returned, to be used again. Chosen anew if None.
+
+    Raises:
+        TypeError: If a size is not an int.
+        ValueError: If a size is out of range, or `pool` does not divide `cell`.
+    """
+
+    cell: int = 8
+    near: int = 1
+    pool: int = 4
+    exact: int = 4
+    group: int = 1
+    mass: Tensor | None = field(default=None, compare=False, repr=False)
+    weights: Tensor | None = field(default=None, compare=False, repr=False)
+    chosen: Tensor | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, least in (("cell", 1), ("near", 0), ("pool", 1), ("exact", 0), ("group", 1)):
+            check_int(name, getattr(self, name), least)
+        if self.cell % self.pool:
+            raise ValueError(f"pool must divide cell, got cell={self.cell} and pool={self.pool}")
+
+    def covers(self, grid: Grid) -> bool:
+        """Whether the neighbourhood of every query is the whole grid: dense attention."""
+        return math.ceil(max(grid.height, grid.width) / self.cell) - 1 <= self.near
+
+    def count(self, grid: Grid) -> int:
+        """Return the number of cells of a grid."""
+        return math.ceil(grid.height / self.cell) * math.ceil(grid.width / self.cell)
+
+    def layout(self, grid: Grid, device: torch.device) -> "Layout":
+        """Return who sees what on a grid."""
+        return _layout(grid.height, grid.width, self.cell, self.near, self.pool, device)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who sees what on a grid of C cells of L tokens, with M means of all levels, row by row and level by level.
+
+    Attributes:
+        size: Rows and columns of cells.
+        near: The cells of each neighbourhood `[C, (2 * near + 1)^2]`, C for none.
+        slots: The means that a cell sees `[C, P]`, M for none.
+        boxes: First row, row after the last, first column, column after the last of each mean `[M + 1, 4]`; the last
+            is empty.
+        levels: The level of each mean `[M + 1]`.
+        sides: Rows and columns of the means of each level.
+        tokens: The tokens of each cell `[C + 1, 4]`, as `boxes`; the last is empty.
+    """
+
+    size: tuple[int, int]
+    near: Tensor
+    slots: Tensor
+    boxes: Tensor
+    levels: Tensor
+    sides: tuple[tuple[int, int], ...]
+    tokens: Tensor
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(height: int, width: int, cell: int, near: int, pool: int, device: torch.device) -> Layout:
+    size = math.ceil(height / cell), math.ceil(width / cell)
+    count = size[0] * size[1]
+    levels, span = 0, cell
+    while max(math.ceil(height / span), math.ceil(width / span)) - 1 > near:
+        levels, span = levels + 1, 2 * span
+    sides = tuple((math.ceil(height / (pool << level)), math.ceil(width / (pool << level))) for level in range(levels))
+    means = sum(rows * columns for rows, columns in sides)
+    slots, first = [], 0
+    for level, side in enumerate(sides):
+        coarse = math.ceil(height / (cell << level)), math.ceil(width / (cell << level))
+        found = _interactions(coarse, side, near, cell // pool)
+        found = torch.where(found < 0, means, found + first)
+        row, column = (torch.arange(n).div(1 << level, rounding_mode="floor") for n in size)
+        slots.append(found[(row[:, None] * coarse[1] + column).flatten()])
+        first += side[0] * side[1]
+    boxes = [_boxes(height, width, pool << level) for level in range(levels)]
+    level_of = [torch.full((len(box),), level) for level, box in enumerate(boxes)]
+    empty = torch.zeros(1, 4, dtype=torch.long)
+    return Layout(
+        size,
+        _neighbours(size, near).to(device),
+        (torch.cat(slots, 1) if slots else torch.zeros(count, 0, dtype=torch.long)).to(device),
+        torch.cat([*boxes, empty]).to(device),
+        torch.cat([*level_of, torch.zeros(1, dtype=torch.long)]).to(device),
+        sides,
+        torch.cat([_boxes(height, width, cell), empty]).to(device),
+    )
+
+
+def _boxes(height: int, width: int, side: int) -> Tensor:
+    """The squares of `side` tokens that a grid is cut into, at the borders what is left `[squares, 4]`."""
+    y, x = torch.meshgrid(torch.arange(0, height, side), torch.arange(0, width, side), indexing="ij")
+    return torch.stack([y, (y + side).clamp(max=height), x, (x + side).clamp(max=width)], -1).flatten(0, 1)
+
+
+def _neighbours(size: tuple[int, int], near: int) -> Tensor:
+    """Cells within `near` of each cell `[cells, (2 * near + 1)^2]`; the number of cells where there is none."""
+    rows, columns = (torch.arange(n)[:, None] + torch.arange(-near, near + 1) for n in size)
+    y, x = rows[:, None, :, None], columns[None, :, None, :]
+    inside = (y >= 0) & (y < size[0]) & (x >= 0) & (x < size[1])
+    return torch.where(inside, y * size[1] + x, size[0] * size[1]).flatten(2).flatten(0, 1)
+
+
+def _interactions(size: tuple[int, int], means: tuple[int, int], near: int, per_cell: int) -> Tensor:
+    """The means of one level that its cells see `[cells, at most 4 (2 * near + 1)^2 * per_cell^2]`, -1 for none.
+
+    Args:
+        size: Rows and columns of the level's cells.
+        means: Rows and columns of its means.
+        near: Distance of a neighbourhood in cells.
+        per_cell: Means along the side of a cell.
+    """
+    children = torch.arange(2 * (2 * near + 1))
+    own_y, own_x = (torch.arange(n) for n in size)
+    y, x = ((2 * (own // 2 - near))[:, None] + children for own in (own_y, own_x))  # [rows, children]
+    close_y, close_x = (y - own_y[:, None]).abs() <= near, (x - own_x[:, None]).abs() <= near
+    y_in, x_in = (y >= 0) & (y < size[0]), (x >= 0) & (x < size[1])
+    seen = y_in[:, None, :, None] & x_in[None, :, None, :] & ~(close_y[:, None, :, None] & close_x[None, :, None, :])
+    inner = torch.arange(per_cell)
+    mean_y, mean_x = y[:, None, :, None, None, None] * per_cell + inner[:, None], x[None, :, None, :, None, None]
+    mean_x = mean_x * per_cell + inner
+    there = seen[..., None, None] & (mean_y < means[0]) & (mean_x < means[1])
+    found = torch.where(there, mean_y * means[1] + mean_x, -1).flatten(2).flatten(0, 1)  # [cells, all]
+    most = int((found >= 0).sum(1).max()) if found.numel() else 0
+    order = (found < 0).long().argsort(dim=1, stable=True)[:, :most]
+    return found.gather(1, order)
+
+
+def counts_of(layout: Layout, slots: Tensor, chosen: Tensor) -> Tensor:
+    """Return the tokens that means stand for once the exact cells are taken out of them.
+
+    Args:
+        layout: Who sees what.
+        slots: Means `[n, P]`.
+        chosen: Exact cells of each of the n cells `[..., n, exact]`, the number of cells for none.
+
+    Returns:
+        Int `[..., n, P]`, 0 for no mean and for one whose tokens are all exact.
+    """
+    box, exact = layout.boxes[slots], layout.tokens[chosen]  # [n, P, 4], [..., n, exact, 4]
+    left = ((box[..., 1] - box[..., 0]) * (box[..., 3] - box[..., 2])).expand(*chosen.shape[:-1], slots.shape[1])
+    for i in range(chosen.shape[-1]):
+        y0, y1, x0, x1 = (t[..., None] for t in exact[..., i, :].unbind(-1))
+        rows = torch.minimum(box[..., 1], y1) - torch.maximum(box[..., 0], y0)
+        columns = torch.minimum(box[..., 3], x1) - torch.maximum(box[..., 2], x0)
+        left = left - rows.clamp(min=0) * columns.clamp(min=0)
+    return left
+
+
+def means_of(t: Tensor, grid: Grid, cells: Cells, sides: Sequence[tuple[int, int]]) -> Tensor:
+    """Return the means of all levels `[B, M, H, D]` of the grid's tokens `[B, height * width, H, D]`, in its dtype.
+
+    A mean of a higher level is that of the means below it, each counted as its tokens.
+    """
+    if not sides:
+        return t[:, :0]
+    pool, wide = cells.pool, torch.promote_types(t.dtype, torch.float32)
+    image = _padded(t.unflatten(1, (grid.height, grid.width)), pool).to(wide)
+    there = t.new_ones(1, grid.height, grid.width, 1, 1, dtype=wide)
+    there = _padded(there, pool)
+    weight = there if cells.weights is None else there * _tiled(cells.weights.to(t.device, wide).exp(), there)
+    count = _sums(there, pool)
+    sums = _sums(image * weight, pool) * (count / _sums(weight, pool))
+    found = []
+    for level in range(len(sides)):
+        if level:
+            sums, count = (_sums(_padded(each, 2), 2) for each in (sums, count))
+        found.append((sums / count).flatten(1, 2))
+    return torch.cat(found, 1).to(t.dtype)
+
+
+def _padded(image: Tensor, side: int) -> Tensor:
+    """Fill `[B, height, width, H, D]` with zeros up to multiples of `side`."""
+    height, width = image.shape[1:3]
+    return F.pad(image, (0, 0, 0, 0, 0, -width % side, 0, -height % side))
+
+
+def _tiled(weights: Tensor, image: Tensor) -> Tensor:
+    """Repeat `[pool, pool]` over an image whose sides it divides: `[1, height, width, 1, 1]`."""
+    rows, columns = (n // weights.shape[0] for n in image.shape[1:3])
+    return weights.repeat(rows, columns)[None, :, :, None, None]
+
+
+def _sums(image: Tensor, side: int) -> Tensor:
+    """Add up squares of `side`: `[B, height, width, H, D]` to `[B, height / side, width / side, H, D]`."""
+    B, height, width, H, D = image.shape
+    return image.view(B, height // side, side, width // side, side, H, D).sum((2, 4))
+
+
+def choose_cells(q: Tensor, k: Tensor, grid: Grid, cells: Cells, *, scale: float | None = None) -> Tensor:
+    """Choose the cells that each cell sees exactly beside its neighbourhood: those that its mean query weighs most.
+
+        weight(c) = scale * mean(q of the cell) . mean(k of c) + log |c|
+
+    With `cells.group` > 1, heads of a group choose those of the largest mean softmax of these weights. The choice has
+    no gradient.
+
+    Args:
+        q: Queries `[B, N, H, D]`.
+        k: Keys, like `q`.
+        grid: Where the image tokens lie.
+        cells: How many are chosen.
+        scale: Factor of the logits, `D ** -0.5` if None.
+
+    Returns:
+        Indices `[B, H, cells, exact]` of cells in row-major order; the number of cells where there is no further one.
+    """
+    layout = cells.layout(grid, q.device)
+    C, E = layout.near.shape[0], cells.exact
+    B, _, H, D = q.shape
+    if not E or not B or cells.covers(grid):
+        return torch.full((B, H, C, E), C, device=q.device)
+    scale = D**-0.5 if scale is None else scale
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        size = (layout.tokens[:C, 1] - layout.tokens[:C, 0]) * (layout.tokens[:C, 3] - layout.tokens[:C, 2])
+        mean_q, mean_k = (_cell_means(t[:, grid.image], grid, cells.cell) for t in (q, k))
+        step = max(1, _MOST_SCORES // (B * H * C))
+        parts = [
+            _best(mean_q[:, :, i : i + step] * scale, mean_k, size, layout.near[i : i + step], E, cells.group)
+            for i in range(0, C, step)
+        ]
+        return torch.cat(parts, 2)
+
+
+def _cell_means(t: Tensor, grid: Grid, cell: int) -> Tensor:
+    """Means of cells `[B, H, C, D]` of `[B, height * width, H, D]`, in float32 at least."""
+    image = t.unflatten(1, (grid.height, grid.width)).to(torch.promote_types(t.dtype, torch.float32))
+    there = image.new_ones(1, grid.height, grid.width, 1, 1)
+    means = _sums(_padded(image, cell), cell) / _sums(_padded(there, cell), cell)
+    return means.flatten(1, 2).transpose(1, 2)
+
+
+def _best(q: Tensor, k: Tensor, size: Tensor, near: Tensor, exact: int, group: int) -> Tensor:
+    """The `exact` cells of largest weight for queries `[B, H, n, D]` among keys `[B, H, C, D]`, C for none."""
+    C = k.shape[2]
+    weight = q @ k.mT + size.to(q.dtype).log()
+    hidden = torch.zeros(len(near), C + 1, dtype=torch.bool, device=q.device).scatter_(1, near, True)[:, :C]
+    weight = weight.masked_fill(hidden, -math.inf)
+    if group > 1:
+        shared = weight.softmax(-1).nan_to_num().unflatten(1, (-1, group)).mean(2).masked_fill(hidden, -math.inf)
+        weight = shared.repeat_interleave(group, 1)
+    best, index = weight.topk(min(exact, C), -1)
+    index = torch.where(best == -math.inf, C, index)
+    return F.pad(index, (0, exact - index.shape[-1]), value=C)

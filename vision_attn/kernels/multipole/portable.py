@@ -1,0 +1,283 @@
+"""Portable multipole attention in plain PyTorch: O(N * keys met) memory, any device, tuned for a CPU.
+
+Keys of the grid are laid out cell by cell, so that near and chosen cells are whole rows to gather. The cells of one head
+are worked on some at a time; the backward computes their weights again.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vision_attn.grid import Grid
+from vision_attn.kernels.dense import dense_attention, outside, seen_keys, with_dense_rows
+from vision_attn.kernels.multipole.cells import Cells, Layout, choose_cells, counts_of, means_of
+from vision_attn.kernels.precision import full_precision
+
+_HIDDEN = -1e30
+_MOST_SCORES = 1 << 19  # logits computed at a time: 2 MiB in float32, which a cache holds
+
+
+def multipole_attention_torch(
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, cells: Cells, mask: Tensor | None, scale: float
+) -> Tensor:
+    """Run `multipole_attention` on checked inputs."""
+    if cells.covers(grid):
+        return dense_attention(q, k, v, seen=seen_keys(mask, grid), scale=scale)
+    chosen = choose_cells(q, k, grid, cells, scale=scale) if cells.chosen is None else cells.chosen
+    o = _grid_rows(q, k, v, grid, cells, mask, scale, chosen)
+    return with_dense_rows(o, q, k, v, grid, mask=mask, scale=scale)
+
+
+@full_precision
+def _grid_rows(
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, cells: Cells, mask: Tensor | None, scale: float, chosen: Tensor
+) -> Tensor:
+    layout, image = cells.layout(grid, q.device), grid.image
+    means = [means_of(t[:, image], grid, cells, layout.sides) for t in (k, v)]
+    hidden = None if mask is None else (~mask).to(torch.promote_types(q.dtype, torch.float32)) * _HIDDEN
+    return _multipole(
+        q[:, image], k[:, image], v[:, image], outside(k, grid), outside(v, grid), *means, cells.mass, hidden, chosen,
+        [grid.height, grid.width, cells.cell, cells.near, cells.pool], scale,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some cells of one head, and all that their logits are made of.
+
+    Attributes:
+        cells: Which cells.
+        queries: `[n, L, D]`, scaled.
+        near: Cells that are met exactly `[n, S]`, of those of the head.
+        slots: Means that are met `[n, P]`.
+        bias: Added to the logits of means `[n, P]`.
+        cut: Places in `near`, by row and column, of cells that are not whole.
+        hidden: Added to the logits of their tokens `[places, L]`.
+    """
+
+    cells: slice
+    queries: Tensor
+    near: Tensor
+    slots: Tensor
+    bias: Tensor
+    cut: tuple[Tensor, Tensor]
+    hidden: Tensor
+
+
+class _Head:
+    """One head of one sample: its queries and keys cell by cell, its means and shared keys, in float32 at least.
+
+    The last cell and the last mean are zeros, which stand for none.
+    """
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, shared: Sequence[Tensor], means: Sequence[Tensor], bias: Tensor | None
+    ) -> None:
+        self.q, self.k, self.v = q, k, v  # [C, L, D], [C + 1, L, D]
+        self.k_shared, self.v_shared = shared  # [T, D]
+        self.k_means, self.v_means = means  # [M + 1, D]
+        self.bias = bias  # of the shared keys [T], if any is hidden
+
+    def weights(self, part: _Part, memory: Tensor | None) -> Tensor:
+        """Softmax over shared keys, tokens of cells, and means `[n, L, T + S * L + P]`, in `memory` if that fits."""
+        scores, (T, S) = _scores(part.queries, part, self.k_shared, self.k, self.k_means, memory), self._sizes(part)
+        if T and self.bias is not None:
+            scores[..., :T] += self.bias
+        cut, slot = part.cut
+        if len(cut):  # cells that the border cuts, or that are none
+            tokens = scores[..., T : T + S].unflatten(2, part.near.shape[1:] + (-1,))
+            tokens[cut, :, slot] += part.hidden[:, None]
+        scores[..., T + S :] += part.bias[:, None]
+        return torch.softmax(scores, -1, out=scores)
+
+    def _sizes(self, part: _Part) -> tuple[int, int]:
+        return len(self.k_shared), part.near.shape[1] * part.queries.shape[1]
+
+    def mix(self, weights: Tensor, part: _Part, shared: Tensor, tokens: Tensor, means: Tensor) -> Tensor:
+        """Return the sums of rows `shared`, `tokens` of cells and `means`, weighted: `[n, L, D]`."""
+        T, S = self._sizes(part)
+        out = torch.bmm(weights[..., T : T + S], _rows(tokens, part.near))
+        out.baddbmm_(weights[..., T + S :], _rows(means, part.slots))
+        return out.baddbmm_(weights[..., :T], shared.expand(len(out), -1, -1)) if T else out
+
+
+def _heads(
+    q: Tensor, k: Tensor, v: Tensor, k_shared: Tensor, v_shared: Tensor, k_means: Tensor, v_means: Tensor,
+    hidden: Tensor | None, layout: Layout, size: Sequence[int], scale: float,
+) -> Iterator[tuple[int, int, _Head]]:  # fmt: skip
+    """Yield sample, head and what it holds."""
+    height, width, cell, *_ = size
+    wide = torch.promote_types(q.dtype, torch.float32)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            rows = [_to_cells(t[b, :, h].to(wide), height, width, cell) for t in (q, k, v)]
+            rows[0] = rows[0] * scale
+            shared = [t[b, :, h].to(wide) for t in (k_shared, v_shared)]
+            means = [F.pad(t[b, :, h].to(wide), (0, 0, 0, 1)) for t in (k_means, v_means)]
+            bias = None if hidden is None else hidden[b % len(hidden)].to(wide)
+            keys = [F.pad(t, (0, 0, 0, 0, 0, 1)) for t in rows[1:]]
+            yield b, h, _Head(rows[0], keys[0], keys[1], shared, means, bias)
+
+
+def _parts(head: _Head, layout: Layout, chosen: Tensor, mass: Tensor | None, there: Tensor) -> Iterator[_Part]:
+    """Cut the cells of one head so that the logits of a part stay below `_MOST_SCORES`."""
+    C, L, _ = head.q.shape
+    near = torch.cat([layout.near, chosen], 1)
+    whole = (there == 0).all(1)
+    keys = len(head.k_shared) + near.shape[1] * L + layout.slots.shape[1]
+    step = max(1, _MOST_SCORES // (L * keys))
+    for first in range(0, C, step):
+        part = slice(first, min(first + step, C))
+        slots = layout.slots[part]
+        count = counts_of(layout, slots, chosen[part])
+        bias = torch.where(count > 0, count.clamp(min=1).to(head.q.dtype).log(), _HIDDEN)
+        if mass is not None:
+            bias = bias + mass[layout.levels[slots].clamp(max=len(mass) - 1)]
+        cut = whole[near[part]].logical_not().nonzero(as_tuple=True)
+        yield _Part(part, head.q[part], near[part], slots, bias, (cut[0], cut[1]), there[near[part][cut]])
+
+
+def _there(layout: Layout, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """0 for the tokens of each cell that are in the grid, else hugely negative `[C + 1, L]`."""
+    cell = size[2]
+    y, x = torch.meshgrid(*[torch.arange(cell, device=layout.near.device)] * 2, indexing="ij")
+    box = layout.tokens[:, :, None, None]
+    inside = (box[:, 0] + y < box[:, 1]) & (box[:, 2] + x < box[:, 3])
+    return torch.where(inside, 0.0, _HIDDEN).to(dtype).flatten(1)
+
+
+def _layout_of(size: Sequence[int], device: torch.device) -> Layout:
+    height, width, cell, near, pool = size
+    return Cells(cell, near, pool, 0).layout(Grid(height, width), device)
+
+
+@torch.library.custom_op("vision_attn::multipole_grid", mutates_args=())
+def _multipole(
+    q: Tensor, k: Tensor, v: Tensor, k_shared: Tensor, v_shared: Tensor, k_means: Tensor, v_means: Tensor,
+    mass: Tensor | None, hidden: Tensor | None, chosen: Tensor, size: Sequence[int], scale: float,
+) -> Tensor:  # fmt: skip
+    """Grid queries `[B, height * width, H, D]` over their cells, the means `[B, M, H, D]` and shared keys.
+
+    `size` is height, width, cell, near, pool.
+    """
+    layout, o, weights = _layout_of(size, q.device), torch.empty_like(q), None
+    wide = torch.promote_types(q.dtype, torch.float32)
+    there = _there(layout, size, wide)
+    for b, h, head in _heads(q, k, v, k_shared, v_shared, k_means, v_means, hidden, layout, size, scale):
+        out = torch.empty_like(head.q)
+        for part in _parts(head, layout, chosen[b, h], None if mass is None else mass[h].to(wide), there):
+            weights = head.weights(part, weights)
+            out[part.cells] = head.mix(weights, part, head.v_shared, head.v, head.v_means)
+        o[b, :, h] = _from_cells(out, *size[:3])
+    return o
+
+
+@_multipole.register_fake
+def _(q: Tensor, *args: object) -> Tensor:
+    return torch.empty_like(q)
+
+
+@torch.library.custom_op("vision_attn::multipole_grid_backward", mutates_args=())
+def _multipole_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, k_shared: Tensor, v_shared: Tensor, k_means: Tensor, v_means: Tensor,
+    mass: Tensor | None, hidden: Tensor | None, chosen: Tensor, size: Sequence[int], scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v, k_shared, v_shared, k_means, v_means and mass (empty without one)."""
+    layout, wide = _layout_of(size, q.device), torch.promote_types(q.dtype, torch.float32)
+    height, width, cell = size[:3]
+    there, weights = _there(layout, size, wide), None
+    inputs = q, k, v, k_shared, v_shared, k_means, v_means
+    grads = [torch.zeros(t.shape, dtype=wide, device=t.device) for t in inputs]
+    d_mass = q.new_empty(0, dtype=wide) if mass is None else torch.zeros(mass.shape, dtype=wide, device=q.device)
+    for b, h, head in _heads(*inputs, hidden, layout, size, scale):
+        d_out = _to_cells(do[b, :, h].to(wide), height, width, cell)
+        d_head = [torch.zeros_like(t) for t in (head.q, head.k, head.v, head.k_shared, head.v_shared)]
+        d_head += [torch.zeros_like(t) for t in (head.k_means, head.v_means)]
+        d_q, d_k, d_v, d_ks, d_vs, d_km, d_vm = d_head
+        for part in _parts(head, layout, chosen[b, h], None if mass is None else mass[h].to(wide), there):
+            weights = head.weights(part, weights)
+            rows = d_out[part.cells]
+            d_weights = _scores(rows, part, head.v_shared, head.v, head.v_means)
+            d_scores = torch._softmax_backward_data(d_weights, weights, -1, wide)
+            d_q[part.cells] = head.mix(d_scores, part, head.k_shared, head.k, head.k_means) * scale
+            _mix_back(d_scores, part.queries, part, d_ks, d_k, d_km)
+            _mix_back(weights, rows, part, d_vs, d_v, d_vm)
+            if mass is not None:
+                of_means = d_scores[..., -part.slots.shape[1] :].sum(1)
+                level = layout.levels[part.slots].clamp(max=mass.shape[1] - 1)
+                d_mass[h].index_add_(0, level.flatten(), of_means.flatten())
+        for grad, part_grad in zip(grads[:3], (d_q, d_k[:-1], d_v[:-1]), strict=True):
+            grad[b, :, h] = _from_cells(part_grad, height, width, cell)
+        for grad, part_grad in zip(grads[3:], (d_ks, d_vs, d_km[:-1], d_vm[:-1]), strict=True):
+            grad[b, :, h] = part_grad
+    dq, dk, dv, dks, dvs, dkm, dvm = (g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))
+    return dq, dk, dv, dks, dvs, dkm, dvm, d_mass if mass is None else d_mass.to(mass.dtype)
+
+
+@_multipole_backward.register_fake
+def _(do: Tensor, *args: Any) -> tuple[Any, ...]:
+    mass = args[7]
+    none = do.new_empty(0, dtype=torch.promote_types(do.dtype, torch.float32))
+    return *(t.new_empty(t.shape) for t in args[:7]), none if mass is None else mass.new_empty(mass.shape)
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:10])
+    ctx.rest = inputs[10:]
+
+
+def _backward(ctx: Any, do: Tensor) -> tuple:
+    tensors = ctx.saved_tensors
+    *grads, d_mass = _multipole_backward(do, *tensors, *ctx.rest)
+    return *grads, None if tensors[7] is None else d_mass, None, None, None, None
+
+
+_multipole.register_autograd(_backward, setup_context=_save)
+
+
+def _scores(
+    rows: Tensor, part: _Part, shared: Tensor, tokens: Tensor, means: Tensor, memory: Tensor | None = None
+) -> Tensor:
+    """Products of rows `[n, L, D]` with shared rows, those of cells, and means, in `memory` if that fits."""
+    n, L, _ = rows.shape
+    T, S = len(shared), part.near.shape[1] * L
+    shape = (n, L, T + S + part.slots.shape[1])
+    scores = memory if memory is not None and memory.shape == shape else rows.new_empty(shape)
+    if T:
+        torch.bmm(rows, shared.mT.expand(n, -1, -1), out=scores[..., :T])
+    torch.bmm(rows, _rows(tokens, part.near).mT, out=scores[..., T : T + S])
+    torch.bmm(rows, _rows(means, part.slots).mT, out=scores[..., T + S :])
+    return scores
+
+
+def _rows(t: Tensor, index: Tensor) -> Tensor:
+    """Gather cells `[C + 1, L, D]` or means `[M + 1, D]` by index `[n, S]`: `[n, S * L, D]` or `[n, S, D]`."""
+    return t.index_select(0, index.flatten()).view(len(index), -1, t.shape[-1])
+
+
+def _mix_back(weights: Tensor, rows: Tensor, part: _Part, d_shared: Tensor, d_tokens: Tensor, d_means: Tensor) -> None:
+    """Add the gradients of shared rows `[T, D]`, cells `[C + 1, L, D]` and means `[M + 1, D]` of one part."""
+    T, L, S = len(d_shared), d_tokens.shape[1], part.near.shape[1]
+    if T:
+        d_shared.addmm_(weights[..., :T].flatten(0, 1).mT, rows.flatten(0, 1))
+    of_tokens = weights[..., T : T + S * L].mT @ rows  # [n, S * L, D]
+    d_tokens.index_add_(0, part.near.flatten(), of_tokens.unflatten(1, (S, L)).flatten(0, 1))
+    d_means.index_add_(0, part.slots.flatten(), (weights[..., T + S * L :].mT @ rows).flatten(0, 1))
+
+
+def _to_cells(t: Tensor, height: int, width: int, cell: int) -> Tensor:
+    """Lay `[height * width, D]` out cell by cell `[C, cell * cell, D]`, with zeros beyond the border."""
+    image = F.pad(t.unflatten(0, (height, width)), (0, 0, 0, -width % cell, 0, -height % cell))
+    rows, columns = image.shape[0] // cell, image.shape[1] // cell
+    return image.view(rows, cell, columns, cell, -1).transpose(1, 2).reshape(rows * columns, cell * cell, -1)
+
+
+def _from_cells(t: Tensor, height: int, width: int, cell: int) -> Tensor:
+    """Undo `_to_cells`."""
+    rows, columns = -(-height // cell), -(-width // cell)
+    image = t.view(rows, columns, cell, cell, -1).transpose(1, 2).reshape(rows * cell, columns * cell, -1)
+    return image[:height, :width].flatten(0, 1)

@@ -1,0 +1,163 @@
+"""Multipole attention: exact near by and in a few chosen cells, pooled with the right mass everywhere else.
+
+    o_i = sum_j w_ij v_j,    w_i = softmax over { scale * q_i . k_j : j exact }
+                                          + { scale * q_i . mean(k_c) + log |c| + m_l : c pooled at level l }
+
+A local window throws the far field away, and a pretrained model misses it. Here each far token is still counted, in a
+mean that weighs as much as the tokens |c| it stands for, so that a converted model draws well before any training. The
+levels are those of the fast multipole method: the further away, the larger the means. m_l, an offset of each head and
+level, and the weights of the tokens in a mean are learned, and neutral at the start. Tokens outside the grid are exact,
+and attend densely.
+
+Sources: 'A Fast Algorithm for Particle Simulations' (Greengard, Rokhlin, 1987); 'FMMformer' -
+https://arxiv.org/abs/2108.02347; cells chosen by their means as in 'QuadTree Attention' -
+https://arxiv.org/abs/2201.02767 and 'Native Sparse Attention' - https://arxiv.org/abs/2502.11089
+"""
+
+import math
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vision_attn._checks import check_int
+from vision_attn.grid import Grid
+from vision_attn.kernels.multipole import Cells, choose_cells, multipole_attention
+from vision_attn.processors.base import AttnSpec, Layer, Processor, register
+
+LEVELS = 12  # a grid of 8 * 2^12 tokens a side has no more
+
+
+@register(
+    tests={
+        "multipole": dict(cell=2, near=0, pool=1, exact=1),
+        "multipole-pool": dict(cell=2, pool=2, exact=2, group=2),
+    },
+    demo=[{}],
+    bench={"multipole": {}, "multipole e0": dict(exact=0)},
+    draws_untrained=True,
+)
+@dataclass(frozen=True)
+class Multipole(AttnSpec):
+    """Near cells and a few chosen ones exactly, the rest as means that count as their tokens. Needs no training.
+
+    Args:
+        cell: Side of a cell in tokens; all tokens of a cell see the same. Grids of any size will do: at the borders
+            cells are what is left.
+        near: Cells within this Chebyshev distance of a token's own are exact: 1 for 3 x 3 cells.
+        pool: Side of the finest means in tokens; it must divide `cell`.
+        exact: How many further cells are exact: those that a cell's mean query weighs most. They are chosen for each
+            sample and head at every call.
+        group: How many neighbouring heads choose together.
+        hold: For how many calls of inference a choice is kept: 1 chooses at every call. Compiled code, and calls with
+            gradients, choose at every call.
+    """
+
+    cell: int = 8
+    near: int = 1
+    pool: int = 4
+    exact: int = 4
+    group: int = 1
+    hold: int = 1
+
+    def __post_init__(self) -> None:
+        self.cells()
+        check_int("hold", self.hold, 1)
+
+    def cells(self, **learned: Any) -> Cells:
+        """Return what the operator takes."""
+        return Cells(self.cell, self.near, self.pool, self.exact, self.group, **learned)
+
+    def build(self, layer: Layer) -> "MultipoleAttention":
+        """Return the processor of one layer.
+
+        Raises:
+            ValueError: If `group` does not divide the heads.
+        """
+        if layer.num_heads % self.group:
+            raise ValueError(f"{layer.name}: group {self.group} must divide the {layer.num_heads} heads")
+        return MultipoleAttention(self, layer)
+
+    def attended(self, grid: Grid) -> float:
+        """Return the mean share of a sequence's tokens that one token attends to, each mean counted as one."""
+        near = math.prod(_near(side, self.cell, self.near) for side in (grid.height, grid.width))
+        far = sum(self._means(grid, level) for level in range(self._levels(grid)))
+        exact = min(self.exact * self.cell**2, grid.image_tokens - near)
+        outside = grid.prefix + grid.suffix
+        keys = min(near + exact + far, grid.image_tokens) + outside
+        return (grid.image_tokens * keys + outside * grid.tokens) / grid.tokens**2
+
+    def _levels(self, grid: Grid) -> int:
+        """How many levels a grid has: until the neighbourhood of every cell is all of it."""
+        levels = 0
+        while math.ceil(max(grid.height, grid.width) / (self.cell << levels)) - 1 > self.near:
+            levels += 1
+        return levels
+
+    def _means(self, grid: Grid, level: int) -> float:
+        """Mean number of means of one level that a token sees: those of its parent's neighbourhood but not its own."""
+        cell, pool = self.cell << level, self.pool << level
+        sides = grid.height, grid.width
+        parents = math.prod(_near(side, 2 * cell, self.near, pool) for side in sides)
+        return parents - math.prod(_near(side, cell, self.near, pool) for side in sides)
+
+    @property
+    def passes(self) -> float:
+        """Means and the choice read q, k and v once more."""
+        return 2.0
+
+
+def _near(side: int, cell: int, near: int, unit: int = 1) -> float:
+    """Units of `unit` tokens along a side within `near` cells of a token's own, in the mean over the tokens."""
+    total = 0
+    for first in range(0, side, cell):
+        begin, end = max(first - near * cell, 0), min(first + (near + 1) * cell, side)
+        total += (min(first + cell, side) - first) * (math.ceil(end / unit) - begin // unit)
+    return total / side
+
+
+class MultipoleAttention(Processor):
+    """`multipole_attention` with learned masses and weights.
+
+    Attributes:
+        mass: m, added to the logits of the means of each head and level `[H, levels]`.
+        pool_weight: Logarithms of the weights of a mean's tokens `[pool, pool]`.
+    """
+
+    def __init__(self, spec: Multipole, layer: Layer) -> None:
+        super().__init__()
+        self.spec, self.backend = spec, layer.backend
+        self.mass = nn.Parameter(torch.zeros(layer.num_heads, LEVELS))
+        self.pool_weight = nn.Parameter(torch.zeros(spec.pool, spec.pool))
+        self._held = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_held": threading.local()})
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None = None, scale: float | None = None
+    ) -> Tensor:
+        """Attend near and far: see `Processor.forward`."""
+        cells = self.spec.cells(
+            mass=self.mass.to(q.device),  # offloading may have parked it elsewhere
+            weights=self.pool_weight.to(q.device),
+            chosen=self._chosen(q, k, grid, scale),
+        )
+        return multipole_attention(q, k, v, grid, cells, mask=mask, scale=scale, backend=self.backend)
+
+    def _chosen(self, q: Tensor, k: Tensor, grid: Grid, scale: float | None) -> Tensor | None:
+        """Return the choice that is kept for this call; None lets the operator choose."""
+        spec = self.spec
+        if spec.hold == 1 or not spec.exact or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return None
+        key = (grid, q.shape, q.device)
+        held, chosen, calls = getattr(self._held, "choice", (None, None, 0))
+        if held != key or calls >= spec.hold:
+            chosen, calls = choose_cells(q, k, grid, spec.cells(), scale=scale), 0
+        self._held.choice = key, chosen, calls + 1
+        return chosen
