@@ -50,7 +50,7 @@ class Multipole(AttnSpec):
         pool: Side of the finest means in tokens; it must divide `cell`.
         exact: How many further cells are exact: those that a cell's mean query weighs most. They are chosen for each
             sample and head at every call.
-        group: How many neighbouring heads choose together.
+        group: How many neighbouring heads choose together; the last group may have fewer.
         hold: For how many calls of inference a choice is kept: 1 chooses at every call. Compiled code, and calls with
             gradients, choose at every call.
     """
@@ -71,13 +71,7 @@ class Multipole(AttnSpec):
         return Cells(self.cell, self.near, self.pool, self.exact, self.group, **learned)
 
     def build(self, layer: Layer) -> "MultipoleAttention":
-        """Return the processor of one layer.
-
-        Raises:
-            ValueError: If `group` does not divide the heads.
-        """
-        if layer.num_heads % self.group:
-            raise ValueError(f"{layer.name}: group {self.group} must divide the {layer.num_heads} heads")
+        """Return the processor of one layer."""
         return MultipoleAttention(self, layer)
 
     def attended(self, grid: Grid) -> float:
@@ -148,7 +142,10 @@ class MultipoleAttention(Processor):
             weights=self.pool_weight.to(q.device),
             chosen=self._chosen(q, k, grid, scale),
         )
-        return multipole_attention(q, k, v, grid, cells, mask=mask, scale=scale, backend=self.backend)
+        o = multipole_attention(q, k, v, grid, cells, mask=mask, scale=scale, backend=self.backend)
+        if torch.is_grad_enabled() and cells.covers(grid):  # training over processes waits for every gradient
+            o = o + (0 * (self.mass.sum() + self.pool_weight.sum())).to(o)
+        return o
 
     def _chosen(self, q: Tensor, k: Tensor, grid: Grid, scale: float | None) -> Tensor | None:
         """Return the choice that is kept for this call; None lets the operator choose."""

@@ -1,4 +1,4 @@
-"""Multipole attention: exact attention near by and to a few chosen cells, pooled attention with the right mass elsewhere.
+"""Multipole attention: exact near by and in a few chosen cells, pooled with the right mass everywhere else.
 
     o_i = sum_j w_ij v_j,    w_i = softmax over { scale * q_i . k_j : j exact }
                                           + { scale * q_i . mean(k_c) + log |c| + mass : c pooled }
@@ -75,8 +75,6 @@ def multipole_attention(
 def check_cells(q: Tensor, grid: Grid, cells: Cells) -> None:
     """Refuse tensors of `cells` that do not fit q and the grid."""
     B, _, H, _ = q.shape
-    if H % cells.group:
-        raise ValueError(f"group {cells.group} must divide the {H} heads")
     if cells.mass is not None and (cells.mass.dim() != 2 or cells.mass.shape[0] != H or not cells.mass.shape[1]):
         raise ValueError(f"mass must be [H, levels] = [{H}, levels], got {tuple(cells.mass.shape)}")
     if cells.weights is not None and tuple(cells.weights.shape) != (cells.pool, cells.pool):

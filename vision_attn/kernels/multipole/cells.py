@@ -1,4 +1,4 @@
-"""The cells of multipole attention: which tokens a cell sees exactly, which means it sees, and what each mean stands for.
+"""The cells of multipole attention: what a cell sees exactly, which means it sees, and what each mean stands for.
 
 A grid is cut into cells of `cell` x `cell` tokens; at level l a cell has 2^l times that side, and its means are over
 `pool * 2^l` x `pool * 2^l` tokens. A query meets the means of level l in the cells of that level that are children of
@@ -30,7 +30,7 @@ class Cells:
         near: A query sees exactly the cells within this Chebyshev distance of its own: 1 for 3 x 3 cells.
         pool: Side of the finest means in tokens; it must divide `cell`.
         exact: How many further cells each cell sees exactly: those that its mean query weighs most.
-        group: How many heads choose together, one choice a head for 1.
+        group: How many neighbouring heads choose together; the last group may have fewer.
         mass: Added to the logits of the means, `[H, levels]`; levels beyond the last column take the last.
         weights: Logarithms of the weights of the tokens in a mean of the first level, `[pool, pool]`; equal if None.
         chosen: Indices of the exact cells `[B, H, cells, exact]` in row-major order, the number of cells for none: what
@@ -274,8 +274,9 @@ def _best(q: Tensor, k: Tensor, size: Tensor, near: Tensor, exact: int, group: i
     hidden = torch.zeros(len(near), C + 1, dtype=torch.bool, device=q.device).scatter_(1, near, True)[:, :C]
     weight = weight.masked_fill(hidden, -math.inf)
     if group > 1:
-        shared = weight.softmax(-1).nan_to_num().unflatten(1, (-1, group)).mean(2).masked_fill(hidden, -math.inf)
-        weight = shared.repeat_interleave(group, 1)
+        groups = weight.softmax(-1).nan_to_num().split(group, 1)
+        weight = torch.cat([heads.mean(1, keepdim=True).expand_as(heads) for heads in groups], 1)
+        weight = weight.masked_fill(hidden, -math.inf)
     best, index = weight.topk(min(exact, C), -1)
     index = torch.where(best == -math.inf, C, index)
     return F.pad(index, (0, exact - index.shape[-1]), value=C)

@@ -1,7 +1,7 @@
 """Portable multipole attention in plain PyTorch: O(N * keys met) memory, any device, tuned for a CPU.
 
-Keys of the grid are laid out cell by cell, so that near and chosen cells are whole rows to gather. The cells of one head
-are worked on some at a time; the backward computes their weights again.
+Keys of the grid are laid out cell by cell, so that near and chosen cells are whole rows to gather. A part of the cells
+of one head is worked on at a time; the backward computes their weights again.
 """
 
 from collections.abc import Iterator, Sequence
@@ -89,7 +89,7 @@ class _Head:
             scores[..., :T] += self.bias
         cut, slot = part.cut
         if len(cut):  # cells that the border cuts, or that are none
-            tokens = scores[..., T : T + S].unflatten(2, part.near.shape[1:] + (-1,))
+            tokens = scores[..., T : T + S].unflatten(2, (*part.near.shape[1:], -1))
             tokens[cut, :, slot] += part.hidden[:, None]
         scores[..., T + S :] += part.bias[:, None]
         return torch.softmax(scores, -1, out=scores)
