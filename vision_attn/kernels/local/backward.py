@@ -30,13 +30,12 @@ from vision_attn.kernels.local.tiles import (
     grid_program,
     grid_tile,
     next_tile,
-    outside_program,
     plan_queries,
-    seen_tokens,
     walk,
     windowed,
 )
 from vision_attn.kernels.triton.launching import Kernel, strides_of
+from vision_attn.kernels.triton.outside import outside_program, seen_tokens
 from vision_attn.kernels.triton.rows import LOG2E, ds_of, head_of, load_rows, load_tile, own_head, store_rows
 
 # Found on one H200 with torch 2.11.0 and triton 3.6.0.

@@ -25,23 +25,19 @@ from vision_attn.kernels.local.tiles import (
     grid_program,
     grid_tile,
     next_tile,
-    outside_program,
-    outside_tokens,
     plan_queries,
-    seen_tokens,
     tile_tokens,
     walk,
     windowed,
 )
 from vision_attn.kernels.triton.launching import Kernel
+from vision_attn.kernels.triton.outside import meet_sequence, merge_outside, outside_program, outside_tokens, update_raw
 from vision_attn.kernels.triton.rows import (
-    HIDDEN,
     LOG2E,
     NO_KEY,
     START,
     head_of,
     load_rows,
-    load_tile,
     own_head,
     store_rows,
 )
@@ -58,40 +54,6 @@ _CONFIGS: dict[tuple[int, int, float], Tiles] = {
     (4, 128, math.inf): Tiles((4, 8), (4, 8), 4, 2),
     (4, 256, math.inf): Tiles((4, 4), (4, 8), 4, 1),
 }
-
-
-@triton.jit
-def _update(s, v_rows, m, l, acc, c, PRECISION: tl.constexpr):
-    """Add a tile of keys to an online softmax over raw logits s `[M, LEN]`, which `c` scales to base 2.
-
-    Values `[LEN, BLOCK_D]`; maximum m `[M]`, sum l `[M, 8]`, weighed values acc `[M, BLOCK_D]`.
-    """
-    top = tl.maximum(m, tl.max(s, 1) * c)  # [M]
-    p = tl.math.exp2(s * c - top[:, None])  # [M, LEN]
-    shrink = tl.math.exp2(m - top)  # [M]
-    # eight sums a row that no two threads share: they are added up once, at the end
-    l = l * shrink[:, None] + tl.sum(p.reshape(p.shape[0], p.shape[1] // 8, 8), 1)
-    acc = acc * shrink[:, None]
-    acc = tl.dot(p.to(v_rows.dtype), v_rows, acc, input_precision=PRECISION)
-    return top, l, acc
-
-
-@triton.jit
-def _sequence(
-    q_rows, m, l, acc, k, v, k_box, v_box, mask, b, h, first, stop, k_n, v_n, prefix, image, c,
-    LEN: tl.constexpr, RAGGED: tl.constexpr, MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Meet the tokens `first .. stop - 1` of a sequence."""
-    for j in tl.range(first, stop, LEN):
-        k_rows = load_tile(k, k_box, b, h, j, stop, k_n, LEN, D, BLOCK_D, TMA)  # [LEN, BLOCK_D]
-        s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION)  # [M, LEN]
-        if RAGGED or MASK:
-            seen = seen_tokens(j + tl.arange(0, LEN), stop, mask, prefix, image, MASK)  # [LEN]
-            s = tl.where(seen[None, :], s, HIDDEN)
-        v_rows = load_tile(v, v_box, b, h, j, stop, v_n, LEN, D, BLOCK_D, TMA)  # [LEN, BLOCK_D]
-        m, l, acc = _update(s, v_rows, m, l, acc, c, PRECISION)
-    return m, l, acc
 
 
 @Kernel
@@ -130,7 +92,7 @@ def _forward(
         b, h, bh, part, rank, keep, token = outside_program(pid, outside, heads, N, prefix, image, M, PARTS)
         q_rows = load_rows(head_of(q, b, h, q_b, q_h), token, q_n, D, BLOCK_D)  # [M, BLOCK_D]
         first = part * part_length
-        m, l, acc = _sequence(
+        m, l, acc = meet_sequence(
             q_rows, m, l, acc, head_of(k, b, h, k_b, k_h), head_of(v, b, h, v_b, v_h), k_seq, v_seq, mask + b * mask_b,
             b, h, first, tl.minimum(first + part_length, N), k_n, v_n, prefix, image, c,
             LEN, RAGGED_N, MASK, D, BLOCK_D, TMA and (PREFIX or SUFFIX), PRECISION,
@@ -153,17 +115,17 @@ def _forward(
         k, v = head_of(k, b, h, k_b, k_h), head_of(v, b, h, v_b, v_h)
         mask += b * mask_b
         if PREFIX:
-            m, l, acc = _sequence(
+            m, l, acc = meet_sequence(
                 q_rows, m, l, acc, k, v, k_seq, v_seq, mask, b, h, 0, prefix, k_n, v_n, prefix, image, c,
                 LEN, RAGGED_PREFIX, MASK, D, BLOCK_D, TMA, PRECISION,
             )  # fmt: skip
         if SUFFIX:
-            m, l, acc = _sequence(
+            m, l, acc = meet_sequence(
                 q_rows, m, l, acc, k, v, k_seq, v_seq, mask, b, h, prefix + image, N, k_n, v_n, prefix, image, c,
                 LEN, True, MASK, D, BLOCK_D, TMA, PRECISION,
             )  # fmt: skip
         if POOLED:
-            m, l, acc = _sequence(
+            m, l, acc = meet_sequence(
                 q_rows, m, l, acc, head_of(pooled_k, b, h, pk_b, pk_h), head_of(pooled_v, b, h, pv_b, pv_h), pooled_k,
                 pooled_v, mask, b, h, 0, pooled, pk_n, pv_n, 0, 0, c, LEN, True, False, D, BLOCK_D, False, PRECISION,
             )  # fmt: skip
@@ -184,45 +146,13 @@ def _forward(
             v_rows = grid_tile(
                 v, v_grid, b, v_lane, row, column, sub, whole, v_n, KEY_TALL, KEY_WIDE, D, BLOCK_D, TMA
             )  # [LEN, BLOCK_D]
-            m, l, acc = _update(s, v_rows, m, l, acc, 1.0 if BIAS else c, PRECISION)
+            m, l, acc = update_raw(s, v_rows, m, l, acc, 1.0 if BIAS else c, PRECISION)
             row, column, stop = next_tile(row, column, stop, near, KEY_TALL, KEY_WIDE, DISC)
         total = tl.sum(l, 1)  # [M]
         acc = acc * (1.0 / total)[:, None]
         token = tile_tokens(y0, x0, sub, whole, TALL, WIDE)  # [M], anew: kept over the loop it would take registers
         store_rows(own_head(o, b, h, N, heads, D), token, heads * D, acc, keep, D, BLOCK_D)
         tl.store(lse + bh.to(tl.int64) * N + token, m + tl.log2(total), mask=keep)
-
-
-@Kernel
-@triton.jit
-def _merge(
-    part_o, part_lse, o, lse, N, heads, batch, prefix, image, outside, PARTS: tl.constexpr, ROWS: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Merge the parts of the tokens outside the grid by their log-sum-exp.
-
-    Inputs: part_o `[PARTS, B, H, outside, D]`, part_lse `[PARTS, B, H, outside]`.
-    Outputs: o `[B, N, H, D]`, lse `[B, H, N]`.
-    """
-    rank = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    bh = tl.program_id(1)
-    keep = rank < outside
-    top = tl.full([ROWS], HIDDEN, tl.float32)  # [ROWS]
-    for i in range(PARTS):
-        place = (i * batch * heads + bh).to(tl.int64) * outside
-        top = tl.maximum(top, tl.load(part_lse + place + rank, mask=keep, other=0.0))
-    total = tl.zeros([ROWS], tl.float32)  # [ROWS]
-    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)  # [ROWS, BLOCK_D]
-    for i in range(PARTS):
-        place = (i * batch * heads + bh).to(tl.int64) * outside
-        weight = tl.math.exp2(tl.load(part_lse + place + rank, mask=keep, other=0.0) - top)  # [ROWS]
-        rows = load_rows(part_o + place * D, tl.minimum(rank, outside - 1), D, D, BLOCK_D)  # [ROWS, BLOCK_D]
-        total += weight
-        acc += rows * weight[:, None]
-    token = outside_tokens(rank, prefix, image)  # [ROWS]
-    base = own_head(o, bh // heads, bh % heads, N, heads, D)
-    store_rows(base, token, heads * D, acc / total[:, None], keep, D, BLOCK_D)
-    tl.store(lse + bh.to(tl.int64) * N + token, top + tl.log2(total), mask=keep)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -244,9 +174,5 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         boxed=(k, v, k, v),
     )  # fmt: skip
     if plan.parts > 1:
-        height, width, prefix, _ = call.size
-        _merge[(math.ceil(call.outside / 16), B * H)](
-            part_o, part_lse, o, lse, N, H, B, prefix, height * width, call.outside, plan.parts, 16, D, call.block_d,
-            num_warps=4,
-        )  # fmt: skip
+        merge_outside(part_o, part_lse, o, lse, call.size[2])
     return o, lse

@@ -32,15 +32,14 @@ from vision_attn.kernels.local.tiles import (
     grid_tile,
     grid_tokens,
     next_tile,
-    outside_program,
     plan_keys,
-    seen_tokens,
     square_penalty,
     walk,
     window_start,
     windowed,
 )
 from vision_attn.kernels.triton.launching import Kernel, block_of, strides_of
+from vision_attn.kernels.triton.outside import outside_program, seen_tokens, splits
 from vision_attn.kernels.triton.rows import HIDDEN, LOG2E, ds_of, head_of, load_rows, load_tile, own_head, store_rows
 
 # Found on one H200 with torch 2.11.0 and triton 3.6.0.
@@ -325,8 +324,7 @@ def _pooled(call: Call, tiles: Tiles, do: Tensor, lse: Tensor, delta: Tensor) ->
         return q.new_empty(k.shape), q.new_empty(v.shape)
     M, LEN = math.prod(tiles.keys), math.prod(tiles.queries)
     blocks = math.ceil(pooled / M)
-    parts, length = call.splits(B * H * blocks, image, 0, LEN)
-    parts = math.ceil(image / length)
+    parts, length = splits(call.q, B * H * blocks, image, 0, LEN)
     part_dkv = q.new_empty((parts, 2, B, pooled, H, D), dtype=torch.float32)
     _pooled_gradients[(blocks, parts, B * H)](
         q, do, k, v, part_dkv, lse, delta, *strides_of(q, do, k, v), N, H, B, prefix, image, pooled, call.scale, length,

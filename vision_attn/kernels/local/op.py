@@ -18,7 +18,6 @@ from vision_attn.kernels.triton.launching import (
     bytes_of_mask,
     custom_op,
     layout,
-    multiprocessors,
     next_power,
     packed,
 )
@@ -109,21 +108,6 @@ class Call:
         columns = [self.kernel[i] if self.radius == 0 else 2 * int(self.radius) for i in (0, 1)]
         near = math.prod(min(c + t, s) for c, t, s in zip(columns, tile, self.size[:2], strict=True))
         return near + self.outside + (0 if self.pooled_k is None else self.pooled_k.shape[1])
-
-    def splits(self, programs: int, length: int, others: int, block: int) -> tuple[int, int]:
-        """Return into how many parts, and of what length, the long loop of the tokens outside the grid is cut.
-
-        Their programs start first, so they may run for half of the launch; where they would run longer they are cut.
-
-        Args:
-            programs: Programs with a long loop.
-            length: Tokens of a long loop.
-            others: Tokens met by all other programs together.
-            block: Tokens of one step.
-        """
-        share = max((programs * length + others) / multiprocessors(self.q) / 2, 4 * block)
-        parts = max(1, min(math.ceil(length / share), 32))
-        return parts, math.ceil(length / parts / block) * block
 
     def put_outside(self, t: Tensor, rows: Tensor) -> None:
         """Write the tokens outside the grid, `rows` `[B, prefix + suffix, H, D]`, to `t` `[B, N, H, D]`."""

@@ -34,6 +34,7 @@ from vision_attn.kernels.triton.launching import (
     strides_of,
     uses_boxes,
 )
+from vision_attn.kernels.triton.outside import splits
 from vision_attn.kernels.triton.rows import LOG2E, load_rows, unit_of
 
 OUTSIDE = tl.constexpr(1e20)
@@ -85,8 +86,7 @@ def _plan(
     M, LEN = math.prod(own), math.prod(other)
     blocks = B * H * math.ceil(call.outside / M)
     grid_programs = B * H * call.tiles(own)
-    parts, length = call.splits(blocks, N, grid_programs * call.work(own), LEN) if blocks else (1, N)
-    parts = math.ceil(N / length)
+    parts, length = splits(call.q, blocks, N, grid_programs * call.work(own), LEN)
     tma = uses_boxes(walked)
     boxes: list[Box | None] = [None] * 4
     if tma:
@@ -121,26 +121,6 @@ def grid_box(t: Tensor, size: Sequence[int], steps: Sequence[int], tile: tuple[i
         (prefix - ahead) * n, [t.shape[0], *sides, last // unit + 1, t.shape[3]],
         [b, step_y * width * n, step_x * n, unit, d], [1, *tile, 1, block_d],
     )  # fmt: skip
-
-
-@triton.jit
-def outside_program(pid, outside, heads, N, prefix, image, M: tl.constexpr, PARTS: tl.constexpr):
-    """What program `pid` of the tokens outside the grid owns.
-
-    Batch entry, head, number of both, part of its loop; and of each row, `[M]`: its rank among the tokens outside the
-    grid, whether there is one, and its place in the sequence, at most the last.
-    """
-    blocks = tl.cdiv(outside, M)
-    bh = pid // (blocks * PARTS)
-    rank = (pid % blocks) * M + tl.arange(0, M)  # [M]
-    token = tl.minimum(outside_tokens(rank, prefix, image), N - 1)  # [M]
-    return bh // heads, bh % heads, bh, (pid // blocks) % PARTS, rank, rank < outside, token
-
-
-@triton.jit
-def outside_tokens(rank, prefix, image):
-    """Places in the sequence of tokens outside the grid; the rank after the last may be any."""
-    return tl.where(rank < prefix, rank, rank + image)
 
 
 @triton.jit
@@ -215,17 +195,6 @@ def grid_tile(
         ys, xs = tl.minimum(y + n // WIDE, length_y - 1), tl.minimum(x + n % WIDE, length_x - 1)  # [TALL * WIDE]
         rows = load_rows(base, grid_tokens(ys, xs, sub, whole), stride, D, BLOCK_D)
     return rows
-
-
-@triton.jit
-def seen_tokens(index, stop, mask, prefix, image, MASK: tl.constexpr):
-    """Which tokens exist (are below `stop`) and are not hidden by one batch entry's mask."""
-    seen = index < stop
-    if MASK:
-        outside = (index < prefix) | (index >= prefix + image)
-        place = tl.where(index < prefix, index, index - image)
-        seen = seen & (tl.load(mask + place, mask=seen & outside, other=1) != 0)
-    return seen
 
 
 @triton.jit

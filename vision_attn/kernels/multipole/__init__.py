@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from vision_attn.grid import Grid
-from vision_attn.kernels.backend import Implementation, pick
-from vision_attn.kernels.local import check_inputs, check_mask
+from vision_attn.kernels.backend import Implementation, check_inputs, check_mask, full_precision, pick
+from vision_attn.kernels.dense import full_mask
 from vision_attn.kernels.multipole.cells import Cells, choose_cells, counts_of, means_of
+from vision_attn.kernels.multipole.op import multipole_attention_triton
 from vision_attn.kernels.multipole.portable import multipole_attention_torch
-from vision_attn.kernels.precision import full_precision
+from vision_attn.kernels.triton.launching import triton_reasons
 
 __all__ = ["Cells", "choose_cells", "multipole_attention"]
 
@@ -65,11 +66,22 @@ def multipole_attention(
     check_mask(q, grid, mask)
     check_cells(q, grid, cells)
     implementations = {
+        "triton": Implementation(multipole_attention_triton, _triton_reasons(q, grid, cells, backend == "auto")),
         "torch": Implementation(multipole_attention_torch),
         "reference": Implementation(_reference),
     }
     run = pick("multipole_attention", backend, implementations)
     return run(q, k, v, grid, cells, mask, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _triton_reasons(q: Tensor, grid: Grid, cells: Cells, auto: bool) -> list[str]:
+    """List why the Triton backend cannot run; empty if it can."""
+    reasons = triton_reasons(q, auto=auto)
+    if cells.cell < 3:
+        reasons.append(f"a cell of {cells.cell} x {cells.cell} tokens is too small for a tile")
+    if auto and cells.covers(grid):
+        reasons.append("the neighbourhood of every token is the whole grid, which is dense attention")
+    return reasons
 
 
 def check_cells(q: Tensor, grid: Grid, cells: Cells) -> None:
@@ -98,7 +110,8 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, grid: Grid, cells: Cells, mask: 
     exact = exact.scatter(3, layout.near.expand(B, H, -1, -1), True)[..., :C]
     seen = torch.ones(B, H, n, grid.tokens, dtype=torch.bool, device=device)
     seen[..., image] = exact[:, :, number][..., number]
-    seen = seen if mask is None else seen & _all_keys(mask, grid)[:, None, None]
+    hidden = full_mask(mask, grid)
+    seen = seen if hidden is None else seen & hidden
     logits = torch.einsum("bnhd,bmhd->bhnm", q[:, image], k) * scale
     means_k, means_v = (means_of(t[:, image], grid, cells, layout.sides) for t in (k, v))
     M = means_k.shape[1]
@@ -114,8 +127,8 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, grid: Grid, cells: Cells, mask: 
     weights = torch.cat([logits.masked_fill(~seen, -torch.inf), far], -1).softmax(-1)
     o_image = torch.einsum("bhnm,bmhd->bnhd", weights, torch.cat([v, means_v], 1))
     dense = torch.einsum("bnhd,bmhd->bhnm", q, k) * scale
-    if mask is not None:
-        dense = dense.masked_fill(~_all_keys(mask, grid)[:, None, None], -torch.inf)
+    if hidden is not None:
+        dense = dense.masked_fill(~hidden, -torch.inf)
     o = torch.einsum("bhnm,bmhd->bnhd", dense.softmax(-1), v)
     return torch.cat([o[:, : grid.prefix], o_image, o[:, image.stop :]], 1).to(dtype)
 
@@ -126,8 +139,3 @@ def _cell_of_token(boxes: Tensor, grid: Grid) -> Tensor:
     y, x = (n // grid.width)[:, None], (n % grid.width)[:, None]
     inside = (y >= boxes[:, 0]) & (y < boxes[:, 1]) & (x >= boxes[:, 2]) & (x < boxes[:, 3])
     return inside.int().argmax(1)
-
-
-def _all_keys(mask: Tensor, grid: Grid) -> Tensor:
-    """Widen a mask over prefix and suffix to all keys `[B, N]`."""
-    return torch.cat([mask[:, : grid.prefix], mask.new_ones(len(mask), grid.image_tokens), mask[:, grid.prefix :]], 1)

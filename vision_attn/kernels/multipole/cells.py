@@ -92,6 +92,26 @@ class Layout:
     sides: tuple[tuple[int, int], ...]
     tokens: Tensor
 
+    @functools.cached_property
+    def starts(self) -> Tensor:
+        """Where each level starts among the means, and its columns `[levels, 2]`, as kernels read them."""
+        rows, first = [], 0
+        for down, across in self.sides:
+            rows.append((first, across))
+            first += down * across
+        return torch.tensor(rows, dtype=torch.int32, device=self.near.device).view(-1, 2)
+
+    @functools.cached_property
+    def padded(self) -> Tensor:
+        """Slots as kernels read them, int32 `[C, P]` up to a multiple of 128; for none any mean, whose mass hides it."""
+        slots = F.pad(self.slots, (0, -self.slots.shape[1] % 128)).clamp(max=max(len(self.boxes) - 2, 0))
+        return slots.int().contiguous()
+
+    @functools.cached_property
+    def tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Slots, boxes and levels as kernels read them."""
+        return self.slots.int().contiguous(), self.boxes.int().contiguous(), self.levels.int().contiguous()
+
 
 @functools.lru_cache(maxsize=256)
 def _layout(height: int, width: int, cell: int, near: int, pool: int, device: torch.device) -> Layout:

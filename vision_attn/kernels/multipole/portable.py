@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vision_attn.grid import Grid
-from vision_attn.kernels.dense import dense_attention, outside, seen_keys, with_dense_rows
+from vision_attn.kernels.backend import full_precision
+from vision_attn.kernels.dense import dense_attention, full_mask, outside, with_dense_rows
 from vision_attn.kernels.multipole.cells import Cells, Layout, choose_cells, counts_of, means_of
-from vision_attn.kernels.precision import full_precision
 
 _HIDDEN = -1e30
 _MOST_SCORES = 1 << 19  # logits computed at a time: 2 MiB in float32, which a cache holds
@@ -26,7 +26,7 @@ def multipole_attention_torch(
 ) -> Tensor:
     """Run `multipole_attention` on checked inputs."""
     if cells.covers(grid):
-        return dense_attention(q, k, v, seen=seen_keys(mask, grid), scale=scale)
+        return dense_attention(q, k, v, mask=full_mask(mask, grid), scale=scale)
     chosen = choose_cells(q, k, grid, cells, scale=scale) if cells.chosen is None else cells.chosen
     o = _grid_rows(q, k, v, grid, cells, mask, scale, chosen)
     return with_dense_rows(o, q, k, v, grid, mask=mask, scale=scale)

@@ -1,0 +1,228 @@
+"""Multipole attention in Triton: the inputs of a call, the operators, and their gradients.
+
+The kernels are in `forward.py`, `backward.py` and `means.py`; triton is imported when they first run.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vision_attn.grid import Grid
+from vision_attn.kernels.multipole.cells import Cells, Layout, choose_cells, means_of
+from vision_attn.kernels.triton.launching import (
+    block_of,
+    bytes_of_mask,
+    custom_op,
+    layout,
+    next_power,
+    packed,
+)
+
+PRECISION = "tf32x3"  # three TF32 products keep float32's accuracy on tensor cores; other dtypes ignore it
+
+
+@dataclass(frozen=True)
+class Call:
+    """The inputs of one call, checked; see `multipole_attention`.
+
+    `means_k` and `means_v` are `[B, M, H, D]`, `chosen` is int32 `[B, H, C, exact]`; `size` is height, width, prefix,
+    suffix, cell, near, pool.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    means_k: Tensor
+    means_v: Tensor
+    chosen: Tensor
+    mass: Tensor | None
+    mask: Tensor | None
+    size: Sequence[int]
+    scale: float
+
+    @cached_property
+    def key(self) -> tuple[Any, ...]:
+        """All that a launch depends on but the values of tensors."""
+        tensors = self.q, self.k, self.v, self.means_k, self.means_v, self.chosen, self.mass, self.mask
+        return self.q.device, *self.size, self.scale, *map(layout, tensors)
+
+    @cached_property
+    def block_d(self) -> int:
+        """Channels of a tile: the next power of two."""
+        return block_of(self.q.shape[-1])
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Who sees what."""
+        height, width, _, _, cell, near, pool = self.size
+        return Cells(cell, near, pool, 0).layout(Grid(height, width), self.q.device)
+
+    @property
+    def outside(self) -> int:
+        """Tokens outside the grid."""
+        return self.size[2] + self.size[3]
+
+    @property
+    def tile(self) -> int:
+        """Side of a tile of tokens: a cell is cut into as few of at most 8 x 8 as hold it, 4 x 4 of wide float32."""
+        most = 4 if self.q.element_size() == 4 and self.block_d > 128 else 8
+        return min(most, next_power(self.size[4]))
+
+    @property
+    def split(self) -> int:
+        """Tiles along the side of a cell."""
+        return math.ceil(self.size[4] / self.tile)
+
+    @property
+    def padded(self) -> int:
+        """Means that a cell sees, up to a multiple of the largest tile."""
+        return self.layout.padded.shape[1]
+
+    @property
+    def alike(self) -> bool:
+        """Whether the means have one mass in all heads."""
+        return self.chosen.shape[3] == 0 and self.mass is None
+
+    @property
+    def ragged(self) -> bool:
+        """Whether some tile is not full."""
+        height, width, _, _, cell, *_ = self.size
+        return cell % self.tile > 0 or height % cell > 0 or width % cell > 0
+
+    @property
+    def together(self) -> int:
+        """Heads that take turns in the launch at each tile, as in local attention: all where a cache holds the keys."""
+        B, N, H, D = self.q.shape
+        return B * H if 2 * B * N * H * D * self.q.element_size() <= 2**26 else 1
+
+
+def multipole_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, cells: Cells, mask: Tensor | None, scale: float
+) -> Tensor:
+    """Run `multipole_attention` on checked inputs."""
+    return _run(q, k, v, grid, cells, mask, scale)[0]
+
+
+def multipole_attention_lse(
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, cells: Cells, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Also return the log-sum-exp of the logits, `[B, H, N]` in float32, with which outputs can be merged."""
+    o, lse = _run(q, k, v, grid, cells, mask, scale)
+    return o, lse * math.log(2)
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, cells: Cells, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    size = [grid.height, grid.width, grid.prefix, grid.suffix, cells.cell, cells.near, cells.pool]
+    weights = cells.weights
+    if weights is not None and weights.requires_grad and torch.is_grad_enabled():  # they learn in plain PyTorch
+        sides = cells.layout(grid, q.device).sides
+        means = [means_of(t[:, grid.image], grid, cells, sides) for t in (k, v)]
+    else:
+        means = list(_means(k, v, None if weights is None else weights.detach().float(), size))
+    chosen = None if cells.chosen is None else cells.chosen.sort(-1).values  # the kernels want those that are none last
+    if chosen is None and (cells.group > 1 or not means[0].shape[1]):
+        chosen = choose_cells(q, k, grid, cells, scale=scale)
+    elif chosen is None:
+        chosen = _choice(q.detach(), k.detach(), size, cells.exact, scale)
+    return _multipole(q, k, v, *means, chosen.int(), cells.mass, mask, size, scale)
+
+
+@custom_op("vision_attn::multipole_triton_means")
+def _means(k: Tensor, v: Tensor, weights: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The means of all levels of k and v, each `[B, M, H, D]`."""
+    from vision_attn.kernels.multipole.means import means  # noqa: PLC0415
+
+    return means(packed(k), packed(v), weights, size)
+
+
+def _count_means(size: Sequence[int]) -> int:
+    height, width, _, _, cell, near, pool = size
+    sides = Cells(cell, near, pool, 0).layout(Grid(height, width), torch.device("cpu")).sides
+    return sum(rows * columns for rows, columns in sides)
+
+
+@_means.register_fake
+def _(k: Tensor, v: Tensor, weights: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    B, _, H, D = k.shape
+    M = _count_means(size)
+    return k.new_empty((B, M, H, D)), v.new_empty((B, M, H, D))
+
+
+@custom_op("vision_attn::multipole_triton_choice")
+def _choice(q: Tensor, k: Tensor, size: Sequence[int], exact: int, scale: float) -> Tensor:
+    """The exact cells, int32 `[B, H, C, exact]`."""
+    from vision_attn.kernels.multipole.means import choose  # noqa: PLC0415
+
+    return choose(q, k, size, exact, scale)
+
+
+@_choice.register_fake
+def _(q: Tensor, k: Tensor, size: Sequence[int], exact: int, scale: float) -> Tensor:
+    rows, columns = (math.ceil(side / size[4]) for side in size[:2])
+    return q.new_empty((q.shape[0], q.shape[2], rows * columns, exact), dtype=torch.int32)
+
+
+@custom_op("vision_attn::multipole_triton_means_backward")
+def _means_backward(
+    d_means_k: Tensor, d_means_v: Tensor, weights: Tensor | None, size: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """The gradients of k and v, zero outside the grid."""
+    from vision_attn.kernels.multipole.means import means_backward  # noqa: PLC0415
+
+    return means_backward(d_means_k.contiguous(), d_means_v.contiguous(), weights, size)
+
+
+@_means_backward.register_fake
+def _(d_means_k: Tensor, d_means_v: Tensor, weights: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    B, _, H, D = d_means_k.shape
+    N = size[0] * size[1] + size[2] + size[3]
+    return d_means_k.new_empty((B, N, H, D)), d_means_v.new_empty((B, N, H, D))
+
+
+def _save_means(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[2])
+    ctx.size = inputs[3]
+
+
+def _backward_means(ctx: Any, d_means_k: Tensor, d_means_v: Tensor) -> tuple:
+    return *_means_backward(d_means_k, d_means_v, ctx.saved_tensors[0], ctx.size), None, None
+
+
+_means.register_autograd(_backward_means, setup_context=_save_means)
+
+
+@custom_op("vision_attn::multipole_triton")
+def _multipole(
+    q: Tensor, k: Tensor, v: Tensor, means_k: Tensor, means_v: Tensor, chosen: Tensor, mass: Tensor | None,
+    mask: Tensor | None, size: Sequence[int], scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output and log-sum-exp in base 2; `size` is height, width, prefix, suffix, cell, near, pool."""
+    from vision_attn.kernels.multipole.forward import forward  # noqa: PLC0415
+
+    if scale <= 0:  # hidden logits must stay the lowest after scaling
+        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
+    return forward(_call(q, k, v, means_k, means_v, chosen, mass, mask, size, scale))
+
+
+@_multipole.register_fake
+def _(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    B, N, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, N), dtype=torch.float32)
+
+
+def _call(
+    q: Tensor, k: Tensor, v: Tensor, means_k: Tensor, means_v: Tensor, chosen: Tensor, mass: Tensor | None,
+    mask: Tensor | None, size: Sequence[int], scale: float,
+) -> Call:  # fmt: skip
+    mass = None if mass is None else mass.float().contiguous()
+    return Call(
+        packed(q), packed(k), packed(v), packed(means_k), packed(means_v), chosen.contiguous(), mass,
+        bytes_of_mask(mask), size, scale,
+    )  # fmt: skip

@@ -1,0 +1,156 @@
+"""What the kernels of multipole attention share: how launches are laid out, tiles of cells, and the mass of means.
+
+A cell is cut into tiles of T x T tokens, as few as hold it: one of 8 x 8 for the cell of 8. A program of the grid owns
+the queries of one tile. Kernels pass one tuple around:
+
+    whole = (height, width, prefix, cell, rows, columns)     the grid, the side of a cell, rows and columns of cells
+"""
+
+# the compiler of a kernel reads no annotations
+# ruff: noqa: ANN001
+# mypy: disable-error-code="no-untyped-def"
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vision_attn.kernels.multipole.op import PRECISION, Call
+from vision_attn.kernels.triton.launching import (
+    Bound,
+    Box,
+    Kernel,
+    Launch,
+    Plan,
+    box_strides,
+    next_power,
+    planned,
+    sequence_box,
+    strides_of,
+    uses_boxes,
+)
+from vision_attn.kernels.triton.outside import splits
+from vision_attn.kernels.triton.rows import load_rows
+
+
+@planned
+def plan_queries(call: Call, kernel: Kernel, launch: Launch, *others: Tensor) -> Plan:
+    """Plan a launch whose programs own queries; `others` are tensors of the launch beside the call's."""
+    B, N, H, D = call.q.shape
+    height, width, prefix, suffix, cell, near, _ = call.size
+    T, C = call.tile, call.layout.near.shape[0]
+    M, LEN = T * T, launch.length
+    grid_programs = B * H * C * call.split**2
+    blocks = B * H * -(-call.outside // M)
+    met = (2 * near + 1) ** 2 * cell**2 + call.chosen.shape[3] * cell**2 + call.layout.slots.shape[1] + call.outside
+    parts, length = splits(call.q, blocks, N, grid_programs * met, LEN)
+    tma = uses_boxes((call.k, call.v))
+    boxes: list[Box | None] = [None] * 4
+    if tma:
+        if call.outside:
+            boxes[:2] = [sequence_box(t, LEN, call.block_d) for t in (call.k, call.v)]
+        boxes[2:] = [grid_box(t, call.size, T, call.block_d) for t in (call.k, call.v)]
+    numbers: dict[str, Any] = dict(
+        mask_b=0 if call.mask is None else call.mask.stride(0) * (call.mask.shape[0] > 1), N=N, heads=H, batch=B,
+        prefix=prefix, height=height, width=width, outside=call.outside, cell=cell, near=near,
+        rows=call.layout.size[0], columns=call.layout.size[1], means=call.means_k.shape[1],
+        slots_n=call.layout.slots.shape[1], padded=call.padded,
+        scale=call.scale, row_programs=blocks * parts, part_length=length, together=call.together,
+        T=T, SPLIT=call.split, EXACT=call.chosen.shape[3],
+        EXACT_BLOCK=next_power(max(1, call.chosen.shape[3])), LEN=LEN, D=D, BLOCK_D=call.block_d,
+        MASK=call.mask is not None, ALIKE=call.alike, PREFIX=prefix > 0, SUFFIX=suffix > 0,
+        RAGGED=call.ragged, RAGGED_PREFIX=prefix % LEN > 0, RAGGED_N=N % LEN > 0, PARTS=parts, TMA=tma,
+        PRECISION=PRECISION, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    strides = strides_of(call.q, call.k, call.v, *others, call.means_k, call.means_v)
+    return Plan(Bound(kernel, (blocks * parts + grid_programs,), strides, numbers), parts, tuple(boxes))
+
+
+def grid_box(t: Tensor, size: Any, tile: int, block_d: int) -> Box:
+    """Return boxes of a tile of one head of the grid; rows and columns beyond it read as zero."""
+    height, width, prefix, *_ = size
+    b, n, h, d = box_strides(t)
+    return Box(
+        prefix * n, [t.shape[0], height, width, *t.shape[2:]], [b, width * n, n, h, d], [1, tile, tile, 1, block_d]
+    )
+
+
+@triton.jit
+def grid_program(pid, heads, together, whole, T: tl.constexpr, SPLIT: tl.constexpr):
+    """What program `pid` of the grid owns: batch entry, head, number of both, cell, first row and column of its tile.
+
+    `together` heads share a tile's place in the launch: see `Call.together`.
+    """
+    _, _, _, side, rows, columns = whole
+    member = pid % together
+    pid = pid // together
+    inner = pid % (SPLIT * SPLIT)
+    pid = pid // (SPLIT * SPLIT)
+    cell = pid % (rows * columns)
+    bh = pid // (rows * columns) * together + member
+    y0 = cell // columns * side + inner // SPLIT * T
+    x0 = cell % columns * side + inner % SPLIT * T
+    return bh // heads, bh % heads, bh, cell, y0, x0
+
+
+@triton.jit
+def tile_tokens(y0, x0, cell, whole, T: tl.constexpr):
+    """Places in the sequence of a tile's tokens, `[T * T]`, and whether they are of the cell and the grid."""
+    height, width, prefix, side, _, columns = whole
+    n = tl.arange(0, T * T)  # [T * T]
+    y, x = y0 + n // T, x0 + n % T  # [T * T]
+    there = (y < tl.minimum(cell // columns * side + side, height)) & (
+        x < tl.minimum(cell % columns * side + side, width)
+    )
+    return tl.where(there, prefix + y * width + x, prefix), there
+
+
+@triton.jit
+def cell_tile(
+    base, box, b, h, y0, x0, whole, stride, T: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr
+):
+    """The tile of tokens at (y0, x0), `[T * T, BLOCK_D]`; outside the grid it is arbitrary but finite."""
+    if TMA:
+        rows = box.load([b, y0, x0, h, 0]).reshape(T * T, BLOCK_D)
+    else:
+        height, width, prefix, _, _, _ = whole
+        n = tl.arange(0, T * T)  # [T * T]
+        y, x = tl.minimum(y0 + n // T, height - 1), tl.minimum(x0 + n % T, width - 1)  # [T * T]
+        rows = load_rows(base, prefix + y * width + x, stride, D, BLOCK_D)
+    return rows
+
+
+@triton.jit
+def neighbourhood(cell, near, whole):
+    """First row, first column, and columns of the cells near a cell, and how many there are."""
+    _, _, _, _, rows, columns = whole
+    y0, x0 = tl.maximum(cell // columns - near, 0), tl.maximum(cell % columns - near, 0)
+    y1, x1 = tl.minimum(cell // columns + near, rows - 1) + 1, tl.minimum(cell % columns + near, columns - 1) + 1
+    return y0, x0, x1 - x0, (y1 - y0) * (x1 - x0)
+
+
+@triton.jit
+def inner_tile(cell, inner, whole, T: tl.constexpr, SPLIT: tl.constexpr):
+    """First row and column of tile `inner` of a cell."""
+    _, _, _, side, _, columns = whole
+    return cell // columns * side + inner // SPLIT * T, cell % columns * side + inner % SPLIT * T
+
+
+@triton.jit
+def exact_tile(i, own, near_cells, first_y, first_x, across, chosen, whole, T: tl.constexpr, SPLIT: tl.constexpr):
+    """The cell of tile i of near cells, then chosen ones; and the first row and column of the tile."""
+    _, _, _, _, _, columns = whole
+    n = i // (SPLIT * SPLIT)
+    other = (first_y + n // across) * columns + first_x + n % across
+    other = tl.where(n < near_cells, other, tl.load(chosen + n - near_cells, mask=n >= near_cells, other=0))
+    y0, x0 = inner_tile(other, i % (SPLIT * SPLIT), whole, T, SPLIT)
+    return other, y0, x0
+
+
+@triton.jit
+def exact_count(chosen, cells, EXACT: tl.constexpr, EXACT_BLOCK: tl.constexpr):
+    """How many cells are chosen; those that are none come last."""
+    e = tl.arange(0, EXACT_BLOCK)  # [EXACT_BLOCK]
+    found = tl.load(chosen + e, mask=e < EXACT, other=cells)  # [EXACT_BLOCK]
+    return tl.sum((found < cells).to(tl.int32), 0)
