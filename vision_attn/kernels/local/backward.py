@@ -34,7 +34,8 @@ from vision_attn.kernels.local.tiles import (
     walk,
     windowed,
 )
-from vision_attn.kernels.triton.launching import Kernel, strides_of
+from vision_attn.kernels.triton.delta import delta_of
+from vision_attn.kernels.triton.launching import Kernel
 from vision_attn.kernels.triton.outside import outside_program, seen_tokens
 from vision_attn.kernels.triton.rows import LOG2E, ds_of, head_of, load_rows, load_tile, own_head, store_rows
 
@@ -50,29 +51,6 @@ _CONFIGS: dict[tuple[int, int, float], Tiles] = {
     (4, 128, math.inf): Tiles((4, 8), (4, 8), 4, 1),
     (4, 256, math.inf): Tiles((4, 4), (4, 8), 4, 1),
 }
-
-
-@Kernel
-@triton.jit
-def _delta(
-    do, o, dlse, delta, do_b, do_n, do_h, N, heads, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    DLSE: tl.constexpr,
-):  # fmt: skip
-    """Compute delta_i = dO_i . o_i - dlse_i log2(e), of some queries.
-
-    Inputs: do `[B, N, H, D]` with strides `_b, _n, _h`, o like it, contiguous; dlse `[B, H, N]`.
-    Outputs: delta `[B, H, N]`.
-    """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    bh = tl.program_id(1)
-    b, h = bh // heads, bh % heads
-    index, place = tl.minimum(row, N - 1), bh.to(tl.int64) * N + row  # [ROWS]
-    do_rows = load_rows(head_of(do, b, h, do_b, do_h), index, do_n, D, BLOCK_D).to(tl.float32)  # [ROWS, BLOCK_D]
-    o_rows = load_rows(own_head(o, b, h, N, heads, D), index, heads * D, D, BLOCK_D).to(tl.float32)  # [ROWS, BLOCK_D]
-    delta_rows = tl.sum(do_rows * o_rows, 1)  # [ROWS]
-    if DLSE:
-        delta_rows -= tl.load(dlse + place, mask=row < N, other=0.0) * LOG2E
-    tl.store(delta + place, delta_rows, mask=row < N)
 
 
 @triton.jit
@@ -194,16 +172,11 @@ def _second_stream(device: torch.device) -> torch.cuda.Stream:
 def backward(call: Call, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
     """Return the gradients of q, k, v, pooled_k, pooled_v and bias; empty for what is None."""
     q = call.q
-    B, N, H, D = q.shape
     if not q.numel():
         optional = (q.new_empty(0) if t is None else torch.zeros_like(t) for t in (call.pooled_k, call.pooled_v))
         bias = q.new_empty(0) if call.bias is None else torch.zeros_like(call.bias)
         return *(q.new_empty(q.shape) for _ in range(3)), *optional, bias
-    delta = torch.empty_like(lse)
-    _delta[(math.ceil(N / 32), B * H)](
-        do, o, lse if dlse is None else dlse.contiguous(), delta, *strides_of(do), N, H, ROWS=32, D=D,
-        BLOCK_D=call.block_d, DLSE=dlse is not None, num_warps=4,
-    )  # fmt: skip
+    delta = delta_of(do, o, dlse, lse)
     dq = q.new_empty(q.shape)
     if q.is_cuda:  # the programs of dq fill the last wave of those of dk and dv
         current, other = torch.cuda.current_stream(q.device), _second_stream(q.device)

@@ -103,7 +103,7 @@ class Layout:
 
     @functools.cached_property
     def padded(self) -> Tensor:
-        """Slots as kernels read them, int32 `[C, P]` up to a multiple of 128; for none any mean, whose mass hides it."""
+        """Slots as kernels read them, int32 `[C, P]` up to a multiple of 128; for none any mean, its mass hides it."""
         slots = F.pad(self.slots, (0, -self.slots.shape[1] % 128)).clamp(max=max(len(self.boxes) - 2, 0))
         return slots.int().contiguous()
 

@@ -217,6 +217,43 @@ def _(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((B, H, N), dtype=torch.float32)
 
 
+@custom_op("vision_attn::multipole_triton_backward")
+def _multipole_backward(
+    do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, means_k: Tensor,
+    means_v: Tensor, chosen: Tensor, mass: Tensor | None, mask: Tensor | None, size: Sequence[int], scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v, means_k, means_v and mass; empty for what is None."""
+    from vision_attn.kernels.multipole.backward import backward  # noqa: PLC0415
+
+    call = _call(q, k, v, means_k, means_v, chosen, mass, mask, size, scale)
+    dq, dk, dv, d_means_k, d_means_v, d_mass = backward(call, packed(do), dlse, o, lse)
+    return dq, dk, dv, d_means_k, d_means_v, d_mass if mass is None else d_mass.to(mass.dtype)
+
+
+@_multipole_backward.register_fake
+def _(
+    do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, means_k: Tensor,
+    means_v: Tensor, chosen: Tensor, mass: Tensor | None, *args: object,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    d_mass = q.new_empty(0, dtype=torch.float32) if mass is None else mass.new_empty(mass.shape)
+    return *(t.new_empty(t.shape) for t in (q, k, v, means_k, means_v)), d_mass
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:8], *output)
+    ctx.rest = inputs[8:]
+
+
+def _backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple:
+    *inputs, o, lse = ctx.saved_tensors
+    do = torch.zeros_like(o) if do is None else do
+    *grads, d_mass = _multipole_backward(do, dlse, o, lse, *inputs, *ctx.rest)
+    return *grads, None, None if inputs[6] is None else d_mass, None, None, None
+
+
+_multipole.register_autograd(_backward, setup_context=_save)
+
+
 def _call(
     q: Tensor, k: Tensor, v: Tensor, means_k: Tensor, means_v: Tensor, chosen: Tensor, mass: Tensor | None,
     mask: Tensor | None, size: Sequence[int], scale: float,

@@ -67,6 +67,42 @@ def plan_queries(call: Call, kernel: Kernel, launch: Launch, *others: Tensor) ->
     return Plan(Bound(kernel, (blocks * parts + grid_programs,), strides, numbers), parts, tuple(boxes))
 
 
+@planned
+def plan_keys(call: Call, kernel: Kernel, launch: Launch, do: Tensor) -> Plan:
+    """Plan a launch whose programs own keys and walk queries and the output's gradient."""
+    B, N, H, D = call.q.shape
+    height, width, prefix, suffix, cell, near, _ = call.size
+    T, C, exact = call.tile, call.layout.near.shape[0], call.chosen.shape[3]
+    grid_programs = B * H * C * call.split**2
+    blocks = B * H * -(-call.outside // (T * T))
+    met = ((2 * near + 1) ** 2 + exact) * cell**2 + call.outside
+    parts, length = splits(call.q, blocks, N, grid_programs * met, launch.length)
+    tma = uses_boxes((call.q, do))
+    boxes: list[Box | None] = [None] * 4
+    if tma:
+        if call.outside:
+            boxes[:2] = [sequence_box(t, launch.length, call.block_d) for t in (call.q, do)]
+        boxes[2:] = [grid_box(t, call.size, T, call.block_d) for t in (call.q, do)]
+    numbers: dict[str, Any] = dict(
+        mask_b=0 if call.mask is None else call.mask.stride(0) * (call.mask.shape[0] > 1), N=N, heads=H, batch=B,
+        prefix=prefix, height=height, width=width, outside=call.outside, cell=cell, near=near,
+        rows=call.layout.size[0], columns=call.layout.size[1], scale=call.scale, row_programs=blocks * parts,
+        part_length=length, together=call.together, T=T, SPLIT=call.split, EXACT=exact, LEN=launch.length, D=D,
+        BLOCK_D=call.block_d, MASK=call.mask is not None, PREFIX=prefix > 0, SUFFIX=suffix > 0, RAGGED=call.ragged,
+        PARTS=parts, TMA=tma, PRECISION=PRECISION, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    strides = strides_of(call.q, call.k, call.v, do)
+    return Plan(Bound(kernel, (blocks * parts + grid_programs,), strides, numbers), parts, tuple(boxes))
+
+
+def grid_boxes(call: Call, do: Tensor) -> tuple[tuple[Any, Any], bool]:
+    """Return tiles of the grid's q and do for TMA, and whether it can fetch them; else the tensors."""
+    if not uses_boxes((call.q, do)):
+        return (call.q, do), False
+    q_box, do_box = (grid_box(t, call.size, call.tile, call.block_d).of(t) for t in (call.q, do))
+    return (q_box, do_box), True
+
+
 def grid_box(t: Tensor, size: Any, tile: int, block_d: int) -> Box:
     """Return boxes of a tile of one head of the grid; rows and columns beyond it read as zero."""
     height, width, prefix, *_ = size

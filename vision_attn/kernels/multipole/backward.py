@@ -1,0 +1,471 @@
+"""The backward of multipole attention in Triton: no atomics, so that equal inputs give equal gradients.
+
+    p_ij = 2^(s_ij log2(e) - lse_i),  ds_ij = p_ij (dO_i . v_j - delta_i),  delta_i = dO_i . o_i - dlse_i log2(e)
+    dq_i = scale sum_j ds_ij k_j,  dk_j = scale sum_i ds_ij q_i,  dv_j = sum_i p_ij dO_i
+
+dq has programs that own queries, as the forward. dk and dv of tokens have programs that own keys: they meet the queries
+outside the grid, those of the cells near by, and those of the cells that have chosen theirs, which a sorted list tells.
+Those of the means of each level have programs that own a square of means, and walk the cells that see them.
+"""
+
+# the compiler of a kernel reads no annotations
+# ruff: noqa: ANN001, ANN202, PLR0915
+# mypy: disable-error-code="no-untyped-def"
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vision_attn.kernels.multipole.means import masses
+from vision_attn.kernels.multipole.op import PRECISION, Call
+from vision_attn.kernels.multipole.tiles import (
+    cell_tile,
+    exact_count,
+    exact_tile,
+    grid_boxes,
+    grid_program,
+    inner_tile,
+    neighbourhood,
+    plan_keys,
+    plan_queries,
+    tile_tokens,
+)
+from vision_attn.kernels.triton.delta import delta_of
+from vision_attn.kernels.triton.launching import Kernel, Launch, choice, next_power, strides_of
+from vision_attn.kernels.triton.outside import outside_program, outside_tokens, seen_tokens
+from vision_attn.kernels.triton.rows import HIDDEN, LOG2E, ds_of, head_of, load_rows, load_tile, own_head, store_rows
+
+_LAUNCHES: dict[tuple[int, int], Launch] = {
+    (2, 64): Launch(64, 4, 2, 2),
+    (2, 128): Launch(64, 4, 2, 2),
+    (2, 256): Launch(32, 4, 2, 1),
+    (4, 64): Launch(32, 4, 2, 1),
+    (4, 128): Launch(32, 4, 1, 1),
+    (4, 256): Launch(16, 4, 1, 1),
+}
+
+
+@triton.jit
+def _add_dq(q_rows, do_rows, lse_rows, delta_rows, dq_rows, k_rows, v_rows, bias, c, PRECISION: tl.constexpr):
+    """Add what a tile of keys gives to dq `[M, BLOCK_D]`; bias `[LEN]` is added to logits in base 2."""
+    s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION) * c + (bias[None, :] - lse_rows[:, None])
+    ds = ds_of(tl.math.exp2(s), do_rows, v_rows, delta_rows, PRECISION).to(k_rows.dtype)  # [M, LEN]
+    return tl.dot(ds, k_rows, dq_rows, input_precision=PRECISION)
+
+
+@triton.jit
+def _sequence(
+    q_rows, do_rows, lse_rows, delta_rows, dq_rows, k, v, k_box, v_box, mask, b, h, first, stop, k_n, v_n, prefix,
+    image, c, LEN: tl.constexpr, MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Meet the tokens `first .. stop - 1` of a sequence."""
+    for j in tl.range(first, stop, LEN):
+        k_rows = load_tile(k, k_box, b, h, j, stop, k_n, LEN, D, BLOCK_D, TMA)  # [LEN, BLOCK_D]
+        v_rows = load_tile(v, v_box, b, h, j, stop, v_n, LEN, D, BLOCK_D, TMA)  # [LEN, BLOCK_D]
+        seen = seen_tokens(j + tl.arange(0, LEN), stop, mask, prefix, image, MASK)  # [LEN]
+        dq_rows = _add_dq(
+            q_rows, do_rows, lse_rows, delta_rows, dq_rows, k_rows, v_rows, tl.where(seen, 0.0, HIDDEN), c, PRECISION
+        )
+    return dq_rows
+
+
+@Kernel
+@triton.jit
+def _query_gradients(
+    q, k, v, do, means_k, means_v, dq, lse, delta, part_dq, chosen, masses, mask, slots, k_seq, v_seq, k_grid, v_grid,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h, mk_b, mk_n, mk_h, mv_b, mv_n, mv_h, mask_b,
+    N, heads, batch, prefix, height, width, outside, cell, near, rows, columns, means, slots_n, padded, scale,
+    row_programs, part_length, together,
+    T: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, EXACT_BLOCK: tl.constexpr, LEN: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, ALIKE: tl.constexpr, PREFIX: tl.constexpr,
+    SUFFIX: tl.constexpr, RAGGED: tl.constexpr, RAGGED_PREFIX: tl.constexpr, RAGGED_N: tl.constexpr,
+    PARTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients dq of a tile of queries: of the grid, or of the tokens outside it over a part of the keys.
+
+    Inputs: do `[B, N, H, D]`, lse, delta `[B, H, N]`; all else as in the forward.
+    Outputs: dq `[B, N, H, D]`; of the tokens outside the grid part_dq `[PARTS, B, outside, H, D]` if there are several
+    parts.
+    """
+    M: tl.constexpr = T * T
+    pid = tl.program_id(0)
+    image = height * width
+    c = scale * LOG2E
+    dq_rows = tl.zeros([M, BLOCK_D], tl.float32)  # [M, BLOCK_D]
+    if pid < row_programs:
+        b, h, bh, part, rank, keep, token = outside_program(pid, outside, heads, N, prefix, image, M, PARTS)
+        q_rows = load_rows(head_of(q, b, h, q_b, q_h), token, q_n, D, BLOCK_D)  # [M, BLOCK_D]
+        do_rows = load_rows(head_of(do, b, h, do_b, do_h), token, do_n, D, BLOCK_D)  # [M, BLOCK_D]
+        lse_rows = tl.load(lse + bh.to(tl.int64) * N + token)  # [M]
+        delta_rows = tl.load(delta + bh.to(tl.int64) * N + token)  # [M]
+        first = part * part_length
+        dq_rows = _sequence(
+            q_rows, do_rows, lse_rows, delta_rows, dq_rows, head_of(k, b, h, k_b, k_h), head_of(v, b, h, v_b, v_h),
+            k_seq, v_seq, mask + b * mask_b, b, h, first, tl.minimum(first + part_length, N), k_n, v_n, prefix, image,
+            c, LEN, MASK, D, BLOCK_D, TMA and (PREFIX or SUFFIX), PRECISION,
+        )  # fmt: skip
+        if PARTS == 1:
+            store_rows(own_head(dq, b, h, N, heads, D), token, heads * D, dq_rows * scale, keep, D, BLOCK_D)
+        else:
+            place = (part * batch + b).to(tl.int64) * outside * heads + h
+            store_rows(part_dq + place * D, rank, heads * D, dq_rows * scale, keep, D, BLOCK_D)
+    else:
+        whole = (height, width, prefix, cell, rows, columns)
+        b, h, bh, own, y0, x0 = grid_program(pid - row_programs, heads, together, whole, T, SPLIT)
+        token, keep = tile_tokens(y0, x0, own, whole, T)  # [M]
+        q_rows = load_rows(head_of(q, b, h, q_b, q_h), token, q_n, D, BLOCK_D)  # [M, BLOCK_D]
+        do_rows = load_rows(head_of(do, b, h, do_b, do_h), token, do_n, D, BLOCK_D)  # [M, BLOCK_D]
+        lse_rows = tl.load(lse + bh.to(tl.int64) * N + token)  # [M]
+        delta_rows = tl.load(delta + bh.to(tl.int64) * N + token)  # [M]
+        k, v = head_of(k, b, h, k_b, k_h), head_of(v, b, h, v_b, v_h)
+        mask += b * mask_b
+        if PREFIX:
+            dq_rows = _sequence(
+                q_rows, do_rows, lse_rows, delta_rows, dq_rows, k, v, k_seq, v_seq, mask, b, h, 0, prefix, k_n, v_n,
+                prefix, image, c, LEN, MASK, D, BLOCK_D, TMA, PRECISION,
+            )  # fmt: skip
+        if SUFFIX:
+            dq_rows = _sequence(
+                q_rows, do_rows, lse_rows, delta_rows, dq_rows, k, v, k_seq, v_seq, mask, b, h, prefix + image, N, k_n,
+                v_n, prefix, image, c, LEN, MASK, D, BLOCK_D, TMA, PRECISION,
+            )  # fmt: skip
+        first_y, first_x, across, near_cells = neighbourhood(own, near, whole)
+        chosen += (bh.to(tl.int64) * rows * columns + own) * EXACT
+        count = near_cells + exact_count(chosen, rows * columns, EXACT, EXACT_BLOCK)
+        for i in tl.range(0, count * SPLIT * SPLIT):
+            other, ky, kx = exact_tile(i, own, near_cells, first_y, first_x, across, chosen, whole, T, SPLIT)
+            k_rows = cell_tile(k, k_grid, b, h, ky, kx, whole, k_n, T, D, BLOCK_D, TMA)  # [M, BLOCK_D]
+            v_rows = cell_tile(v, v_grid, b, h, ky, kx, whole, v_n, T, D, BLOCK_D, TMA)  # [M, BLOCK_D]
+            bias = tl.zeros([M], tl.float32)  # [M]
+            if RAGGED:
+                _, there = tile_tokens(ky, kx, other, whole, T)  # [M]
+                bias = tl.where(there, 0.0, HIDDEN)
+            dq_rows = _add_dq(q_rows, do_rows, lse_rows, delta_rows, dq_rows, k_rows, v_rows, bias, c, PRECISION)
+        means_k, means_v = head_of(means_k, b, h, mk_b, mk_h), head_of(means_v, b, h, mv_b, mv_h)
+        slots += own.to(tl.int64) * padded
+        masses += (tl.where(ALIKE, 0, bh).to(tl.int64) * rows * columns + own) * padded
+        for j in tl.range(0, slots_n, LEN):
+            n = j + tl.arange(0, LEN)  # [LEN]
+            index = tl.load(slots + n)  # [LEN]
+            k_rows = load_rows(means_k, index, mk_n, D, BLOCK_D)  # [LEN, BLOCK_D]
+            v_rows = load_rows(means_v, index, mv_n, D, BLOCK_D)  # [LEN, BLOCK_D]
+            bias = tl.load(masses + n)  # [LEN]
+            dq_rows = _add_dq(q_rows, do_rows, lse_rows, delta_rows, dq_rows, k_rows, v_rows, bias, c, PRECISION)
+        token, keep = tile_tokens(y0, x0, own, whole, T)  # [M], anew: kept over the loops it would take registers
+        store_rows(own_head(dq, b, h, N, heads, D), token, heads * D, dq_rows * scale, keep, D, BLOCK_D)
+
+
+@triton.jit
+def _add_dkv(k_rows, v_rows, q_rows, do_rows, lse_cols, delta_cols, bias, dk_rows, dv_rows, c, PRECISION: tl.constexpr):
+    """Add what a tile of queries gives to dk and dv `[keys, BLOCK_D]`; bias `[keys, queries]` or broadcasts to it.
+
+    Also returns ds `[keys, queries]`.
+    """
+    s = tl.dot(k_rows, tl.trans(q_rows), input_precision=PRECISION) * c + (bias - lse_cols[None, :])
+    p = tl.math.exp2(s)  # [keys, queries]
+    dv_rows = tl.dot(p.to(do_rows.dtype), do_rows, dv_rows, input_precision=PRECISION)
+    dp = tl.dot(v_rows, tl.trans(do_rows), input_precision=PRECISION)  # [keys, queries]
+    ds = p * (dp - delta_cols[None, :])  # [keys, queries]
+    dk_rows = tl.dot(ds.to(q_rows.dtype), q_rows, dk_rows, input_precision=PRECISION)
+    return dk_rows, dv_rows, ds
+
+
+@triton.jit
+def _meet_queries(
+    k_rows, v_rows, dk_rows, dv_rows, q, do, q_box, do_box, lse, delta, b, h, first, stop, q_n, do_n, bias, c,
+    LEN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Meet the queries `first .. stop - 1` of the sequence; lse and delta are those of a head; bias `[keys, 1]`."""
+    for j in tl.range(first, stop, LEN):
+        q_rows = load_tile(q, q_box, b, h, j, stop, q_n, LEN, D, BLOCK_D, TMA)  # [LEN, BLOCK_D]
+        do_rows = load_tile(do, do_box, b, h, j, stop, do_n, LEN, D, BLOCK_D, TMA)  # [LEN, BLOCK_D]
+        n = j + tl.arange(0, LEN)  # [LEN]
+        lse_cols = tl.load(lse + n, mask=n < stop, other=-HIDDEN)  # [LEN], no weight beyond the end
+        delta_cols = tl.load(delta + n, mask=n < stop, other=0.0)  # [LEN]
+        dk_rows, dv_rows, _ = _add_dkv(
+            k_rows, v_rows, q_rows, do_rows, lse_cols, delta_cols, bias, dk_rows, dv_rows, c, PRECISION
+        )
+    return dk_rows, dv_rows
+
+
+@Kernel
+@triton.jit
+def _key_gradients(
+    q, k, v, do, dk, dv, lse, delta, part_dkv, listed, starts, mask, q_seq, do_seq, q_grid, do_grid,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h, mask_b,
+    N, heads, batch, prefix, height, width, outside, cell, near, rows, columns, scale, row_programs, part_length,
+    together,
+    T: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, LEN: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, MASK: tl.constexpr, PREFIX: tl.constexpr, SUFFIX: tl.constexpr, RAGGED: tl.constexpr,
+    PARTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients dk and dv of a tile of keys: of the grid, or of the tokens outside it over a part of the queries.
+
+    Inputs: q, k, v, do `[B, N, H, D]`, each with strides `_b, _n, _h`; lse, delta `[B, H, N]`; listed `[B, H, C *
+    EXACT]`, the cells that chose each cell, and starts `[B, H, C + 1]`, where the list of each cell begins; mask `[B,
+    outside]` with its stride.
+    Boxes: q_seq, do_seq of the sequence, q_grid, do_grid of the grid; with `TMA` only.
+    Outputs: dk, dv `[B, N, H, D]`; of the tokens outside the grid part_dkv `[PARTS, 2, B, outside, H, D]` if there are
+    several parts.
+    """
+    M: tl.constexpr = T * T
+    pid = tl.program_id(0)
+    image = height * width
+    c = scale * LOG2E
+    dk_rows = tl.zeros([M, BLOCK_D], tl.float32)  # [M, BLOCK_D]
+    dv_rows = tl.zeros([M, BLOCK_D], tl.float32)  # [M, BLOCK_D]
+    if pid < row_programs:
+        b, h, bh, part, rank, keep, token = outside_program(pid, outside, heads, N, prefix, image, M, PARTS)
+        k_rows = load_rows(head_of(k, b, h, k_b, k_h), token, k_n, D, BLOCK_D)  # [M, BLOCK_D]
+        v_rows = load_rows(head_of(v, b, h, v_b, v_h), token, v_n, D, BLOCK_D)  # [M, BLOCK_D]
+        seen = keep
+        if MASK:
+            seen = seen & (tl.load(mask + b * mask_b + rank, mask=keep, other=0) != 0)
+        first = part * part_length
+        dk_rows, dv_rows = _meet_queries(
+            k_rows, v_rows, dk_rows, dv_rows, head_of(q, b, h, q_b, q_h), head_of(do, b, h, do_b, do_h), q_seq, do_seq,
+            lse + bh.to(tl.int64) * N, delta + bh.to(tl.int64) * N, b, h, first, tl.minimum(first + part_length, N),
+            q_n, do_n, tl.where(seen, 0.0, HIDDEN)[:, None], c, LEN, D, BLOCK_D, TMA and (PREFIX or SUFFIX), PRECISION,
+        )  # fmt: skip
+        if PARTS == 1:
+            token = outside_tokens(rank, prefix, image)  # [M]
+            store_rows(own_head(dk, b, h, N, heads, D), token, heads * D, dk_rows * scale, keep, D, BLOCK_D)
+            store_rows(own_head(dv, b, h, N, heads, D), token, heads * D, dv_rows, keep, D, BLOCK_D)
+        else:
+            size = batch.to(tl.int64) * outside * heads
+            place = part * 2 * size + b.to(tl.int64) * outside * heads + h
+            store_rows(part_dkv + place * D, rank, heads * D, dk_rows * scale, keep, D, BLOCK_D)
+            store_rows(part_dkv + (place + size) * D, rank, heads * D, dv_rows, keep, D, BLOCK_D)
+    else:
+        whole = (height, width, prefix, cell, rows, columns)
+        b, h, bh, own, y0, x0 = grid_program(pid - row_programs, heads, together, whole, T, SPLIT)
+        token, keep = tile_tokens(y0, x0, own, whole, T)  # [M]
+        k_rows = load_rows(head_of(k, b, h, k_b, k_h), token, k_n, D, BLOCK_D)  # [M, BLOCK_D]
+        v_rows = load_rows(head_of(v, b, h, v_b, v_h), token, v_n, D, BLOCK_D)  # [M, BLOCK_D]
+        q, do = head_of(q, b, h, q_b, q_h), head_of(do, b, h, do_b, do_h)
+        lse += bh.to(tl.int64) * N
+        delta += bh.to(tl.int64) * N
+        none = tl.zeros([M], tl.float32)[:, None]  # [M, 1]
+        if PREFIX:
+            dk_rows, dv_rows = _meet_queries(
+                k_rows, v_rows, dk_rows, dv_rows, q, do, q_seq, do_seq, lse, delta, b, h, 0, prefix, q_n, do_n, none, c,
+                LEN, D, BLOCK_D, TMA, PRECISION,
+            )  # fmt: skip
+        if SUFFIX:
+            dk_rows, dv_rows = _meet_queries(
+                k_rows, v_rows, dk_rows, dv_rows, q, do, q_seq, do_seq, lse, delta, b, h, prefix + image, N, q_n, do_n,
+                none, c, LEN, D, BLOCK_D, TMA, PRECISION,
+            )  # fmt: skip
+        first_y, first_x, across, near_cells = neighbourhood(own, near, whole)
+        count = near_cells
+        if EXACT > 0:
+            starts += bh.to(tl.int64) * (rows * columns + 1) + own
+            begin = tl.load(starts)
+            listed += bh.to(tl.int64) * rows * columns * EXACT + begin
+            count += tl.load(starts + 1) - begin
+        for i in tl.range(0, count * SPLIT * SPLIT):
+            other, qy, qx = exact_tile(i, own, near_cells, first_y, first_x, across, listed, whole, T, SPLIT)
+            q_rows = cell_tile(q, q_grid, b, h, qy, qx, whole, q_n, T, D, BLOCK_D, TMA)  # [M, BLOCK_D]
+            do_rows = cell_tile(do, do_grid, b, h, qy, qx, whole, do_n, T, D, BLOCK_D, TMA)  # [M, BLOCK_D]
+            place, there = tile_tokens(qy, qx, other, whole, T)  # [M]
+            lse_cols, delta_cols = tl.load(lse + place), tl.load(delta + place)  # [M]
+            if RAGGED:
+                lse_cols = tl.where(there, lse_cols, -HIDDEN)
+            dk_rows, dv_rows, _ = _add_dkv(
+                k_rows, v_rows, q_rows, do_rows, lse_cols, delta_cols, none, dk_rows, dv_rows, c, PRECISION
+            )
+        token, keep = tile_tokens(y0, x0, own, whole, T)  # [M], anew: kept over the loops it would take registers
+        store_rows(own_head(dk, b, h, N, heads, D), token, heads * D, dk_rows * scale, keep, D, BLOCK_D)
+        store_rows(own_head(dv, b, h, N, heads, D), token, heads * D, dv_rows, keep, D, BLOCK_D)
+
+
+@Kernel
+@triton.jit
+def _mean_gradients(
+    q, do, means_k, means_v, part_dk, part_dv, part_mass, lse, delta, chosen, mass, boxes, q_grid, do_grid,
+    q_b, q_n, q_h, do_b, do_n, do_h, mk_b, mk_n, mk_h, mv_b, mv_n, mv_h,
+    N, heads, batch, prefix, height, width, cell, near, rows, columns, scale, level, first, down, across, level_rows,
+    level_columns, tiles_x, mass_levels,
+    T: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, EXACT_BLOCK: tl.constexpr, SIDE: tl.constexpr,
+    PER_CELL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MASS: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of `SIDE` x `SIDE` means of one level, from one cell of each of the level's cells that see them.
+
+    Inputs: q, do `[B, N, H, D]`, means_k, means_v `[B, M, H, D]`, each with strides `_b, _n, _h`; lse, delta
+    `[B, H, N]`; chosen `[B, H, C, EXACT]`; mass `[H, mass_levels]`; boxes `[M + 1, 4]`. The level has `down` x `across`
+    means from the `first` on, and `level_rows` x `level_columns` cells of `PER_CELL` x `PER_CELL` means.
+    Outputs: part_dk, part_dv `[parts, B, down * across, H, D]`, part_mass `[parts, programs, B, H]`.
+    """
+    KEYS: tl.constexpr = SIDE * SIDE
+    pid, part, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, h = bh // heads, bh % heads
+    c = scale * LOG2E
+    whole = (height, width, prefix, cell, rows, columns)
+    n = tl.arange(0, KEYS)  # [KEYS]
+    first_my, first_mx = pid // tiles_x * SIDE, pid % tiles_x * SIDE
+    my, mx = first_my + n // SIDE, first_mx + n % SIDE  # [KEYS]
+    keep = (my < down) & (mx < across)
+    mean = tl.where(keep, my * across + mx, 0)  # [KEYS]
+    k_rows = load_rows(head_of(means_k, b, h, mk_b, mk_h), first + mean, mk_n, D, BLOCK_D)  # [KEYS, BLOCK_D]
+    v_rows = load_rows(head_of(means_v, b, h, mv_b, mv_h), first + mean, mv_n, D, BLOCK_D)  # [KEYS, BLOCK_D]
+    y0, y1 = tl.load(boxes + 4 * (first + mean)), tl.load(boxes + 4 * (first + mean) + 1)  # [KEYS]
+    x0, x1 = tl.load(boxes + 4 * (first + mean) + 2), tl.load(boxes + 4 * (first + mean) + 3)  # [KEYS]
+    cell_y, cell_x = my // PER_CELL, mx // PER_CELL  # [KEYS], of the level
+    last_y = tl.minimum(first_my + SIDE, down) - 1
+    last_x = tl.minimum(first_mx + SIDE, across) - 1
+    # the level's cells whose parent is near that of a key's cell
+    from_y = tl.maximum((first_my // PER_CELL // 2 - near) * 2, 0)
+    from_x = tl.maximum((first_mx // PER_CELL // 2 - near) * 2, 0)
+    to_y = tl.minimum((last_y // PER_CELL // 2 + near) * 2 + 2, level_rows)
+    to_x = tl.minimum((last_x // PER_CELL // 2 + near) * 2 + 2, level_columns)
+    q, do = head_of(q, b, h, q_b, q_h), head_of(do, b, h, do_b, do_h)
+    lse += bh.to(tl.int64) * N
+    delta += bh.to(tl.int64) * N
+    dk_rows = tl.zeros([KEYS, BLOCK_D], tl.float32)  # [KEYS, BLOCK_D]
+    dv_rows = tl.zeros([KEYS, BLOCK_D], tl.float32)  # [KEYS, BLOCK_D]
+    dmass = 0.0
+    e = tl.arange(0, EXACT_BLOCK)  # [EXACT_BLOCK]
+    offset = 0.0
+    if MASS:
+        offset = tl.load(mass + h * mass_levels + tl.minimum(level, mass_levels - 1)) * LOG2E
+    wide = to_x - from_x
+    for i in tl.range(0, (to_y - from_y) * wide * SPLIT * SPLIT):
+        at = i // (SPLIT * SPLIT)
+        ly, lx = from_y + at // wide, from_x + at % wide
+        cy, cx = (ly << level) + (part >> level), (lx << level) + (part & ((1 << level) - 1))
+        inside = (cy < rows) & (cx < columns)
+        own = tl.where(inside, cy * columns + cx, 0)
+        qy, qx = inner_tile(own, i % (SPLIT * SPLIT), whole, T, SPLIT)
+        q_rows = cell_tile(q, q_grid, b, h, qy, qx, whole, q_n, T, D, BLOCK_D, TMA)  # [M, BLOCK_D]
+        do_rows = cell_tile(do, do_grid, b, h, qy, qx, whole, do_n, T, D, BLOCK_D, TMA)  # [M, BLOCK_D]
+        place, there = tile_tokens(qy, qx, own, whole, T)  # [M]
+        lse_cols = tl.where(there, tl.load(lse + place), -HIDDEN)  # [M]
+        delta_cols = tl.load(delta + place)  # [M]
+        far = tl.maximum(tl.abs(cell_y - ly), tl.abs(cell_x - lx)) > near  # [KEYS]
+        parents = tl.maximum(tl.abs(cell_y // 2 - ly // 2), tl.abs(cell_x // 2 - lx // 2)) <= near  # [KEYS]
+        count = (y1 - y0) * (x1 - x0)  # [KEYS]
+        if EXACT > 0:
+            other = tl.load(
+                chosen + (bh.to(tl.int64) * rows * columns + own) * EXACT + e, mask=e < EXACT, other=rows * columns
+            )  # [EXACT_BLOCK]
+            ey0, ex0 = other // columns * cell, other % columns * cell  # [EXACT_BLOCK]
+            ey1 = tl.where(other < rows * columns, tl.minimum(ey0 + cell, height), 0)  # [EXACT_BLOCK]
+            ex1 = tl.where(other < rows * columns, tl.minimum(ex0 + cell, width), 0)  # [EXACT_BLOCK]
+            tall = tl.minimum(y1[:, None], ey1[None, :]) - tl.maximum(y0[:, None], ey0[None, :])
+            broad = tl.minimum(x1[:, None], ex1[None, :]) - tl.maximum(x0[:, None], ex0[None, :])
+            count -= tl.sum(tl.maximum(tall, 0) * tl.maximum(broad, 0), 1)
+        bias = tl.log2(tl.maximum(count, 1).to(tl.float32)) + offset  # [KEYS]
+        bias = tl.where(keep & far & parents & (count > 0) & inside, bias, HIDDEN)
+        dk_rows, dv_rows, ds = _add_dkv(
+            k_rows, v_rows, q_rows, do_rows, lse_cols, delta_cols, bias[:, None], dk_rows, dv_rows, c, PRECISION
+        )
+        if MASS:
+            dmass += tl.sum(ds)
+    size = down * across
+    row = (part * batch + b).to(tl.int64) * size * heads + h
+    store_rows(part_dk + row * D, mean, heads * D, dk_rows * scale, keep, D, BLOCK_D)
+    store_rows(part_dv + row * D, mean, heads * D, dv_rows, keep, D, BLOCK_D)
+    if MASS:
+        tl.store(part_mass + (part * tl.num_programs(0) + pid).to(tl.int64) * batch * heads + bh, dmass)
+
+
+def backward(call: Call, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients of q, k, v, means_k, means_v and mass; that of mass is empty for None."""
+    q, mass = call.q, call.mass
+    means = [torch.zeros(t.shape, dtype=t.dtype, device=q.device) for t in (call.means_k, call.means_v)]
+    d_mass = q.new_empty(0, dtype=torch.float32) if mass is None else torch.zeros_like(mass)
+    if not q.numel():
+        return *(torch.zeros_like(t) for t in (q, call.k, call.v)), *means, d_mass
+    delta = delta_of(do, o, dlse, lse)
+    dq = _dq(call, do, lse, delta)
+    dk, dv = _dkv(call, do, lse, delta)
+    _fill_means(means, d_mass, call, do, lse, delta)
+    return dq, dk, dv, *means, d_mass
+
+
+def _dq(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    q, k, v = call.q, call.k, call.v
+    B, _, H, D = q.shape
+    dq = q.new_empty(q.shape)
+    plan = plan_queries(call, _query_gradients, choice(q, _LAUNCHES), do)
+    part_dq = q.new_empty((plan.parts, B, call.outside, H, D), dtype=torch.float32) if plan.parts > 1 else lse
+    plan.run(
+        q, k, v, do, call.means_k, call.means_v, dq, lse, delta, part_dq, call.chosen,
+        masses(call.chosen, call.mass, call.size, call.padded), lse if call.mask is None else call.mask,
+        call.layout.padded, boxed=(k, v, k, v),
+    )  # fmt: skip
+    if plan.parts > 1:
+        _put_outside(call, dq, part_dq.sum(0))
+    return dq
+
+
+def _dkv(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    q, k, v = call.q, call.k, call.v
+    B, _, H, D = q.shape
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+    plan = plan_keys(call, _key_gradients, choice(q, _LAUNCHES), do)
+    part_dkv = q.new_empty((plan.parts, 2, B, call.outside, H, D), dtype=torch.float32) if plan.parts > 1 else lse
+    listed, starts = _choosers(call.chosen)
+    plan.run(
+        q, k, v, do, dk, dv, lse, delta, part_dkv, listed, starts, lse if call.mask is None else call.mask,
+        boxed=(q, do, q, do),
+    )  # fmt: skip
+    if plan.parts > 1:
+        for t, rows in zip((dk, dv), part_dkv.sum(0).unbind(0), strict=True):
+            _put_outside(call, t, rows)
+    return dk, dv
+
+
+def _put_outside(call: Call, t: Tensor, rows: Tensor) -> None:
+    """Write the tokens outside the grid, `rows` `[B, prefix + suffix, H, D]`, to `t` `[B, N, H, D]`."""
+    height, width, prefix, *_ = call.size
+    t[:, :prefix] = rows[:, :prefix]
+    t[:, prefix + height * width :] = rows[:, prefix:]
+
+
+def _choosers(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cells that chose each cell `[B, H, C * exact]`, and where the list of each begins `[B, H, C + 1]`.
+
+    Both int32, and in a fixed order, so that sums are the same each time; those of none come last.
+    """
+    B, H, C, exact = chosen.shape
+    order = chosen.flatten(2).long().argsort(dim=-1, stable=True)
+    listed = (order // max(exact, 1)).int()
+    cells = torch.arange(C + 1, device=chosen.device).expand(B, H, -1).contiguous()
+    starts = torch.searchsorted(chosen.flatten(2).long().sort(-1).values, cells).int()
+    return listed.contiguous(), starts.contiguous()
+
+
+def _fill_means(d_means: list[Tensor], d_mass: Tensor, call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> None:
+    """Write the gradients of the means of all levels, and of their masses."""
+    q = call.q
+    B, N, H, D = q.shape
+    height, width, prefix, _, cell, near, pool = call.size
+    layout, T, launch = call.layout, call.tile, choice(q, _LAUNCHES)
+    per_cell, first = cell // pool, 0
+    side = (4 if per_cell == 1 else 8) if call.block_d * q.element_size() <= 256 else 4
+    boxes, tma = grid_boxes(call, do)
+    for level, (down, across) in enumerate(layout.sides):
+        tiles, parts = (math.ceil(down / side), math.ceil(across / side)), 4**level
+        dk, dv = (q.new_empty((parts, B, down * across, H, D), dtype=torch.float32) for _ in range(2))
+        part_mass = lse if call.mass is None else lse.new_empty((parts, tiles[0] * tiles[1], B, H))
+        _mean_gradients[(tiles[0] * tiles[1], parts, B * H)](
+            q, do, call.means_k, call.means_v, dk, dv, part_mass, lse, delta, call.chosen,
+            lse if call.mass is None else call.mass, layout.tables[1], *boxes,
+            *strides_of(q, do, call.means_k, call.means_v), N, H, B, prefix, height, width, cell, near, *layout.size,
+            call.scale, level, first, down, across, *(math.ceil(n / (1 << level)) for n in layout.size), tiles[1],
+            1 if call.mass is None else call.mass.shape[1], T=T, SPLIT=call.split, EXACT=call.chosen.shape[3],
+            EXACT_BLOCK=next_power(max(1, call.chosen.shape[3])), SIDE=side, PER_CELL=per_cell, D=D,
+            BLOCK_D=call.block_d, MASS=call.mass is not None, TMA=tma, PRECISION=PRECISION, num_warps=launch.warps,
+            num_stages=launch.stages,
+        )  # fmt: skip
+        for whole, part in zip(d_means, (dk, dv), strict=True):
+            whole[:, first : first + down * across] = part.sum(0)
+        if call.mass is not None:
+            d_mass[:, min(level, d_mass.shape[1] - 1)] += part_mass.sum((0, 1, 2))
+        first += down * across
