@@ -1,0 +1,107 @@
+"""Multipole attention's Triton backend in Triton's interpreter (see `interpreted.py`)."""
+
+import pytest
+import torch
+
+from vision_attn.grid import Grid
+from vision_attn.kernels.multipole import Cells, choose_cells, multipole_attention
+
+interpreter = pytest.mark.interpreter
+CASES = {
+    "ragged-text": (Grid(7, 14, prefix=2, suffix=1), dict(cell=4, pool=2, exact=1), 16),
+    "near-0": (Grid(17, 9, prefix=1), dict(cell=4, near=0, pool=4, exact=2), 16),
+    "no-exact": (Grid(12, 18), dict(cell=6, near=0, pool=3, exact=0), 24),
+    "large-cell": (Grid(18, 20), dict(cell=16, near=0, pool=8, exact=1), 16),
+}
+SLOW = {
+    "levels": (Grid(40, 24, prefix=5), dict(exact=2), 16),
+    "wide": (Grid(20, 20, prefix=2), dict(near=0, exact=2), 144),
+}
+ROWS = [
+    ("ragged-text", torch.float32),
+    ("no-exact", torch.float16),
+    *(pytest.param(name, dtype, marks=pytest.mark.slow) for name in SLOW for dtype in (torch.float32, torch.float16)),
+    *(pytest.param(name, torch.float16, marks=pytest.mark.slow) for name in ("ragged-text", "near-0", "large-cell")),
+    *(pytest.param(name, torch.float32, marks=pytest.mark.slow) for name in ("no-exact", "near-0", "large-cell")),
+]
+
+
+def draw(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def results(backend, dtype, case, mask):
+    """Output and gradients of q, k, v and mass, for the same chosen cells."""
+    grid, fields, D = case
+    q, k, v = (draw(1, grid.tokens, 1, D, seed=seed, dtype=dtype).requires_grad_() for seed in range(3))
+    wide = [t.detach().double() for t in (q, k)]
+    mass = draw(1, 2, seed=4).to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+    cells = Cells(**fields, mass=mass, chosen=choose_cells(*wide, grid, Cells(**fields)))
+    o = multipole_attention(q, k, v, grid, cells, mask=mask, backend=backend)
+    return [o, *torch.autograd.grad((o * draw(*o.shape, seed=9).to(o)).sum(), (q, k, v, mass))]
+
+
+@interpreter
+@pytest.mark.parametrize(("name", "dtype"), ROWS, ids=str)
+def test_error_is_within_the_budget(name, dtype):
+    case = (CASES | SLOW)[name]
+    outside = case[0].prefix + case[0].suffix
+    mask = torch.ones(1, outside, dtype=torch.bool) if outside > 1 else None
+    if mask is not None:
+        mask[0, 0] = False
+    exact = results("reference", torch.float64, case, mask)
+    plain = results("torch", dtype, case, mask)
+    ours = results("triton", dtype, case, mask)
+    for a, b, c in zip(ours, plain, exact, strict=True):
+        # the float64 rows are drawn alike and rounded to the dtype first in the others
+        budget = 2 * (b.double() - c).abs().max() + 8 * torch.finfo(dtype).eps * c.abs().max()
+        assert (a.double() - c).abs().max() <= budget
+
+
+@interpreter
+def test_means_and_choice_are_those_of_plain_pytorch():
+    from vision_attn.kernels.multipole.cells import means_of
+    from vision_attn.kernels.multipole.op import _choice, _means
+
+    grid = Grid(14, 18, prefix=3)
+    q, k, v = (draw(1, grid.tokens, 2, 16, seed=seed) for seed in range(3))
+    weights = draw(2, 2, seed=5)
+    cells = Cells(cell=4, near=0, pool=2, exact=3, weights=weights)
+    size = [grid.height, grid.width, grid.prefix, grid.suffix, 4, 0, 2]
+    sides = cells.layout(grid, q.device).sides
+    assert len(sides) > 1
+    for ours, t in zip(_means(k, v, weights, size), (k, v), strict=True):
+        torch.testing.assert_close(ours, means_of(t[:, grid.image], grid, cells, sides))
+    chosen = _choice(q, k, size, 3, 0.25).long().sort(-1).values
+    assert torch.equal(chosen, choose_cells(q, k, grid, cells, scale=0.25).sort(-1).values)
+
+
+@interpreter
+def test_opcheck():
+    from vision_attn.kernels.multipole.op import _means, _multipole
+
+    size = [8, 12, 2, 0, 4, 0, 2]
+    q, k, v = (draw(1, 98, 1, 16, seed=seed).requires_grad_() for seed in range(3))
+    means = [t.detach().requires_grad_() for t in _means(k, v, None, size)]
+    chosen = torch.full((1, 1, 6, 1), 6, dtype=torch.int32)
+    chosen[..., 0, 0] = 5
+    torch.library.opcheck(_means.registered, (k, v, None, size))
+    mass, mask = draw(1, 2).requires_grad_(), torch.tensor([[True, False]])
+    torch.library.opcheck(_multipole.registered, (q, k, v, *means, chosen, mass, mask, size, 0.25))
+
+
+@interpreter
+@pytest.mark.slow
+def test_equal_inputs_give_equal_gradients():
+    first, again = (results("triton", torch.float32, CASES["ragged-text"], None) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@interpreter
+def test_a_wrong_mass_is_caught():
+    grid, fields, D = CASES["ragged-text"]
+    q, k, v = (draw(1, grid.tokens, 1, D, seed=seed) for seed in range(3))
+    chosen = choose_cells(q, k, grid, Cells(**fields))
+    o = multipole_attention(q, k, v, grid, Cells(**fields, chosen=chosen), backend="reference")
+    wrong = Cells(**fields, chosen=chosen, mass=torch.full((1, 1), 0.1))
+    assert (multipole_attention(q, k, v, grid, wrong, backend="triton") - o).abs().max() > 1e-3
