@@ -33,6 +33,16 @@ from vision_attn.kernels.triton.launching import (
 from vision_attn.kernels.triton.outside import splits
 from vision_attn.kernels.triton.rows import load_rows
 
+# Of the gradients. Keys: bytes of an element, channels at most.
+LAUNCHES: dict[tuple[int, int], Launch] = {
+    (2, 64): Launch(64, 4, 2, 2),
+    (2, 128): Launch(64, 4, 2, 2),
+    (2, 256): Launch(32, 4, 2, 1),
+    (4, 64): Launch(32, 4, 2, 1),
+    (4, 128): Launch(32, 4, 1, 1),
+    (4, 256): Launch(16, 4, 1, 1),
+}
+
 
 @planned
 def plan_queries(call: Call, kernel: Kernel, launch: Launch, *others: Tensor) -> Plan:

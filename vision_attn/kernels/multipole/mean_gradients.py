@@ -1,0 +1,157 @@
+"""The gradients of the means of multipole attention in Triton, level by level, without atomics.
+
+A program owns a square of means of one level and walks the cells that see them, from one cell of each of the level's
+cells; so all programs of all levels meet about as many queries, and their parts are added in a fixed order.
+"""
+
+# the compiler of a kernel reads no annotations
+# ruff: noqa: ANN001, ANN202, PLR0915
+# mypy: disable-error-code="no-untyped-def"
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vision_attn.kernels.multipole.op import PRECISION, Call
+from vision_attn.kernels.multipole.tiles import LAUNCHES, cell_tile, grid_boxes, inner_tile, tile_tokens
+from vision_attn.kernels.triton.launching import Kernel, choice, next_power, strides_of
+from vision_attn.kernels.triton.rows import HIDDEN, LOG2E, head_of, load_rows, store_rows
+
+
+@triton.jit
+def add_dkv(k_rows, v_rows, q_rows, do_rows, lse_cols, delta_cols, bias, dk_rows, dv_rows, c, PRECISION: tl.constexpr):
+    """Add what a tile of queries gives to dk and dv `[keys, BLOCK_D]`; bias `[keys, queries]` or broadcasts to it.
+
+    Also returns ds `[keys, queries]`.
+    """
+    s = tl.dot(k_rows, tl.trans(q_rows), input_precision=PRECISION) * c + (bias - lse_cols[None, :])
+    p = tl.math.exp2(s)  # [keys, queries]
+    dv_rows = tl.dot(p.to(do_rows.dtype), do_rows, dv_rows, input_precision=PRECISION)
+    dp = tl.dot(v_rows, tl.trans(do_rows), input_precision=PRECISION)  # [keys, queries]
+    ds = p * (dp - delta_cols[None, :])  # [keys, queries]
+    dk_rows = tl.dot(ds.to(q_rows.dtype), q_rows, dk_rows, input_precision=PRECISION)
+    return dk_rows, dv_rows, ds
+
+
+@Kernel
+@triton.jit
+def _mean_gradients(
+    q, do, means_k, means_v, part_dk, part_dv, part_mass, lse, delta, chosen, mass, boxes, q_grid, do_grid,
+    q_b, q_n, q_h, do_b, do_n, do_h, mk_b, mk_n, mk_h, mv_b, mv_n, mv_h,
+    N, heads, batch, prefix, height, width, cell, near, rows, columns, scale, level, first, down, across, level_rows,
+    level_columns, tiles_x, mass_levels,
+    T: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, EXACT_BLOCK: tl.constexpr, SIDE: tl.constexpr,
+    PER_CELL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MASS: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of `SIDE` x `SIDE` means of one level, from one cell of each of the level's cells that see them.
+
+    Inputs: q, do `[B, N, H, D]`, means_k, means_v `[B, M, H, D]`, each with strides `_b, _n, _h`; lse, delta
+    `[B, H, N]`; chosen `[B, H, C, EXACT]`; mass `[H, mass_levels]`; boxes `[M + 1, 4]`. The level has `down` x `across`
+    means from the `first` on, and `level_rows` x `level_columns` cells of `PER_CELL` x `PER_CELL` means.
+    Outputs: part_dk, part_dv `[parts, B, down * across, H, D]`, part_mass `[parts, programs, B, H]`.
+    """
+    KEYS: tl.constexpr = SIDE * SIDE
+    pid, part, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, h = bh // heads, bh % heads
+    c = scale * LOG2E
+    whole = (height, width, prefix, cell, rows, columns)
+    n = tl.arange(0, KEYS)  # [KEYS]
+    first_my, first_mx = pid // tiles_x * SIDE, pid % tiles_x * SIDE
+    my, mx = first_my + n // SIDE, first_mx + n % SIDE  # [KEYS]
+    keep = (my < down) & (mx < across)
+    mean = tl.where(keep, my * across + mx, 0)  # [KEYS]
+    k_rows = load_rows(head_of(means_k, b, h, mk_b, mk_h), first + mean, mk_n, D, BLOCK_D)  # [KEYS, BLOCK_D]
+    v_rows = load_rows(head_of(means_v, b, h, mv_b, mv_h), first + mean, mv_n, D, BLOCK_D)  # [KEYS, BLOCK_D]
+    y0, y1 = tl.load(boxes + 4 * (first + mean)), tl.load(boxes + 4 * (first + mean) + 1)  # [KEYS]
+    x0, x1 = tl.load(boxes + 4 * (first + mean) + 2), tl.load(boxes + 4 * (first + mean) + 3)  # [KEYS]
+    cell_y, cell_x = my // PER_CELL, mx // PER_CELL  # [KEYS], of the level
+    last_y = tl.minimum(first_my + SIDE, down) - 1
+    last_x = tl.minimum(first_mx + SIDE, across) - 1
+    # the level's cells whose parent is near that of a key's cell
+    from_y = tl.maximum((first_my // PER_CELL // 2 - near) * 2, 0)
+    from_x = tl.maximum((first_mx // PER_CELL // 2 - near) * 2, 0)
+    to_y = tl.minimum((last_y // PER_CELL // 2 + near) * 2 + 2, level_rows)
+    to_x = tl.minimum((last_x // PER_CELL // 2 + near) * 2 + 2, level_columns)
+    q, do = head_of(q, b, h, q_b, q_h), head_of(do, b, h, do_b, do_h)
+    lse += bh.to(tl.int64) * N
+    delta += bh.to(tl.int64) * N
+    dk_rows = tl.zeros([KEYS, BLOCK_D], tl.float32)  # [KEYS, BLOCK_D]
+    dv_rows = tl.zeros([KEYS, BLOCK_D], tl.float32)  # [KEYS, BLOCK_D]
+    dmass = 0.0
+    e = tl.arange(0, EXACT_BLOCK)  # [EXACT_BLOCK]
+    offset = 0.0
+    if MASS:
+        offset = tl.load(mass + h * mass_levels + tl.minimum(level, mass_levels - 1)) * LOG2E
+    wide = to_x - from_x
+    for i in tl.range(0, (to_y - from_y) * wide * SPLIT * SPLIT):
+        at = i // (SPLIT * SPLIT)
+        ly, lx = from_y + at // wide, from_x + at % wide
+        cy, cx = (ly << level) + (part >> level), (lx << level) + (part & ((1 << level) - 1))
+        inside = (cy < rows) & (cx < columns)
+        own = tl.where(inside, cy * columns + cx, 0)
+        qy, qx = inner_tile(own, i % (SPLIT * SPLIT), whole, T, SPLIT)
+        q_rows = cell_tile(q, q_grid, b, h, qy, qx, whole, q_n, T, D, BLOCK_D, TMA)  # [M, BLOCK_D]
+        do_rows = cell_tile(do, do_grid, b, h, qy, qx, whole, do_n, T, D, BLOCK_D, TMA)  # [M, BLOCK_D]
+        place, there = tile_tokens(qy, qx, own, whole, T)  # [M]
+        lse_cols = tl.where(there, tl.load(lse + place), -HIDDEN)  # [M]
+        delta_cols = tl.load(delta + place)  # [M]
+        far = tl.maximum(tl.abs(cell_y - ly), tl.abs(cell_x - lx)) > near  # [KEYS]
+        parents = tl.maximum(tl.abs(cell_y // 2 - ly // 2), tl.abs(cell_x // 2 - lx // 2)) <= near  # [KEYS]
+        count = (y1 - y0) * (x1 - x0)  # [KEYS]
+        if EXACT > 0:
+            other = tl.load(
+                chosen + (bh.to(tl.int64) * rows * columns + own) * EXACT + e, mask=e < EXACT, other=rows * columns
+            )  # [EXACT_BLOCK]
+            ey0, ex0 = other // columns * cell, other % columns * cell  # [EXACT_BLOCK]
+            ey1 = tl.where(other < rows * columns, tl.minimum(ey0 + cell, height), 0)  # [EXACT_BLOCK]
+            ex1 = tl.where(other < rows * columns, tl.minimum(ex0 + cell, width), 0)  # [EXACT_BLOCK]
+            tall = tl.minimum(y1[:, None], ey1[None, :]) - tl.maximum(y0[:, None], ey0[None, :])
+            broad = tl.minimum(x1[:, None], ex1[None, :]) - tl.maximum(x0[:, None], ex0[None, :])
+            count -= tl.sum(tl.maximum(tall, 0) * tl.maximum(broad, 0), 1)
+        bias = tl.log2(tl.maximum(count, 1).to(tl.float32)) + offset  # [KEYS]
+        bias = tl.where(keep & far & parents & (count > 0) & inside, bias, HIDDEN)
+        dk_rows, dv_rows, ds = add_dkv(
+            k_rows, v_rows, q_rows, do_rows, lse_cols, delta_cols, bias[:, None], dk_rows, dv_rows, c, PRECISION
+        )
+        if MASS:
+            dmass += tl.sum(ds)
+    size = down * across
+    row = (part * batch + b).to(tl.int64) * size * heads + h
+    store_rows(part_dk + row * D, mean, heads * D, dk_rows * scale, keep, D, BLOCK_D)
+    store_rows(part_dv + row * D, mean, heads * D, dv_rows, keep, D, BLOCK_D)
+    if MASS:
+        tl.store(part_mass + (part * tl.num_programs(0) + pid).to(tl.int64) * batch * heads + bh, dmass)
+
+
+def fill_means(d_means: list[Tensor], d_mass: Tensor, call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> None:
+    """Write the gradients of the means of all levels, and of their masses."""
+    q = call.q
+    B, N, H, D = q.shape
+    height, width, prefix, _, cell, near, pool = call.size
+    layout, T, launch = call.layout, call.tile, choice(q, LAUNCHES)
+    per_cell, first = cell // pool, 0
+    side = (4 if per_cell == 1 else 8) if call.block_d * q.element_size() <= 256 else 4
+    boxes, tma = grid_boxes(call, do)
+    for level, (down, across) in enumerate(layout.sides):
+        tiles, parts = (math.ceil(down / side), math.ceil(across / side)), 4**level
+        dk, dv = (q.new_empty((parts, B, down * across, H, D), dtype=torch.float32) for _ in range(2))
+        part_mass = lse if call.mass is None else lse.new_empty((parts, tiles[0] * tiles[1], B, H))
+        _mean_gradients[(tiles[0] * tiles[1], parts, B * H)](
+            q, do, call.means_k, call.means_v, dk, dv, part_mass, lse, delta, call.chosen,
+            lse if call.mass is None else call.mass, layout.tables[1], *boxes,
+            *strides_of(q, do, call.means_k, call.means_v), N, H, B, prefix, height, width, cell, near, *layout.size,
+            call.scale, level, first, down, across, *(math.ceil(n / (1 << level)) for n in layout.size), tiles[1],
+            1 if call.mass is None else call.mass.shape[1], T=T, SPLIT=call.split, EXACT=call.chosen.shape[3],
+            EXACT_BLOCK=next_power(max(1, call.chosen.shape[3])), SIDE=side, PER_CELL=per_cell, D=D,
+            BLOCK_D=call.block_d, MASS=call.mass is not None, TMA=tma, PRECISION=PRECISION, num_warps=launch.warps,
+            num_stages=launch.stages,
+        )  # fmt: skip
+        for whole, part in zip(d_means, (dk, dv), strict=True):
+            whole[:, first : first + down * across] = part.sum(0)
+        if call.mass is not None:
+            d_mass[:, min(level, d_mass.shape[1] - 1)] += part_mass.sum((0, 1, 2))
+        first += down * across
