@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from accelerate.state import AcceleratorState
 from distill_case import metrics, with_run, write_images
 from distill_case import settings as settings_of
 from PIL import Image
@@ -20,13 +19,6 @@ from vision_attn.distill.cache import write_cache
 from vision_attn.distill.loop import train
 from vision_attn.distill.losses import NonFiniteError
 from vision_attn.distill.student import Student
-
-
-@pytest.fixture(autouse=True)
-def _new_accelerator():
-    """Accelerate keeps the precision of the first accelerator of a process."""
-    yield
-    AcceleratorState._reset_state(True)
 
 
 def settings(root, **changes):
@@ -72,9 +64,11 @@ def test_the_loss_falls_and_the_adapter_loads(root):
     assert sheet.size[1] in (64, 64) and sheet.size[0] % 16 == 0
 
 
-@pytest.mark.parametrize("extra", [dict(optimizer__ema=0.9, optimizer__schedule="cosine", optimizer__warmup=2), dict(
-    run__accumulate=2, transfer__steps=2, run__checkpointing="true", data__workers=1
-)], ids=["ema", "accumulate"])  # fmt: skip
+@pytest.mark.parametrize("extra", [
+    dict(optimizer__ema=0.9, optimizer__schedule="cosine", optimizer__warmup=2),
+    dict(run__accumulate=2, transfer__steps=2, run__checkpointing="true", data__workers=1),
+    dict(student__processor="AgentSD", student__fields={"cell": 2, "ratio": 0.5}),
+], ids=["ema", "accumulate", "random"])  # fmt: skip
 def test_a_run_that_was_stopped_goes_on_exactly(root, extra, monkeypatch):
     config = settings(root, run__steps=5, run__save_every=2, **extra)
     train(config)
@@ -255,7 +249,7 @@ def test_a_student_starts_from_an_adapter(root, trainable):
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"), [("FSDP", "set fsdp_version: 2"), ("DEEPSPEED", "stage 3 parts the weights")]
+    ("kind", "message"), [("FSDP", "set fsdp_version: 2"), ("DEEPSPEED", "stage 3 shards the weights")]
 )
 def test_sharding_that_is_not_known_is_refused(kind, message, root, monkeypatch):
     plugin = SimpleNamespace(zero_stage=3, deepspeed_config={})

@@ -1,7 +1,8 @@
-"""The training loop, from the top to the bottom."""
+"""The training loop, from the top to the bottom, and the accelerator that it runs on."""
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from vision_attn.distill.student import make_student
 from vision_attn.distill.transfer import transfer
 
 
-def train(config: Config, *, pipe: Any = None) -> Path:  # noqa: PLR0915, it is read from the top to the bottom
-    """Distil as the settings say; goes on where an earlier run in the same folder was stopped.
+def train(config: Config, *, pipe: Any = None) -> Path:
+    """Distil as the settings say; go on where an earlier run in the same folder was stopped.
 
     Args:
         config: All settings.
@@ -35,14 +36,18 @@ def train(config: Config, *, pipe: Any = None) -> Path:  # noqa: PLR0915, it is 
         OSError: If a checkpoint cannot be written.
         NonFiniteError: If a loss is NaN or infinite.
     """
+    with accelerated(config) as accelerator:
+        return _train(config, accelerator, load_pipeline(config.model, prompts=False) if pipe is None else pipe)
+
+
+def _train(config: Config, accelerator: Any, pipe: Any) -> Path:  # noqa: PLR0915, it is read from top to bottom
     run = config.run
-    accelerator = make_accelerator(config)
     torch.manual_seed(run.seed)  # every process draws the same new parameters
-    student = make_student(config, load_pipeline(config.model, prompts=False) if pipe is None else pipe)
+    student = make_student(config, pipe)
     student.to(accelerator.device)
     data = CachedData(config.data, config.model.base, type(student.model).__name__)
     computing = Step(config, student, data.interface)
-    leave_frozen(student.model)
+    _leave_frozen(student.model)
     shards = Shards(student)
     bare = make_optimizer(config.optimizer, list(student.parameters.values()))
     schedule = make_schedule(config.optimizer, bare, run.steps)
@@ -58,7 +63,6 @@ def train(config: Config, *, pipe: Any = None) -> Path:  # noqa: PLR0915, it is 
         transfer(config, accelerator, computing, _batches(config, accelerator, data, 0))
         checkpoints.save(0)
     step = saved = start or 0
-    torch.manual_seed(run.seed + 1 + accelerator.process_index)  # dropout, if the host has any
     batches = _batches(config, accelerator, data, step * run.accumulate)
     metrics = Metrics(config, accelerator, step)
 
@@ -81,7 +85,7 @@ def train(config: Config, *, pipe: Any = None) -> Path:  # noqa: PLR0915, it is 
                 accelerator.backward(losses["total"])
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(parameters, config.optimizer.clip or float("inf"))
-                    skips = run.precision == "fp16"  # an update that is not finite
+                    skips = run.precision == "fp16"  # the scaler leaves out an update that is not finite
                     if norm is not None and not math.isfinite(norm) and not skips:
                         raise explain(step + 1, "the gradient", computing, noisy)
                     metrics.norm = norm
@@ -119,25 +123,45 @@ def _batches(config: Config, accelerator: Any, data: CachedData, start: int) -> 
     return batches_of(data, order, config.data.workers)
 
 
-def make_accelerator(config: Config) -> Any:
-    """Return the accelerator of a run, its trackers begun.
+@contextmanager
+def accelerated(config: Config) -> Iterator[Any]:
+    """Give a run its accelerator: processes, device and precision, as `accelerate launch` and the settings say.
+
+    Accelerate keeps one precision and one device for the whole process and refuses a second run with another
+    precision. So each run begins anew, and what the process had before comes back afterwards.
 
     Raises:
-        ValueError: If accelerate or a tracker is not installed, or weights would be parted in a way that is not known.
+        ValueError: If accelerate or a tracker is not installed, or weights would be sharded in an unknown way.
     """
     try:
-        from accelerate import Accelerator, DistributedDataParallelKwargs  # noqa: PLC0415, of the extra 'distill'
-        from accelerate.tracking import get_available_trackers  # noqa: PLC0415
-        from accelerate.utils import ProjectConfiguration  # noqa: PLC0415
+        from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: PLC0415, of the extra
     except ModuleNotFoundError:
         raise ValueError("training needs accelerate: pip install 'vision_attn[distill]'") from None
+    states = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
+    before = [dict(state) for state in states]
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    AcceleratorState._reset_state()
+    # cuDNN attention's backward ends in an illegal memory access for short sequences (264 tokens, D=64, H200)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield _make_accelerator(config)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        for state, values in zip(states, before, strict=True):
+            state.clear()
+            state.update(values)
+
+
+def _make_accelerator(config: Config) -> Any:
+    from accelerate import Accelerator, DistributedDataParallelKwargs  # noqa: PLC0415, of the extra 'distill'
+    from accelerate.tracking import get_available_trackers  # noqa: PLC0415
+    from accelerate.utils import ProjectConfiguration  # noqa: PLC0415
+
     known = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
     missing = [tracker for tracker in config.run.trackers if tracker not in known]
     if missing:
         raise ValueError(f"run.trackers: {', '.join(missing)} cannot be had: pip install it, or leave it out")
     config.run.out.mkdir(parents=True, exist_ok=True)
-    # cuDNN attention's backward ends in an illegal memory access for short sequences (264 tokens, D=64, H200)
-    torch.backends.cuda.enable_cudnn_sdp(False)
     # layers that stay dense on small grids have processors without gradients
     unused = DistributedDataParallelKwargs(find_unused_parameters=config.student.min_tokens > 0)
     accelerator = Accelerator(
@@ -158,17 +182,17 @@ def make_accelerator(config: Config) -> Any:
 
 
 def _set_up_deepspeed(config: Config, plugin: Any) -> None:
-    """Tell DeepSpeed what it would otherwise ask a data loader, and how it is to clip."""
+    """Give DeepSpeed the batch size, which it would ask a data loader for, and the norm that it clips at."""
     if plugin.zero_stage == 3:
-        raise ValueError("DeepSpeed's stage 3 parts the weights: take stage 1 or 2, or FSDP with fsdp_version: 2")
+        raise ValueError("DeepSpeed's stage 3 shards the weights: take stage 1 or 2, or FSDP with fsdp_version: 2")
     plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.data.batch_size
     plugin.deepspeed_config["gradient_clipping"] = config.optimizer.clip or 0.0
 
 
-def leave_frozen(model: nn.Module) -> None:
-    """Have `DistributedDataParallel` neither send frozen parameters and buffers nor write to them.
+def _leave_frozen(model: nn.Module) -> None:
+    """Make `DistributedDataParallel` ignore frozen parameters and buffers, which are equal in all processes.
 
-    All processes read them from the same files; what was written to would be saved as changed.
+    It would write to them, and a parameter that was written to is saved as a changed one.
     """
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     buffers = [name for name, _ in model.named_buffers()]

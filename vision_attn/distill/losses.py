@@ -1,10 +1,10 @@
-"""The losses of a distillation, and the noise that the student learns to remove, as the scheduler defines them.
+"""One batch: its noise, the forwards of teacher and student, their losses, and the layer that gave a NaN.
 
     loss = task * |student - target|^2 + prediction * |student - teacher|^2
            + attention * mean over layers of |a_student - a_teacher|^2 + variance * |var_student - var_teacher|^2
 
-with mean squares. Flow matching: x_t = (1 - s) x_0 + s e, target e - x_0. Diffusion: x_t = sqrt(a) x_0 + sqrt(1 - a) e,
-target e, v = sqrt(a) e - sqrt(1 - a) x_0, or x_0, by the scheduler's `prediction_type`.
+where |.|^2 is a mean over the elements. Flow matching: x_t = (1 - s) x_0 + s e, target e - x_0. Diffusion:
+x_t = sqrt(a) x_0 + sqrt(1 - a) e, target e, v = sqrt(a) e - sqrt(1 - a) x_0, or x_0: the scheduler's `prediction_type`.
 
 Papers: 'CLEAR' - https://arxiv.org/abs/2412.16112, 'LinFusion' - https://arxiv.org/abs/2409.02097 (1, 0.5, 0.5),
 'LiT' - https://arxiv.org/abs/2501.12976 (the variance)
@@ -25,6 +25,71 @@ from vision_attn.distill.student import Student, attention_outputs
 
 
 @dataclass(frozen=True)
+class Noisy:
+    """A batch with its noise: what both models are given, and what they should predict.
+
+    Attributes:
+        call: The denoiser's arguments.
+        latents: The noisy latents.
+        target: The prediction that the scheduler asks for.
+    """
+
+    call: dict[str, Any]
+    latents: Tensor
+    target: Tensor
+
+
+class Step:
+    """Computes the losses of a batch.
+
+    Args:
+        config: `loss`, `data.null_prob` and `run.seed` are used.
+        student: The model in training.
+        interface: How its denoiser is called.
+    """
+
+    def __init__(self, config: Config, student: Student, interface: Interface) -> None:
+        self.config, self.student, self.interface = config, student, interface
+        self.noising = Noising(student.pipe.scheduler)
+        weights = config.loss
+        self.layers = student.compared(weights.layers, weights.every) if weights.attention else []
+
+    def noisy(self, batch: Batch, number: int) -> Noisy:
+        """Add noise to a batch, and seed the random numbers of the models.
+
+        All of it follows from `run.seed` and `number` alone, so that a run that was stopped goes on exactly.
+        """
+        generator = torch.Generator().manual_seed(self.config.run.seed * 7_368_787 + number)
+        self.student.seed(generator.initial_seed())
+        clean = batch.latents
+        timesteps = self.noising.draw(len(clean), self.config.loss.noise_levels, generator)
+        noise = torch.randn(clean.shape, generator=generator).to(clean)
+        chosen = torch.rand(len(clean), generator=generator) < self.config.data.null_prob
+        latents = self.noising.add(clean, noise, timesteps)
+        call = self.interface.arguments(latents.to(self.student.dtype), timesteps, batch.without_prompts(chosen))
+        return Noisy(call, latents, self.noising.target(clean, noise, timesteps))
+
+    def losses(self, model: Any, noisy: Noisy) -> dict[str, Tensor]:
+        """Return the losses by name, and 'total'.
+
+        Args:
+            model: The student's model as it is called: with several processes, in the wrapper of `prepare`.
+            noisy: What `noisy` returned.
+        """
+        weights, student = self.config.loss, self.student
+        with student.teaching(model) as teacher:
+            needed = bool(weights.prediction or self.layers or weights.variance)
+            taught = self._forward(teacher, student.copy or student.model, noisy) if needed else None
+        learned = self._forward(model, student.model, noisy)
+        return distillation_losses(learned, taught or learned, noisy.target, weights)
+
+    def _forward(self, model: Any, inner: Any, noisy: Noisy) -> "Outputs":
+        with attention_outputs(inner, self.layers) as attention:
+            output = model(**noisy.call)[0]
+        return Outputs.of(output, noisy.latents, dict(attention))
+
+
+@dataclass(frozen=True)
 class Outputs:
     """What one forward of a denoiser gave.
 
@@ -40,7 +105,7 @@ class Outputs:
 
     @classmethod
     def of(cls, output: Tensor, latents: Tensor, attention: Mapping[str, Tensor]) -> "Outputs":
-        """Part what a denoiser gave for `latents`; twice the channels means that half of them are variances."""
+        """Split a denoiser's output for `latents`: with twice their channels, the second half are variances."""
         if output.dim() == 4 and output.shape[1] == 2 * latents.shape[1]:
             prediction, variance = output.chunk(2, dim=1)
             return cls(prediction, variance, attention)
@@ -48,13 +113,13 @@ class Outputs:
 
 
 def distillation_losses(student: Outputs, teacher: Outputs, target: Tensor, weights: LossConfig) -> dict[str, Tensor]:
-    """Return all losses by name, unweighted, and their weighted sum as 'total'; those of weight 0 are left out.
+    """Return all losses by name, unweighted, and their weighted sum as 'total'. A loss of weight 0 is left out.
 
     Args:
         student: With gradients.
-        teacher: Without.
-        target: What the scheduler wants predicted.
-        weights: Of the sum.
+        teacher: Without gradients.
+        target: The prediction that the scheduler asks for.
+        weights: The factors of the sum.
     """
     losses: dict[str, Tensor] = {}
     if weights.task:
@@ -75,13 +140,13 @@ def _mse(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Noising:
-    """Adds noise as the scheduler of a pipeline defines it, on its own grid of timesteps.
+    """Adds noise as a pipeline's scheduler defines it, at the scheduler's own training timesteps.
 
     Args:
-        scheduler: Of flow matching, or with `alphas_cumprod`; it is not changed.
+        scheduler: One of flow matching, or one with `alphas_cumprod`. It is not changed.
 
     Raises:
-        ValueError: If the scheduler's prediction is none that is known.
+        ValueError: If no loss is known for the scheduler's `prediction_type`.
     """
 
     def __init__(self, scheduler: Any) -> None:
@@ -108,7 +173,7 @@ class Noising:
         return self.timesteps[(u * len(self.timesteps)).long().clamp(max=len(self.timesteps) - 1)]
 
     def at_level(self, level: float) -> Tensor:
-        """Return the timestep `[1]` whose noise level s, of noise to 1 - s of picture, is nearest."""
+        """Return the timestep `[1]` nearest to a noise level s: s parts noise to 1 - s parts picture."""
         return self.timesteps[(self.levels - level).abs().argmin()][None]
 
     def _parts(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +195,7 @@ class Noising:
         return picture_part * clean + noise_part * noise
 
     def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return what the denoiser is to predict."""
+        """Return what the denoiser should predict."""
         if self.kind == "flow":
             return noise - clean
         if self.kind == "epsilon":
@@ -141,94 +206,33 @@ class Noising:
         return picture_part * noise - noise_part * clean
 
 
-@dataclass(frozen=True)
-class Noisy:
-    """What both models are given for a batch, and what they are to predict.
-
-    Attributes:
-        call: The denoiser's arguments.
-        latents: The noisy latents.
-        target: The scheduler's.
-    """
-
-    call: dict[str, Any]
-    latents: Tensor
-    target: Tensor
-
-
-class Step:
-    """Computes the losses of a batch.
-
-    Args:
-        config: `loss`, `data.null_prob` and `run.seed` are used.
-        student: What is trained.
-        interface: How its denoiser is called.
-    """
-
-    def __init__(self, config: Config, student: Student, interface: Interface) -> None:
-        self.config, self.student, self.interface = config, student, interface
-        self.noising = Noising(student.pipe.scheduler)
-        weights = config.loss
-        self.layers = student.compared(weights.layers, weights.every) if weights.attention else []
-
-    def noisy(self, batch: Batch, number: int) -> Noisy:
-        """Add noise to a batch. It depends on the seed and `number` alone, whatever ran before."""
-        generator = torch.Generator().manual_seed(self.config.run.seed * 7_368_787 + number)
-        clean = batch.latents
-        timesteps = self.noising.draw(len(clean), self.config.loss.noise_levels, generator)
-        noise = torch.randn(clean.shape, generator=generator).to(clean)
-        chosen = torch.rand(len(clean), generator=generator) < self.config.data.null_prob
-        latents = self.noising.add(clean, noise, timesteps)
-        call = self.interface.arguments(latents.to(self.student.dtype), timesteps, batch.without_prompts(chosen))
-        return Noisy(call, latents, self.noising.target(clean, noise, timesteps))
-
-    def losses(self, model: Any, noisy: Noisy) -> dict[str, Tensor]:
-        """Return the losses by name, and 'total'.
-
-        Args:
-            model: The student's model as it is called: wrapped for several processes.
-            noisy: What `noisy` returned.
-        """
-        weights, student = self.config.loss, self.student
-        with student.teaching(model) as teacher:
-            needed = bool(weights.prediction or self.layers or weights.variance)
-            taught = self._forward(teacher, student.copy or student.model, noisy) if needed else None
-        learned = self._forward(model, student.model, noisy)
-        return distillation_losses(learned, taught or learned, noisy.target, weights)
-
-    def _forward(self, model: Any, inner: Any, noisy: Noisy) -> Outputs:
-        with attention_outputs(inner, self.layers) as attention:
-            output = model(**noisy.call)[0]
-        return Outputs.of(output, noisy.latents, dict(attention))
-
-
 class NonFiniteError(ArithmeticError):
     """A loss or a gradient is NaN or infinite."""
 
 
 def explain(step: int, what: str, computing: Step, noisy: Noisy) -> NonFiniteError:
-    """Run the student once more on the batch and name the first layer whose output is not finite."""
+    """Run the student once more on the batch; return an error that names the first layer with a NaN or an infinity."""
     model, parameters = computing.student.model, computing.student.parameters
     bad = [name for name, p in parameters.items() if not torch.isfinite(own(p)).all()]
     if bad:
-        layer: str | None = f"parameters are not finite: {', '.join(bad[:4])}"
+        where: str | None = f"parameters are not finite: {', '.join(bad[:4])}"
     elif holds_shards(parameters):  # the other processes would have to run the model too
-        layer = "in which layer is not looked for in a sharded model"
+        where = "a sharded model is not searched for the layer"
     else:
-        layer = _first(model, noisy)
-    if layer is None:
+        where = _first_layer(model, noisy)
+    if where is None:
         gradients = [
             name for name, p in parameters.items() if p.grad is not None and not torch.isfinite(own(p.grad)).all()
         ]
         named = f"its first non-finite gradients are those of {', '.join(gradients[:4])}"
-        layer = f"the forward pass is finite; {named}" if gradients else "the forward pass is finite here"
+        where = f"the forward pass is finite; {named}" if gradients else "the forward pass is finite here"
     return NonFiniteError(
-        f"step {step}: {what} is not finite; {layer}. Lower optimizer.learning_rate, keep optimizer.clip at 1, or "
+        f"step {step}: {what} is not finite; {where}. Lower optimizer.learning_rate, keep optimizer.clip at 1, or "
         "compute in bf16 rather than fp16"
     )
 
 
-def _first(model: nn.Module, noisy: Noisy) -> str | None:
+def _first_layer(model: nn.Module, noisy: Noisy) -> str | None:
     found: list[str] = []
 
     def look(name: str) -> Any:
@@ -246,4 +250,4 @@ def _first(model: nn.Module, noisy: Noisy) -> str | None:
     finally:
         for handle in hooks:
             handle.remove()
-    return f"the first layer whose output is not: {found[0]}" if found else None
+    return f"the first layer whose output is not finite: {found[0]}" if found else None

@@ -1,7 +1,8 @@
-"""Checkpoints that appear complete or not at all, are rotated, and from which training goes on exactly.
+"""What a run writes into `run.out`: checkpoints, `metrics.jsonl`, sheets of pictures, the adapter and its export.
 
-A checkpoint is a folder `checkpoint-00000100`: the trained parameters, the optimiser's state, the schedule, the mean of
-the parameters and the random numbers of each process. The order of the data and the noise follow from the step.
+A checkpoint is a folder `checkpoint-00000100` that appears complete or not at all. It holds the trained parameters, the
+state of the optimiser and of the schedule, and the mean of the parameters. The order of the data, the noise and all
+other random numbers follow from the step, so training goes on from a checkpoint exactly.
 """
 
 import json
@@ -27,16 +28,17 @@ from vision_attn.distill.student import Student, merge_lora
 STATE, TRAINED = "state.json", "trained.safetensors"
 _PREFIX = "checkpoint-"
 _FREE = ("steps", "minutes", "save_every", "keep", "sheet_every", "sheet_steps", "trackers", "save_dtype", "export")
-log = logging.getLogger(__name__)
+_PICTURES = 6  # of a sheet's row
+_log = logging.getLogger(__name__)
 
 
 class Checkpoints:
     """Saves and restores a run.
 
     Args:
-        config: `run.out`, `run.keep`, and what must stay the same in a run.
-        accelerator: Its models, optimisers and registered objects are saved.
-        parameters: What is trained, by name: all that is saved of the model, unless it is sharded.
+        config: `run.out`, `run.keep`, and the settings that a run cannot change.
+        accelerator: The models, optimisers and objects that are registered with it are saved.
+        parameters: The trained parameters by name. Of a model that is not sharded, only they are saved.
     """
 
     def __init__(self, config: Config, accelerator: Any, parameters: dict[str, nn.Parameter]) -> None:
@@ -52,10 +54,10 @@ class Checkpoints:
         return sorted(path.parent for path in self.folder.glob(f"{_PREFIX}*/{STATE}") if path.parent.suffix != ".part")
 
     def save(self, step: int) -> Path:
-        """Save a checkpoint, then delete those that are too old.
+        """Save a checkpoint, then delete old ones until `run.keep` are left.
 
         Raises:
-            OSError: If it cannot be written. What was there before still is.
+            OSError: If it cannot be written. Earlier checkpoints stay.
             RuntimeError: If the processes hold different parameters.
         """
         final = self.folder / f"{_PREFIX}{step:08d}"
@@ -90,7 +92,7 @@ class Checkpoints:
         return final
 
     def _checksums(self) -> list[float]:
-        """Return a sum over the trained parameters for each process; they are equal, unless the model is sharded."""
+        """Return a sum over the trained parameters for each process; the sums are equal unless the model is sharded."""
         sums = self.accelerator.gather(checksum(self.parameters)).tolist()
         if len(set(sums)) > 1 and not is_sharded(self.accelerator):
             raise RuntimeError(f"the processes hold different parameters, whose sums are {sums}: this is a bug")
@@ -100,7 +102,7 @@ class Checkpoints:
         """Restore the last complete checkpoint and return its step, None if there is none.
 
         Raises:
-            ValueError: If it is of a run with other settings.
+            ValueError: If it belongs to a run with other settings.
         """
         if not self.found():
             return None
@@ -114,13 +116,13 @@ class Checkpoints:
                 "folder, or delete it to begin anew"
             )
         if state["processes"] != self.accelerator.num_processes:
-            log.warning("%s is of %d processes: data come in another order", last, state["processes"])
+            _log.warning("%s was written by %d processes: the data now come in another order", last, state["processes"])
         self.accelerator.load_state(str(last))
         return int(state["step"])
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """Return what must stay the same in a run, as JSON has it."""
+    """Return the settings that a run cannot change, as JSON holds them."""
     settings = asdict(config)
     del settings["eval"]
     settings["run"] = {name: value for name, value in settings["run"].items() if name not in (*_FREE, "quiet", "out")}
@@ -158,16 +160,16 @@ def _loading(parameters: dict[str, nn.Parameter]) -> Any:
 
 
 class Metrics:
-    """Collects the losses of an update over its batches and processes.
+    """Averages the losses of an update over its batches and processes; shows, writes and tracks them.
 
     Args:
         config: `run` is used.
-        accelerator: Of the run.
-        start: Step that the run goes on from; later lines of an earlier run are dropped.
+        accelerator: The run's.
+        start: The step that the run goes on from; lines of later steps are dropped.
 
     Attributes:
-        norm: Of the last gradient, before clipping.
-        out_of_time: Whether `run.minutes` have passed, for all processes alike.
+        norm: Norm of the last gradient, before clipping.
+        out_of_time: Whether `run.minutes` have passed, equal in all processes.
     """
 
     def __init__(self, config: Config, accelerator: Any, start: int) -> None:
@@ -216,7 +218,7 @@ class Metrics:
 
 
 def _truncate(path: Path, start: int) -> None:
-    """Drop the lines after a step: they are computed again."""
+    """Drop the lines of later steps, which will be computed again."""
     if not path.exists():
         return
     kept = []
@@ -224,24 +226,56 @@ def _truncate(path: Path, start: int) -> None:
         try:
             if json.loads(line)["step"] <= start:
                 kept.append(line)
-        except ValueError:  # the line that was being written when the run was stopped
+        except ValueError:  # the run was stopped while it wrote this line
             break
     part = path.with_suffix(".part")
     part.write_text("".join(f"{line}\n" for line in kept))
     part.replace(path)
 
 
-_PICTURES = 6
-
-
-def save_adapter(config: Config, accelerator: Any, student: Student, shards: Shards) -> Path:
-    """Write the adapter, in `run.save_dtype`, and the export.
+def write_sheet(config: Config, student: Student, data: CachedData, step: int, *, main: bool = True) -> Path:
+    """Draw the first samples of the cache: a row by the teacher, and below it a row by the student from the same noise.
 
     Args:
         config: `run` is used.
-        accelerator: Of the run.
-        student: What was trained.
-        shards: Of its model.
+        student: All processes run its model if it is sharded.
+        data: The cache.
+        step: The file is named after it.
+        main: Whether this process writes the file.
+    """
+    size, samples = max(data.buckets.items(), key=lambda bucket: len(bucket[1]))
+    batch = data[samples[:_PICTURES]].to(next(student.model.parameters()).device, student.dtype)
+    generator = torch.Generator().manual_seed(config.run.seed)
+    noise = torch.randn(batch.latents.shape, generator=generator).to(batch.latents)
+    rows = []
+    with student.teaching(student.model) as teacher:
+        rows.append(sample(teacher, student.pipe, data.interface, batch, noise, steps=config.run.sheet_steps))
+    rows.append(sample(student.model, student.pipe, data.interface, batch, noise, steps=config.run.sheet_steps))
+    path = config.run.out / "sheets" / f"step-{step:08d}.png"
+    if main:
+        save_sheet(path, [to_images(student.pipe, latents, size) for latents in rows])
+    return path
+
+
+def save_sheet(path: Path, rows: list[Tensor]) -> None:
+    """Write rows of pictures `[B, 3, height, width]` in [0, 1] as one PNG."""
+    from PIL import Image  # noqa: PLC0415, optional
+
+    sheet = torch.cat([torch.cat(list(row), 2) for row in rows], 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    Image.fromarray((sheet * 255).round().byte().permute(1, 2, 0).numpy()).save(part, "PNG")
+    part.replace(path)
+
+
+def save_adapter(config: Config, accelerator: Any, student: Student, shards: Shards) -> Path:
+    """Write the adapter in `run.save_dtype`, and the export if one is wanted; return the adapter's folder.
+
+    Args:
+        config: `run` is used.
+        accelerator: The run's.
+        student: The trained student.
+        shards: Those of its model.
     """
     with shards.gathered(accelerator.is_main_process):
         if accelerator.is_main_process:
@@ -271,38 +305,3 @@ def _save(config: Config, student: Student) -> None:
     finally:
         for name, parameter in student.parameters.items():
             parameter.data = before[name]
-
-
-def write_sheet(config: Config, student: Student, data: CachedData, step: int, *, main: bool = True) -> Path:
-    """Draw the first samples of the cache with the teacher and the student, from the same noise.
-
-    Args:
-        config: `run` is used.
-        student: Its model is run by all processes if it is sharded.
-        data: The cache.
-        step: Names the file.
-        main: Whether to write it.
-    """
-    size, samples = max(data.buckets.items(), key=lambda bucket: len(bucket[1]))
-    batch = data[samples[:_PICTURES]].to(next(student.model.parameters()).device, student.dtype)
-    generator = torch.Generator().manual_seed(config.run.seed)
-    noise = torch.randn(batch.latents.shape, generator=generator).to(batch.latents)
-    rows = []
-    with student.teaching(student.model) as teacher:
-        rows.append(sample(teacher, student.pipe, data.interface, batch, noise, steps=config.run.sheet_steps))
-    rows.append(sample(student.model, student.pipe, data.interface, batch, noise, steps=config.run.sheet_steps))
-    path = config.run.out / "sheets" / f"step-{step:08d}.png"
-    if main:
-        save_sheet(path, [to_images(student.pipe, latents, size) for latents in rows])
-    return path
-
-
-def save_sheet(path: Path, rows: list[Tensor]) -> None:
-    """Write rows of pictures `[B, 3, height, width]` in [0, 1] as one PNG."""
-    from PIL import Image  # noqa: PLC0415, optional
-
-    sheet = torch.cat([torch.cat(list(row), 2) for row in rows], 1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    Image.fromarray((sheet * 255).round().byte().permute(1, 2, 0).numpy()).save(part, "PNG")
-    part.replace(path)

@@ -1,4 +1,4 @@
-"""The student and its teacher: one model where the host's weights stay as they are, else the model and a copy."""
+"""The student, what of it is trained, and its teacher: the same model, or a frozen copy if the host's weights learn."""
 
 import copy
 import fnmatch
@@ -12,23 +12,31 @@ from torch import Tensor, nn
 
 from vision_attn.adapters.published import check_clear, check_linfusion
 from vision_attn.conversion.conversion import Conversion, convert, load
-from vision_attn.conversion.state import is_rerouted
+from vision_attn.conversion.state import model_state
 from vision_attn.distill.config import Config, StudentConfig
 from vision_attn.distill.denoiser import denoiser_of
 from vision_attn.processors.base import CHILD
 
+_ROLES = {
+    "q": ("to_q", "q_proj"),
+    "k": ("to_k", "k_proj"),
+    "v": ("to_v", "v_proj"),
+    "out": ("to_out.0", "to_out"),
+}
+_FUSED = ("to_qkv", "qkv", "to_qkv_mlp_proj")
+
 
 @dataclass
 class Student:
-    """A converted denoiser that is to be trained.
+    """A converted denoiser in training.
 
     Attributes:
         pipe: Its pipeline.
         model: The denoiser.
-        conversion: Of the model.
-        parameters: What is trained, by name.
+        conversion: The conversion of the model.
+        parameters: The trained parameters by name.
         copy: The teacher, if the model cannot be both.
-        dtype: Of the frozen weights.
+        dtype: Dtype of the frozen weights.
     """
 
     pipe: Any
@@ -39,17 +47,22 @@ class Student:
     dtype: torch.dtype
 
     def to(self, device: torch.device) -> None:
-        """Move the models that training needs; the rest of the pipeline stays."""
+        """Move the student and its teacher; the rest of the pipeline stays where it is."""
         for model in (self.model, self.copy):
             if model is not None:
                 model.to(device)
+
+    def seed(self, number: int) -> None:
+        """Seed all random numbers that a forward draws: PyTorch's, for dropout, and those of the processors."""
+        torch.manual_seed(number)
+        model_state(self.model).shared.generator = None  # begins again as a copy of PyTorch's
 
     @contextmanager
     def teaching(self, model: Any) -> Iterator[Any]:
         """Return the teacher inside the `with` block, without gradients.
 
         Args:
-            model: The student's model as it is called: wrapped for several processes.
+            model: The student's model as it is called: with several processes, in the wrapper of `prepare`.
         """
         with torch.no_grad(), ExitStack() as restored:
             if self.copy is None:
@@ -72,7 +85,7 @@ class Student:
 
 
 def make_student(config: Config, pipe: Any) -> Student:
-    """Convert the denoiser of a pipeline and choose what is trained. The random numbers of PyTorch must be seeded.
+    """Convert the denoiser of a pipeline and choose what is trained. Seed PyTorch's random numbers before.
 
     Raises:
         ValueError: If the processor does not fit, nothing would be trained, or `run.export` cannot hold the result.
@@ -80,14 +93,14 @@ def make_student(config: Config, pipe: Any) -> Student:
     """
     name, model = denoiser_of(pipe)
     dtype = next(model.parameters()).dtype
-    own = config.student.trainable == "attention"
-    teacher = copy.deepcopy(model).requires_grad_(False).eval() if own else None
     student = config.student
+    needs_copy = student.trainable == "attention"
+    teacher = copy.deepcopy(model).requires_grad_(False).eval() if needs_copy else None
     if student.adapter is not None:
         conversion = load(pipe, student.adapter, spec=student.spec())
     else:
-        least = student.min_tokens
-        conversion = convert(pipe, student.spec(), where=student.where, min_tokens=least, components=(name,))
+        options: dict[str, Any] = {"where": student.where, "min_tokens": student.min_tokens}
+        conversion = convert(pipe, student.spec(), components=(name,), **options)
     _check_export(config, conversion)  # before LoRA, which renames the projections until it is merged
     if student.init == "random":
         randomise(conversion)
@@ -109,10 +122,82 @@ def _check_export(config: Config, conversion: Conversion) -> None:
         raise ValueError(f"run.export: {error}") from None
 
 
+def choose_trainables(conversion: Conversion, student: StudentConfig) -> dict[str, nn.Parameter]:
+    """Freeze the model except for the parameters that are trained; return these by name, in float32.
+
+    Raises:
+        ValueError: If there are none, or projections cannot be told apart.
+    """
+    model = _model_of(conversion)
+    model.requires_grad_(False)
+    if student.trainable == "lora":
+        _add_lora(conversion, student)
+    for parameter in conversion.parameters():
+        parameter.requires_grad_(True)
+    if student.trainable == "attention":
+        for _, projection in _projections(conversion, student.projections):
+            projection.requires_grad_(True)
+    chosen = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not chosen:
+        raise ValueError(
+            f"{student.processor} has no parameters of its own: student.trainable must be 'attention' or 'lora'"
+        )
+    for parameter in chosen.values():
+        parameter.data = parameter.data.float()
+    return chosen
+
+
+def randomise(conversion: Conversion) -> None:
+    """Initialise the projections and the processors of the converted layers anew, each as its own class does."""
+    for _, projection in _projections(conversion, list(_ROLES)):
+        projection.reset_parameters()  # type: ignore[operator]
+    for name in conversion.specs:
+        for inner in _model_of(conversion).get_submodule(f"{name}.{CHILD}").modules():
+            if hasattr(inner, "reset_parameters"):
+                inner.reset_parameters()
+
+
+def _model_of(conversion: Conversion) -> nn.Module:
+    return next(iter(conversion.models.values()))
+
+
+def _projections(conversion: Conversion, roles: list[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the projections of the converted layers by full name.
+
+    Raises:
+        ValueError: If a layer's projections are fused.
+    """
+    for name in conversion.specs:
+        own: dict[str, Any] = dict(_model_of(conversion).get_submodule(name).named_modules())
+        if any(fused in own for fused in _FUSED) and "to_q" not in own:
+            raise ValueError(f"{name} projects q, k and v at once: unfuse_qkv_projections() before training")
+        for role in roles:
+            found = next((key for key in _ROLES[role] if isinstance(own.get(key), nn.Linear)), None)
+            if found is not None:
+                yield f"{name}.{found}", own[found]
+
+
+def _add_lora(conversion: Conversion, student: StudentConfig) -> None:
+    """Add LoRA layers to the projections of the converted layers."""
+    from peft import LoraConfig, inject_adapter_in_model  # noqa: PLC0415, optional
+
+    names = [name for name, _ in _projections(conversion, student.projections)]
+    lora = LoraConfig(r=student.rank, lora_alpha=2 * student.rank, target_modules=names)
+    inject_adapter_in_model(lora, _model_of(conversion))
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Add LoRA layers into the weights and take them out."""
+    for name, layer in _lora_layers(model):
+        layer.merge()
+        outer, _, own = name.rpartition(".")
+        setattr(model.get_submodule(outer), own, layer.get_base_layer())
+
+
 @contextmanager
 def _without_lora(model: nn.Module) -> Iterator[None]:
-    """Run without LoRA layers. Peft's own switch also freezes them, which DistributedDataParallel would miss."""
-    layers: list[Any] = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+    """Switch LoRA layers off inside the `with` block. Peft's own switch also freezes them, which DDP would miss."""
+    layers = [layer for _, layer in _lora_layers(model)]
     for layer in layers:
         layer._disable_adapters = True
     try:
@@ -122,11 +207,15 @@ def _without_lora(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
+def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, module) for name, module in model.named_modules() if hasattr(module, "_disable_adapters")]
+
+
 @contextmanager
 def attention_outputs(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
-    """Keep the outputs of attention layers, of the image tokens where the host has others apart.
+    """Keep the outputs of attention layers by name; of a layer with two outputs, that of the image tokens.
 
-    Layers that run again in a backward pass after the block are not kept.
+    A layer that a backward pass runs again after the `with` block is not kept a second time.
     """
     kept: dict[str, Tensor] = {}
 
@@ -142,84 +231,3 @@ def attention_outputs(model: nn.Module, names: list[str]) -> Iterator[dict[str, 
     finally:
         for handle in hooks:
             handle.remove()
-
-
-_NAMES = {
-    "q": ("to_q", "q_proj"),
-    "k": ("to_k", "k_proj"),
-    "v": ("to_v", "v_proj"),
-    "out": ("to_out.0", "to_out"),
-}
-_FUSED = ("to_qkv", "qkv", "to_qkv_mlp_proj")
-
-
-def choose_trainables(conversion: Conversion, student: StudentConfig) -> dict[str, nn.Parameter]:
-    """Freeze everything but what is to be trained, which becomes float32, and return it by name.
-
-    Raises:
-        ValueError: If that is nothing, or projections cannot be told apart.
-    """
-    model = next(iter(conversion.models.values()))
-    model.requires_grad_(False)
-    if student.trainable == "lora":
-        add_lora(model, student)
-    for parameter in conversion.parameters():
-        parameter.requires_grad_(True)
-    if student.trainable == "attention":
-        for _, projection in projections(model, student.projections):
-            projection.requires_grad_(True)
-    chosen = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not chosen:
-        raise ValueError(
-            f"{student.processor} has no parameters of its own: student.trainable must be 'attention' or 'lora'"
-        )
-    for parameter in chosen.values():
-        parameter.data = parameter.data.float()
-    return chosen
-
-
-def projections(model: nn.Module, roles: list[str]) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the projections of the converted layers by full name.
-
-    Raises:
-        ValueError: If a layer's projections are fused.
-    """
-    for name, layer in model.named_modules():
-        if not is_rerouted(layer):
-            continue
-        own: dict[str, Any] = dict(layer.named_modules())
-        if any(fused in own for fused in _FUSED) and "to_q" not in own:
-            raise ValueError(f"{name} projects q, k and v at once: unfuse_qkv_projections() before training")
-        for role in roles:
-            found = next((key for key in _NAMES[role] if isinstance(own.get(key), nn.Linear)), None)
-            if found is not None:
-                yield f"{name}.{found}", own[found]
-
-
-def add_lora(model: Any, student: StudentConfig) -> None:
-    """Add LoRA layers on the projections of the converted layers."""
-    from peft import LoraConfig, inject_adapter_in_model  # noqa: PLC0415, optional
-
-    names = [name for name, _ in projections(model, student.projections)]
-    inject_adapter_in_model(LoraConfig(r=student.rank, lora_alpha=2 * student.rank, target_modules=names), model)
-
-
-def merge_lora(model: nn.Module) -> None:
-    """Add LoRA layers into the weights and take them out."""
-    layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if hasattr(m, "_disable_adapters")]
-    for name, layer in layers:
-        layer.merge()
-        outer, _, own = name.rpartition(".")
-        setattr(model.get_submodule(outer), own, layer.get_base_layer())
-
-
-def randomise(conversion: Conversion) -> None:
-    """Draw the projections and the processors of the converted layers anew, as the layers' own classes do it."""
-    model = next(iter(conversion.models.values()))
-    for _, projection in projections(model, ["q", "k", "v", "out"]):
-        projection.reset_parameters()  # type: ignore[operator]
-    for layer in model.modules():
-        if is_rerouted(layer):
-            for inner in getattr(layer, CHILD).modules():
-                if hasattr(inner, "reset_parameters"):
-                    inner.reset_parameters()
