@@ -1,8 +1,8 @@
-"""Models whose parameters are spread over the processes (FSDP): each process holds a shard of every parameter.
+"""The trained parameters: what updates them, what averages them, and how FSDP spreads them over the processes.
 
-PyTorch's `fully_shard` puts a new parameter, the shard, in the place of the old one. So what is clipped, averaged and
-checkpointed is looked up again after `accelerator.prepare`, and what is saved is gathered. All of these functions are
-called by all processes alike; they do nothing to models that are whole.
+PyTorch's `fully_shard` replaces each parameter by a new one, its shard. So clipping, averages and checkpoints look the
+parameters up again after `accelerator.prepare`, and saving gathers them. Every process calls these functions; models
+that are not sharded stay as they are.
 """
 
 import importlib
@@ -18,97 +18,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from vision_attn.distill.config import OptimizerConfig
 from vision_attn.distill.student import Student
 
-
-def is_sharded(accelerator: Any) -> bool:
-    """Whether the parameters (FSDP) or the optimiser's state (DeepSpeed) are spread over the processes."""
-    return str(accelerator.distributed_type).rpartition(".")[2] in ("FSDP", "DEEPSPEED")
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor whose shards are gathered from all processes; a tensor that is whole is returned."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def own(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Spread a whole tensor as `like` is."""
-    if not isinstance(like, DTensor):
-        return tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
-
-
-class Shards:
-    """What became of a student's parameters when its model was prepared.
-
-    Args:
-        student: Before `accelerator.prepare`.
-
-    Attributes:
-        before: The parameters of the model by name, as they were.
-    """
-
-    def __init__(self, student: Student) -> None:
-        self.student = student
-        self.before = dict(student.model.named_parameters())
-
-    def look_up(self) -> None:
-        """Have the student know its parameters as they are now, and free those that were replaced."""
-        now = dict(self.student.model.named_parameters())
-        self.student.parameters = {name: now[name] for name in self.student.parameters}
-        for name, parameter in self.before.items():
-            if now[name] is not parameter:
-                parameter.data = parameter.data.new_empty(0)
-
-    def reshard(self) -> None:
-        """Free the whole parameters that the last forward left: the next one is to see what was written since."""
-        for module in self.student.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-
-    @contextmanager
-    def gathered(self, main: bool) -> Iterator[None]:
-        """Have the model whole in the memory of the main process' CPU inside the `with` block.
-
-        Args:
-            main: Whether this is the main process; the others only send their shards.
-        """
-        self.reshard()
-        known, replaced = self.student.parameters, []
-        for name, old in self.before.items():
-            outer, _, leaf = name.rpartition(".")
-            module = self.student.model.get_submodule(outer)
-            shard = module.get_parameter(leaf)
-            if shard is old:
-                continue
-            full = whole(shard.detach())
-            if main:
-                old.data = full.cpu()
-                module._parameters[leaf] = old
-                replaced.append((module, leaf, shard, old))
-        self.student.parameters = {name: self.before[name] for name in known} if replaced else known
-        try:
-            yield
-        finally:
-            self.student.parameters = known
-            for module, leaf, shard, old in replaced:
-                module._parameters[leaf] = shard
-                old.data = old.data.new_empty(0)
-
-
-def holds_shards(parameters: dict[str, nn.Parameter]) -> bool:
-    """Whether some of the parameters are shards."""
-    return any(isinstance(parameter, DTensor) for parameter in parameters.values())
-
-
-def checksum(parameters: dict[str, nn.Parameter]) -> Tensor:
-    """Return a sum `[1]` over what this process holds of the parameters."""
-    return torch.stack([own(p.detach()).double().abs().sum() for p in parameters.values()]).sum().reshape(1)
-
-
 _LIBRARIES = {
     "adamw8bit": ("bitsandbytes", "optim.AdamW8bit"),
     "schedulefree": ("schedulefree", "AdamWScheduleFree"),
@@ -117,10 +26,10 @@ _LIBRARIES = {
 
 
 def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> Any:
-    """Return the optimiser.
+    """Return the optimiser: PyTorch's, or that of a library.
 
     Raises:
-        ValueError: If its library is not installed.
+        ValueError: If the library is not installed.
     """
     values: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
     if config.name == "adamw":
@@ -154,15 +63,15 @@ def make_schedule(config: OptimizerConfig, optimizer: Any, steps: int) -> Any:
 
 
 class Averaging:
-    """Keeps the mean of parameters over the updates, if one is wanted.
+    """Gives the parameters that are drawn with and saved: their exponential mean, or a schedule-free optimiser's mean.
 
     Args:
         config: `ema` is used.
-        parameters: Trained, on their device.
-        optimizer: Of these parameters.
+        parameters: The trained ones, on their device.
+        optimizer: Updates these parameters.
 
     Attributes:
-        ema: The mean, None if none is kept.
+        ema: The exponential mean, None without one.
     """
 
     def __init__(self, config: OptimizerConfig, parameters: list[nn.Parameter], optimizer: Any) -> None:
@@ -170,41 +79,137 @@ class Averaging:
 
         self.parameters, self.optimizer = parameters, optimizer
         self.ema = EMAModel(parameters, decay=config.ema, use_ema_warmup=True, power=0.75) if config.ema else None
-        if self.ema is not None:
-            self.ema.to(parameters[0].device)
 
     def begin(self) -> None:
-        """An update begins: a schedule-free optimiser wants the parameters that learn."""
+        """Begin an update: a schedule-free optimiser needs the parameters that learn."""
         if hasattr(self.optimizer, "train"):
             self.optimizer.train()
 
     def update(self) -> None:
-        """An update is done."""
+        """End an update: it enters the mean."""
         if self.ema is not None:
             self.ema.step(self.parameters)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the mean for a checkpoint, whole if the model is sharded."""
+        """Return the mean for a checkpoint; a sharded one is gathered."""
         assert self.ema is not None, "registered only with a mean"
         state = self.ema.state_dict()
         return {**state, "shadow_params": [whole(p) for p in state["shadow_params"]]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the mean of a checkpoint."""
+        """Restore the mean of a checkpoint, which Accelerate reads to the CPU, beside the parameters."""
         assert self.ema is not None, "registered only with a mean"
         pairs = zip(state["shadow_params"], self.parameters, strict=True)
-        self.ema.load_state_dict({**state, "shadow_params": [shard_like(p, like) for p, like in pairs]})
+        self.ema.load_state_dict({**state, "shadow_params": [placed_like(p, like) for p, like in pairs]})
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:
-        """Have the mean in the model inside the `with` block."""
-        if hasattr(self.optimizer, "eval"):
+        """Put the mean into the model inside the `with` block.
+
+        The parameters that learn come back bit for bit: in a run of several processes only one draws.
+        """
+        switches = hasattr(self.optimizer, "eval")
+        if self.ema is None and not switches:
+            yield
+            return
+        learning = [p.detach().cpu().clone() for p in self.parameters]
+        if switches:
             self.optimizer.eval()
         if self.ema is not None:
-            self.ema.store(self.parameters)
             self.ema.copy_to(self.parameters)
         try:
             yield
         finally:
-            if self.ema is not None:
-                self.ema.restore(self.parameters)
+            if switches:
+                self.optimizer.train()
+            for parameter, value in zip(self.parameters, learning, strict=True):
+                parameter.data.copy_(value)
+
+
+def is_sharded(accelerator: Any) -> bool:
+    """Whether the parameters (FSDP) or the optimiser's state (DeepSpeed) are spread over the processes."""
+    return str(accelerator.distributed_type).rpartition(".")[2] in ("FSDP", "DEEPSPEED")
+
+
+def holds_shards(parameters: dict[str, nn.Parameter]) -> bool:
+    """Whether some of the parameters are shards."""
+    return any(isinstance(parameter, DTensor) for parameter in parameters.values())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor from all processes; return any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this process holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a whole tensor on the device of `like`, and sharded as `like` is."""
+    tensor = tensor.to(like.device)
+    return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
+
+
+def checksum(parameters: dict[str, nn.Parameter]) -> Tensor:
+    """Return the sum `[1]` of all absolute values that this process holds."""
+    return torch.stack([own(p.detach()).double().abs().sum() for p in parameters.values()]).sum().reshape(1)
+
+
+class Shards:
+    """Follows a student's parameters through `accelerator.prepare`, which may replace them.
+
+    Args:
+        student: Before `accelerator.prepare`.
+
+    Attributes:
+        before: The parameters of the model by name, as they were.
+    """
+
+    def __init__(self, student: Student) -> None:
+        self.student = student
+        self.before = dict(student.model.named_parameters())
+
+    def look_up(self) -> None:
+        """Give the student the parameters that its model has now, and free those that were replaced."""
+        now = dict(self.student.model.named_parameters())
+        self.student.parameters = {name: now[name] for name in self.student.parameters}
+        for name, parameter in self.before.items():
+            if now[name] is not parameter:
+                parameter.data = parameter.data.new_empty(0)
+
+    def reshard(self) -> None:
+        """Free the gathered parameters of the last forward, so that the next forward sees what was written since."""
+        for module in self.student.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    @contextmanager
+    def gathered(self, main: bool) -> Iterator[None]:
+        """Gather the whole model on the CPU of the main process inside the `with` block.
+
+        Args:
+            main: Whether this is the main process; the others only send their shards.
+        """
+        self.reshard()
+        known, replaced = self.student.parameters, []
+        for name, old in self.before.items():
+            outer, _, leaf = name.rpartition(".")
+            module = self.student.model.get_submodule(outer)
+            shard = module.get_parameter(leaf)
+            if shard is old:
+                continue
+            full = whole(shard.detach())
+            if main:
+                old.data = full.cpu()
+                module._parameters[leaf] = old
+                replaced.append((module, leaf, shard, old))
+        self.student.parameters = {name: self.before[name] for name in known} if replaced else known
+        try:
+            yield
+        finally:
+            self.student.parameters = known
+            for module, leaf, shard, old in replaced:
+                module._parameters[leaf] = shard
+                old.data = old.data.new_empty(0)
