@@ -1,12 +1,11 @@
-"""Distil the emoji teachers to every processor within a time, and compare each student before and after.
+"""Distil the emoji teachers to every processor in a given time, and compare each student before and after.
 
     python examples/distill/emoji_results.py runs/results --minutes 25 --icons emoji.npz      # one H200
     python examples/distill/emoji_results.py runs/toy --minutes 1 --teachers nano --students clear,hedgehog --toy
-
     python examples/distill/emoji_results.py runs/more --steps 1500 --start runs/results/adapters   # goes on
 
-Writes OUT/results.json, OUT/results.md and OUT/adapters/TEACHER-STUDENT (those of at most 2 MB). A second run goes on
-with the students that are missing. Icons: examples/emoji/rasterise.py; without them the teacher draws its own data.
+Writes OUT/results.json, OUT/results.md and OUT/adapters/TEACHER-STUDENT (adapters of at most 2 MB). A second run trains
+the students that are missing. examples/emoji/rasterise.py makes the icons; without them the teacher draws the data.
 """
 
 import argparse
@@ -42,7 +41,7 @@ from vision_attn.distill.student import make_student
 
 STUDENTS = {  # processor, fields, where the projections start
     "clear": ("Clear", {"radius": 8}, "inherited"),
-    "clear_all": ("Clear", {"radius": 8}, "inherited"),  # all four projections, whatever its size
+    "clear_all": ("Clear", {"radius": 8}, "inherited"),  # trains all four projections
     "clear_pooled": ("Clear", {"radius": 4, "pool": 4}, "inherited"),
     "neighborhood": ("Neighborhood", {"kernel_size": 13}, "inherited"),
     "hilo": ("HiLo", {"window_size": 2, "alpha": 0.5}, "inherited"),
@@ -50,7 +49,7 @@ STUDENTS = {  # processor, fields, where the projections start
     "linear_local": ("LinearLocal", {"window_size": 8}, "inherited"),
     "hedgehog": ("LinFusion", {"mid_dim": -1, "feature_map": "hedgehog"}, "inherited"),
     "linfusion": ("LinFusion", {"mid_dim": 16}, "inherited"),
-    "linfusion_random": ("LinFusion", {"mid_dim": 16}, "random"),  # the authors' start, as many steps as 'linfusion'
+    "linfusion_random": ("LinFusion", {"mid_dim": 16}, "random"),  # the authors' start, for the steps of 'linfusion'
     "rala": ("RALA", {}, "inherited"),
 }
 KNOWN = "red apple,octopus,rocket,house,alarm clock,pizza,cat face,sunflower,penguin,snail,key,robot"
@@ -59,7 +58,7 @@ MEGABYTES = 2
 
 def settings(args, teacher: str, student: str, steps: int, minutes: float | None, start: Path | None = None) -> Config:
     processor, fields, init = STUDENTS[student]
-    all_four = teacher == "unet" or init == "random" or student == "clear_all"  # in a FLUX of this size 2.5 MB
+    all_four = teacher == "unet" or init == "random" or student == "clear_all"  # 2.5 MB in a FLUX of this size
     data = args.out / "data" / teacher
     return Config(
         model=ModelConfig(f"emoji:{teacher}"),
@@ -78,7 +77,7 @@ def settings(args, teacher: str, student: str, steps: int, minutes: float | None
             sizes=[(args.pixels, args.pixels)],
             native=(args.native, args.native) if args.native and teacher != "unet" else None,
             batch_size=args.batch,
-            steps=1 if args.toy else 0,
+            num_inference_steps=1 if args.toy else 0,
         ),
         loss=LossConfig(task=args.task, attention=args.attention),
         optimizer=OptimizerConfig(learning_rate=args.rate, warmup=20, ema=0.99, schedule=args.schedule),
@@ -90,12 +89,17 @@ def settings(args, teacher: str, student: str, steps: int, minutes: float | None
             save_dtype="float16",
             precision=args.precision or ("bf16" if torch.cuda.is_available() else "no"),
         ),
-        eval=EvalConfig(count=args.count, truth=args.icons, steps=2 if args.toy else 0, prompts=args.out / "known.txt"),
+        eval=EvalConfig(
+            count=args.count,
+            truth=args.icons,
+            num_inference_steps=2 if args.toy else 0,
+            prompts=args.out / "known.txt",
+        ),
     )
 
 
 def make_data(args, config: Config, pipe) -> None:
-    """Write the icons as images with captions, or let the teacher draw; then cache."""
+    """Write the icons as images with captions, or let the teacher draw; then write the cache."""
     folder = config.data.images
     if args.icons and not folder.exists():
         part = folder.with_suffix(".part")
@@ -111,8 +115,8 @@ def make_data(args, config: Config, pipe) -> None:
     write_cache(config, pipe=pipe)
 
 
-def one(args, teacher: str, student: str, minutes: float, done: dict) -> dict:
-    """Measure, train and measure again."""
+def result_of(args, teacher: str, student: str, minutes: float, done: dict) -> dict:
+    """Measure a student, train it and measure it again."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     equal = done.get(f"{teacher}-linfusion", {}).get("steps") if student == "linfusion_random" else None
     steps = equal or (args.steps or 1_000_000)
@@ -175,9 +179,9 @@ def table(results: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=25, help="of training, all students together")
-    parser.add_argument("--steps", type=int, help="for each student, instead of a time")
-    parser.add_argument("--icons", type=Path, help="npz of examples/emoji/rasterise.py: data, and the truth")
+    parser.add_argument("--minutes", type=float, default=25, help="of training, for all students together")
+    parser.add_argument("--steps", type=int, help="updates of each student, instead of a time")
+    parser.add_argument("--icons", type=Path, help="the npz of examples/emoji/rasterise.py: the data and the truth")
     parser.add_argument("--prompts", type=Path, default=Path(__file__).parent / "emoji_prompts.txt")
     parser.add_argument("--teachers", default="base,unet")
     parser.add_argument("--students", default=",".join(STUDENTS))
@@ -186,12 +190,12 @@ def main() -> None:
     parser.add_argument("--schedule", default="constant", choices=("constant", "cosine", "linear"))
     parser.add_argument("--task", type=float, default=1.0, help="weight of the error to the data")
     parser.add_argument("--attention", type=float, default=0.5, help="weight of the error of attention outputs")
-    parser.add_argument("--precision", choices=("bf16", "no"), help="bf16 on a GPU; on a CPU it pays with AMX")
-    parser.add_argument("--start", type=Path, help="folder of adapters TEACHER-STUDENT to go on from")
+    parser.add_argument("--precision", choices=("bf16", "no"), help="bf16 on a GPU by default; a CPU needs AMX for it")
+    parser.add_argument("--start", type=Path, help="folder of the adapters TEACHER-STUDENT to start from")
     parser.add_argument("--count", type=int, default=12, help="prompts to draw")
     parser.add_argument("--pixels", type=int, default=128)
-    parser.add_argument("--native", type=int, help="pixels that positions of the FLUX type are scaled into")
-    parser.add_argument("--toy", action="store_true", help="few denoising steps at a small size: shows that it runs")
+    parser.add_argument("--native", type=int, help="side in pixels that the positions of a FLUX are scaled into")
+    parser.add_argument("--toy", action="store_true", help="few denoising steps at a small size, to see that it runs")
     args = parser.parse_args()
     if args.toy:
         args.pixels, args.batch, args.count = 64, 2, 2
@@ -206,7 +210,7 @@ def main() -> None:
     for teacher, student in pairs:
         if f"{teacher}-{student}" in results:
             continue
-        results[f"{teacher}-{student}"] = one(args, teacher, student, minutes, results)
+        results[f"{teacher}-{student}"] = result_of(args, teacher, student, minutes, results)
         path.with_suffix(".part").write_text(json.dumps(results, indent=2) + "\n")
         path.with_suffix(".part").replace(path)
         (args.out / "results.md").write_text(table(results))

@@ -3,8 +3,8 @@
     python examples/distill/highres_results.py runs/highres --icons emoji.npz --sizes 512,1024
     python examples/distill/highres_results.py runs/highres --icons emoji.npz --attention clear     # on a CPU
 
-Writes OUT/results.json, OUT/results.md and the pictures. A second run goes on with the rows that are missing. Attention
-is 'dense', or the name of an adapter of the teacher: 'clear' is the folder TEACHER-clear of --adapters.
+Writes OUT/results.json, OUT/results.md and the pictures. A second run adds the rows that are missing. Attention is
+'dense' or the name of a teacher's adapter: 'clear' stands for the folder TEACHER-clear of --adapters.
 """
 
 import argparse
@@ -32,17 +32,19 @@ def draw(pipe, way: str, prompt: str, side: int, args):
     """Return one picture as a tensor `[3, side, side]` in [0, 1]."""
     noise = torch.Generator().manual_seed(args.seed)
     if way == "direct":
-        call = dict(num_inference_steps=args.steps, generator=noise, output_type="pt")
+        call = dict(num_inference_steps=args.num_inference_steps, generator=noise, output_type="pt")
         return pipe(prompt, height=side, width=side, **call).images[0].float().cpu()
     options = Options(
-        num_inference_steps=args.steps, level_inference_steps=args.level_steps, strength=(0.35, 0.25, 0.2)
+        num_inference_steps=args.num_inference_steps,
+        level_inference_steps=args.level_inference_steps,
+        strength=(0.35, 0.25, 0.2),
     )
     image = generate_highres(pipe, prompt, side, side, options=options, generator=noise).images[0]
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
 
 
 def row(teacher: str, attention: str, way: str, side: int, args) -> dict:
-    """Draw all prompts one way and measure."""
+    """Draw all prompts in one way and measure the pictures."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = load_teacher(teacher).to(device)
     pipe.set_progress_bar_config(disable=True)
@@ -73,7 +75,7 @@ def row(teacher: str, attention: str, way: str, side: int, args) -> dict:
         "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
         "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         "prompts": prompts,
-        "steps": [args.steps, args.level_steps],
+        "steps": [args.num_inference_steps, args.level_inference_steps],
     }
 
 
@@ -89,15 +91,15 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--icons", type=Path, required=True, help="npz of examples/emoji/rasterise.py")
+    parser.add_argument("--icons", type=Path, required=True, help="the npz of examples/emoji/rasterise.py")
     parser.add_argument("--teachers", default="base,unet")
     parser.add_argument("--attention", default="dense,clear,hedgehog")
     parser.add_argument("--ways", default="direct,levels")
     parser.add_argument("--sizes", default="512")
     parser.add_argument("--prompts", default=PROMPTS)
-    parser.add_argument("--adapters", type=Path, help="folder of TEACHER-NAME; the package's by default")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--level-steps", type=int, default=3)
+    parser.add_argument("--adapters", type=Path, help="folder of the adapters TEACHER-NAME; the package's by default")
+    parser.add_argument("--num-inference-steps", type=int, default=10, help="of the first level, or of all")
+    parser.add_argument("--level-inference-steps", type=int, default=3, help="of each level above the first")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Rasterise the Fluent Emoji icons once: the npm tarball in, one npz of 256 px WEBP images and their names out.
+"""Rasterise the Fluent Emoji icons once: read the npm tarball, write one npz of 256 px WEBP images and their names.
 
 Get the tarball with `npm pack @iconify-json/fluent-emoji-flat@1.2.6` (MIT, Microsoft Corporation), then
 
@@ -29,13 +29,13 @@ def read_icons(path: Path) -> dict:
 
 
 def without_skin_tones(names: list[str]) -> list[str]:
-    """Return the names that are no skin tone of another name: 'artist', not 'artist-dark'."""
+    """Leave out the skin tones of a name: keep 'artist', not 'artist-dark'."""
     known = set(names)
     return [name for name in names if not ((tone := SKIN_TONES.search(name)) and name[: tone.start()] in known)]
 
 
 def as_svg(body: str, width: float, height: float) -> str:
-    """Put the body of an icon in the middle of a square drawing."""
+    """Return a square drawing with the body of an icon in its middle."""
     side = max(width, height)
     box = f"{(width - side) / 2} {(height - side) / 2} {side} {side}"
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">{body}</svg>'

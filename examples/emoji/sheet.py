@@ -1,9 +1,10 @@
-"""Draw 48 known prompts with the teacher, and measure how near the pictures come to the icons they were learned from.
+"""Draw 48 known prompts with a teacher, and measure how near the pictures come to the icons that it was trained on.
 
     python examples/emoji/sheet.py emoji.npz base sheet.png --json sheet.json
 
-PSNR: of each 128 px picture to its icon, the mean over the prompts; low where an icon is drawn well but a little larger
-or to one side, as in training. Retrieval: is the nearest of all icons, by pixel distance at 64 px, the right one?
+PSNR is the mean over the prompts, of each 128 px picture to its icon. It is low for an icon that is drawn well but a
+little larger or to one side, as in training. Retrieval asks whether the nearest of all icons, by the distance of the
+pixels at 64 px, is the right one.
 """
 
 import argparse
@@ -30,13 +31,13 @@ deciduous-tree rainbow snowman crescent-moon bicycle sailboat balloon trophy lig
 PROMPTS = KNOWN.split()
 
 
-def generate(pipe: diffusers.DiffusionPipeline, steps: int, guidance: float, batch: int) -> torch.Tensor:
-    """Return one picture per prompt `[48, 3, 128, 128]` in [0, 1], each from a seed of its own."""
+def generate(pipe: diffusers.DiffusionPipeline, num_inference_steps: int, guidance: float, batch: int) -> torch.Tensor:
+    """Draw each prompt from its own seed; return the pictures `[48, 3, 128, 128]` in [0, 1]."""
     pictures, name = [], "guidance_scale" if hasattr(pipe, "unet") else "true_cfg_scale"
     for first in range(0, len(PROMPTS), batch):
         prompts = PROMPTS[first : first + batch]
         seeds = [torch.Generator().manual_seed(first + i) for i in range(len(prompts))]
-        call = {"num_inference_steps": steps, name: guidance, "generator": seeds, "output_type": "pt"}
+        call = {"num_inference_steps": num_inference_steps, name: guidance, "generator": seeds, "output_type": "pt"}
         pictures.append(pipe(prompts, **call).images.float().cpu())
     return torch.cat(pictures)
 
@@ -56,7 +57,7 @@ def measure(pictures: torch.Tensor, names: list[str], icons: torch.Tensor) -> di
 
 
 def sheet(pictures: torch.Tensor, columns: int = 8) -> Image.Image:
-    """Lay pictures `[48, 3, 128, 128]` out in rows, each with its prompt below."""
+    """Lay out pictures `[48, 3, 128, 128]` in rows, each picture above its prompt."""
     cell_width, cell_height = 136, 152
     page = Image.new("RGB", (columns * cell_width, -(-len(pictures) // columns) * cell_height), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(13)
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("teacher", help=f"{', '.join(TEACHERS)}, or the folder of a pipeline")
     parser.add_argument("out", type=Path, help="the PNG to write")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--num-inference-steps", type=int, default=28)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--device", default="cpu")
@@ -83,10 +84,11 @@ def main() -> None:
     folder = Path(args.teacher)
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder) if folder.is_dir() else load_teacher(args.teacher)
     pipe.to(args.device).set_progress_bar_config(disable=True)
-    pictures = generate(pipe, args.steps, args.guidance, args.batch)
+    steps = args.num_inference_steps
+    pictures = generate(pipe, steps, args.guidance, args.batch)
     names, icons = load_icons(args.icons)
     figures = measure(pictures, names, icons)
-    figures |= {"prompts": len(PROMPTS), "icons": len(names), "steps": args.steps, "guidance": args.guidance}
+    figures |= {"prompts": len(PROMPTS), "icons": len(names), "steps": steps, "guidance": args.guidance}
     figures["parameters"] = sum(
         model.num_parameters() for model in pipe.components.values() if isinstance(model, torch.nn.Module)
     )

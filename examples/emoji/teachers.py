@@ -1,7 +1,7 @@
-"""The teachers before training: their learned parts as one module each, what they are trained on, and when.
+"""The teachers before training: each is one module with all learned parts, its training examples and its stages.
 
-Each gives the loop of train.py what it needs: `stages` (pixels a side, batch, part of the time), `learning_rate`,
-`examples` that turn clean images into inputs, targets and weights, `forward`, and the `pipeline` around the result.
+Each gives the loop of train.py `stages` (pixels per side, batch, part of the time), a `learning_rate`, `examples` that
+turn clean images into inputs, targets and weights, `forward`, and the `pipeline` around the result.
 """
 
 import math
@@ -14,11 +14,11 @@ from vision_attn.demo import EmojiPipeline, EmojiUNetPipeline, PixelVAE, WordEnc
 # isort: split
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, UNet2DConditionModel
 
-NATIVE = 32  # tokens a side at 128 px, the one size that the teachers are trained for
+NATIVE = 32  # tokens per side at 128 px, the size that the teachers are trained for
 
 
 class FluxTeacher(nn.Module):
-    """A FLUX transformer, trained by flow matching: first at 64 px, with its positions spread, then at 128 px."""
+    """A FLUX transformer, trained by flow matching: first at 64 px with spread positions, then at 128 px."""
 
     stages = ((64, 512, 0.3), (128, 192, 0.7))
 
@@ -40,7 +40,7 @@ class FluxTeacher(nn.Module):
         )
 
     def examples(self, images):
-        """Return noisy tokens `[B, N, 48]`, noise levels `[B]`, FLUX's ids; the velocities, and a weight for each.
+        """Return the inputs (noisy tokens `[B, N, 48]`, noise levels `[B]`, FLUX's ids), the velocities and weights.
 
         Noise levels are logit-normal and shifted up with the number of tokens.
         """
@@ -74,7 +74,7 @@ class FluxTeacher(nn.Module):
 class UNetTeacher(nn.Module):
     """A UNet of Stable Diffusion's type, trained to predict the noise, at 128 px from the start.
 
-    It knows no positions but the zeros around the picture, so that at a smaller size it would learn a larger object.
+    It finds its position only by the zeros around the picture, so at a smaller size it would learn larger objects.
     """
 
     stages = ((128, 192, 1.0),)
@@ -82,8 +82,8 @@ class UNetTeacher(nn.Module):
     def __init__(self, vocabulary: list[str], learning_rate: float, channels: tuple[int, ...] = (96, 96, 96)) -> None:
         super().__init__()
         self.learning_rate = learning_rate
-        # Half the unit variance of Stable Diffusion's latents: with 48 channels of one token so alike, more noise is
-        # needed to hide a picture, and what is left of it at the last noise level is small.
+        # Half the deviation of Stable Diffusion's latents: the 48 channels of a token are so alike that it takes more
+        # noise to hide a picture, and little of the picture may be left at the last noise level.
         self.vae = PixelVAE(4, 48, (48, 48, 48), scaling_factor=0.8, shift_factor=0.0, center=0.6)
         self.text_encoder = WordEncoder(vocabulary, dim=96)
         self.unet = UNet2DConditionModel(
@@ -107,13 +107,13 @@ class UNetTeacher(nn.Module):
         )
 
     def examples(self, images):
-        """Return noisy latents `[B, 48, 32, 32]` and timesteps `[B]`; the noise, and a weight for each.
+        """Return the inputs (noisy latents `[B, 48, 32, 32]` and timesteps `[B]`), the noise, and weights.
 
-        The weight makes the error that of the velocity, `1 / alphas_cumprod`: else hardly anything asks for the right
-        picture where there is much noise. Above 20 it would ask for more digits than bf16 has.
+        The weight `1 / alphas_cumprod` turns the error into that of the velocity: without it, hardly anything asks for
+        the right picture where there is much noise. Above 20 it would ask for more digits than bf16 has.
         """
         x = self.vae.encode(images).latent_dist.mode() * self.vae.config.scaling_factor
-        # Each channel shifted: else the mean of the picture is read from the noise that sampling starts with.
+        # Without a shift for each channel, the UNet would read the picture's mean from the noise it starts with.
         noise = torch.randn_like(x) + 0.1 * torch.randn(*x.shape[:2], 1, 1, device=x.device)
         timesteps = torch.randint(self.ddim.config.num_train_timesteps, (len(x),), device=x.device)
         weight = 1 / self.ddim.alphas_cumprod.to(x.device)[timesteps]
@@ -130,14 +130,14 @@ class UNetTeacher(nn.Module):
 
 
 def shift(side: int) -> float:
-    """Move the noise levels up with the square root of the number of tokens: 3 at 32 x 32."""
+    """Return the shift of the noise levels, which grows with the square root of the tokens: 3 at 32 x 32."""
     return 1.5 * math.sqrt(side * side / 256)
 
 
 def positions(side: int, device: str | torch.device) -> torch.Tensor:
     """Return FLUX's image ids for `side` x `side` tokens, spread over the native coordinates.
 
-    A model that sees a small image at the coordinates of a large one's corner learns to draw crops.
+    With the coordinates of a large image's corner, a model would learn to draw crops.
     """
     axis = (torch.arange(side, device=device) + 0.5) * NATIVE / side - 0.5
     rows, columns = torch.meshgrid(axis, axis, indexing="ij")

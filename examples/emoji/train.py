@@ -1,11 +1,11 @@
-"""Train an embedded teacher from nothing on 1593 emoji, in a few minutes on one H200.
+"""Train an embedded teacher from scratch on 1593 emoji, in a few minutes on one H200.
 
     python examples/emoji/train.py emoji.npz runs/base --minutes 14            # stop with Ctrl-C, repeat to go on
     python examples/emoji/train.py emoji.npz runs/nano --teacher nano --minutes 3.5
     python examples/emoji/train.py emoji.npz runs/unet --teacher unet --minutes 9
     python examples/emoji/train.py emoji.npz runs/toy --teacher nano --minutes 2 --device cpu --batch 0.03
 
-Learning rate, stages and augmentation follow the planned minutes, so a resumed run must be given the same plan.
+Learning rate, stages and augmentation follow the planned minutes, so give a resumed run the same number.
 """
 
 import argparse
@@ -38,8 +38,8 @@ def load_icons(path: Path) -> tuple[list[str], torch.Tensor]:
 
 
 def draw(images: torch.Tensor, pixels: int, jitter: float) -> torch.Tensor:
-    """Scale and move icons `[B, 3, 256, 256]` uint8 at random; returns `[B, 3, pixels, pixels]` in [-1, 1]."""
-    x = F.avg_pool2d(1 - images.float() / 255, 128 // pixels)  # ink: 0 is the white that comes in from outside
+    """Scale and move icons `[B, 3, 256, 256]` uint8 at random; return `[B, 3, pixels, pixels]` in [-1, 1]."""
+    x = F.avg_pool2d(1 - images.float() / 255, 128 // pixels)  # 0 is white, which comes in from outside
     affine = torch.zeros(len(x), 2, 3, device=x.device)
     scale = torch.empty(len(x), device=x.device).uniform_(1 - 0.18 * jitter, 1 + 0.05 * jitter)
     affine[:, 0, 0] = affine[:, 1, 1] = 1 / scale
@@ -53,9 +53,9 @@ def main() -> None:
     parser.add_argument("icons", type=Path, help="the npz of rasterise.py")
     parser.add_argument("out", type=Path, help="folder of the checkpoint, and of the pipeline as a tar")
     parser.add_argument("--teacher", choices=TEACHERS, default="base")
-    parser.add_argument("--minutes", type=float, default=14, help="planned length of the whole training")
-    parser.add_argument("--stop-after", type=float, default=1e9, help="minutes after which this call ends")
-    parser.add_argument("--start", type=Path, help="finish this pipeline: a third of the rate, little augmentation")
+    parser.add_argument("--minutes", type=float, default=14, help="length of the whole training")
+    parser.add_argument("--stop-after", type=float, default=1e9, help="stop this call after this many minutes")
+    parser.add_argument("--start", type=Path, help="go on from this pipeline: a third of the rate, little augmentation")
     parser.add_argument("--eager", action="store_true", help="do not compile: for runs of a minute or two")
     parser.add_argument("--save-every", type=float, default=2, help="minutes between checkpoints")
     parser.add_argument("--batch", type=float, default=1, help="factor on the batch sizes")

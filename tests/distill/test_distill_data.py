@@ -35,7 +35,7 @@ NAMES = ("emoji:nano", "FluxTransformer2DModel")
         (["--loss.attention=0", "--loss.prediction=0"], "all weights are zero"),
         (["--data.sizes=[[0, 8]]"], "data.sizes"),
         (["--student.init=random", "--student.trainable=new"], "random projections must be trained"),
-        (["--student.init=random", "--student.adapter=a"], "student.adapter brings its own start"),
+        (["--student.init=random", "--student.adapter=a"], "student.adapter decides about start and layers"),
         (["--model.dtype=bfloat16"], "run.precision must be 'bf16'"),
         (["--student.projections=[q, w]"], "'w'"),
         (["--optimizer.ema=1"], "below 1"),
@@ -80,7 +80,7 @@ def test_commands_say_what_is_missing(tmp_path, capsys):
         assert message in capsys.readouterr().err
     (tmp_path / "images").mkdir()
     assert main(["distill", "cache", *arguments(tmp_path)]) == 2
-    assert "nothing in" in capsys.readouterr().err
+    assert "has nothing to learn from" in capsys.readouterr().err
 
 
 def test_a_folder_and_a_tar_hold_the_same(tmp_path):
@@ -309,7 +309,7 @@ def test_all_processes_get_one_size_at_a_time_and_the_order_goes_on():
 
 def test_the_teacher_draws_its_own_data_and_goes_on(tmp_path):
     (tmp_path / "prompts.txt").write_text("octopus\n\nred apple\nrocket\n")
-    config = settings(tmp_path, data__prompts=tmp_path / "prompts.txt", data__steps=1)
+    config = settings(tmp_path, data__prompts=tmp_path / "prompts.txt", data__num_inference_steps=1)
     assert generate(config) == {"drawn": 3, "before": 0}
     second = tmp_path / "images" / "00000001.png"
     before = second.read_bytes()
@@ -331,7 +331,7 @@ def test_the_teacher_draws_its_own_data_and_goes_on(tmp_path):
 
 def test_drawing_again_leaves_no_old_picture_beside_a_new_prompt(tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("octopus\n")
-    config = settings(tmp_path, data__prompts=tmp_path / "prompts.txt", data__steps=1)
+    config = settings(tmp_path, data__prompts=tmp_path / "prompts.txt", data__num_inference_steps=1)
     generate(config)
     (tmp_path / "prompts.txt").write_text("rocket\n")
 

@@ -84,7 +84,8 @@ def write_truth(path, names, side=64):
 def test_a_student_that_is_its_teacher_has_no_error(tmp_path):
     write_images(tmp_path / "images", count=4)
     write_truth(tmp_path / "truth.npz", ["octopus", "red-apple"])
-    changes = {"eval.count": 3, "eval.steps": 1, "eval.truth": tmp_path / "truth.npz", "eval.batch_size": 2}
+    changes = {"eval.count": 3, "eval.num_inference_steps": 1, "eval.batch_size": 2}
+    changes["eval.truth"] = tmp_path / "truth.npz"
     config = settings(tmp_path, **changes)
     write_cache(config)
     pipe = load_teacher("nano")
@@ -107,7 +108,7 @@ def test_a_student_that_is_its_teacher_has_no_error(tmp_path):
 
 def test_pictures_are_drawn_with_the_positions_of_the_cache(tmp_path):
     write_images(tmp_path / "images", count=2)
-    changes = {"eval.count": 2, "eval.steps": 1, "data.sizes": [[64, 64]]}
+    changes = {"eval.count": 2, "eval.num_inference_steps": 1, "data.sizes": [[64, 64]]}
     drawn = {}
     for native in (None, [32, 32], [64, 64]):
         more = {"data.native": native, "data.cache": tmp_path / f"cache{native}"} if native else {}
@@ -124,7 +125,8 @@ def test_pictures_are_drawn_with_the_positions_of_the_cache(tmp_path):
 
 def test_the_command_from_images_to_the_report(tmp_path, capsys):
     write_images(tmp_path / "images", count=4)
-    extra = {"student.processor": "Clear", "student.fields": {"radius": 3}, "eval.count": 2, "eval.steps": 1}
+    extra = {"student.processor": "Clear", "student.fields": {"radius": 3}}
+    extra |= {"eval.count": 2, "eval.num_inference_steps": 1}
     given = arguments(tmp_path, **extra, **{"run.steps": 2, "model.base": "emoji:unet", "run.save_every": 0})
     for action in ("cache", "train", "eval"):
         assert main(["distill", action, *given]) == 0

@@ -58,7 +58,8 @@ def test_the_script_of_large_pictures_runs_at_toy_size(tmp_path, monkeypatch, ca
     adapters = tmp_path / "adapters"
     convert(load_teacher("nano"), Clear(radius=3)).save(adapters / "nano-clear")
     given = [str(tmp_path / "out"), "--icons", str(tmp_path / "icons.npz"), "--teachers", "nano", "--sizes", "160"]
-    given += ["--prompts", "octopus,red apple", "--steps", "2", "--level-steps", "1", "--adapters", str(adapters)]
+    given += ["--prompts", "octopus,red apple", "--num-inference-steps", "2", "--level-inference-steps", "1"]
+    given += ["--adapters", str(adapters)]
     monkeypatch.setattr(sys, "argv", ["highres_results.py", *given])
     for _ in range(2):  # the second run finds everything done
         runpy.run_path(str(EXAMPLES / "highres_results.py"), run_name="__main__")

@@ -37,7 +37,7 @@ def arguments(root, **settings):
         "run.out": root / "out",
         "run.steps": 4,
         "run.save_every": 2,
-        "run.sheet_steps": 1,
+        "run.sheet_inference_steps": 1,
         "run.quiet": "true",
     } | {name.replace("__", "."): value for name, value in settings.items()}
     return [

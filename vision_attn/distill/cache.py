@@ -1,10 +1,10 @@
 """`distill cache`: latents and prompt embeddings as safetensors shards, so that training needs only the denoiser.
 
-A shard holds samples of one size: `latents`, `cond.*` with a row per sample, `shared.*` that all have in common, and
-`null.*`, the embeddings of the empty prompt. It appears complete or not at all, and its name tells what it was made of,
-so that a second run goes on where the first one was stopped and encodes again what has changed since. The cache of an
-earlier run stays in use until the new one is finished. Images that cannot be read are left out, counted, and listed in
-`skipped.txt`.
+A shard holds samples of one size: `latents`, `cond.*` with a row per sample, `shared.*` with one value for all samples,
+and `null.*`, the embeddings of the empty prompt. It appears complete or not at all. Its name is a digest of what it was
+made of, so a second run goes on where the first one was stopped and encodes again what has changed since. The cache of
+an earlier run stays in use until the new one is finished. Images that cannot be read are left out, counted, and listed
+in `skipped.txt`.
 """
 
 import hashlib
@@ -44,11 +44,11 @@ def write_cache(config: Config, *, device: str = "cpu", pipe: Any = None) -> dic
         pipe: The pipeline, if it is loaded already.
 
     Returns:
-        How many samples and shards there are, and how many images were skipped.
+        The numbers of samples, of shards, and of images that were skipped.
 
     Raises:
         FileNotFoundError: If the images do not exist.
-        ValueError: If none of them can be used, or the folder holds another cache.
+        ValueError: If no image can be used, or the folder holds the cache of another model.
     """
     if config.data.images is None:
         raise ValueError("data.images is missing: where are the images to encode?")
@@ -68,7 +68,8 @@ def write_cache(config: Config, *, device: str = "cpu", pipe: Any = None) -> dic
             for first in range(0, len(members), config.data.shard_size):
                 part = members[first : first + config.data.shard_size]
                 digest = _digest([one for one, _ in part], size, config)
-                path = _shard_path(folder, size, first // config.data.shard_size, digest)
+                number = first // config.data.shard_size
+                path = folder / f"{size[0]}x{size[1]}-{number:05d}-{digest}.safetensors"
                 made, failed = _shard(path, [item for _, item in part], size, pipe, interface, config)
                 skipped |= failed
                 samples += made
@@ -82,7 +83,7 @@ def write_cache(config: Config, *, device: str = "cpu", pipe: Any = None) -> dic
 
 
 def _buckets(items: list[Item], config: Config) -> tuple[dict[tuple[int, int], list[tuple[str, Item]]], dict[str, str]]:
-    """Return items with their digests by size, and why others cannot be read."""
+    """Return items with their digests by size, and by key why the others cannot be read."""
     buckets: dict[tuple[int, int], list[tuple[str, Item]]] = defaultdict(list)
     skipped: dict[str, str] = {}
     for item in items:
@@ -95,13 +96,13 @@ def _buckets(items: list[Item], config: Config) -> tuple[dict[tuple[int, int], l
 
 
 def _digest(items: list[str], size: tuple[int, int], config: Config) -> str:
-    """Return 16 hexadecimal digits that change with all that a shard is made of."""
+    """Return 16 hexadecimal digits that change with everything that a shard is made of."""
     settings = json.dumps([asdict(config.model), config.data.native, size])
     return hashlib.sha256("\n".join([settings, *items]).encode()).hexdigest()[:16]
 
 
 def _identity(config: Config, pipe: Any, interface: Interface) -> dict[str, Any]:
-    """What a cache must agree in with the training that reads it."""
+    """Return what must be equal in a cache and in the training that reads it."""
     name, model = denoiser_of(pipe)
     return {
         "base": config.model.base,
@@ -112,10 +113,33 @@ def _identity(config: Config, pipe: Any, interface: Interface) -> dict[str, Any]
     }
 
 
+def _refuse_other_model(folder: Path, identity: dict[str, Any]) -> None:
+    """Refuse a folder that holds the cache of another model, or a damaged index."""
+    if not (folder / INDEX).exists():
+        return
+    old = read_index(folder)
+    what = ", ".join(f"{k} {old.get(k)!r}, not {identity[k]!r}" for k in identity if old.get(k) != identity[k])
+    if what:
+        raise ValueError(f"data.cache: {folder} holds another cache ({what}): give another folder")
+
+
+def _write_index(folder: Path, identity: dict[str, Any], sizes: list[tuple[int, int]], shards: list[Path]) -> None:
+    """Put a finished cache in the place of the last one, and delete the shards that it does not use.
+
+    The index is written when all shards are there, so it never names half a cache.
+    """
+    index = {"format": FORMAT, **identity, "sizes": sizes, "shards": [path.name for path in shards]}
+    (folder / f"{INDEX}.part").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / f"{INDEX}.part").replace(folder / INDEX)
+    for path in set(folder.iterdir()) - set(shards):
+        if _SHARD.fullmatch(path.name):
+            path.unlink()
+
+
 def _shard(
     path: Path, items: list[Item], size: tuple[int, int], pipe: Any, interface: Interface, config: Config
 ) -> tuple[int, dict[str, str]]:
-    """Write one shard, unless it was written; returns its number of samples and what was skipped."""
+    """Write one shard unless it exists; return its number of samples, and why images were skipped by their keys."""
     try:
         with safe_open(path, "pt") as file:
             old = file.metadata()
@@ -167,14 +191,14 @@ def _embeddings(
         stacked = {name: torch.cat(parts) for name, parts in rows.items()}
     except RuntimeError as error:
         raise ValueError(
-            f"a {type(pipe).__name__} gives prompts of unlike length, which do not stack: {error}"
+            f"a {type(pipe).__name__} gives embeddings of different lengths, which do not stack: {error}"
         ) from None
     null = {f"null.{name}": value[:1].clone() for name, value in stacked.items()}
     return {**{f"cond.{name}": value[1:].contiguous() for name, value in stacked.items()}, **null, **shared}
 
 
 def _positions(pipe: Any, shared: dict[str, Tensor], size: tuple[int, int], config: Config) -> dict[str, Tensor]:
-    """Return position ids of a larger size scaled into the native one, if that is wanted."""
+    """Return the position ids of a size scaled into `data.native`, nothing without it."""
     stretch, name = config.data.stretch(size), "shared.img_ids"
     if stretch <= 1 or name not in shared:
         return {}
@@ -182,46 +206,3 @@ def _positions(pipe: Any, shared: dict[str, Tensor], size: tuple[int, int], conf
     if ids.shape != shared[name].shape:
         raise ValueError(f"data.native: the positions of a {type(pipe).__name__} are not FLUX.1's")
     return {name: ids}
-
-
-def _shard_path(folder: Path, size: tuple[int, int], number: int, digest: str) -> Path:
-    """Return the file of a shard.
-
-    Args:
-        folder: Of the cache.
-        size: (height, width) in pixels.
-        number: Among the shards of this size.
-        digest: 16 hexadecimal digits, which tell what it was made of.
-    """
-    return folder / f"{size[0]}x{size[1]}-{number:05d}-{digest}.safetensors"
-
-
-def _refuse_other_model(folder: Path, identity: dict[str, Any]) -> None:
-    """Refuse a folder whose cache was made for another model than `identity` says.
-
-    Raises:
-        ValueError: If it was, or its index is damaged.
-    """
-    if not (folder / INDEX).exists():
-        return
-    old = read_index(folder)
-    what = ", ".join(f"{k} {old.get(k)!r}, not {identity[k]!r}" for k in identity if old.get(k) != identity[k])
-    if what:
-        raise ValueError(f"data.cache: {folder} holds another cache ({what}): give another folder")
-
-
-def _write_index(folder: Path, identity: dict[str, Any], sizes: list[tuple[int, int]], shards: list[Path]) -> None:
-    """Put a finished cache in the place of the one before, and delete the shards that it does not use.
-
-    Args:
-        folder: Of the cache.
-        identity: What it must agree in with the training that reads it.
-        sizes: All of `data.sizes`.
-        shards: Its files, in their order.
-    """
-    index = {"format": FORMAT, **identity, "sizes": sizes, "shards": [path.name for path in shards]}
-    (folder / f"{INDEX}.part").write_text(json.dumps(index, indent=2) + "\n")
-    (folder / f"{INDEX}.part").replace(folder / INDEX)
-    for path in set(folder.iterdir()) - set(shards):
-        if _SHARD.fullmatch(path.name):
-            path.unlink()

@@ -1,4 +1,4 @@
-"""The settings of a distillation: a YAML file, and single values from the command line."""
+"""The settings of a distillation, from a YAML file and from single values on the command line."""
 
 import itertools
 import math
@@ -10,18 +10,20 @@ from typing import Any, Literal
 from vision_attn._checks import check_number, check_one_of
 from vision_attn.processors import AttnSpec, make_spec
 
+PROJECTIONS = ("q", "k", "v", "out")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The pipeline whose denoiser is the teacher.
 
     Args:
-        base: Folder or hub name of a diffusers pipeline, or 'emoji:base', 'emoji:nano', 'emoji:unet' for a teacher that
-            this package ships.
-        dtype: Of the frozen weights. What is trained is always float32.
-        variant: Of the weights, such as 'fp16'.
-        revision: Of the hub repository.
-        guidance: Of models that take guidance as an input (FLUX.1-dev); other models run without guidance in training.
+        base: Folder or hub name of a diffusers pipeline, or 'emoji:' and the name of a teacher that comes with this
+            package, such as 'emoji:base'.
+        dtype: Dtype of the frozen weights. What is trained is always float32.
+        variant: Variant of the weight files, such as 'fp16'.
+        revision: Branch, tag or commit of the hub repository.
+        guidance: Guidance for models that take it as an input (FLUX.1-dev). Other models train without guidance.
     """
 
     base: str
@@ -33,19 +35,21 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """What the student's attention is, and what of it is trained.
+    """The attention of the student, and what of it is trained.
 
     Args:
-        processor: Name of a processor such as 'Clear'.
-        fields: Its fields, such as `radius: 16`.
-        where: Pattern of the layers to convert, all if None.
-        min_tokens: Layers with fewer grid tokens keep their own attention.
-        init: 'inherited' from the host's projections, or 'random' (the start of LinFusion's released training code).
-        trainable: 'new' parameters of the processor, 'attention' for those and projections, or 'lora' on projections.
-        projections: Which of q, k, v, out train with 'attention' and 'lora'.
-        rank: Of LoRA; its alpha is twice that.
-        adapter: Trained weights to start from: what `vision_attn.load` takes, of this processor. `where` and
-            `min_tokens` are those that it was saved with.
+        processor: Name of a processor, such as 'Clear'.
+        fields: Fields of the processor, such as `radius: 16`.
+        where: Which layers to convert: a pattern of layer names, as for `vision_attn.convert`. All layers if None.
+        min_tokens: Layers with fewer grid tokens keep their own attention, as for `vision_attn.convert`.
+        init: Where the projections start: 'inherited' from the host, or 'random', as in LinFusion's released training
+            code.
+        trainable: 'new' trains the processor's own parameters, 'attention' also the projections, 'lora' trains LoRA
+            layers on the projections beside the processor's own parameters.
+        projections: Which projections train with 'attention' and 'lora', of q, k, v and out.
+        rank: Rank of LoRA. Its alpha is twice the rank.
+        adapter: Trained weights of this processor to start from: anything that `vision_attn.load` takes. The adapter
+            decides about `where` and `min_tokens`.
     """
 
     processor: str
@@ -54,7 +58,7 @@ class StudentConfig:
     min_tokens: int = 0
     init: Literal["inherited", "random"] = "inherited"
     trainable: Literal["new", "attention", "lora"] = "attention"
-    projections: list[str] = field(default_factory=lambda: ["q", "k", "v", "out"])
+    projections: list[str] = field(default_factory=lambda: list(PROJECTIONS))
     rank: int = 16
     adapter: str | None = None
 
@@ -62,11 +66,14 @@ class StudentConfig:
         _at_least("student", self, 0, "min_tokens")
         _at_least("student", self, 1, "rank")
         for role in self.projections:
-            check_one_of("student.projections", role, ("q", "k", "v", "out"))
+            check_one_of("student.projections", role, PROJECTIONS)
         if self.init == "random" and self.trainable != "attention":
-            raise ValueError(f"student.init: random projections must be trained: trainable is {self.trainable!r}")
+            raise ValueError(
+                f"student.init: random projections must be trained: student.trainable must be 'attention', got "
+                f"{self.trainable!r}"
+            )
         if self.adapter is not None and (self.init == "random" or self.where is not None):
-            raise ValueError("student.adapter brings its own start and layers: it goes without init: random and where")
+            raise ValueError("student.adapter decides about start and layers: leave out student.where and init: random")
         self.spec()
 
     def spec(self) -> AttnSpec:
@@ -82,13 +89,15 @@ class LossConfig:
     """Weights of the losses, and the noise levels of training.
 
     Args:
-        task: Of the error of the student to the data.
-        prediction: Of the error of its prediction to the teacher's.
-        attention: Of the error of the outputs of attention layers to the teacher's.
-        variance: Of the error of learned variances to the teacher's (LiT: 0.05); models without them have no such loss.
+        task: Weight of the student's error against the data.
+        prediction: Weight of the student's error against the teacher's prediction.
+        attention: Weight of the error of attention outputs against the teacher's.
+        variance: Weight of the error of learned variances against the teacher's (LiT: 0.05). It counts only for models
+            that learn variances.
         layers: Pattern of the layers whose outputs are compared.
-        every: One in so many converted layers is, the first among them, if it fits the pattern.
-        noise_levels: 'none' for all alike, 'logit_normal' or 'mode' as in diffusers' scripts.
+        every: Compare one in this many converted layers, beginning with the first, if it fits the pattern.
+        noise_levels: How noise levels are drawn: 'none' draws all equally often, 'logit_normal' and 'mode' as
+            diffusers' training scripts do.
     """
 
     task: float = 1.0
@@ -111,8 +120,8 @@ class TransferConfig:
     """The optional first stage: each layer learns its teacher's outputs from its teacher's inputs.
 
     Args:
-        steps: 0 for none.
-        learning_rate: Of the processors' new parameters, all that this stage trains.
+        steps: Updates of this stage, 0 for none.
+        learning_rate: Learning rate of the processors' own parameters. This stage trains nothing else.
     """
 
     steps: int = 0
@@ -124,21 +133,21 @@ class TransferConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What the student learns from.
+    """The data that the student learns from.
 
     Args:
-        cache: Folder of the cached latents and prompt embeddings.
-        images: Folder of images with captions of the same name (.txt, or .json with a 'caption'), a WebDataset tar, or
-            a folder of these.
-        prompts: Text file, one prompt a line, for images that the teacher draws itself into the folder `images`.
-        sizes: (height, width) in pixels; an image goes to the size that is nearest to its shape.
-        native: (height, width) in pixels that a FLUX knows: positions of larger sizes are scaled into it. As the
-            pipeline has them if None.
-        batch_size: Per process.
-        null_prob: How often a prompt is replaced by the empty one, for the guidance at inference.
-        shard_size: Samples of a file of the cache.
-        workers: Processes that load.
-        steps: Denoising steps of images that the teacher draws; the pipeline's own number if 0.
+        cache: Folder for the cached latents and prompt embeddings.
+        images: Folder of images, each with a caption of the same name (.txt, or .json with a 'caption'); or a
+            WebDataset tar, or a folder of such tars.
+        prompts: Text file with one prompt per line, for images that the teacher draws into the folder `images`.
+        sizes: Sizes (height, width) in pixels. Each image goes to the size that is nearest to its shape.
+        native: Size (height, width) in pixels that a FLUX was trained at. Positions of larger sizes are scaled into it;
+            if None, they are as the pipeline makes them.
+        batch_size: Samples of a batch, per process.
+        null_prob: Share of the prompts that are replaced by the empty prompt, for the guidance at inference.
+        shard_size: Samples per file of the cache.
+        workers: Processes that load data.
+        num_inference_steps: Denoising steps for images that the teacher draws; 0 for the pipeline's own number.
     """
 
     cache: Path
@@ -150,11 +159,11 @@ class DataConfig:
     null_prob: float = 0.1
     shard_size: int = 64
     workers: int = 0
-    steps: int = 0
+    num_inference_steps: int = 0
 
     def __post_init__(self) -> None:
         _at_least("data", self, 1, "batch_size", "shard_size")
-        _at_least("data", self, 0, "workers", "steps", "null_prob")
+        _at_least("data", self, 0, "workers", "num_inference_steps", "null_prob")
         if self.null_prob > 1:
             raise ValueError(f"data.null_prob must be at most 1, got {self.null_prob}")
         if not self.sizes or any(min(size) < 1 for size in self.sizes):
@@ -170,14 +179,14 @@ class OptimizerConfig:
     """How parameters are updated.
 
     Args:
-        name: 'adamw'; 'adamw8bit' (bitsandbytes), 'schedulefree' or 'prodigy' (prodigyopt) if they are installed.
-        learning_rate: 1 for Prodigy.
-        betas: Of Adam.
-        weight_decay: Of Adam.
-        schedule: 'constant', 'cosine' or 'linear', after the warmup.
-        warmup: Steps.
-        clip: Largest norm of the gradient, 0 for none.
-        ema: Decay of the mean of the parameters that is evaluated and saved, 0 for none.
+        name: 'adamw'; or 'adamw8bit', 'schedulefree' or 'prodigy', which need bitsandbytes, schedulefree or prodigyopt.
+        learning_rate: Learning rate after the warmup; 1 for Prodigy.
+        betas: Adam's betas.
+        weight_decay: Adam's weight decay.
+        schedule: Schedule of the learning rate after the warmup.
+        warmup: Steps until the full learning rate.
+        clip: Largest norm of the gradient, 0 to clip nothing.
+        ema: Decay of the mean of the parameters. Sheets and the adapter use the mean; 0 for no mean.
     """
 
     name: Literal["adamw", "adamw8bit", "schedulefree", "prodigy"] = "adamw"
@@ -197,24 +206,24 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How long, how and where.
+    """How long the training runs, how it computes, and what it writes.
 
     Args:
         out: Folder for checkpoints, sheets, `metrics.jsonl` and the adapter.
-        steps: Updates.
-        minutes: Training ends after so many, if that is earlier.
-        accumulate: Batches of an update.
-        precision: Of the computation: 'no' for that of the weights.
-        checkpointing: Whether activations are computed again in the backward pass.
-        seed: Of everything.
-        save_every: Steps between checkpoints, 0 for one at the end.
-        keep: Checkpoints to keep.
-        sheet_every: Steps between sheets of validation pictures, 0 for one at the end.
-        sheet_steps: Denoising steps of these pictures.
-        trackers: 'tensorboard', 'wandb', or others that accelerate knows.
-        save_dtype: Of the adapter.
-        export: Also write the format of 'clear' or 'linfusion'.
-        quiet: No progress bar.
+        steps: Stop after this many updates.
+        minutes: Stop after this many minutes, even before `steps`.
+        accumulate: Batches per update.
+        precision: Precision of the computation; 'no' for that of the weights.
+        checkpointing: Compute activations again in the backward pass, to save memory.
+        seed: Seed of all random numbers.
+        save_every: Steps between checkpoints, 0 for one checkpoint at the end.
+        keep: How many checkpoints to keep.
+        sheet_every: Steps between sheets of validation pictures, 0 for one sheet at the end.
+        sheet_inference_steps: Denoising steps of these pictures.
+        trackers: Where to send the metrics: 'tensorboard', 'wandb', or any other tracker that accelerate knows.
+        save_dtype: Dtype of the saved adapter.
+        export: Also write the adapter in the released format of 'clear' or 'linfusion'.
+        quiet: Show no progress bar.
     """
 
     out: Path
@@ -227,14 +236,14 @@ class RunConfig:
     save_every: int = 500
     keep: int = 2
     sheet_every: int = 0
-    sheet_steps: int = 20
+    sheet_inference_steps: int = 20
     trackers: list[str] = field(default_factory=list)
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     export: Literal["clear", "linfusion"] | None = None
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        _at_least("run", self, 1, "steps", "accumulate", "keep", "sheet_steps")
+        _at_least("run", self, 1, "steps", "accumulate", "keep", "sheet_inference_steps")
         _at_least("run", self, 0, "save_every", "sheet_every", "seed")
         if self.minutes is not None and self.minutes <= 0:
             raise ValueError(f"run.minutes must be above 0, got {self.minutes}")
@@ -242,25 +251,25 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What the finished student is measured on.
+    """How the trained student is measured.
 
     Args:
-        adapter: Folder to load; `run.out`/adapter if None.
-        prompts: Text file, one prompt a line; the captions of the cache if None.
-        count: Prompts to draw.
-        batch_size: Pictures at a time.
-        steps: Denoising steps; the pipeline's own number if 0.
-        size: (height, width) in pixels; the first of `data.sizes` if None.
-        sigmas: Noise levels of the error to the teacher's prediction.
-        features: Of the kernel distance: 'pixels', or the name of a timm model.
-        truth: npz of icons by `examples/emoji/rasterise.py`, for the emoji teachers.
+        adapter: Folder of the adapter; `run.out`/adapter if None.
+        prompts: Text file with one prompt per line; the captions of the cache if None.
+        count: How many prompts to draw.
+        batch_size: Pictures drawn at a time.
+        num_inference_steps: Denoising steps; 0 for the pipeline's own number.
+        size: Size (height, width) in pixels; the first of `data.sizes` if None.
+        sigmas: Noise levels at which predictions are compared with the teacher's.
+        features: Features of the kernel distance: 'pixels', or the name of a timm model.
+        truth: The npz of icons that `examples/emoji/rasterise.py` writes, for the emoji teachers.
     """
 
     adapter: Path | None = None
     prompts: Path | None = None
     count: int = 16
     batch_size: int = 8
-    steps: int = 0
+    num_inference_steps: int = 0
     size: tuple[int, int] | None = None
     sigmas: list[float] = field(default_factory=lambda: [0.15, 0.4, 0.65, 0.9])
     features: str = "pixels"
@@ -268,7 +277,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         _at_least("eval", self, 1, "count", "batch_size")
-        _at_least("eval", self, 0, "steps")
+        _at_least("eval", self, 0, "num_inference_steps")
         if not self.sigmas or not all(0 < sigma < 1 for sigma in self.sigmas):
             raise ValueError(f"eval.sigmas must be at least one number between 0 and 1, got {self.sigmas}")
 
@@ -290,12 +299,12 @@ class Config:
         if self.model.dtype != "float32" and self.run.precision == "no":
             wanted = "bf16" if self.model.dtype == "bfloat16" else "fp16"
             raise ValueError(
-                f"run.precision must be '{wanted}' with model.dtype '{self.model.dtype}': what is trained is float32"
+                f"run.precision must be '{wanted}' with model.dtype '{self.model.dtype}': what trains is float32"
             )
 
 
 def read_config(arguments: Sequence[str], program: str) -> Config | str:
-    """Read `--config FILE` and values such as `--optimizer.learning_rate 1e-4`, which have the last word.
+    """Read `--config FILE` and values such as `--optimizer.learning_rate 1e-4`, which override it.
 
     Returns:
         The settings; or, with `--print-config`, what to print.
@@ -317,7 +326,7 @@ def read_config(arguments: Sequence[str], program: str) -> Config | str:
     parser = jsonargparse.ArgumentParser(
         prog=program, description=__doc__, exit_on_error=False, default_env=False, print_config=None, allow_abbrev=False
     )
-    parser.add_argument("--config", action="config", help="YAML file; values that follow have the last word")
+    parser.add_argument("--config", action="config", help="YAML file; values that follow override it")
     parser.add_class_arguments(Config, None, fail_untyped=True)
     try:
         values: Any = parser.parse_args(arguments)

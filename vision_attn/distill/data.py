@@ -1,4 +1,4 @@
-"""Cached samples in batches of one size each, in an order that depends on the seed and the step alone."""
+"""Reads a cache: its index, its samples in batches of one size, and an order that follows from seed and step alone."""
 
 import json
 from collections import defaultdict
@@ -19,17 +19,38 @@ FORMAT = "vision_attn.cache.v2"
 EARLIER = "vision_attn.cache.v1"  # does not say which shards are in use
 
 
+def read_index(folder: Path) -> dict[str, Any]:
+    """Read the `index.json` of a cache: its model, its sizes and its shards.
+
+    Raises:
+        FileNotFoundError: If there is no cache, or it was never finished.
+        ValueError: If the index is damaged.
+    """
+    path = folder / INDEX
+    if not path.exists():
+        raise FileNotFoundError(
+            f"data.cache: {folder} holds no cache that was finished: make it with 'vision-attn distill cache'"
+        )
+    try:
+        index = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"data.cache: {path} is damaged: {error}") from None
+    if not isinstance(index, dict) or index.get("format") not in (FORMAT, EARLIER):
+        raise ValueError(f"data.cache: {path} is not of the format {FORMAT!r}")
+    return index
+
+
 class CachedData(Dataset[Batch]):
-    """What the last `distill cache` wrote. An index is a list of samples `(shard, row)` of one size.
+    """The cache that `distill cache` wrote last. An index is a list of samples `(shard, row)` of one size.
 
     Args:
         config: `cache` and `sizes` are used.
-        base: Name of the pipeline that is trained.
-        denoiser: Name of its denoiser's class.
+        base: Name of the pipeline in training.
+        denoiser: Class name of its denoiser.
 
     Raises:
         FileNotFoundError: If there is no cache.
-        ValueError: If it is damaged, of another model, of other sizes or of an earlier version.
+        ValueError: If the cache is damaged, of an earlier version, or was made for another model or other sizes.
     """
 
     def __init__(self, config: DataConfig, base: str, denoiser: str) -> None:
@@ -88,27 +109,6 @@ class CachedData(Dataset[Batch]):
         return Batch(size, latents, {**rows, **shared}, null)
 
 
-def read_index(folder: Path) -> dict[str, Any]:
-    """Read what a cache says of itself.
-
-    Raises:
-        FileNotFoundError: If there is no cache, or it was never finished.
-        ValueError: If it is damaged.
-    """
-    path = folder / INDEX
-    if not path.exists():
-        raise FileNotFoundError(
-            f"data.cache: {folder} holds no cache that was finished: make it with 'vision-attn distill cache'"
-        )
-    try:
-        index = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"data.cache: {path} is damaged: {error}") from None
-    if not isinstance(index, dict) or index.get("format") not in (FORMAT, EARLIER):
-        raise ValueError(f"data.cache: {path} is not of the format {FORMAT!r}")
-    return index
-
-
 def _check_sizes(config: DataConfig, cached: list[list[int]]) -> None:
     """Refuse a cache of other sizes than `data.sizes`; their order does not matter."""
     wanted = [list(size) for size in config.sizes]
@@ -120,14 +120,16 @@ def _check_sizes(config: DataConfig, cached: list[list[int]]) -> None:
 
 
 class Order:
-    """Which samples each process gets in each batch: all get one size at a time; what fills no batch waits an epoch.
+    """Gives each process its samples of each batch.
+
+    All processes get the same size at a time. Samples that fill no batch are left out for an epoch.
 
     Args:
         buckets: Samples by size.
-        batch_size: Per process.
-        rank: Of this process.
-        world: Number of processes.
-        seed: Of the order.
+        batch_size: Samples per process.
+        rank: Number of this process.
+        world: How many processes there are.
+        seed: Seed of the order.
         start: Batches to leave out, for training that goes on.
     """
 

@@ -1,7 +1,7 @@
-"""Pipelines for distillation: how to load one, and how its own code calls its denoiser.
+"""How a pipeline calls its denoiser, how to call it alike in training, and how to draw with it.
 
-Families differ in names, scales and extra inputs of their denoisers. None of that is repeated here: the pipeline runs
-up to its first call of the denoiser, and the arguments of that call are kept.
+Families differ in the names, scales and extra inputs of their denoisers. Nothing of that is repeated here: the pipeline
+runs up to its first call of the denoiser, and the arguments of that call are kept.
 """
 
 import inspect
@@ -22,96 +22,15 @@ EMOJI = "emoji:"
 _PROMPT_PARTS = ("text_encoder", "tokenizer", "image_encoder", "feature_extractor", "safety_checker")
 
 
-@dataclass(frozen=True)
-class Interface:
-    """How a pipeline calls its denoiser.
-
-    Attributes:
-        latents: Name of the argument with the noisy latents.
-        timestep_scale: The denoiser's timestep is the scheduler's times this.
-        batched: Names of the tensors with one row per sample; those inside a dictionary have a dot.
-        literals: Values that are no tensors, by name.
-    """
-
-    latents: str
-    timestep_scale: float
-    batched: tuple[str, ...]
-    literals: dict[str, Any]
-
-    def arguments(self, latents: Tensor, timesteps: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Return the arguments of a call of the denoiser.
-
-        Args:
-            latents: Noisy latents.
-            timesteps: The scheduler's `[B]`.
-            tensors: Everything else, by recorded names.
-        """
-        call: dict[str, Any] = {self.latents: latents, "timestep": timesteps.to(latents.device) * self.timestep_scale}
-        for name, value in {**self.literals, **tensors}.items():
-            outer, dot, inner = name.partition(".")
-            if dot:
-                call.setdefault(outer, {})[inner] = value
-            else:
-                call[name] = value
-        return {**call, "return_dict": False}
-
-    def config(self) -> dict[str, Any]:
-        """Return the fields as JSON can hold them."""
-        return {**asdict(self), "batched": list(self.batched)}
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "Interface":
-        """Undo `config`."""
-        return cls(**{**config, "batched": tuple(config["batched"])})
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples of one size.
-
-    Attributes:
-        size: (height, width) in pixels.
-        latents: Clean, as the denoiser gets them.
-        tensors: The denoiser's other tensors by name.
-        null: Its tensors with one row per sample, for the empty prompt, `[1, ...]`.
-    """
-
-    size: tuple[int, int]
-    latents: Tensor
-    tensors: dict[str, Tensor]
-    null: dict[str, Tensor]
-
-    def to(self, device: Any, dtype: torch.dtype) -> "Batch":
-        """Move to a device; what has a row per sample gets the model's dtype, latents stay float32."""
-
-        def move(name: str, value: Tensor) -> Tensor:
-            fitting = name in self.null and value.is_floating_point()
-            return value.to(device, dtype if fitting else value.dtype, non_blocking=True)
-
-        tensors = {name: move(name, value) for name, value in self.tensors.items()}
-        null = {name: move(name, value) for name, value in self.null.items()}
-        return Batch(self.size, self.latents.to(device, torch.float32, non_blocking=True), tensors, null)
-
-    def without_prompts(self, chosen: Tensor) -> dict[str, Tensor]:
-        """Return the tensors with the empty prompt in the rows where `chosen` `[B]` is true."""
-        rows = chosen.to(self.latents.device)
-        return {
-            name: torch.where(rows.view(-1, *[1] * (value.dim() - 1)), self.null[name], value)
-            if name in self.null
-            else value
-            for name, value in self.tensors.items()
-        }
-
-
 def load_pipeline(config: ModelConfig, *, prompts: bool = True) -> Any:
     """Load the teacher's pipeline.
 
     Args:
-        config: Which, and how.
-        prompts: Whether prompts are to be encoded; if not, text encoders stay on the disk.
+        config: Which one, and how.
+        prompts: Whether prompts will be encoded. If not, text encoders are not loaded.
 
     Raises:
-        ValueError: If an embedded teacher has another name.
+        ValueError: If the package has no teacher of that name.
         OSError: If there is no such folder or repository.
     """
     ensure_torchvision()
@@ -139,7 +58,7 @@ def load_pipeline(config: ModelConfig, *, prompts: bool = True) -> Any:
 
 
 def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
-    """Return the name and the model of the one denoiser that is distilled.
+    """Return the component name and the model of a pipeline's denoiser.
 
     Raises:
         ValueError: If the pipeline has several.
@@ -150,13 +69,85 @@ def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
     return next(iter(models.items()))
 
 
-def unguided(pipe: Any, guidance: float) -> dict[str, Any]:
-    """Return arguments of a pipeline's call that switch classifier-free guidance off; `guidance` is FLUX's input."""
-    known = inspect.signature(type(pipe).__call__).parameters
-    if "true_cfg_scale" not in known:
-        return {"guidance_scale": 1.0}
-    takes = getattr(denoiser_of(pipe)[1].config, "guidance_embeds", False)
-    return {"true_cfg_scale": 1.0, **({"guidance_scale": guidance} if takes else {})}
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one size.
+
+    Attributes:
+        size: (height, width) in pixels.
+        latents: Clean latents, in the shape that the denoiser takes.
+        tensors: The other tensors that the denoiser takes, by name.
+        null: The rows `[1, ...]` of the empty prompt, of those tensors that have a row per sample.
+    """
+
+    size: tuple[int, int]
+    latents: Tensor
+    tensors: dict[str, Tensor]
+    null: dict[str, Tensor]
+
+    def to(self, device: Any, dtype: torch.dtype) -> "Batch":
+        """Move to a device. Tensors with a row per sample get the model's dtype, latents stay float32."""
+
+        def move(name: str, value: Tensor) -> Tensor:
+            fitting = name in self.null and value.is_floating_point()
+            return value.to(device, dtype if fitting else value.dtype, non_blocking=True)
+
+        tensors = {name: move(name, value) for name, value in self.tensors.items()}
+        null = {name: move(name, value) for name, value in self.null.items()}
+        return Batch(self.size, self.latents.to(device, torch.float32, non_blocking=True), tensors, null)
+
+    def without_prompts(self, chosen: Tensor) -> dict[str, Tensor]:
+        """Return the tensors with the empty prompt in the rows where `chosen` `[B]` is true."""
+        rows = chosen.to(self.latents.device)
+        return {
+            name: torch.where(rows.view(-1, *[1] * (value.dim() - 1)), self.null[name], value)
+            if name in self.null
+            else value
+            for name, value in self.tensors.items()
+        }
+
+
+@dataclass(frozen=True)
+class Interface:
+    """How a pipeline calls its denoiser.
+
+    Attributes:
+        latents: Name of the argument that takes the noisy latents.
+        timestep_scale: The denoiser's timestep is the scheduler's times this.
+        batched: Names of the tensors that have a row per sample; a tensor inside a dictionary is named 'outer.inner'.
+        literals: Arguments that are no tensors, by name.
+    """
+
+    latents: str
+    timestep_scale: float
+    batched: tuple[str, ...]
+    literals: dict[str, Any]
+
+    def arguments(self, latents: Tensor, timesteps: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the arguments of a call of the denoiser.
+
+        Args:
+            latents: Noisy latents.
+            timesteps: The scheduler's timesteps `[B]`.
+            tensors: All other tensors, by recorded names.
+        """
+        call: dict[str, Any] = {self.latents: latents, "timestep": timesteps.to(latents.device) * self.timestep_scale}
+        for name, value in {**self.literals, **tensors}.items():
+            outer, dot, inner = name.partition(".")
+            if dot:
+                call.setdefault(outer, {})[inner] = value
+            else:
+                call[name] = value
+        return {**call, "return_dict": False}
+
+    def config(self) -> dict[str, Any]:
+        """Return the fields as JSON can hold them."""
+        return {**asdict(self), "batched": list(self.batched)}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Interface":
+        """Undo `config`."""
+        return cls(**{**config, "batched": tuple(config["batched"])})
 
 
 class _Recorded(Exception):  # noqa: N818, no error: it ends the pipeline's call
@@ -167,11 +158,14 @@ def record(pipe: Any, height: int, width: int, guidance: float, **call: Any) -> 
     """Run a pipeline up to its first call of the denoiser and return the arguments of that call by name.
 
     Args:
-        pipe: The pipeline; its scheduler is changed, as by any call.
+        pipe: The pipeline. Its scheduler is changed, as by any call.
         height: In pixels.
         width: In pixels.
-        guidance: See `unguided`.
+        guidance: The input of FLUX.1-dev: see `_unguided`.
         call: What the pipeline takes: `prompt`, or embeddings.
+
+    Raises:
+        ValueError: If the pipeline never calls its denoiser.
     """
     model = denoiser_of(pipe)[1]
     names = list(inspect.signature(type(model).forward).parameters)[1:]
@@ -183,7 +177,7 @@ def record(pipe: Any, height: int, width: int, guidance: float, **call: Any) -> 
     try:
         with torch.no_grad():
             size = {"height": height, "width": width, "num_inference_steps": 2, "output_type": "latent"}
-            pipe(**size, **unguided(pipe, guidance), **call)
+            pipe(**size, **_unguided(pipe, guidance), **call)
     except _Recorded as recorded:
         flat: dict[str, Any] = {}
         for name, value in recorded.args[0].items():
@@ -197,8 +191,21 @@ def record(pipe: Any, height: int, width: int, guidance: float, **call: Any) -> 
     raise ValueError(f"this {type(pipe).__name__} never called its denoiser")
 
 
+def _unguided(pipe: Any, guidance: float) -> dict[str, Any]:
+    """Return arguments of a pipeline's call without classifier-free guidance; `guidance` is an input of FLUX.1-dev."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    if "true_cfg_scale" not in known:
+        return {"guidance_scale": 1.0}
+    takes = getattr(denoiser_of(pipe)[1].config, "guidance_embeds", False)
+    return {"true_cfg_scale": 1.0, **({"guidance_scale": guidance} if takes else {})}
+
+
 def interface_of(pipe: Any, height: int, width: int, guidance: float, **call: Any) -> Interface:
-    """Find out how a pipeline calls its denoiser: see `record`."""
+    """Find out how a pipeline calls its denoiser. The arguments are those of `record`.
+
+    Raises:
+        ValueError: If the denoiser is called with something that cannot be stored.
+    """
     one = record(pipe, height, width, guidance, **call)
     time = float(torch.as_tensor(one["timestep"]).flatten()[0])
     scale = time / float(pipe.scheduler.timesteps[0])
@@ -214,63 +221,57 @@ def interface_of(pipe: Any, height: int, width: int, guidance: float, **call: An
 
 
 def encode_images(pipe: Any, images: Tensor) -> Tensor:
-    """Encode pixels `[B, 3, height, width]` in [-1, 1] into latents as the denoiser gets them; FLUX's are packed."""
+    """Encode pixels `[B, 3, height, width]` in [-1, 1] into the latents that the denoiser takes; FLUX's are packed."""
     latents = encode(pipe, images)
     packs = hasattr(pipe, "_pack_latents") and hasattr(pipe, "_unpack_latents")
     return pipe._pack_latents(latents, *latents.shape) if packs else latents
 
 
+def to_images(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
+    """Decode the denoiser's latents into pictures `[B, 3, height, width]` in [0, 1], on the CPU."""
+    with torch.no_grad():
+        pixels = decode(pipe, unpacked(pipe, latents.to(pipe.vae.device), *size))
+    return (pixels.cpu() / 2 + 0.5).clamp(0, 1)
+
+
 def sample(
-    model: Any, pipe: Any, interface: Interface, batch: Batch, noise: Tensor, *, steps: int, guidance: float = 1.0
+    model: Any, pipe: Any, interface: Interface, batch: Batch, noise: Tensor, *, num_inference_steps: int
 ) -> Tensor:
-    """Denoise with the pipeline's scheduler; returns latents like `noise`.
+    """Denoise with the pipeline's scheduler, without guidance; return latents like `noise`.
 
     Args:
         model: The denoiser as it is called.
-        pipe: Its pipeline, for the scheduler and the native size.
+        pipe: Its pipeline, which gives the scheduler and the native size.
         interface: How the denoiser is called.
-        batch: The embeddings; its latents are not looked at.
-        noise: To begin with.
-        steps: Denoising steps.
-        guidance: Of classifier-free guidance against the empty prompt; 1 is none.
+        batch: The embeddings. Its latents are not used.
+        noise: Where the denoising begins.
+        num_inference_steps: Denoising steps.
     """
-    scheduler, flow = _fresh(pipe, batch.size)
+    scheduler, flow = _scheduler_for(pipe, batch.size)
     if flow:
-        scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
+        scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist())
     else:
-        scheduler.set_timesteps(steps)
+        scheduler.set_timesteps(num_inference_steps)
     latents = noise * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else noise
-    everything = torch.ones(len(noise), dtype=torch.bool)
     dtype = next(model.parameters()).dtype if hasattr(model, "parameters") else noise.dtype
     with torch.no_grad():
         for time in scheduler.timesteps:
             scaled = latents if flow else scheduler.scale_model_input(latents, time)
-
-            def predict(tensors: dict[str, Tensor], scaled: Tensor = scaled, time: Tensor = time) -> Tensor:
-                call = interface.arguments(scaled.to(dtype), time.expand(len(noise)), tensors)
-                output = model(**call)[0].float()
-                half = output.dim() == 4 and output.shape[1] == 2 * noise.shape[1]
-                return output.chunk(2, 1)[0] if half else output
-
-            prediction = predict(batch.tensors)
-            if guidance != 1:
-                null = predict(batch.without_prompts(everything))
-                prediction = null + guidance * (prediction - null)
-            latents = scheduler.step(prediction, time, latents, return_dict=False)[0]
+            call = interface.arguments(scaled.to(dtype), time.expand(len(noise)), batch.tensors)
+            output = model(**call)[0].float()
+            if output.dim() == 4 and output.shape[1] == 2 * noise.shape[1]:  # the second half are variances
+                output = output.chunk(2, 1)[0]
+            latents = scheduler.step(output, time, latents, return_dict=False)[0]
     return latents
 
 
-def _fresh(pipe: Any, size: tuple[int, int]) -> tuple[Any, bool]:
-    """Return a scheduler of the pipeline's kind; that of flow matching with the static shift for a size in pixels."""
+def _scheduler_for(pipe: Any, size: tuple[int, int]) -> tuple[Any, bool]:
+    """Return a new scheduler of the pipeline's kind, and whether it is one of flow matching.
+
+    Flow matching gets the static shift of a size in pixels, so that it needs no `mu` in each call.
+    """
     config = pipe.scheduler.config
     if not hasattr(pipe.scheduler, "scale_noise"):
         return type(pipe.scheduler).from_config(config), False
     shift = shift_at(pipe, size, "sqrt")
     return type(pipe.scheduler).from_config(config, use_dynamic_shifting=False, shift=shift), True
-
-
-def to_images(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
-    """Decode latents as the denoiser gives them into pictures `[B, 3, height, width]` in [0, 1], on the CPU."""
-    with torch.no_grad():
-        pixels = decode(pipe, unpacked(pipe, latents.to(pipe.vae.device), *size))
-    return (pixels.cpu() / 2 + 0.5).clamp(0, 1)

@@ -1,8 +1,9 @@
-"""`distill eval`: how near a student is to its teacher, and what its pictures are worth."""
+"""`distill eval`: how near the student comes to its teacher, in predictions and in pictures."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from vision_attn.conversion.conversion import load
 from vision_attn.distill.config import Config
 from vision_attn.distill.data import CachedData
-from vision_attn.distill.denoiser import Batch, denoiser_of
+from vision_attn.distill.denoiser import denoiser_of, load_pipeline
 from vision_attn.distill.images import read_prompts
 from vision_attn.distill.losses import Noising, Outputs
 from vision_attn.distill.measures import agreement, copies, kernel_distance, retrieval
@@ -24,13 +26,46 @@ from vision_attn.highres.positions import stretched_positions
 _SAMPLES = 16  # of the cache, for the error of predictions
 
 
+def evaluate(config: Config, *, device: str = "cpu") -> dict[str, Any]:
+    """Compare the trained adapter with its teacher, and write what was found into `run.out`/eval.json.
+
+    Args:
+        config: All settings but `loss`, `transfer` and `optimizer` are used.
+        device: Where to draw.
+
+    Raises:
+        FileNotFoundError: If there is no adapter, no cache or no file of prompts.
+    """
+    adapter = config.eval.adapter or config.run.out / "adapter"
+    if not adapter.exists():
+        raise FileNotFoundError(f"eval.adapter: {adapter} does not exist: train first")
+    pipe = load_pipeline(config.model).to(device)
+    evaluation = Evaluation(config, pipe)
+    teacher = evaluation.draw("teacher")
+    load(pipe, adapter)
+    student = evaluation.draw("student")
+    report = {
+        "adapter": str(adapter),
+        "prompts": len(evaluation.prompts),
+        "size": list(evaluation.size),
+        "eval": json.loads(json.dumps(asdict(config.eval), default=str)),
+        "teacher": evaluation.describe(teacher),
+        "student": evaluation.compare(student, teacher),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+        "torch": torch.__version__,
+    }
+    config.run.out.mkdir(parents=True, exist_ok=True)
+    (config.run.out / "eval.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
 @dataclass(frozen=True)
 class Drawn:
-    """What a model gives for the fixed prompts, noise and noise levels.
+    """What a model draws and predicts from the fixed prompts, noise and noise levels.
 
     Attributes:
         pictures: `[N, 3, height, width]` in [0, 1].
-        predictions: By noise level.
+        predictions: Predictions by noise level.
     """
 
     pictures: Tensor
@@ -38,7 +73,7 @@ class Drawn:
 
 
 class Evaluation:
-    """Draws with a pipeline and compares what it drew.
+    """Draws with a pipeline and compares what two pipelines drew.
 
     Args:
         config: `model`, `data`, `run.seed` and `eval` are used.
@@ -56,9 +91,10 @@ class Evaluation:
         self.truth = read_truth(config.eval.truth) if config.eval.truth else None
 
     def draw(self, label: str) -> Drawn:
-        """Draw all prompts, and predict from noisy samples of the cache, with the pipeline as it is."""
+        """Draw all prompts with the pipeline as it is, and predict from noisy samples of the cache."""
         pictures, count = [], self.config.eval.batch_size
-        steps = {"num_inference_steps": self.config.eval.steps} if self.config.eval.steps else {}
+        count_steps = self.config.eval.num_inference_steps
+        steps = {"num_inference_steps": count_steps} if count_steps else {}
         with (
             self._positions(),
             tqdm(total=len(self.prompts), desc=label, unit="image", disable=self.config.run.quiet) as bar,
@@ -74,7 +110,7 @@ class Evaluation:
 
     @contextmanager
     def _positions(self) -> Iterator[None]:
-        """Draw with the positions that the cache has: those of `data.native`."""
+        """Draw with the positions of the cache, which follow from `data.native`."""
         (height, width), unit = self.size, unit_of(self.pipe)
         stretch = self.config.data.stretch(self.size)
         if stretch <= 1:
@@ -85,7 +121,7 @@ class Evaluation:
             yield
 
     def _predict(self, sigma: float) -> Tensor:
-        """Predict from the first samples of the cache at a noise level."""
+        """Predict from the first samples of the cache at one noise level."""
         model: Any = denoiser_of(self.pipe)[1]
         parameter = next(model.parameters())
         noising = Noising(self.pipe.scheduler)
@@ -93,7 +129,7 @@ class Evaluation:
         generator = torch.Generator().manual_seed(self.config.run.seed)
         found = []
         for first in range(0, len(samples), self.config.eval.batch_size):
-            batch: Batch = self.data[samples[first : first + self.config.eval.batch_size]]
+            batch = self.data[samples[first : first + self.config.eval.batch_size]]
             batch = batch.to(parameter.device, parameter.dtype)
             noise = torch.randn(batch.latents.shape, generator=generator).to(batch.latents)
             timesteps = noising.at_level(sigma).expand(len(noise))
@@ -117,7 +153,7 @@ class Evaluation:
         return measures | self.describe(student)
 
     def describe(self, drawn: Drawn) -> dict[str, Any]:
-        """Return the measures that need no teacher: copies, and with icons to compare with, retrieval and PSNR."""
+        """Return the measures without a teacher: copies, and with `eval.truth` retrieval and PSNR to the icons."""
         measures: dict[str, Any] = {"copies": float(np.mean([copies(picture) for picture in drawn.pictures]))}
         if self.truth is None:
             return measures
@@ -137,7 +173,7 @@ class Evaluation:
 
 
 def read_truth(path: Path) -> tuple[list[str], Tensor]:
-    """Read the npz of `examples/emoji/rasterise.py`: names, and icons `[icons, 3, side, side]` uint8.
+    """Read the npz of `examples/emoji/rasterise.py`: the names and the icons `[icons, 3, side, side]` uint8.
 
     Raises:
         FileNotFoundError: If it does not exist.

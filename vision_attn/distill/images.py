@@ -1,4 +1,8 @@
-"""Images with captions: a folder, a WebDataset tar, or a folder of tars."""
+"""Images with captions: found in a folder, a WebDataset tar or a folder of tars, or drawn by the teacher.
+
+`distill generate` draws image i from seed `run.seed + i`, alone or in a batch, so a run that was stopped goes on where
+it was. It draws an image again if its caption is no longer line i of the prompts.
+"""
 
 import hashlib
 import io
@@ -24,12 +28,13 @@ _CAPTIONS = (".txt", ".json")
 
 @dataclass(frozen=True)
 class Item:
-    """One image.
+    """One image with its caption.
 
     Attributes:
-        key: Where it is.
-        image: Reads the file.
-        text: Reads its caption's file, which is called `text_name`.
+        key: Name of the image's file.
+        image: Reads this file.
+        text: Reads the file of the caption.
+        text_name: Name of that file.
     """
 
     key: str
@@ -38,7 +43,7 @@ class Item:
     text_name: str
 
     def digest(self) -> str:
-        """Return the SHA-256 of name, image and caption, as hexadecimal digits.
+        """Return the SHA-256 of names, image and caption, as hexadecimal digits.
 
         Raises:
             OSError: If a file cannot be read.
@@ -50,7 +55,7 @@ class Item:
         """Return the caption.
 
         Raises:
-            ValueError: If there is none in the file.
+            ValueError: If the file holds none.
         """
         text = self.text().decode("utf-8")
         if self.text_name.endswith(".json"):
@@ -62,7 +67,7 @@ class Item:
         return text.strip()
 
     def open(self) -> Any:
-        """Return the image as PIL has it, on white where it is transparent.
+        """Return the image as PIL reads it, on white where it is transparent.
 
         Raises:
             OSError: If it is damaged.
@@ -74,7 +79,7 @@ class Item:
 
 
 def find_items(place: Path) -> list[Item]:
-    """List the images with captions in a folder or tar, in order of their names.
+    """List the images with captions in a folder or tar, in the order of their names.
 
     Raises:
         FileNotFoundError: If the place does not exist.
@@ -91,7 +96,7 @@ def find_items(place: Path) -> list[Item]:
         items += _pairs(_members(tar))
     if not items:
         wanted = f"images ({', '.join(_IMAGES)}), each with a caption of the same name ({', '.join(_CAPTIONS)})"
-        raise ValueError(f"data.images: there is nothing in {place} to learn from: it needs {wanted}")
+        raise ValueError(f"data.images: {place} has nothing to learn from: it needs {wanted}")
     return items
 
 
@@ -108,10 +113,10 @@ def _pairs(files: Iterator[tuple[str, Callable[[], bytes]]]) -> Iterator[Item]:
 
 
 def _members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Yield the files of a tar, which are read where they lie.
+    """Yield the files of a tar, with readers that need not unpack it.
 
     Raises:
-        ValueError: If it is no tar.
+        ValueError: If it is no uncompressed tar.
     """
 
     def reader(start: int, size: int) -> Callable[[], bytes]:
@@ -131,7 +136,7 @@ def _members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
 
 
 def nearest_size(width: int, height: int, sizes: list[tuple[int, int]]) -> tuple[int, int]:
-    """Return the size whose shape is nearest to that of an image; of several, the one of the nearest area."""
+    """Return the size whose shape is nearest to an image's; among equal shapes, the one whose area is nearest."""
 
     def distance(size: tuple[int, int]) -> tuple[float, float]:
         ratio = float(np.log(size[0] / size[1] * width / height))
@@ -141,7 +146,7 @@ def nearest_size(width: int, height: int, sizes: list[tuple[int, int]]) -> tuple
 
 
 def to_pixels(image: Any, size: tuple[int, int]) -> Tensor:
-    """Scale an image to cover a size, cut what sticks out, and return `[3, height, width]` in [-1, 1]."""
+    """Scale an image until it covers a size, crop it, and return `[3, height, width]` in [-1, 1]."""
     from PIL import Image, ImageOps  # noqa: PLC0415, optional
 
     fitted = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
@@ -149,7 +154,7 @@ def to_pixels(image: Any, size: tuple[int, int]) -> Tensor:
 
 
 def read_prompts(path: Path, setting: str) -> list[str]:
-    """Read prompts, one a line; empty lines are left out.
+    """Read one prompt per line; skip empty lines.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -164,28 +169,32 @@ def read_prompts(path: Path, setting: str) -> list[str]:
 
 
 def generate(config: Config, *, device: str = "cpu", pipe: Any = None, rank: int = 0, world: int = 1) -> dict[str, int]:
-    """Draw one image per prompt into the folder `data.images`, each with its caption.
+    """Have the teacher draw one image per prompt into the folder `data.images`, each with its caption.
 
     Args:
         config: `model`, `data` and `run.seed` are used; `data.sizes` take turns.
         device: Where to draw.
         pipe: The pipeline, if it is loaded already.
-        rank: Of this process, each of which draws its share.
-        world: Number of processes.
+        rank: Number of this process. Each process draws its share.
+        world: How many processes there are.
 
     Returns:
-        How many images were drawn, and how many there were before.
+        How many images were drawn, and how many were there before.
+
+    Raises:
+        FileNotFoundError: If the file of prompts does not exist.
+        ValueError: If `data.images` or `data.prompts` is missing, or there are no prompts.
     """
     data = config.data
     if data.images is None or data.prompts is None:
-        raise ValueError("data.images and data.prompts are needed: where to draw, and what")
+        raise ValueError("data.images and data.prompts are needed: where to draw to, and what to draw")
     prompts = read_prompts(data.prompts, "data.prompts")
     pipe = load_pipeline(config.model).to(device) if pipe is None else pipe
     pipe.set_progress_bar_config(disable=True)
     data.images.mkdir(parents=True, exist_ok=True)
     own = range(rank, len(prompts), world)
     missing = [i for i in own if not _is_drawn(_path(data.images, i), prompts[i])]
-    steps = {"num_inference_steps": data.steps} if data.steps else {}
+    steps = {"num_inference_steps": data.num_inference_steps} if data.num_inference_steps else {}
     with tqdm(total=len(own), initial=len(own) - len(missing), unit="image", disable=config.run.quiet) as bar:
         for turn, size in enumerate(data.sizes):
             mine = [i for i in missing if i % len(data.sizes) == turn]
@@ -205,7 +214,7 @@ def generate(config: Config, *, device: str = "cpu", pipe: Any = None, rank: int
 
 
 def _is_drawn(path: Path, prompt: str) -> bool:
-    """Whether there is an image, and it was drawn from this prompt."""
+    """Whether there is an image that was drawn from this prompt."""
     caption = path.with_suffix(".txt")
     return path.exists() and caption.exists() and caption.read_text().strip() == prompt
 

@@ -18,7 +18,7 @@ def _torchmetrics() -> Any:
 
 
 def agreement(pictures: Tensor, others: Tensor) -> dict[str, float]:
-    """Return the mean PSNR in dB and SSIM of pictures to others, each to its own."""
+    """Return the mean PSNR in dB and the mean SSIM of each picture to its counterpart."""
     functional = _torchmetrics().functional.image
     error = (pictures - others).square().mean((1, 2, 3)).clamp(min=1e-10)
     ssim = functional.structural_similarity_index_measure(pictures, others, data_range=1.0)
@@ -34,7 +34,7 @@ def kernel_distance(pictures: Tensor, others: Tensor, features: str = "pixels") 
         features: 'pixels' for means over a 16 x 16 grid, or the name of a timm model with pretrained weights.
 
     Raises:
-        ValueError: If the model's weights cannot be had.
+        ValueError: If the model's weights cannot be loaded.
     """
     _torchmetrics()
     from torchmetrics.image.kid import KernelInceptionDistance  # noqa: PLC0415
@@ -42,7 +42,7 @@ def kernel_distance(pictures: Tensor, others: Tensor, features: str = "pixels") 
     size = min(len(pictures), len(others), 1000)
     module = _Pixels() if features == "pixels" else _Timm(features)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of the memory that all features need
+        warnings.simplefilter("ignore", UserWarning)  # it warns of the memory that all features take
         kid = KernelInceptionDistance(
             module, subsets=50 if size < len(pictures) else 1, subset_size=size, normalize=True
         )
@@ -67,7 +67,7 @@ class _Timm(nn.Module):
         try:
             self.model = timm.create_model(name, pretrained=True, num_classes=0).eval()
         except Exception as error:  # hub, network and name errors have no common class
-            raise ValueError(f"eval.features: timm's {name!r} cannot be had: {error}") from None
+            raise ValueError(f"eval.features: timm's {name!r} cannot be loaded: {error}") from None
         self.config: Any = timm.data.resolve_model_data_config(self.model)
         self.num_features = int(self.model.num_features)
 
@@ -80,12 +80,12 @@ class _Timm(nn.Module):
 
 
 def retrieval(pictures: Tensor, gallery: Tensor, right: Sequence[int]) -> dict[str, float]:
-    """Return how often the right one of a gallery is the nearest to a picture, and among the five nearest.
+    """Return how often the right picture of a gallery is the nearest to a drawn one, and is among the five nearest.
 
     Args:
-        pictures: What was drawn.
-        gallery: `[G, 3, height, width]`; distances are of pixels at 64 px.
-        right: Places in the gallery.
+        pictures: The drawn pictures.
+        gallery: `[G, 3, height, width]`. Distances are those of the pixels at 64 px.
+        right: The right place in the gallery for each picture.
     """
     small, all_small = (F.interpolate(t, (64, 64), mode="area").flatten(1) for t in (pictures, gallery))
     order = torch.cdist(small, all_small).argsort(1)
@@ -99,10 +99,10 @@ _COARSE = 32  # pixels
 def copies(picture: Tensor) -> float:
     """Count how often a picture `[3, height, width]` repeats itself: 1 if it does not, about 4 for four copies.
 
-    k equal copies correlate, shifted onto each other, by (pairs at that shift) / k, which sums to k - 1 over all
-    shifts. So the count is 1 plus the sum of the peaks of the autocorrelation of the edges, above 0.2 and further out
-    than an eighth of the side. Edges are of the picture at 32 px, where copies that differ in detail still correlate;
-    the more they differ, the more the count falls behind their number.
+    A shift that lays some of k equal copies onto others gives a correlation of (pairs at that shift) / k. These sum to
+    k - 1 over all shifts. So the count is 1 plus the sum of the autocorrelation's peaks, of the edges of the picture,
+    that are above 0.2 and further out than an eighth of the side. The edges are those at 32 px, where copies that
+    differ in detail still correlate. The more the copies differ, the further the count falls below their number.
     """
     scale = _COARSE / min(picture.shape[1:])
     height, width = (round(side * scale) for side in picture.shape[1:])

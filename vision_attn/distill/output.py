@@ -27,7 +27,9 @@ from vision_attn.distill.student import Student, merge_lora
 
 STATE, TRAINED = "state.json", "trained.safetensors"
 _PREFIX = "checkpoint-"
-_FREE = ("steps", "minutes", "save_every", "keep", "sheet_every", "sheet_steps", "trackers", "save_dtype", "export")
+_FREE_RUN = {"out", "steps", "minutes", "save_every", "keep", "sheet_every", "sheet_inference_steps"}
+_FREE_RUN |= {"trackers", "save_dtype", "export", "quiet"}
+_FREE_DATA = {"cache", "images", "prompts", "num_inference_steps", "shard_size", "workers"}
 _PICTURES = 6  # of a sheet's row
 _log = logging.getLogger(__name__)
 
@@ -125,9 +127,8 @@ def settings_of(config: Config) -> dict[str, Any]:
     """Return the settings that a run cannot change, as JSON holds them."""
     settings = asdict(config)
     del settings["eval"]
-    settings["run"] = {name: value for name, value in settings["run"].items() if name not in (*_FREE, "quiet", "out")}
-    for name in ("workers", "images", "prompts", "steps", "shard_size", "cache"):
-        del settings["data"][name]
+    for section, free in (("run", _FREE_RUN), ("data", _FREE_DATA)):
+        settings[section] = {name: value for name, value in settings[section].items() if name not in free}
     return json.loads(json.dumps(settings, default=str))
 
 
@@ -247,10 +248,14 @@ def write_sheet(config: Config, student: Student, data: CachedData, step: int, *
     batch = data[samples[:_PICTURES]].to(next(student.model.parameters()).device, student.dtype)
     generator = torch.Generator().manual_seed(config.run.seed)
     noise = torch.randn(batch.latents.shape, generator=generator).to(batch.latents)
-    rows = []
+    steps = config.run.sheet_inference_steps
+
+    def draw(model: Any) -> Tensor:
+        return sample(model, student.pipe, data.interface, batch, noise, num_inference_steps=steps)
+
     with student.teaching(student.model) as teacher:
-        rows.append(sample(teacher, student.pipe, data.interface, batch, noise, steps=config.run.sheet_steps))
-    rows.append(sample(student.model, student.pipe, data.interface, batch, noise, steps=config.run.sheet_steps))
+        rows = [draw(teacher)]
+    rows.append(draw(student.model))
     path = config.run.out / "sheets" / f"step-{step:08d}.png"
     if main:
         save_sheet(path, [to_images(student.pipe, latents, size) for latents in rows])

@@ -2,8 +2,8 @@
 
     loss = sum over layers of |a_student(x) - a_teacher(x)|^2 / Var(a_teacher(x)),    x the teacher's input
 
-Only new parameters learn, and there is no forward of the student: within the teacher's forward each layer runs once
-more with its processor, and its gradient is computed at once, so the memory is that of one layer.
+Only the processors' own parameters learn, and the student runs no forward of its own. Inside the teacher's forward each
+layer runs a second time, with its processor, and computes its gradient at once. So the memory is that of one layer.
 
 Papers: 'LoLCATs' - https://arxiv.org/abs/2410.10254, 'MOHAWK' - https://arxiv.org/abs/2408.10189
 """
@@ -26,10 +26,10 @@ from vision_attn.distill.student import Student
 
 
 def transfer(config: Config, accelerator: Any, computing: Step, batches: Iterator[Batch]) -> None:
-    """Run the stage: `config.transfer.steps` updates of the new parameters.
+    """Run the stage: `config.transfer.steps` updates of the processors' own parameters.
 
     Raises:
-        ValueError: If there are none, or the model is sharded.
+        ValueError: If the processor has no parameters, or the model is sharded.
         NonFiniteError: If the loss is NaN or infinite.
     """
     student, steps = computing.student, config.transfer.steps
@@ -59,10 +59,10 @@ def transfer(config: Config, accelerator: Any, computing: Step, batches: Iterato
 
 
 def transfer_losses(student: Student, noisy: Noisy) -> dict[str, float]:
-    """Run the teacher on a batch and add each layer's gradient to its new parameters.
+    """Run the teacher on a batch and add to the gradients of each layer's own parameters.
 
     Returns:
-        The loss of each layer by name.
+        The loss of each layer by its name.
     """
     shared = model_state(student.model).shared
     losses: dict[str, float] = {}
