@@ -87,6 +87,7 @@ def settings(args, teacher: str, student: str, steps: int, minutes: float | None
             minutes=minutes,
             save_every=0,
             save_dtype="float16",
+            sheet_inference_steps=2 if args.toy else 20,
             precision=args.precision or ("bf16" if torch.cuda.is_available() else "no"),
         ),
         eval=EvalConfig(

@@ -5,6 +5,7 @@ import re
 import shutil
 import tarfile
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -307,20 +308,25 @@ def test_all_processes_get_one_size_at_a_time_and_the_order_goes_on():
     }
 
 
+def pixels(path):
+    return np.asarray(Image.open(path), np.int16)
+
+
 def test_the_teacher_draws_its_own_data_and_goes_on(tmp_path):
     (tmp_path / "prompts.txt").write_text("octopus\n\nred apple\nrocket\n")
     config = settings(tmp_path, data__prompts=tmp_path / "prompts.txt", data__num_inference_steps=1)
     assert generate(config) == {"drawn": 3, "before": 0}
     second = tmp_path / "images" / "00000001.png"
-    before = second.read_bytes()
+    before = pixels(second)
     second.unlink()
     assert generate(config) == {"drawn": 1, "before": 2}
-    assert second.read_bytes() == before  # alone as in its batch
+    # alone as in its batch, up to rounding: weights that are read again lie at other addresses
+    assert np.abs(pixels(second) - before).max() <= 1
     assert second.with_suffix(".txt").read_text() == "red apple\n"
     assert write_cache(config)["samples"] == 3
     (tmp_path / "prompts.txt").write_text("octopus\ngreen apple\nrocket\n")
     assert generate(config) == {"drawn": 1, "before": 2}
-    assert second.read_bytes() != before and second.with_suffix(".txt").read_text() == "green apple\n"
+    assert np.abs(pixels(second) - before).max() > 8 and second.with_suffix(".txt").read_text() == "green apple\n"
     assert generate(config) == {"drawn": 0, "before": 3}
     shutil.rmtree(tmp_path / "images")
     assert [generate(config, rank=rank, world=2)["drawn"] for rank in range(2)] == [2, 1]

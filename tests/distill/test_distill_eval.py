@@ -2,12 +2,10 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from distill_case import arguments, settings, write_images
-from PIL import Image
+from distill_case import arguments, blob, settings, write_images, write_truth
 
 from vision_attn import Clear, convert
 from vision_attn.cli import main
@@ -17,15 +15,6 @@ from vision_attn.distill.evaluate import Evaluation, read_truth
 from vision_attn.distill.measures import agreement, copies, kernel_distance, retrieval
 from vision_attn.highres.levels import unit_of
 from vision_attn.highres.positions import stretched_positions
-
-
-def blob(side=128, seed=0):
-    """A picture of one object on white."""
-    generator = torch.Generator().manual_seed(seed)
-    texture = F.interpolate(torch.rand(1, 3, 16, 16, generator=generator), side, mode="bicubic")[0].clamp(0, 1)
-    axis = torch.linspace(-1, 1, side)
-    inside = (axis[:, None] ** 2 + axis**2 < 0.3).float()
-    return inside * texture + 1 - inside
 
 
 def test_copies_are_counted():
@@ -68,19 +57,6 @@ def test_unknown_features_are_refused():
         kernel_distance(pictures, pictures, "no_such_model")
 
 
-def write_truth(path, names, side=64):
-    """Write icons as rasterise.py does."""
-    import io
-
-    files = []
-    for i in range(len(names)):
-        buffer = io.BytesIO()
-        Image.fromarray((blob(side, i) * 255).byte().permute(1, 2, 0).numpy()).save(buffer, "WEBP", lossless=True)
-        files.append(buffer.getvalue())
-    data = np.frombuffer(b"".join(files), np.uint8)
-    np.savez(path, data=data, len=np.array([len(file) for file in files]), names=np.array(names))
-
-
 def test_a_student_that_is_its_teacher_has_no_error(tmp_path):
     write_images(tmp_path / "images", count=4)
     write_truth(tmp_path / "truth.npz", ["octopus", "red-apple"])
@@ -108,7 +84,7 @@ def test_a_student_that_is_its_teacher_has_no_error(tmp_path):
 
 def test_pictures_are_drawn_with_the_positions_of_the_cache(tmp_path):
     write_images(tmp_path / "images", count=2)
-    changes = {"eval.count": 2, "eval.num_inference_steps": 1, "data.sizes": [[64, 64]]}
+    changes = {"eval.count": 1, "eval.num_inference_steps": 1, "eval.sigmas": [0.5], "data.sizes": [[64, 64]]}
     drawn = {}
     for native in (None, [32, 32], [64, 64]):
         more = {"data.native": native, "data.cache": tmp_path / f"cache{native}"} if native else {}
@@ -119,8 +95,10 @@ def test_pictures_are_drawn_with_the_positions_of_the_cache(tmp_path):
     grid = (64 // unit_of(pipe), 64 // unit_of(pipe))
     with stretched_positions(pipe.transformer, grid, 2.0, "interpolate"):
         want = Evaluation(settings(tmp_path, **changes), pipe).draw("teacher").pictures
-    assert torch.equal(drawn["[32, 32]"], want)
-    assert torch.equal(drawn["None"], drawn["[64, 64]"]) and not torch.equal(drawn["None"], want)
+    # each pipeline has read its weights to other addresses, so equal pictures differ by rounding
+    torch.testing.assert_close(drawn["[32, 32]"], want, atol=1e-4, rtol=0)
+    torch.testing.assert_close(drawn["None"], drawn["[64, 64]"], atol=1e-4, rtol=0)
+    assert (drawn["None"] - want).abs().max() > 0.05
 
 
 def test_the_command_from_images_to_the_report(tmp_path, capsys):

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_distill_eval import write_truth
+from distill_case import write_truth
 
 from vision_attn import Clear, convert
 from vision_attn.demo import load_teacher
@@ -53,12 +53,15 @@ def test_the_results_script_runs_at_toy_size(students, tmp_path, monkeypatch, ca
     assert "| nano-clear | 2 |" in capsys.readouterr().out
 
 
-def test_the_script_of_large_pictures_runs_at_toy_size(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("prompts", "steps"), [("octopus", "1"), pytest.param("octopus,red apple", "2", marks=pytest.mark.slow)]
+)
+def test_the_script_of_large_pictures_runs_at_toy_size(prompts, steps, tmp_path, monkeypatch, capsys):
     write_truth(tmp_path / "icons.npz", ["octopus", "red-apple"])
     adapters = tmp_path / "adapters"
     convert(load_teacher("nano"), Clear(radius=3)).save(adapters / "nano-clear")
     given = [str(tmp_path / "out"), "--icons", str(tmp_path / "icons.npz"), "--teachers", "nano", "--sizes", "160"]
-    given += ["--prompts", "octopus,red apple", "--num-inference-steps", "2", "--level-inference-steps", "1"]
+    given += ["--prompts", prompts, "--num-inference-steps", steps, "--level-inference-steps", "1"]
     given += ["--adapters", str(adapters)]
     monkeypatch.setattr(sys, "argv", ["highres_results.py", *given])
     for _ in range(2):  # the second run finds everything done

@@ -50,27 +50,27 @@ def adapter(root):
 
 
 def test_the_loss_falls_and_the_adapter_loads(root):
-    folder = train(settings(root, run__steps=24, run__save_every=0, optimizer__ema=0.9))
-    frozen = settings(root, run__steps=24, run__out=root / "frozen" / "out", optimizer__learning_rate=0)
-    train(frozen)  # the same samples and noise, and nothing learned
-    learned, same = (np.mean([line["prediction"] for line in metrics(place)[-8:]]) for place in (root, root / "frozen"))
-    assert learned < 0.7 * same
+    same = dict(run__steps=10, run__save_every=0)
+    folder = train(settings(root, **same, optimizer__ema=0.9, optimizer__learning_rate=3e-3))
+    train(settings(root, **same, run__out=root / "frozen" / "out", optimizer__learning_rate=0))  # learns nothing
+    learned, frozen = (np.mean([line["prediction"] for line in metrics(p)[-4:]]) for p in (root, root / "frozen"))
+    assert learned < 0.7 * frozen
     assert {"step", "prediction", "attention", "total", "norm", "learning_rate"} == set(metrics(root)[0])
     pipe = load_teacher("nano")
     conversion = vision_attn.load(pipe, folder)
     assert isinstance(conversion.spec, vision_attn.LinFusion)
-    assert [path.name for path in (root / "out").glob("checkpoint-*")] == ["checkpoint-00000024"]
-    sheet = Image.open(root / "out" / "sheets" / "step-00000024.png")
+    assert [path.name for path in (root / "out").glob("checkpoint-*")] == ["checkpoint-00000010"]
+    sheet = Image.open(root / "out" / "sheets" / "step-00000010.png")
     assert sheet.size[1] in (64, 64) and sheet.size[0] % 16 == 0
 
 
 @pytest.mark.parametrize("extra", [
     dict(optimizer__ema=0.9, optimizer__schedule="cosine", optimizer__warmup=2),
-    dict(run__accumulate=2, transfer__steps=2, run__checkpointing="true", data__workers=1),
+    dict(run__accumulate=2, transfer__steps=1, run__checkpointing="true", data__workers=1),
     dict(student__processor="AgentSD", student__fields={"cell": 2, "ratio": 0.5}),
 ], ids=["ema", "accumulate", "random"])  # fmt: skip
 def test_a_run_that_was_stopped_goes_on_exactly(root, extra, monkeypatch):
-    config = settings(root, run__steps=5, run__save_every=2, **extra)
+    config = settings(root, run__steps=4, run__save_every=2, **extra)
     train(config)
     whole, tensors = metrics(root), adapter(root)
     shutil.rmtree(root / "out")
@@ -88,22 +88,22 @@ def test_a_run_that_was_stopped_goes_on_exactly(root, extra, monkeypatch):
         train(config)
     assert [line["step"] for line in metrics(root)] == [1, 2, 3]
     train(config)
-    assert calls == [1, 2, 3, 3, 4, 5]
+    assert calls == [1, 2, 3, 3, 4]
     assert metrics(root) == whole
     again = adapter(root)
     assert all(torch.equal(tensor, again[name]) for name, tensor in tensors.items())
 
 
 def test_checkpoints_are_rotated_and_a_half_written_one_is_passed_over(root):
-    config = settings(root, run__steps=5, run__save_every=1, run__keep=2)
+    config = settings(root, run__steps=3, run__save_every=1, run__keep=2)
     train(config)
     names = sorted(path.name for path in (root / "out").glob("checkpoint-*"))
-    assert names == ["checkpoint-00000004", "checkpoint-00000005"]
+    assert names == ["checkpoint-00000002", "checkpoint-00000003"]
     before = numbers(root)
-    shutil.rmtree(root / "out" / "checkpoint-00000005")
-    (root / "out" / "checkpoint-00000005.part").mkdir()
+    shutil.rmtree(root / "out" / "checkpoint-00000003")
+    (root / "out" / "checkpoint-00000003.part").mkdir()
     with (root / "out" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "tot')
+        file.write('{"step": 4, "tot')
     train(config)
     assert numbers(root) == before
 
@@ -162,7 +162,7 @@ def test_other_settings_in_the_same_folder_are_refused(root):
 
 def test_an_adapter_with_lora_is_the_student(root):
     pipe = load_teacher("nano")
-    config = settings(root, student__trainable="lora", student__rank=2, run__save_dtype="float32")
+    config = settings(root, student__trainable="lora", student__rank=2, run__steps=2, optimizer__learning_rate=1e-2)
     train(config, pipe=pipe)
     assert not any("lora" in name or "base_layer" in name for name in adapter(root))
     assert any(name.endswith("to_q.weight") for name in adapter(root))
@@ -170,7 +170,9 @@ def test_an_adapter_with_lora_is_the_student(root):
     vision_attn.load(other, root / "out" / "adapter")
     call = dict(height=32, width=32, num_inference_steps=2, output_type="np")
     pictures = [p("octopus", generator=torch.Generator().manual_seed(0), **call).images for p in (pipe, other)]
-    np.testing.assert_allclose(*pictures, atol=1e-5)
+    np.testing.assert_allclose(*pictures, atol=1e-4)  # weights that are read again lie at other addresses
+    plain = load_teacher("nano")("octopus", generator=torch.Generator().manual_seed(0), **call).images
+    assert np.abs(plain - pictures[0]).max() > 0.01
 
 
 def test_random_start_is_worse_and_half_precision_halves(root):
@@ -235,7 +237,7 @@ def test_bf16_keeps_what_is_trained_in_fp32(root):
 
 @pytest.mark.parametrize("trainable", ["new", "attention"])
 def test_a_student_starts_from_an_adapter(root, trainable):
-    first = settings(root, student__trainable=trainable)
+    first = settings(root, student__trainable=trainable, run__steps=1)
     folder = train(first)
     trained = safetensors.torch.load_file(folder / "vision_attn.safetensors")
     again = settings(

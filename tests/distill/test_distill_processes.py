@@ -1,4 +1,8 @@
-"""Two processes (gloo) that learn together, are killed, and go on."""
+"""Two processes (gloo) that learn together, are killed, and go on.
+
+They run on the CPU and see no GPU. PyTorch's barrier uses the accelerator of the machine, whatever the process group
+uses, so on a machine with one GPU the second process would ask for a second GPU.
+"""
 
 import json
 import multiprocessing
@@ -8,18 +12,20 @@ import socket
 import subprocess
 import sys
 import time
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from accelerate.state import AcceleratorState, DistributedType, PartialState
+from accelerate.state import DistributedType, PartialState
 from distill_case import arguments, metrics, settings, write_images
 
 from vision_attn.demo import load_teacher
 from vision_attn.distill.cache import write_cache
 from vision_attn.distill.loop import train
 
+ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["vision_attn.distill.loop", "vision_attn.demo", "accelerate.state"])
 
@@ -36,14 +42,14 @@ class Forks:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         self.processes = [SERVER.Process(target=self._run, args=(config, rank, port)) for rank in range(2)]
-        for process in self.processes:
-            process.start()
+        with patch.dict(os.environ, ON_CPU):  # the server starts with the first process
+            for process in self.processes:
+                process.start()
 
     @classmethod
     def _run(cls, config, rank, port):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-        AcceleratorState._reset_state(True)
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **ON_CPU}
         cls.prepare()
         train(config)
 
@@ -66,7 +72,7 @@ class Forks:
 
 
 class Sharded(Forks):
-    """Forks whose parameters are spread over both (FSDP 2). Accelerate does it for GPUs only: it is told of some."""
+    """Forks whose parameters are spread over both (FSDP 2). Accelerate does so for GPUs only, and is told of some."""
 
     @staticmethod
     def prepare():
@@ -76,14 +82,14 @@ class Sharded(Forks):
 
 
 class Launched:
-    """The same by the command: `accelerate launch` starts CPU processes through MPI only, so torchrun does it here."""
+    """The same by the command: torchrun, because `accelerate launch` starts CPU processes through MPI only."""
 
     COMMAND = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
     def __init__(self, config):
         self.process = subprocess.Popen(
-            [*self.COMMAND, "-m", "vision_attn.distill", *arguments(config.run.out.parent, **CHANGES)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+            [*self.COMMAND, "-m", "vision_attn.distill", *arguments(config.run.out.parent, **LONG)],
+            env=os.environ | ON_CPU,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
 
@@ -99,10 +105,6 @@ class Launched:
         assert self.process.returncode == 0, output[:3000]
 
 
-STEPS = 20
-CHANGES = dict(run__steps=STEPS, run__save_every=4, run__keep=9, run__sheet_every=6, optimizer__ema=0.8)
-
-
 def wait_for(root, step, running):
     """Wait until a step is in the metrics."""
     path, end = root / "out" / "metrics.jsonl", time.monotonic() + 90
@@ -111,34 +113,88 @@ def wait_for(root, step, running):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("start", [Forks, Sharded, pytest.param(Launched, marks=pytest.mark.slow)])
-def test_two_processes_learn_the_same_and_go_on_exactly_after_kill_9(start, tmp_path):
-    root = tmp_path
-    write_images(root / "images", count=8)
-    config = settings(root, **CHANGES)
-    write_cache(config)
+def states(root):
+    """Return what the complete checkpoints say of themselves, the oldest first."""
+    return [json.loads(path.read_text()) for path in sorted((root / "out").glob("checkpoint-*[0-9]/state.json"))]
+
+
+def adapter(root):
+    return safetensors.torch.load_file(root / "out" / "adapter" / "vision_attn.safetensors")
+
+
+def kill_and_go_on(start, config, root, step):
+    """Kill a run with `kill -9` after a step and start it again; return the totals before by step, and all lines."""
     running = start(config)
-    wait_for(root, 6, running)
+    wait_for(root, step, running)
     running.kill()
-    states = sorted((root / "out").glob("checkpoint-*[0-9]/state.json"))
-    assert states and json.loads(states[-1].read_text())["step"] < STEPS
+    assert 0 < states(root)[-1]["step"] < config.run.steps
     before = {line["step"]: line["total"] for line in metrics(root)}
     start(config).finish()
-    stopped = metrics(root)
-    assert [line["step"] for line in stopped] == list(range(1, STEPS + 1))
+    return before, metrics(root)
+
+
+def check_trained(root):
+    """What was trained is in the adapter, and nothing else."""
+    tensors, untrained = adapter(root), load_teacher("nano").transformer.state_dict()
+    roles = (".to_q.", ".to_k.", ".to_v.", ".to_out.", ".vision_attn.")
+    assert tensors and all(any(role in name for role in roles) for name in tensors)
+    assert not any(torch.equal(tensor, untrained[name]) for name, tensor in tensors.items() if name in untrained)
+
+
+SHORT = dict(run__steps=7, run__save_every=3, optimizer__ema=0.8)
+LONG = dict(run__steps=20, run__save_every=4, run__keep=9, run__sheet_every=6, optimizer__ema=0.8)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("processes")
+    write_images(root / "images", count=8)
+    write_cache(settings(root))
+    return root
+
+
+@pytest.fixture(scope="module")
+def killed(root):
+    return kill_and_go_on(Forks, settings(root, **SHORT), root, 5)
+
+
+def test_two_processes_go_on_exactly_after_kill_9(root, killed):
+    before, lines = killed
+    assert [line["step"] for line in lines] == list(range(1, 8)) and {4, 5} <= set(before)  # from the checkpoint of 3
+    assert all(line["total"] == before[line["step"]] for line in lines if line["step"] in before)  # to the last digit
+    assert all(state["processes"] == 2 and len(set(state["checksums"])) == 1 for state in states(root))
+    assert all(line["norm"] > 0 for line in lines)
+    check_trained(root)
+
+
+def test_a_sharded_model_learns_what_two_whole_ones_learn(root, killed, tmp_path):
+    config = settings(root, **SHORT | dict(run__steps=2, run__out=tmp_path / "out"))
+    Sharded(config).finish()
+    (state,) = states(tmp_path)
+    assert state["processes"] == 2 and len(set(state["checksums"])) == 2
+    for sharded, whole in zip(metrics(tmp_path), killed[1], strict=False):
+        assert sharded == pytest.approx(whole, rel=1e-4)
+    check_trained(tmp_path)
+    assert set(adapter(tmp_path)) == set(adapter(root))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [Forks, Sharded, Launched])
+def test_a_long_run_of_two_processes_goes_on_exactly_after_kill_9(start, tmp_path):
+    root = tmp_path
+    write_images(root / "images", count=8)
+    config = settings(root, **LONG)
+    write_cache(config)
+    before, stopped = kill_and_go_on(start, config, root, 6)
+    assert [line["step"] for line in stopped] == list(range(1, 21))
     assert all(line["total"] == before[line["step"]] for line in stopped if line["step"] in before)
-    for state in (json.loads(path.read_text()) for path in (root / "out").glob("checkpoint-*/state.json")):
+    for state in states(root):
         assert state["processes"] == 2 and len(set(state["checksums"])) == (2 if start is Sharded else 1)
-    adapter = safetensors.torch.load_file(root / "out" / "adapter" / "vision_attn.safetensors")
-    roles = (".to_q.", ".to_k.", ".to_v.", ".to_out.", ".vision_attn.")  # what is trained, and nothing else
-    assert all(any(role in name for role in roles) for name in adapter)
-    assert all(line["norm"] > 0 for line in stopped)
-    untrained = load_teacher("nano").transformer.state_dict()
-    assert not any(torch.equal(tensor, untrained[name]) for name, tensor in adapter.items() if name in untrained)
+    check_trained(root)
+    tensors = adapter(root)
     (root / "out").rename(root / "stopped")
     start(config).finish()
     assert metrics(root) == stopped  # to the last digit
-    whole = safetensors.torch.load_file(root / "out" / "adapter" / "vision_attn.safetensors")
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in adapter.items())
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in adapter(root).items())
     losses = [line["prediction"] for line in stopped]
     assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:4])

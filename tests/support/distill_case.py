@@ -1,9 +1,12 @@
-"""Small settings and data for the tests of distillation: the nano teacher at 32 px, 64 tokens."""
+"""Small settings, images and icons for the tests of distillation: the nano teacher at 32 px, 64 tokens."""
 
 import dataclasses
+import io
 import json
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from vision_attn.distill.config import read_config
@@ -20,6 +23,26 @@ def write_images(folder, sizes=((32, 32),), count=6):
         blocks = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(blocks).resize((width, height), Image.Resampling.NEAREST).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(WORDS[i % len(WORDS)])
+
+
+def blob(side=128, seed=0):
+    """A picture of one object on white."""
+    generator = torch.Generator().manual_seed(seed)
+    texture = F.interpolate(torch.rand(1, 3, 16, 16, generator=generator), side, mode="bicubic")[0].clamp(0, 1)
+    axis = torch.linspace(-1, 1, side)
+    inside = (axis[:, None] ** 2 + axis**2 < 0.3).float()
+    return inside * texture + 1 - inside
+
+
+def write_truth(path, names, side=64):
+    """Write icons as rasterise.py does."""
+    files = []
+    for i in range(len(names)):
+        buffer = io.BytesIO()
+        Image.fromarray((blob(side, i) * 255).byte().permute(1, 2, 0).numpy()).save(buffer, "WEBP", lossless=True)
+        files.append(buffer.getvalue())
+    data = np.frombuffer(b"".join(files), np.uint8)
+    np.savez(path, data=data, len=np.array([len(file) for file in files]), names=np.array(names))
 
 
 def arguments(root, **settings):
