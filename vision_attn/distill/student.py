@@ -154,7 +154,7 @@ def randomise(conversion: Conversion) -> None:
     for name in conversion.specs:
         for inner in _model_of(conversion).get_submodule(f"{name}.{CHILD}").modules():
             if hasattr(inner, "reset_parameters"):
-                inner.reset_parameters()
+                inner.reset_parameters()  # type: ignore[operator]
 
 
 def _model_of(conversion: Conversion) -> nn.Module:
