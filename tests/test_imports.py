@@ -8,20 +8,18 @@ from pathlib import Path
 import pytest
 from layers import LEVELS
 
-PACKAGE = Path(__file__).parent.parent / "vision_attn"
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "vision_attn"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
 def imports(path):
-    """Yield the folders and modules of the package that a file imports from, also inside functions."""
+    """Yield the dotted names that a file imports, also inside functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            names = []
-        yield from (name.split(".")[1] for name in names if name.startswith("vision_attn."))
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def upward(package):
@@ -31,8 +29,19 @@ def upward(package):
         own = path.relative_to(package).parts[0].removesuffix(".py")
         if own != "__init__":  # its names are looked up when they are asked for
             below = {own, *(name for name, level in LEVELS.items() if level < LEVELS[own])}
-            found += [(str(path.relative_to(package)), name) for name in imports(path) if name not in below]
+            places = [name.split(".")[1] for name in imports(path) if name.startswith("vision_attn.")]
+            found += [(str(path.relative_to(package)), place) for place in places if place not in below]
     return found
+
+
+def borrowing(tests):
+    """Return (file, module) of each test file that imports another: what they share belongs to tests/support."""
+    return [
+        (str(path.relative_to(tests)), name.split(".")[0])
+        for path in sorted(tests.rglob("*.py"))
+        for name in imports(path)
+        if name.startswith("test_")
+    ]
 
 
 def test_imports_point_down():
@@ -45,6 +54,16 @@ def test_an_upward_import_is_caught(tmp_path, name):
     bad.parent.mkdir()
     bad.write_text(f"def f():\n    {name}\n")
     assert upward(tmp_path) == [("kernels/bad.py", "conversion" if "conversion" in name else "hosts")]
+
+
+def test_no_test_file_imports_another():
+    assert not borrowing(TESTS)
+
+
+@pytest.mark.parametrize("statement", ["import test_hosts", "from test_hosts import run"])
+def test_a_test_file_that_imports_another_is_caught(tmp_path, statement):
+    (tmp_path / "test_bad.py").write_text(f"def test_something():\n    {statement}\n")
+    assert borrowing(tmp_path) == [("test_bad.py", "test_hosts")]
 
 
 def test_every_folder_has_its_place():
@@ -63,7 +82,7 @@ def run(code):
 
 def test_import_is_light():
     out = run(
-        "import time, torch, sys; t = time.perf_counter(); import vision_attn; print(time.perf_counter() - t)\n"
+        "import time, torch, sys; t = time.process_time(); import vision_attn; print(time.process_time() - t)\n"
         "vision_attn.convert, vision_attn.Clear\n"
         "print(sorted(n for n in ('diffusers', 'timm', 'xformers', 'accelerate', 'transformers') if n in sys.modules))"
     )
