@@ -30,7 +30,7 @@ from vision_attn.processors import REGISTRY, AgentSD, Schedule
 
 UNLIKE = {"clear-pool": (16, 8)}  # lower levels of a UNet must still divide by the pool
 PAIRS = quick(
-    [(host_id, name) for host_id in HOST if host_id in KIND for name in PROCESSORS],
+    list(product(KIND, PROCESSORS)),
     (lambda host_id, name: host_id, 2),
     (lambda host_id, name: name, 2),
     (lambda host_id, name: (KIND[host_id], name), 1),
