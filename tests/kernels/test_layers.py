@@ -1,14 +1,9 @@
 """Operators share `kernels/triton/`, and take no more from each other than what is public."""
 
 import ast
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-from vision_attn.grid import Grid
-from vision_attn.kernels.local import Window, local_attention
 
 KERNELS = Path(__file__).parents[2] / "vision_attn" / "kernels"
 SHARED = ("triton", "backend", "dense")
@@ -74,20 +69,3 @@ def test_the_shared_layer_knows_no_operator(tmp_path):
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "rows.py").write_text("from vision_attn.kernels.linear import linear_attention\n")
     assert trespasses(tmp_path) == [("triton/rows.py", "vision_attn.kernels.linear linear_attention")]
-
-
-@pytest.mark.interpreter
-def test_a_reader_of_local_attention_opens_few_files():
-    """The files whose functions run in the forward and the backward of a window with tokens outside the grid."""
-    grid, window = Grid(5, 6, prefix=2), Window(kernel_size=3)
-    q, k, v = (torch.randn(1, grid.tokens, 1, 16, requires_grad=True) for _ in range(3))
-    opened = set()
-    sys.setprofile(lambda frame, event, arg: opened.add(frame.f_code.co_filename))
-    try:
-        local_attention(q, k, v, grid, window, backend="triton").sum().backward()
-    finally:
-        sys.setprofile(None)
-    files = sorted(Path(name).relative_to(KERNELS.parent) for name in opened if name.startswith(f"{KERNELS.parent}/"))
-    print(*files, sep="\n")
-    assert {"kernels/local/forward.py", "kernels/triton/rows.py"} <= set(map(str, files))
-    assert len(files) <= 10

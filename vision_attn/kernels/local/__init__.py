@@ -190,9 +190,10 @@ def local_attention(
     check_inputs(q, k, v, grid)
     _check_window(q, grid, window)
     check_mask(q, grid, mask)
-    reasons = triton_reasons(q)
     if backend == "auto" and (not q.is_cuda or (window.covers(grid) and window.bias is None)):
-        reasons = [*reasons, "on a CPU it is interpreted, and a window that covers the grid is dense attention"]
+        reasons = ["on a CPU it is interpreted, and a window that covers the grid is dense attention"]
+    else:
+        reasons = triton_reasons(q)
     implementations = {
         "triton": Implementation(local_attention_triton, reasons),
         "torch": Implementation(local_attention_torch),

@@ -31,15 +31,19 @@ from vision_attn.kernels.local.tiles import (
     windowed,
 )
 from vision_attn.kernels.triton.launching import Kernel
-from vision_attn.kernels.triton.outside import meet_sequence, merge_outside, outside_program, outside_tokens, update_raw
 from vision_attn.kernels.triton.rows import (
     LOG2E,
     NO_KEY,
     START,
     head_of,
     load_rows,
+    meet_sequence,
+    merge_outside,
+    outside_program,
+    outside_tokens,
     own_head,
     store_rows,
+    update_raw,
 )
 
 # Found on one H200 with torch 2.11.0 and triton 3.6.0.

@@ -39,8 +39,19 @@ from vision_attn.kernels.local.tiles import (
     windowed,
 )
 from vision_attn.kernels.triton.launching import Kernel, block_of, strides_of
-from vision_attn.kernels.triton.outside import outside_program, seen_tokens, splits
-from vision_attn.kernels.triton.rows import HIDDEN, LOG2E, ds_of, head_of, load_rows, load_tile, own_head, store_rows
+from vision_attn.kernels.triton.rows import (
+    HIDDEN,
+    LOG2E,
+    ds_of,
+    head_of,
+    load_rows,
+    load_tile,
+    outside_program,
+    own_head,
+    seen_tokens,
+    splits,
+    store_rows,
+)
 
 # Found on one H200 with torch 2.11.0 and triton 3.6.0.
 _CONFIGS: dict[tuple[int, int, float], Tiles] = {

@@ -34,8 +34,7 @@ from vision_attn.kernels.triton.launching import (
     strides_of,
     uses_boxes,
 )
-from vision_attn.kernels.triton.outside import splits
-from vision_attn.kernels.triton.rows import LOG2E, load_rows, unit_of
+from vision_attn.kernels.triton.rows import LOG2E, load_rows, splits, unit_of
 
 OUTSIDE = tl.constexpr(1e20)
 SPREAD = tl.constexpr(8589934592.0)  # 2^33

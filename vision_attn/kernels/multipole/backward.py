@@ -31,10 +31,21 @@ from vision_attn.kernels.multipole.tiles import (
     plan_queries,
     tile_tokens,
 )
-from vision_attn.kernels.triton.delta import delta_of
 from vision_attn.kernels.triton.launching import Kernel, choice
-from vision_attn.kernels.triton.outside import outside_program, outside_tokens, seen_tokens
-from vision_attn.kernels.triton.rows import HIDDEN, LOG2E, ds_of, head_of, load_rows, load_tile, own_head, store_rows
+from vision_attn.kernels.triton.rows import (
+    HIDDEN,
+    LOG2E,
+    delta_of,
+    ds_of,
+    head_of,
+    load_rows,
+    load_tile,
+    outside_program,
+    outside_tokens,
+    own_head,
+    seen_tokens,
+    store_rows,
+)
 
 
 @triton.jit

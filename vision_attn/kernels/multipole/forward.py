@@ -26,14 +26,21 @@ from vision_attn.kernels.multipole.tiles import (
     tile_tokens,
 )
 from vision_attn.kernels.triton.launching import Kernel, Launch, choice
-from vision_attn.kernels.triton.outside import (
+from vision_attn.kernels.triton.rows import (
+    HIDDEN,
+    LOG2E,
+    NO_KEY,
+    START,
+    head_of,
+    load_rows,
     meet_sequence,
     merge_outside,
     outside_program,
     outside_tokens,
+    own_head,
+    store_rows,
     update_raw,
 )
-from vision_attn.kernels.triton.rows import HIDDEN, LOG2E, NO_KEY, START, head_of, load_rows, own_head, store_rows
 
 _LAUNCHES: dict[tuple[int, int], Launch] = {
     (2, 64): Launch(64, 4, 2, 2),

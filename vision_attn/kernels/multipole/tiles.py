@@ -30,8 +30,7 @@ from vision_attn.kernels.triton.launching import (
     strides_of,
     uses_boxes,
 )
-from vision_attn.kernels.triton.outside import splits
-from vision_attn.kernels.triton.rows import load_rows
+from vision_attn.kernels.triton.rows import load_rows, splits
 
 # Of the gradients. Keys: bytes of an element, channels at most.
 LAUNCHES: dict[tuple[int, int], Launch] = {
