@@ -155,7 +155,7 @@ finally:
 """
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["generate"]], ids=" ".join)
+@pytest.mark.parametrize("command", [[], ["demo"], ["generate"]], ids=["vision-attn", "demo", "generate"])
 def test_help_is_quick(command):
     done = subprocess.run([sys.executable, "-c", HELP, *command, "--help"], capture_output=True, text=True, check=True)
     assert "usage: vision-attn" in done.stdout and done.stdout.splitlines()[-1] == "[]"
