@@ -27,6 +27,7 @@ from vision_attn import (
 )
 from vision_attn.conversion.state import is_rerouted, state_of
 from vision_attn.processors import REGISTRY, AgentSD, Schedule
+from vision_attn.processors.agent import averages
 
 UNLIKE = {"clear-pool": (16, 8)}  # lower levels of a UNet must still divide by the pool
 PAIRS = quick(
@@ -219,3 +220,11 @@ def test_residual_networks_run_with_weights_stored_in_8_bits() -> None:
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     got = run(HOST["flux"], model, 6, 6)
     assert (got - want).abs().max() < 0.2 * want.abs().max()
+
+
+@pytest.mark.parametrize(("size", "agents"), [((12, 20), (3, 5)), ((7, 10), (3, 4)), ((3, 2), (5, 2))], ids=str)
+def test_agents_are_pooled_by_matrices_as_by_pytorch(size: tuple[int, int], agents: tuple[int, int]) -> None:
+    """Deterministic training on a GPU takes the matrices."""
+    image = torch.randn(2, 3, *size, dtype=torch.float64)
+    rows, columns = (averages(old, new) for old, new in zip(size, agents, strict=True))
+    torch.testing.assert_close(rows @ image @ columns.mT, torch.nn.functional.adaptive_avg_pool2d(image, agents))

@@ -136,7 +136,22 @@ def attend_through(
 
 def pool_agents(q: Tensor, grid: Grid, agent_grid: tuple[int, int]) -> Tensor:
     """Return the means of queries `[B, height * width, H, D]` over a grid of agents: `[B, rows * columns, H, D]`."""
-    return on_image(q, grid, lambda image: F.adaptive_avg_pool2d(image, agent_grid))
+    return on_image(q, grid, lambda image: _pool(image, agent_grid))
+
+
+def _pool(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return `F.adaptive_avg_pool2d(image, size)`, whose gradient on CUDA is not deterministic, so that it may be."""
+    if not (image.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        return F.adaptive_avg_pool2d(image, size)
+    rows, columns = (averages(old, new).to(image) for old, new in zip(image.shape[-2:], size, strict=True))
+    return rows @ image @ columns.mT
+
+
+def averages(length: int, windows: int) -> Tensor:
+    """Return the matrix `[windows, length]` by which adaptive pooling averages `length` entries of an axis."""
+    i, n = torch.arange(windows)[:, None], torch.arange(length)
+    inside = ((n >= i * length // windows) & (n < ((i + 1) * length + windows - 1) // windows)).double()
+    return inside / inside.sum(1, keepdim=True)
 
 
 class AgentBiases(nn.Module):
