@@ -70,6 +70,17 @@ def test_a_file_and_values_that_have_the_last_word(tmp_path, capsys):
     assert main(["distill", "--help"]) == 0
 
 
+def test_help_explains_every_setting(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["distill", "train", "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Stop after this many minutes, even before `steps`. (type: float | null, default: null)" in text
+    bare = re.findall(r"--([a-z]+[.][a-z_]+)[^-]*? (?=[(]type|[(]required)", text)
+    assert not [key for key in bare if not re.search(rf"--{key} [^-(]*[a-z]", text)]
+    assert "class '" not in text.replace("<class 'Path'>", "")
+
+
 def test_commands_say_what_is_missing(tmp_path, capsys):
     for action, message in (
         ("cache", "images does not exist"),

@@ -101,13 +101,14 @@ def test_the_parameters_that_learn_come_back_bit_for_bit(kind, ema):
 @pytest.mark.parametrize("earlier", [False, True], ids=["first", "after-another"])
 def test_a_run_leaves_the_process_as_it_was(earlier, tmp_path):
     AcceleratorState._reset_state(True)
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     if earlier:
         from accelerate import Accelerator
 
         mine = Accelerator(mixed_precision="no")
     with accelerated(settings(tmp_path, run__precision="bf16")) as accelerator:
         assert accelerator.mixed_precision == "bf16" and not torch.backends.cuda.cudnn_sdp_enabled()
-    assert torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled() == cudnn
     if earlier:
         assert mine.mixed_precision == "no" and mine.num_processes == 1
         AcceleratorState._reset_state(True)

@@ -1,7 +1,9 @@
 """The settings of a distillation, from a YAML file and from single values on the command line."""
 
+import inspect
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -328,6 +330,7 @@ def read_config(arguments: Sequence[str], program: str) -> Config | str:
     )
     parser.add_argument("--config", action="config", help="YAML file; values that follow override it")
     parser.add_class_arguments(Config, None, fail_untyped=True)
+    _explain(parser)
     try:
         values: Any = parser.parse_args(arguments)
         if printed:
@@ -336,6 +339,18 @@ def read_config(arguments: Sequence[str], program: str) -> Config | str:
     except jsonargparse.ArgumentError as error:
         raise ValueError(str(error)) from None
     return Config(**{name: getattr(made, name) for name in Config.__dataclass_fields__})
+
+
+def _explain(parser: Any) -> None:
+    """Give each key its line of the docstrings above: jsonargparse reads them only with another package."""
+    actions = {action.dest: action for action in parser._actions}
+    for section, entry in Config.__dataclass_fields__.items():
+        kind: Any = entry.type
+        summary, _, arguments = inspect.cleandoc(kind.__doc__).partition("\n\nArgs:\n")
+        for group in parser._action_groups:
+            group.title = summary.rstrip(".") if group.title == str(kind) else group.title
+        for name, text in re.findall(r"^    (\w+): (.+?)(?=^    \w|\Z)", arguments, re.MULTILINE | re.DOTALL):
+            actions[f"{section}.{name}"].help = " ".join(text.split()).replace("%", "%%")
 
 
 def _at_least(section: str, values: Any, least: float, *names: str) -> None:
