@@ -14,8 +14,8 @@ CASES = {
     "large-cell": (Grid(18, 20), dict(cell=16, near=0, pool=8, exact=1), 16),
 }
 SLOW = {
-    "levels": (Grid(40, 24, prefix=5), dict(exact=2), 16),
-    "wide": (Grid(20, 20, prefix=2), dict(near=0, exact=2), 144),
+    "levels": (Grid(24, 14, prefix=2), dict(cell=4, pool=2, exact=2), 16),
+    "wide": (Grid(15, 12, prefix=2), dict(near=0, exact=1), 144),
 }
 ROWS = [
     ("ragged-text", torch.float32),
