@@ -41,7 +41,8 @@ class Forks:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        self.processes = [SERVER.Process(target=self._run, args=(config, rank, port)) for rank in range(2)]
+        # daemons, so that one that waits for ever does not keep pytest from ending
+        self.processes = [SERVER.Process(target=self._run, args=(config, rank, port), daemon=True) for rank in range(2)]
         with patch.dict(os.environ, ON_CPU):  # the server starts with the first process
             for process in self.processes:
                 process.start()
