@@ -4,6 +4,7 @@ They run on the CPU and see no GPU. PyTorch's barrier uses the accelerator of th
 uses, so on a machine with one GPU the second process would ask for a second GPU.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ import safetensors.torch
 import torch
 from accelerate.state import DistributedType, PartialState
 from distill_case import arguments, metrics, settings, write_images
+from torch.nn.parallel import DistributedDataParallel
 
 from vision_attn.demo import load_teacher
 from vision_attn.distill.cache import write_cache
@@ -52,7 +54,14 @@ class Forks:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **ON_CPU}
         cls.prepare()
-        train(config)
+        with patch("torch.distributed.destroy_process_group", cls._destroy):
+            train(config)
+
+    @staticmethod
+    def _destroy(group=None, destroy=torch.distributed.destroy_process_group):
+        """DDP is gone before its group: as the group's last owner it could wait for gloo's threads for ever."""
+        assert not any(isinstance(thing, DistributedDataParallel) for thing in gc.get_objects())
+        destroy(group)
 
     @staticmethod
     def prepare():

@@ -144,7 +144,12 @@ def accelerated(config: Config) -> Iterator[Any]:
     # cuDNN attention's backward ends in an illegal memory access for short sequences (264 tokens, D=64, H200)
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
-        yield _make_accelerator(config)
+        accelerator = _make_accelerator(config)
+        yield accelerator
+        # DDP must go before its process group: the last owner of the group waits for gloo's threads, DDP with Python's
+        # lock held, for which these threads may be waiting
+        accelerator.free_memory()
+        accelerator.end_training()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
         for state, values in zip(states, before, strict=True):

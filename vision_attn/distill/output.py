@@ -211,11 +211,10 @@ class Metrics:
         self.bar.set_postfix({k: f"{v:.4g}" for k, v in found.items() if k not in ("norm", "learning_rate")})
 
     def close(self) -> None:
-        """End the run."""
+        """Close the bar and the file."""
         self.bar.close()
         if self.file is not None:
             self.file.close()
-        self.accelerator.end_training()
 
 
 def _truncate(path: Path, start: int) -> None:
