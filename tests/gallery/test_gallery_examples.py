@@ -129,7 +129,8 @@ def test_a_program_stops_with_one_line(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.slow
 def test_one_line_and_a_status_as_a_process(tmp_path: Path) -> None:
     """The process imports this tree, wherever another one is installed, and finds no weights anywhere."""
-    surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    surroundings = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
     command = [sys.executable, str(EXAMPLES["sd15_agent"].path), "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=surroundings, cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
