@@ -110,7 +110,7 @@ def _torch(
         if mask is not None:
             beside = beside.masked_fill(~mask[:, None, None, None], -torch.inf)
         scores = torch.cat([scores, beside], -1)
-    weights = (scores - scores.amax(-1, keepdim=True).detach()).exp() * gate.to(wide)[:, None, None]
+    weights = (scores - scores.amax(-1, keepdim=True)).exp() * gate.to(wide)[:, None, None]
     L = keys.shape[2]
     o = torch.einsum("bchlm,bcmhd->bclhd", weights[..., :L], values)
     if shared:
@@ -143,7 +143,7 @@ def _reference(
         seen = seen & whole[:, 0]
     scores = torch.einsum("bnhd,bmhd->bhnm", q[0][:, image].to(wide), k[0].to(wide)) * scale
     scores = scores.masked_fill(~seen[:, None], -torch.inf)
-    exact = (scores - scores.amax(-1, keepdim=True).detach()).exp() * gate.to(wide)[:, None, None]
+    exact = (scores - scores.amax(-1, keepdim=True)).exp() * gate.to(wide)[:, None, None]
     linear = torch.einsum("bnhf,bmhf->bhnm", q[1][:, image].to(wide), k[1].to(wide)) * ~own
     weights = exact + linear
     return torch.einsum("bhnm,bmhd->bnhd", weights / weights.sum(-1, keepdim=True), v.to(wide)).to(v.dtype)
