@@ -13,6 +13,8 @@ check it. All candidates of a row were timed in one run.
 A row of whole models has no subject (null), no `needed_flop` and no `errors`. It has `musts`, a list of {text, value,
 needed, holds}, see `overview.py`; and its PASS has `batch`, `speedup` over the row's reference, and `memory`, which is
 {bytes, above}: the peak, and the part of it above the weights.
+
+A row of fidelity has no times: its candidates have `quality`, measures by name, in the place of the passes.
 """
 
 import datetime
@@ -106,7 +108,10 @@ def check_document(document: Any, source: object = "document") -> None:
 
 
 def _passes(place: str, candidate: dict[str, Any]) -> list[str]:
-    """Return what is wrong with the passes of a candidate: it needs a forward, or a reason why it has none."""
+    """Return what is wrong with the passes of a candidate: it needs a pass or measures, or a reason why it has none."""
+    if candidate.get("quality") is not None:
+        kinds = dict.fromkeys(candidate["quality"], _NUMBER)
+        return _mismatches(f"{place}quality.", candidate["quality"], kinds)
     timed = [name for name in ("forward", "backward") if candidate.get(name) is not None]
     problems = [p for name in timed for p in _mismatches(f"{place}{name}.", candidate[name], _PASS)]
     if bool(timed) == bool(candidate.get("reason")):

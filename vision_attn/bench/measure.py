@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vision_attn.bench.candidate import AbsentError, Candidate, Inputs, Prepared, Problem, reason_of
 from vision_attn.bench.timing import Launch, Timing, extra_memory, interleave, own_stream
+from vision_attn.bench.workers import Workers
 
 SUBJECT = "ours"
 
@@ -21,10 +22,14 @@ class Measurement:
         device: Where everything runs.
         rounds: Turns of each candidate, see `interleave`.
         chosen: Names of the candidates that take part, all if empty. The subject always does.
+        workers: Processes for what is not timed; this one if None.
     """
 
-    def __init__(self, device: torch.device, *, rounds: int = 4, chosen: Sequence[str] = ()) -> None:
+    def __init__(
+        self, device: torch.device, *, rounds: int = 4, chosen: Sequence[str] = (), workers: Workers | None = None
+    ) -> None:
         self.device, self.rounds, self.chosen = device, rounds, tuple(chosen)
+        self.workers = workers or Workers()
         self._twins: dict[tuple[str, Problem, bool], dict[str, float]] = {}
 
     def row(self, problem: Problem, candidates: Sequence[Candidate]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from vision_attn.bench.document import (
 )
 from vision_attn.bench.measure import Measurement
 from vision_attn.bench.table import markdown
+from vision_attn.bench.workers import Workers
 
 _TIMING = (
     "Medians, candidates in turns in one run: replays of CUDA graphs at the clock that each sustains (on a CPU, "
@@ -81,6 +82,7 @@ def run_benchmarks(
     only: Sequence[str] = (),
     candidates: Sequence[str] = (),
     quick: bool = False,
+    workers: int = 1,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
     """Run an entry or a group of entries; every finished case is stored at once.
@@ -92,6 +94,7 @@ def run_benchmarks(
         only: Case names, `*` and `?` allowed; all if empty.
         candidates: Names of the candidates to compare with, all if empty.
         quick: Run fewer cases and take fewer samples.
+        workers: Processes that measure side by side what is not timed.
         say: Receives a line as each case ends.
 
     Returns:
@@ -102,7 +105,6 @@ def run_benchmarks(
             comparison is wrong or cannot run; then everything has been stored.
     """
     where = pick_device(device)
-    measurement = Measurement(where, rounds=2 if quick else 4, chosen=candidates)
     found = find_entries(name)
     check_candidates(found, candidates)
     every = {entry: entry.cases(where, quick) for entry in found}
@@ -112,23 +114,33 @@ def run_benchmarks(
     options += [f"--candidates={','.join(candidates)}"] * bool(candidates)
     command = shlex.join(["vision-attn", "bench", name, f"--device={where.type}", *options])
     written, failed = [], []
-    for entry, cases in chosen.items():
-        short = entry.__name__.rpartition(".")[2]
-        path = out / f"{short}_{device_slug(where)}.json"
-        place = dict(schema=SCHEMA, entry=short, title=entry.TITLE, device=device_name(where), versions=versions())
-        stored, rows = stored_rows(path, place), []
-        order = [case.name for case in (*entry.cases(where, False), *entry.cases(where, True))]
-        run = dict(date=today(), command=command)
-        for case in cases:
-            rows.append(entry.row(case, measurement) | run)
-            timing = getattr(entry, "TIMING", _TIMING)
-            write_document(path, dict(**place, timing=timing, rows=merged(stored, rows, order)))
-            say(describe(rows[-1]))
-        failed += [f"{row['case']}: {reason}" for row in rows if (reason := subject_reason(row))]
-        written.append(path)
+    with Workers(workers) as processes:
+        measurement = Measurement(where, rounds=2 if quick else 4, chosen=candidates, workers=processes)
+        for entry, cases in chosen.items():
+            path, rows = _run_entry(entry, cases, measurement, out, dict(date=today(), command=command), say)
+            failed += [f"{row['case']}: {reason}" for row in rows if (reason := subject_reason(row))]
+            written.append(path)
     if failed:
         raise ValueError(f"stored in {out}, but the subject itself was left out: {'; '.join(failed)}")
     return written
+
+
+def _run_entry(
+    entry: Any, cases: Sequence[Any], measurement: Measurement, out: Path, run: dict[str, str], say: Callable
+) -> tuple[Path, list[dict[str, Any]]]:
+    """Measure some cases of an entry; return the file and the rows that were measured, with `run` in each of them."""
+    where = measurement.device
+    short = entry.__name__.rpartition(".")[2]
+    path = out / f"{short}_{device_slug(where)}.json"
+    place = dict(schema=SCHEMA, entry=short, title=entry.TITLE, device=device_name(where), versions=versions())
+    stored, rows = stored_rows(path, place), []
+    order = [case.name for case in (*entry.cases(where, False), *entry.cases(where, True))]
+    for case in cases:
+        rows.append(entry.row(case, measurement) | run)
+        timing = getattr(entry, "TIMING", _TIMING)
+        write_document(path, dict(**place, timing=timing, rows=merged(stored, rows, order)))
+        say(describe(rows[-1]))
+    return path, rows
 
 
 def subject_reason(row: dict[str, Any]) -> str | None:
@@ -141,6 +153,7 @@ def describe(row: dict[str, Any]) -> str:
     parts = []
     for candidate in row["candidates"]:
         times = [f"{candidate[w]['median_ms']:.3f} ms" for w in ("forward", "backward") if candidate.get(w)]
+        times += [f"{key} {value:.3g}" for key, value in (candidate.get("quality") or {}).items()]
         parts.append(f"{candidate['name']} {' / '.join(times) or candidate['reason']}")
     return f"{row['case']}: {'; '.join(parts)}"
 
