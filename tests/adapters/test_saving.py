@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_submodules
 from converted_hosts import POOLED
 from host_runs import FROM_A_FILE, run
 from safetensors.torch import load_file, save_file
@@ -270,3 +272,38 @@ def test_fused_lora_is_unfused_before_weights_are_put_back(tmp_path: Path) -> No
         conversion.revert()
     model.unfuse_lora()
     conversion.revert()
+
+
+def test_fused_projections_are_unfused_before_weights_are_put_back(tmp_path: Path) -> None:
+    save_trained(tmp_path)
+    model = HOST["flux"].build()
+    want = run(HOST["flux"], model, 16, 8)
+    conversion = load(model, tmp_path)
+    model.fuse_qkv_projections()
+    with pytest.raises(ValueError, match=r"call unfuse_qkv_projections.. first"):
+        conversion.revert()
+    model.unfuse_qkv_projections()
+    conversion.revert()
+    assert torch.equal(run(HOST["flux"], model, 16, 8), want)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["offloaded-first", "loaded-first"])
+def test_weights_are_put_back_after_offloading(before: bool, tmp_path: Path) -> None:
+    """Hooks that offload replace each parameter by another one."""
+    save_trained(tmp_path)
+    model = HOST["flux"].build()
+    want = run(HOST["flux"], model, 16, 8)
+    if before:
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        remove_hook_from_submodules(model)
+    conversion = load(model, tmp_path)
+    changed = run(HOST["flux"], model, 16, 8)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    torch.testing.assert_close(run(HOST["flux"], model, 16, 8), changed, **FROM_A_FILE)
+    with pytest.raises(ValueError, match=r"to_k.weight is offloaded .*pipe.remove_all_hooks.."):
+        conversion.revert()
+    with pytest.raises(ValueError, match=r"weight is offloaded .*pipe.remove_all_hooks.."):
+        conversion.save(tmp_path / "again")
+    remove_hook_from_submodules(model)
+    conversion.revert()
+    assert torch.equal(run(HOST["flux"], model, 16, 8), want)

@@ -19,6 +19,7 @@ from vision_attn.conversion.state import (
     is_rerouted,
     model_state,
     plain,
+    refuse_offloaded,
     state_of,
 )
 from vision_attn.estimation.model import aligned
@@ -407,7 +408,7 @@ def _adapter_of(model: nn.Module, component: str) -> Adapter:
     """Return what is to be saved of a converted model; LoRA layers have files of their own.
 
     Raises:
-        ValueError: If projections were fused since the conversion, and trained.
+        ValueError: If projections were fused since the conversion, and trained; or if weights are offloaded.
     """
     state = model_state(model)
     _refuse_fused(model, state)
@@ -415,6 +416,7 @@ def _adapter_of(model: nn.Module, component: str) -> Adapter:
     changed = state.changed(model)
     own = {plain(name): tensor for name, tensor in model.state_dict().items()}
     kept = {name: tensor for name, tensor in own.items() if f".{CHILD}." in name or name in changed}
+    refuse_offloaded(kept)
     return Adapter("", component, layers, kept, state.shared.min_tokens, type(model).__name__)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vision_attn.conversion.grids import GridContext, argument_names, by_name, remove_hooks, unwatch, watch
-from vision_attn.conversion.rerouting import refuse_hooked, reroute, restore
+from vision_attn.conversion.rerouting import reroute, restore
 from vision_attn.conversion.state import (
     Fingerprint,
     LayerState,
@@ -19,6 +19,7 @@ from vision_attn.conversion.state import (
     is_rerouted,
     model_state,
     plain,
+    refuse_offloaded,
     remember,
     state_of,
 )
@@ -76,7 +77,6 @@ class Plan:
             self.watched.append((watched, context))
             for name, module in chosen:
                 _refuse_other_attention(name, module)
-                refuse_hooked(name, module)
                 heads = heads_of(name, module)
                 layer_spec = specs[name]
                 if layer_spec.thresholds and host.timestep is None:
@@ -159,7 +159,7 @@ class Plan:
         for name, tensor in tensors.items():
             place = own[name]
             if f".{CHILD}." not in name:
-                originals.append((place, place.data))
+                originals[name] = place.data
             place.data = tensor.to(place.device, place.dtype)
 
 
@@ -218,13 +218,10 @@ def undo(model: nn.Module) -> None:
     """Put a converted model back as it was.
 
     Raises:
-        ValueError: If LoRA layers are fused into weights that `load` replaced.
+        ValueError: If weights that `load` replaced are fused into others, or offloaded.
     """
     state = model_state(model)
-    replaced = {id(tensor) for tensor, _ in state.originals}
-    for name, module in model.named_modules():
-        if getattr(module, "merged", False) is True and any(id(p) in replaced for p in module.parameters()):
-            raise ValueError(f"LoRA is fused into {name}, whose old weights would come back: call unfuse_lora() first")
+    places = _places(model, state.originals)
     for module in list(model.modules()):
         if is_rerouted(module):
             for name, value in state_of(module).replaced.items():
@@ -234,9 +231,33 @@ def undo(model: nn.Module) -> None:
         forget_input(module)
     for hook in (_begin, _end):
         remove_hooks(model, hook)
-    for tensor, original in state.originals:
-        tensor.data = original.to(tensor.device, tensor.dtype)
+    for name, original in state.originals.items():
+        places[name].data = original.to(places[name].device, places[name].dtype)
     forget(model)
+
+
+def _places(model: nn.Module, originals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose data `load` replaced, as they are now: hooks put new ones in their places.
+
+    Raises:
+        ValueError: If they are fused into others, or offloaded; the error says what to call first.
+    """
+    for name, module in model.named_modules():
+        for sign, what, cure in _COPIES:
+            if getattr(module, sign, False) is not True:
+                continue
+            if any(plain(key) in originals for key, _ in module.named_parameters(name)):
+                raise ValueError(f"{what} {name}, whose old weights would come back: call {cure}() first")
+    now: dict[str, Tensor] = {plain(name): tensor for name, tensor in model.named_parameters()}
+    now |= dict(model.named_buffers())
+    refuse_offloaded({name: now[name] for name in originals})
+    return now
+
+
+_COPIES = (  # attributes of modules that hold copies of weights, and what undoes the copies
+    ("merged", "LoRA is fused into", "unfuse_lora"),
+    ("fused_projections", "projections are fused in", "unfuse_qkv_projections"),
+)
 
 
 def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

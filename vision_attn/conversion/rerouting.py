@@ -1,13 +1,12 @@
 """The one place that reroutes `scaled_dot_product_attention` inside an attention module of a host.
 
 The host's own code keeps running: its processors, projections, norms, rotary embeddings, adapters and hooks. A rerouted
-module gets a subclass of its own class whose `forward` runs the original one inside a `TorchFunctionMode`. The mode
+module gets a subclass of its own class whose `__call__` runs the original one inside a `TorchFunctionMode`. The mode
 lets the layer's processor answer a call to `scaled_dot_product_attention` if queries and keys both are the layer's
 whole token sequence. Every other call goes through.
 """
 
 import functools
-import inspect
 import logging
 import math
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from vision_attn.conversion.grids import Seen
@@ -23,55 +23,51 @@ from vision_attn.conversion.projections import Projections
 from vision_attn.conversion.state import LAYER, LayerState, state_of
 from vision_attn.grid import Grid
 from vision_attn.processors.base import CHILD, Moment, Processor
-from vision_attn.processors.softmax import Softmax
+from vision_attn.processors.softmax import Softmax, SoftmaxAttention
 
 _log = logging.getLogger(__name__)
 _MASKED = "dense: the attention mask says that the grid lies elsewhere in each sample"
-
-
-def refuse_hooked(name: str, module: nn.Module) -> None:
-    """Refuse a module whose own `forward` would hide ours.
-
-    Raises:
-        ValueError: If a hook has replaced the module's `forward`.
-    """
-    if "forward" in vars(module):
-        raise ValueError(
-            f"{name}: a hook has replaced the forward of this {type(module).__name__} (offloading or caching of single "
-            "modules): convert first, enable the hook afterwards"
-        )
 
 
 def reroute(module: nn.Module, processor: nn.Module, state: LayerState) -> None:
     """Make `module` answer its attention over the grid with `processor`. `restore` undoes it."""
     setattr(module, LAYER, state)
     module.add_module(CHILD, processor)
-    module.__class__ = rerouted_class(type(module))  # type: ignore[arg-type]
+    module.__class__ = _beneath_parametrizations(type(module))
 
 
 def restore(module: nn.Module) -> None:
-    """Give a rerouted module its own class back and take the processor out."""
-    module.__class__ = type(module).__mro__[1]
+    """Give a rerouted module its own class back and take the processor out, whatever class others put on top since."""
+    cls: Any = type(module)
+    ours: Any = next(base for base in cls.__mro__ if _BASE in vars(base))
+    module.__class__ = _replaced(cls, ours, vars(ours)[_BASE])
     del module._modules[CHILD]
     delattr(module, LAYER)
 
 
+_BASE = "_vision_attn_base"  # attribute of a rerouted class: the class that it was made of
+
+
 @functools.cache
 def rerouted_class(base: Any) -> type[nn.Module]:
-    """Return the subclass of `base` that reroutes. It has the name of `base`, as with `parametrize`."""
+    """Return the subclass of `base` that reroutes. It has the name of `base`, as with `parametrize`.
+
+    It replaces `__call__`, not `forward`: hooks (offloading, caches) replace the `forward` of an instance before or
+    after us, and put the one back that they found.
+    """
 
     class Rerouted(base):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
             state: LayerState = self.__dict__[LAYER]
             if state.shared.bypassed:
                 state.block_input = None
-                return super().forward(*args, **kwargs)
+                return super().__call__(*args, **kwargs)
             if getattr(getattr(self, "processor", None), "_parallel_config", None) is not None:
                 raise ValueError(f"{state.name} runs with context parallelism, which cuts the grid: revert() first")
             mode = _Reroute(self, kwargs.get("attention_mask") is not None)
             with mode:
-                output = super().forward(*args, **kwargs)
-            if not torch.compiler.is_compiling() and not mode.reached:
+                output = super().__call__(*args, **kwargs)
+            if not torch.compiler.is_compiling() and not mode.reached and not _may_skip(self):
                 if not isinstance(state.spec, Softmax):
                     raise RuntimeError(_never_reached(state, self))
                 state.note(None, "dense: the host's own code computed it", expected=True)
@@ -79,12 +75,40 @@ def rerouted_class(base: Any) -> type[nn.Module]:
 
         def __reduce_ex__(self, protocol: Any) -> Any:
             make, args, *rest = super().__reduce_ex__(protocol)
-            return _rebuild, (make, base, *args[1:]), *rest
+            return (_rebuild, (make, base, *args[1:]), *rest) if args[0] is Rerouted else (make, args, *rest)
 
     for name in ("__name__", "__qualname__", "__module__", "__doc__"):
         setattr(Rerouted, name, getattr(base, name))
-    Rerouted.forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    setattr(Rerouted, _BASE, base)
     return Rerouted
+
+
+def _may_skip(module: nn.Module) -> bool:
+    """Whether a hook has replaced the `forward` of a module, and may answer without it (a cache).
+
+    A hook that was taken off again leaves the module's own method there.
+    """
+    forward = vars(module).get("forward")
+    return forward is not None and getattr(forward, "__self__", None) is not module
+
+
+def _beneath_parametrizations(cls: Any) -> Any:
+    """Return the rerouted class for a module of class `cls`.
+
+    `parametrize` puts a class on top of a module's own, and takes off the uppermost one: that must not be ours.
+    """
+    if cls.__module__ != parametrize.__name__:
+        return rerouted_class(cls)
+    return _replaced(cls, cls.__bases__[0], _beneath_parametrizations(cls.__bases__[0]))
+
+
+@functools.cache
+def _replaced(cls: Any, old: Any, new: Any) -> Any:
+    """Return the class `cls` with `new` in the place of its base class `old`."""
+    if cls is old or old not in cls.__mro__:
+        return new if cls is old else cls
+    content = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, tuple(_replaced(base, old, new) for base in cls.__bases__), content)
 
 
 def _rebuild(make: Callable[..., Any], base: Any, *args: Any) -> Any:
@@ -138,7 +162,10 @@ def _answer(
     """Answer one call of `scaled_dot_product_attention` on `[B, H, N, D]` tensors."""
     state = state_of(mode.module)
     grid = locate(state, query, key, attn_mask)
-    if grid is None:
+    unchanged = grid is not None and isinstance(mode.processor, SoftmaxAttention)
+    if grid is None or unchanged:
+        if unchanged:
+            state.note(grid, "rerouted")
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )

@@ -3,6 +3,7 @@
 All state lives on the host's modules, without closures: copies, pickles and saved models take it along.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,21 +145,25 @@ class ModelState:
         shared: State that the layers share.
         host: How the model's layers and their grids are found.
         fingerprints: Fingerprint of each parameter at conversion, to tell later which were trained.
-        originals: Parameters whose data `load` replaced, with their own data, to put back on revert.
+        originals: The own data of the tensors that `load` replaced, by name, to put back on revert.
     """
 
     shared: Shared
     host: Host
     fingerprints: dict[str, Fingerprint]
-    originals: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    originals: dict[str, Tensor] = field(default_factory=dict)
 
     def changed(self, model: nn.Module) -> set[str]:
-        """Return the names of the model's own parameters that were written to or replaced since conversion."""
-        replaced = {id(parameter) for parameter, _ in self.originals}
+        """Return the names of the model's own parameters that were written to or replaced since conversion.
+
+        Raises:
+            ValueError: If a parameter was offloaded since, so that nobody can tell.
+        """
         names = {plain(name): parameter for name, parameter in model.named_parameters()}
         known = {plain(name): print_ for name, print_ in self.fingerprints.items() if not is_lora(name)}
+        refuse_offloaded({name: names[name] for name in known.keys() & names.keys() if known[name].sample is not None})
         written = {name for name, print_ in known.items() if name in names and print_.differs(names[name])}
-        return written | {name for name, parameter in names.items() if id(parameter) in replaced}
+        return written | (self.originals.keys() & names.keys())
 
 
 def is_rerouted(module: nn.Module) -> bool:
@@ -189,6 +194,20 @@ def remember(model: nn.Module, state: ModelState) -> None:
 def forget(model: nn.Module) -> None:
     """Undo `remember`."""
     delattr(model, _MODEL)
+
+
+def refuse_offloaded(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors whose values are not here.
+
+    Raises:
+        ValueError: If hooks offloaded one of them, or sharded it.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_meta or hasattr(tensor, "placements"):
+            raise ValueError(
+                f"{name} is offloaded or sharded, so its values are not known here: take off the hooks first "
+                "(pipe.remove_all_hooks(), accelerate.hooks.remove_hook_from_submodules(model))"
+            )
 
 
 def plain(name: str) -> str:
