@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_argument("--candidates", help="comma-separated names, as in the table; all by default")
     bench.add_argument("--quick", action="store_true", help="fewer cases and samples")
     bench.add_argument("--workers", type=int, default=1, help="processes that measure side by side what is not timed")
+    bench.add_argument("--download", action="store_true", help="first fetch the weights that are measured, by pip")
     bench.set_defaults(run=_bench)
     distill = commands.add_parser("distill", add_help=False, help="train a converted model; see distill --help")
     distill.add_argument("arguments", nargs=argparse.REMAINDER)
@@ -174,7 +175,8 @@ def _bench(options: argparse.Namespace) -> None:
     candidates = options.candidates.split(",") if options.candidates else ()
     for path in run_benchmarks(
         options.what, options.out, device=options.device, only=options.only, candidates=candidates,
-        quick=options.quick, workers=options.workers, say=lambda line: print(line, flush=True),
+        quick=options.quick, workers=options.workers, download=options.download,
+        say=lambda line: print(line, flush=True),
     ):  # fmt: skip
         print(f"\n{table_of(path)}\nStored in {path}")
 

@@ -83,6 +83,7 @@ def run_benchmarks(
     candidates: Sequence[str] = (),
     quick: bool = False,
     workers: int = 1,
+    download: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
     """Run an entry or a group of entries; every finished case is stored at once.
@@ -95,6 +96,7 @@ def run_benchmarks(
         candidates: Names of the candidates to compare with, all if empty.
         quick: Run fewer cases and take fewer samples.
         workers: Processes that measure side by side what is not timed.
+        download: First fetch the pretrained weights that the entries need, by pip.
         say: Receives a line as each case ends.
 
     Returns:
@@ -107,6 +109,8 @@ def run_benchmarks(
     where = pick_device(device)
     found = find_entries(name)
     check_candidates(found, candidates)
+    for entry in found if download else ():
+        getattr(entry, "download", lambda: None)()
     every = {entry: entry.cases(where, quick) for entry in found}
     wanted = {case.name for case in choose([case for cases in every.values() for case in cases], only)}
     chosen = {entry: mine for entry, cases in every.items() if (mine := [c for c in cases if c.name in wanted])}

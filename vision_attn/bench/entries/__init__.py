@@ -12,5 +12,9 @@ and, if its rows do not compare functions with a subject,
     TIMING: str                                      # how the times were taken
     def table(document, groups=())                   # the stored result as Markdown
 
+and, if it measures pretrained weights,
+
+    def download()                                   # fetches them
+
 A file `kernels_x.py` belongs to the group `kernels`: `vision-attn bench kernels` runs all of a group.
 """

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vision_attn.processors import AttnSpec, Clear, Multipole
+from vision_attn.processors import RALA, Agent, AttnSpec, Clear, HiLo, LinearLocal, LinFusion, Multipole, Neighborhood
 
 
 @dataclass(frozen=True)
@@ -42,3 +42,12 @@ MULTIPOLES = tuple(
 )
 _SPEC = Multipole()
 DEFAULT = multipole(_SPEC.cell, _SPEC.pool, _SPEC.exact, _SPEC.near)
+OTHERS = (
+    Contender("neighborhood k13", Neighborhood(kernel_size=13)),
+    Contender("neighborhood k25", Neighborhood(kernel_size=25)),
+    Contender("agent 49", Agent(num_agents=49)),
+    Contender("hilo", HiLo()),
+    Contender("linear local", LinearLocal()),
+    Contender("linfusion", LinFusion()),
+    Contender("rala", RALA()),
+)
