@@ -161,7 +161,7 @@ class ModelState:
         """
         names = {plain(name): parameter for name, parameter in model.named_parameters()}
         known = {plain(name): print_ for name, print_ in self.fingerprints.items() if not is_lora(name)}
-        refuse_offloaded({name: names[name] for name in known.keys() & names.keys() if known[name].sample is not None})
+        refuse_offloaded({n: names[n] for n, print_ in known.items() if n in names and print_.sample is not None})
         written = {name for name, print_ in known.items() if name in names and print_.differs(names[name])}
         return written | (self.originals.keys() & names.keys())
 
