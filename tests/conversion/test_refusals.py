@@ -30,6 +30,8 @@ def _native_attention():
 
 SPECS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "radius-0": (lambda: Clear(radius=0), ValueError, "radius must be above 0, got 0"),
+    "counted": (lambda: Clear(counted=True), ValueError, "give pool, the side of their cells"),
+    "counted-type": (lambda: Clear(pool=2, counted=2), TypeError, "counted must be True or False, got 2"),
     "radius-nan": (lambda: Clear(radius=math.nan), ValueError, "radius must be above 0"),
     "radius-text": (lambda: Clear(radius="2"), TypeError, "radius must be a number of tokens, got '2'"),
     "radius-bool": (lambda: Clear(radius=True), TypeError, "radius"),

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from local_cases import CASES, draw, exact_and_plain, run
+from local_cases import CASES, COUNTED, draw, exact_and_plain, run
 
 from vision_attn.grid import Grid
 from vision_attn.kernels.local import Window, local_attention
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + COUNTED, ids=str)
 def test_equals_its_definition(case):
     inputs = draw(case)
     for ours, exact in zip(run(case, inputs, "torch"), run(case, inputs, "reference"), strict=True):
@@ -18,7 +18,7 @@ def test_equals_its_definition(case):
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + COUNTED[:1], ids=str)
 def test_an_empty_batch(case, backend):
     inputs = draw(case, batch=0)
     o, *grads = run(case, inputs, backend)
@@ -27,7 +27,7 @@ def test_an_empty_batch(case, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("case", [CASES[i] for i in (3, 4, 11, 14)], ids=str)
+@pytest.mark.parametrize("case", [*(CASES[i] for i in (3, 4, 11, 14)), COUNTED[1]], ids=str)
 def test_error_is_within_the_budget_of_the_dtype(case, dtype):
     """At most twice the error of the definition computed in this dtype, plus one rounding of the result."""
     low, exact = exact_and_plain(case, dtype)
@@ -61,6 +61,29 @@ def test_extreme_logits_keep_the_budget():
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_counted_pooled_key_stands_for_its_tokens_outside_the_disc(backend):
+    """With equal logits every token weighs the same, whether it lies in the disc, outside the grid or in a cell."""
+    for grid, radius, cell in ((Grid(12, 8, prefix=3), 3.5, 4), (Grid(6, 15, suffix=1), 5, 3), (Grid(4, 4), 9, 2)):
+        q = torch.zeros(1, grid.tokens, 1, grid.tokens, dtype=torch.float64)
+        v = torch.eye(grid.tokens, dtype=torch.float64)[None, :, None]
+        rows, columns = grid.height // cell, grid.width // cell
+        means = v[:, grid.image].unflatten(1, (rows, cell, columns, cell)).mean((2, 4)).flatten(1, 2)
+        window = Window(radius=radius, pooled=(means * 0, means), cell=cell)
+        o = local_attention(q, q, v, grid, window, backend=backend)[0, grid.image, 0]
+        inside = window.allowed(grid)
+        in_disc, far = o[:, grid.image][inside], o[:, grid.image].sum(1)
+        outside = (grid.prefix + grid.suffix) / grid.tokens
+        torch.testing.assert_close(far, torch.full_like(far, 1 - outside), atol=1e-12, rtol=0)
+        beyond = window.counts(grid)
+        assert torch.equal(beyond.sum(1), (~inside).sum(1))
+        assert (in_disc >= 1 / grid.tokens - 1e-12).all()  # a cell that the disc cuts gives its tokens in it a share
+        whole = (beyond == cell**2).double() @ torch.ones(rows * columns, 1, dtype=torch.float64)
+        assert whole.any() or radius == 9
+        uncounted = local_attention(q, q, v, grid, Window(radius=radius, pooled=window.pooled), backend=backend)
+        assert (uncounted[0, grid.image, 0] - o).abs().max() > 1e-3 or radius == 9
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_finite_input_gives_finite_output_and_gradients(backend):
     """All keys outside the grid hidden, a window of one token, equal and huge keys: nothing turns into NaN."""
     grid = Grid(5, 9, prefix=4, suffix=2)
@@ -89,7 +112,7 @@ def test_pairs_count_the_window():
     assert Window(radius=math.inf).share(grid) == 1.0
 
 
-@pytest.mark.parametrize("case", [CASES[i] for i in (3, 14)], ids=str)
+@pytest.mark.parametrize("case", [CASES[3], CASES[14], COUNTED[1]], ids=str)
 def test_opcheck(case, monkeypatch):
     """The custom operators keep PyTorch's rules: schema, fake kernels, autograd."""
     from vision_attn.kernels.local import portable as local_portable
@@ -104,7 +127,7 @@ def test_opcheck(case, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("case", [CASES[i] for i in (4, 14)], ids=str)
+@pytest.mark.parametrize("case", [CASES[4], CASES[14], COUNTED[0]], ids=str)
 def test_compiles_without_a_break(case):
     inputs = draw(case, torch.float32)
     q, k, v, window, mask, leaves = inputs
@@ -150,6 +173,21 @@ def bad(**change):
         (dict(backend="cuda"), ValueError, "backend must be one of 'auto', .*, got 'cuda'"),
         (dict(window=Window(kernel_size=3, bias=torch.zeros(2, 5, 3))), ValueError, r"bias must be .* = \(2, 5, 5\)"),
         (dict(window=Window(radius=3, pooled=(torch.zeros(1, 4, 2, 8),) * 2)), ValueError, "pooled keys must be"),
+        (
+            dict(window=Window(radius=3, pooled=(torch.zeros(1, 4, 2, 16),) * 2, cell=2)),
+            ValueError,
+            "has 12 cells of side 2, got 4 and 4 pooled keys and values",
+        ),
+        (
+            dict(window=Window(radius=3, pooled=(torch.zeros(1, 4, 2, 16),) * 2, cell=4)),
+            ValueError,
+            "cell 4 must divide the height and width of Grid",
+        ),
+        (
+            dict(window=Window(radius=3, pooled=(torch.zeros(1, 12, 2, 16),) * 2, cell=2), backend="triton"),
+            ValueError,
+            "do not count the tokens of pooled keys",
+        ),
     ],
     ids=[
         "rank",
@@ -164,6 +202,9 @@ def bad(**change):
         "backend",
         "bias",
         "pooled",
+        "cells-number",
+        "cells-fit",
+        "cells-triton",
     ],
 )
 def test_bad_input_is_named(change, error, message):
@@ -175,6 +216,8 @@ def test_bad_input_is_named(change, error, message):
     ("fields", "error", "message"),
     [
         (dict(), ValueError, "give either radius or kernel_size"),
+        (dict(radius=3, cell=2), ValueError, "give radius and pooled"),
+        (dict(radius=3, cell=0.5), TypeError, "cell must be an int"),
         (dict(radius=3, kernel_size=3), ValueError, "give either radius or kernel_size"),
         (dict(radius=0), ValueError, "radius must be above 0"),
         (dict(radius=math.nan), ValueError, "radius must be above 0"),
@@ -184,7 +227,7 @@ def test_bad_input_is_named(change, error, message):
         (dict(kernel_size=(3, 4, 5)), TypeError, "kernel_size must be an int or a pair"),
         (dict(kernel_size=3, dilation=0), ValueError, "dilation must be at least 1"),
     ],
-    ids=["none", "both", "zero", "nan", "type", "disc-dilation", "kernel", "triple", "dilation"],
+    ids=["none", "cell", "cell-type", "both", "zero", "nan", "type", "disc-dilation", "kernel", "triple", "dilation"],
 )
 def test_a_bad_window_is_named(fields, error, message):
     with pytest.raises(error, match=message):

@@ -29,7 +29,9 @@ from vision_attn.conversion.state import is_rerouted, state_of
 from vision_attn.processors import REGISTRY, AgentSD, Schedule
 from vision_attn.processors.agent import averages
 
-UNLIKE = {"clear-pool": (16, 8)}  # lower levels of a UNet must still divide by the pool
+UNLIKE = {
+    name: (16, 8) for name in ("clear-pool", "clear-counted")
+}  # lower levels of a UNet must still divide by the pool
 PAIRS = quick(
     list(product(KIND, PROCESSORS)),
     (lambda host_id, name: host_id, 2),

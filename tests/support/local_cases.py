@@ -54,6 +54,14 @@ CASES = [
     Case(Grid(8, 9), dict(kernel_size=1)),
 ]
 
+COUNTED = [  # Triton's kernels do not count the tokens of pooled keys
+    Case(Grid(16, 24, prefix=3), dict(radius=4, cell=4), pooled=24),
+    Case(Grid(12, 18, prefix=5, suffix=9), dict(radius=6.5, cell=3), mask=True, pooled=24),
+    Case(Grid(40, 8, suffix=3), dict(radius=9, cell=2), pooled=80, strided=True),
+    Case(Grid(4, 36), dict(radius=17, cell=4), pooled=9, head_dim=40, scale=0.3),
+    Case(Grid(6, 4, prefix=2), dict(radius=math.inf, cell=2), pooled=6),
+]
+
 
 def draw(case, dtype=torch.float64, batch=2, heads=3):
     """Return q, k, v, the window, the mask, and all tensors that take gradients."""

@@ -4,7 +4,9 @@
 
 The border cuts the disc. Tokens outside the grid (text, reference images) are seen by everything and see everything
 but the pooled keys. With `pool` f > 1 the keys and values of each f x f cell, taken after the host's normalisation and
-rotation, are summed with a learned weight that starts at 1 / f^2, and every grid token sees all cells.
+rotation, are summed with a learned weight that starts at 1 / f^2, and every grid token sees all cells. There a cell
+counts as one token, also one that lies in the disc. With `counted`, which is not the paper's, it counts as its tokens
+outside the disc: the logarithm of their number is added to its logit, and no token is counted twice.
 
 Paper: 'CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up' - https://arxiv.org/abs/2412.16112
 """
@@ -22,7 +24,11 @@ from vision_attn.processors.base import AttnSpec, Layer, Processor, register
 
 
 @register(
-    tests={"clear": dict(radius=2), "clear-pool": dict(radius=2, pool=2)},
+    tests={
+        "clear": dict(radius=2),
+        "clear-pool": dict(radius=2, pool=2),
+        "clear-counted": dict(radius=2, pool=2, counted=True),
+    },
     demo=[dict(radius=8)],
     bench={"clear r16": dict(radius=16), "clear r8": dict(radius=8)},
     draws_untrained=True,
@@ -40,11 +46,14 @@ class Clear(AttnSpec):
         native_tokens: If given, logits are scaled by `sqrt(log(L) / log(native_tokens))` with L the number of tokens
             (10 L with pooling, as the authors have it): the proportional scale for sizes above the training size, 4608
             for FLUX.1 at 1024 px (512 text tokens and 64 x 64).
+        counted: Whether a pooled key counts as the tokens of its cell outside the disc, and not as one token; for
+            `pool` > 1. It runs without the Triton kernel.
     """
 
     radius: float = 16
     pool: int = 1
     native_tokens: int | None = None
+    counted: bool = False
 
     def __post_init__(self) -> None:
         Window(radius=self.radius)
@@ -53,6 +62,10 @@ class Clear(AttnSpec):
             if value is None and name == "native_tokens":
                 continue
             check_int(name, value, least)
+        if self.counted not in (False, True):
+            raise TypeError(f"counted must be True or False, got {self.counted!r}")
+        if self.counted and self.pool == 1:
+            raise ValueError("counted=True counts the tokens of pooled keys: give pool, the side of their cells")
 
     def build(self, layer: Layer) -> "ClearAttention":
         """Return the processor of one layer."""
@@ -111,7 +124,7 @@ class ClearAttention(Processor):
         """
         self.spec.check(grid)
         pooled = (self._pool(k, grid), self._pool(v, grid)) if self.spec.pool > 1 else None
-        window = Window(radius=self.spec.radius, pooled=pooled)
+        window = Window(radius=self.spec.radius, pooled=pooled, cell=self.spec.pool if self.spec.counted else 0)
         scale = self.spec.scale(q.shape[-1], grid, scale)
         return local_attention(q, k, v, grid, window, mask=mask, scale=scale, backend=self.backend)
 

@@ -25,6 +25,10 @@ def multipole(cell: int, pool: int, exact: int, near: int = 1) -> Contender:
 
 
 DISCS = tuple(Contender(f"clear r{radius}", Clear(radius=radius)) for radius in (8, 16))
+POOLED = (
+    Contender("clear r16 pool 4", Clear(radius=16, pool=4)),
+    Contender("clear r16 pool 4 counted", Clear(radius=16, pool=4, counted=True)),
+)
 # (cell, near, pool), and how many exact cells each of them is measured with
 _SETTINGS = {
     (4, 1, 4): (0, 8, 16),

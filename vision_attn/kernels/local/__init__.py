@@ -2,6 +2,8 @@
 
     o_i = sum_j softmax_j(scale * q_i . k_j + bias_ij) v_j,    j in window(i) + prefix + suffix + pooled
 
+A pooled key may count as the tokens that it stands for: its bias is then the logarithm of their number.
+
 Two shapes of window exist, and they treat the border differently because their papers do:
 
 - disc, `dy^2 + dx^2 < radius^2`, cut by the border (CLEAR, https://arxiv.org/abs/2412.16112);
@@ -21,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vision_attn._checks import check_number
+from vision_attn._checks import check_int, check_number
 from vision_attn.grid import Grid
 from vision_attn.kernels.backend import Implementation, PerAxis, check_inputs, check_mask, per_axis, pick
 from vision_attn.kernels.local.op import local_attention_lse, local_attention_triton
@@ -42,6 +44,8 @@ class Window:
         bias: Relative position bias of the square, `[H, 2 * K_y - 1, 2 * K_x - 1]`, added to the scaled logits at
             index `(key - query) / dilation + K - 1` of each axis (NAT, https://arxiv.org/abs/2204.07143).
         pooled: Extra keys and values, each `[B, M, H, D]`, seen by every grid query and by nobody else.
+        cell: If above 0, the pooled keys are those of the grid's cells of this side, row by row, and each counts as the
+            tokens of its cell outside the disc: the logarithm of their number is added to its logit.
 
     Raises:
         TypeError: If a size has the wrong type.
@@ -53,6 +57,7 @@ class Window:
     dilation: PerAxis = 1
     bias: Tensor | None = field(default=None, compare=False, repr=False)
     pooled: tuple[Tensor, Tensor] | None = field(default=None, compare=False, repr=False)
+    cell: int = 0
 
     def __post_init__(self) -> None:
         if (self.radius is None) == (self.kernel_size is None):
@@ -68,6 +73,11 @@ class Window:
                 raise ValueError("a disc has neither bias nor dilation: use kernel_size for a square window")
         else:
             _ = self.kernel, self.steps
+        check_int("cell", self.cell, 0)
+        if self.cell and (self.radius is None or self.pooled is None):
+            raise ValueError(
+                f"cell counts the tokens of pooled keys outside a disc: give radius and pooled, got {self!r}"
+            )
 
     @property
     def kernel(self) -> tuple[int, int]:
@@ -143,6 +153,12 @@ class Window:
             seen = rows[:, None, :, None] & columns[None, :, None, :]
         return seen.reshape(grid.image_tokens, grid.image_tokens)
 
+    def counts(self, grid: Grid, device: torch.device | None = None) -> Tensor:
+        """Return how many tokens of each cell are outside the disc of each query, `[height * width, cells]`."""
+        rows, columns = grid.height // self.cell, grid.width // self.cell
+        beyond = (~self.allowed(grid, device)).view(-1, rows, self.cell, columns, self.cell)
+        return beyond.sum((2, 4)).flatten(1)
+
     @staticmethod
     def _axis(i: Tensor, K: int, d: int) -> Tensor:
         length, group = len(i), i % d
@@ -194,6 +210,8 @@ def local_attention(
         reasons = ["on a CPU it is interpreted, and a window that covers the grid is dense attention"]
     else:
         reasons = triton_reasons(q)
+    if window.cell:
+        reasons = [*reasons, "its kernels do not count the tokens of pooled keys"]
     implementations = {
         "triton": Implementation(local_attention_triton, reasons),
         "torch": Implementation(local_attention_torch),
@@ -207,6 +225,14 @@ def _check_window(q: Tensor, grid: Grid, window: Window) -> None:
     """Refuse a window that does not fit the grid, or whose bias or pooled keys do not fit q."""
     window.check(grid)
     B, _, H, D = q.shape
+    if window.cell:
+        if grid.height % window.cell or grid.width % window.cell:
+            raise ValueError(f"cell {window.cell} must divide the height and width of {grid}")
+        assert window.pooled is not None
+        cells = grid.image_tokens // window.cell**2
+        if any(t.shape[1] != cells for t in window.pooled):
+            found = " and ".join(str(t.shape[1]) for t in window.pooled)
+            raise ValueError(f"{grid} has {cells} cells of side {window.cell}, got {found} pooled keys and values")
     if window.bias is not None:
         want = (H, 2 * window.kernel[0] - 1, 2 * window.kernel[1] - 1)
         if tuple(window.bias.shape) != want:
@@ -238,6 +264,10 @@ def _reference(
     logits = torch.einsum("bnhd,bmhd->bhnm", q.to(dtype), k.to(dtype)) * scale
     if window.bias is not None:
         logits = logits + _dense_bias(window, grid, N, k.shape[1]).to(dtype)
+    if window.cell:
+        counts = window.counts(grid, q.device)
+        seen[:, grid.image, N:] = counts > 0
+        logits[:, :, grid.image, N:] += counts.clamp(min=1).to(dtype).log()
     weights = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
     return torch.einsum("bhnm,bmhd->bnhd", weights, v.to(dtype)).to(q.dtype)
 

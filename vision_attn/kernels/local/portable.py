@@ -31,9 +31,11 @@ def local_attention_torch(
     q: Tensor, k: Tensor, v: Tensor, grid: Grid, window: "Window", mask: Tensor | None, scale: float
 ) -> Tensor:
     """Run `local_attention` on checked inputs."""
-    image = grid.image
+    image, covers = grid.image, window.covers(grid)
     pooled = window.pooled or (k[:, :0], v[:, :0])
-    if window.covers(grid) and window.bias is None:
+    if window.cell and covers:  # no token is outside the disc
+        pooled = tuple(t[:, :0] for t in pooled)
+    if covers and window.bias is None:
         keys, values = torch.cat([k, pooled[0]], 1), torch.cat([v, pooled[1]], 1)
         o = dense_attention(q[:, image], keys, values, mask=full_mask(mask, grid, pooled[0].shape[1]), scale=scale)
     else:
@@ -43,7 +45,7 @@ def local_attention_torch(
             hidden = F.pad((~mask).to(torch.promote_types(q.dtype, torch.float32)) * _HIDDEN, (0, pooled[0].shape[1]))
         o = _grid_attention(
             q[:, image], k[:, image], v[:, image], k_shared, v_shared, window.bias, hidden,
-            [grid.height, grid.width], *window.geometry(grid), scale,
+            [grid.height, grid.width], *window.geometry(grid), window.cell, scale,
         )  # fmt: skip
     return with_dense_rows(o, q, k, v, grid, mask=mask, scale=scale)
 
@@ -51,9 +53,12 @@ def local_attention_torch(
 @torch.library.custom_op("vision_attn::local_grid", mutates_args=())
 def _grid_attention(
     q: Tensor, k: Tensor, v: Tensor, k_shared: Tensor, v_shared: Tensor, bias: Tensor | None, hidden: Tensor | None,
-    size: Sequence[int], radius: float, kernel: Sequence[int], steps: Sequence[int], scale: float,
+    size: Sequence[int], radius: float, kernel: Sequence[int], steps: Sequence[int], cell: int, scale: float,
 ) -> Tensor:  # fmt: skip
-    """Grid queries `[B, height * width, H, D]` over their windows and the shared keys `[B, M, H, D]`."""
+    """Grid queries `[B, height * width, H, D]` over their windows and the shared keys `[B, M, H, D]`.
+
+    With `cell` > 0 the last shared keys are those of cells, counted as their tokens outside the disc.
+    """
     o = q.new_empty(q.shape)
     if o.numel() == 0:
         return o
@@ -63,9 +68,9 @@ def _grid_attention(
         q_sub, k_sub, v_sub, o_sub = (sub.take(t) for t in (q, k, v, o))
         for strip in strips(q_sub.shape, radius, kernel, q.device):
             queries, keys, values = strip.queries(q_sub) * scale, strip.keys(k_sub), strip.keys(v_sub)
-            out = torch.empty_like(queries)
+            out, mass = torch.empty_like(queries), strip.mass(cell, _HIDDEN, queries.dtype)
             for c in _chunks(queries, keys, k_all):
-                weights = _weights(strip, c, queries[c], keys[c], k_all[c], bias, hidden, weights)
+                weights = _weights(strip, c, queries[c], keys[c], k_all[c], bias, hidden, mass, weights)
                 _mix(weights, values[c], v_all[c], out[c])
             strip.put_queries(out, o_sub)
         sub.put(o_sub, o)
@@ -81,7 +86,7 @@ def _(q: Tensor, *args: object) -> Tensor:
 def _grid_attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, k_shared: Tensor, v_shared: Tensor, bias: Tensor | None,
     hidden: Tensor | None, size: Sequence[int], radius: float, kernel: Sequence[int], steps: Sequence[int],
-    scale: float,
+    cell: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, k_shared, v_shared and bias (empty without one)."""
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -96,10 +101,10 @@ def _grid_attention_backward(
         for strip in strips(q_sub.shape, radius, kernel, q.device):
             queries, keys, values = strip.queries(q_sub) * scale, strip.keys(k_sub), strip.keys(v_sub)
             do_rows = strip.queries(do_sub)
-            d_queries = torch.empty_like(queries)
+            d_queries, mass = torch.empty_like(queries), strip.mass(cell, _HIDDEN, queries.dtype)
             dk_buffer, dv_buffer = strip.buffer(dtype).zero_(), strip.buffer(dtype).zero_()
             for c in _chunks(queries, keys, k_all):
-                weights = _weights(strip, c, queries[c], keys[c], k_all[c], bias, hidden)
+                weights = _weights(strip, c, queries[c], keys[c], k_all[c], bias, hidden, mass)
                 d_weights = _scores(do_rows[c], values[c], v_all[c])
                 d_scores = torch._softmax_backward_data(d_weights, weights, -1, dtype)
                 _mix(d_scores, keys[c], k_all[c], d_queries[c])
@@ -133,7 +138,7 @@ def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tenso
 def _backward(ctx: torch.autograd.function.FunctionCtx, do: Tensor) -> tuple:
     tensors = ctx.saved_tensors  # type: ignore[attr-defined]
     *grads, dbias = _grid_attention_backward(do, *tensors, *ctx.rest)  # type: ignore[attr-defined]
-    return *grads, None if tensors[5] is None else dbias, *[None] * 6
+    return *grads, None if tensors[5] is None else dbias, *[None] * 7
 
 
 _grid_attention.register_autograd(_backward, setup_context=_save)
@@ -168,12 +173,14 @@ def _scores(queries: Tensor, keys: Tensor, shared: Tensor, memory: Tensor | None
 
 def _weights(
     strip: Strip, c: slice, queries: Tensor, keys: Tensor, shared: Tensor, bias: Tensor | None, hidden: Tensor | None,
-    memory: Tensor | None = None,
+    mass: Tensor, memory: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Softmax over the shared keys and the box: `[heads, tiles, L, M + S]`, in `memory` if that fits."""
     scores, M = _scores(queries, keys, shared, memory), shared.shape[1]
     if hidden is not None:
         scores[..., :M] += strip.per_head(hidden, c)[:, None, None]
+    if mass.shape[2]:
+        scores[..., M - mass.shape[2] : M].unflatten(1, (-1, strip.columns)).add_(mass)
     scores[..., M:].unflatten(1, (-1, strip.columns)).add_(strip.hidden(_HIDDEN, scores.dtype))
     if bias is not None:
         scores[..., M:] += strip.bias(bias, c)[:, None]

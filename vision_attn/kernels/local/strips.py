@@ -159,6 +159,28 @@ class Strip:
             self.masks[pattern] = torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill_(~seen, value)
         return self.masks[pattern]
 
+    def mass(self, cell: int, none: float, dtype: torch.dtype) -> Tensor:
+        """Return the logarithm of how many tokens of each cell are outside a query's disc: `[columns, L, cells]`.
+
+        Args:
+            cell: Side of a cell in tokens; 0 for no cells.
+            none: What stands for the logarithm of 0.
+            dtype: Of the result.
+        """
+        L_y, L_x = self.shape[2:4]
+        if not cell:
+            return torch.empty(self.columns, 0, 0, dtype=dtype, device=self.device)
+        tiles = self._offsets(self.columns)[:, None] * self.tile
+        x = (tiles + self._offsets(self.tile))[..., None, None, None]  # [columns, tile, 1, 1, 1]
+        dy = self._offsets(L_y) - (self._offsets(self.bottom - self.top) + self.top)[:, None]
+        rest = (math.ceil(self.radius**2) - 1 - dy**2).double()
+        reach = torch.where(rest < 0, -1, rest.clamp(min=0).sqrt().floor()).int()[..., None]  # [rows, L_y, 1]
+        first = torch.arange(0, L_x, cell, dtype=torch.int32, device=self.device)
+        inside = (x + reach).clamp(max=first + cell - 1) - (x - reach).clamp(min=first) + 1
+        inside = inside.clamp(min=0).unflatten(3, (-1, cell)).sum(4)  # [columns, tile, rows, cells down, cells across]
+        left = (cell**2 - inside).flatten(3).flatten(1, 2)
+        return torch.where(left > 0, left.clamp(min=1).to(dtype).log(), none)
+
     def _row_start(self, y: int) -> int:
         return window_start(y, self.shape[2], self.kernel[0]) if self.kernel[0] else y
 
