@@ -189,7 +189,7 @@ def _distill(arguments: Sequence[str]) -> int:
 
 def _inspect(options: argparse.Namespace) -> None:
     from vision_attn.demo.loading import load_target  # noqa: PLC0415
-    from vision_attn.estimation.inspection import attended, check_picture, fitting, picture  # noqa: PLC0415
+    from vision_attn.estimation.inspection import check_picture, fitting, picture, shades  # noqa: PLC0415
     from vision_attn.estimation.model import estimate  # noqa: PLC0415
     from vision_attn.processors import spec_of_text  # noqa: PLC0415
 
@@ -205,7 +205,7 @@ def _inspect(options: argparse.Namespace) -> None:
     if options.picture is not None:
         grid = found.layers[0].grid
         token = tuple(options.token or (grid.height // 2, grid.width // 2))
-        picture(attended(spec, grid, *token), *token).save(options.picture)
+        picture(shades(spec, grid, *token), *token).save(options.picture)
         print(f"{found.layers[0].name}, token {token}: {options.picture}")
 
 

@@ -9,9 +9,9 @@ from PIL import Image
 from processor_table import PROCESSORS
 from tiny_hosts import HOST
 
-from vision_attn import Clear, Neighborhood
+from vision_attn import Clear, Multipole, Neighborhood
 from vision_attn.cli import main
-from vision_attn.estimation.inspection import attended
+from vision_attn.estimation.inspection import attended, shades
 from vision_attn.grid import Grid
 from vision_attn.kernels.local import Window
 from vision_attn.processors import spec_of_text
@@ -31,6 +31,25 @@ def test_a_window_is_seen_exactly(window: dict[str, Any]) -> None:
     for row, column in ((0, 0), (4, 3), (8, 6)):
         seen = attended(spec, grid, row, column) > 0
         assert torch.equal(seen.flatten(), Window(**window).allowed(grid)[row * 7 + column])
+
+
+def test_multipole_attention_is_drawn_in_three_tones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = Grid(18, 20, prefix=3)
+    found = shades(Multipole(cell=4, near=1, pool=2, exact=2), grid, 17, 9)  # the lowest row of cells has two rows
+    near, chosen, pooled = (found == tone for tone in (1.0, torch.tensor(0.4), torch.tensor(0.1)))
+    assert near.nonzero().amin(0).tolist() == [12, 4] and near.sum() == 6 * 12
+    assert 2 * 8 <= chosen.sum() <= 2 * 16 and near.sum() + chosen.sum() + pooled.sum() == 18 * 20
+    alike = attended(Multipole(cell=4, near=1, pool=2, exact=2), grid, 17, 9)  # equal keys do not tell them apart
+    torch.testing.assert_close(alike, torch.full_like(alike, 1 / grid.tokens))
+    with pytest.raises(ValueError, match=r"token \(18, 0\) is not in a grid of 18 x 20"):
+        shades(Multipole(), grid, 18, 0)
+    out = tmp_path / "picture.png"
+    size = ["--height", "512", "--width", "512", "--processor", "multipole", "--picture", str(out)]
+    assert main(["inspect", "vit_tiny_patch16_224", *size]) == 0
+    assert "Multipole()" in capsys.readouterr().out
+    drawn = Image.open(out)
+    colours = {drawn.getpixel((x, y)) for x in range(3, drawn.width, 6) for y in range(3, drawn.height, 6)}
+    assert len(colours) == 4 and (220, 30, 30) in colours
 
 
 def test_a_pipeline_a_model_and_a_timm_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,16 @@ def fitting(layers: Sequence[LayerEstimate]) -> str:
     return "\n".join([f"processors that fit every grid with their defaults: {', '.join(fit)}", *others])
 
 
+def shades(spec: AttnSpec, grid: Grid, row: int, column: int) -> Tensor:
+    """Return the darkness of each token of the grid in a picture: the spec's `tones`, else its `attended` weights.
+
+    The arguments, the result and the errors are those of `attended`.
+    """
+    _check_token(grid, row, column)
+    tones = spec.tones(grid, row, column)
+    return attended(spec, grid, row, column) if tones is None else tones
+
+
 def attended(spec: AttnSpec, grid: Grid, row: int, column: int) -> Tensor:
     """Return how much a token attends to each token of the grid if all keys are alike.
 
@@ -51,8 +61,7 @@ def attended(spec: AttnSpec, grid: Grid, row: int, column: int) -> Tensor:
     Raises:
         ValueError: If the token is not in the grid, or the spec does not fit it.
     """
-    if not (0 <= row < grid.height and 0 <= column < grid.width):
-        raise ValueError(f"token ({row}, {column}) is not in a grid of {grid.height} x {grid.width}")
+    _check_token(grid, row, column)
     heads, channels = 10, 4
     processor = spec.build(Layer("", heads, channels, dim=heads * channels))
     q = k = torch.zeros(1, grid.tokens, heads, channels)
@@ -61,6 +70,11 @@ def attended(spec: AttnSpec, grid: Grid, row: int, column: int) -> Tensor:
     processor(q, k, v, grid)[0, token].sum().backward()
     assert v.grad is not None
     return v.grad[0, grid.image].sum((1, 2)).view(grid.height, grid.width) / (heads * channels)
+
+
+def _check_token(grid: Grid, row: int, column: int) -> None:
+    if not (0 <= row < grid.height and 0 <= column < grid.width):
+        raise ValueError(f"token ({row}, {column}) is not in a grid of {grid.height} x {grid.width}")
 
 
 def check_picture(path: Path) -> None:
@@ -81,7 +95,8 @@ def picture(weights: Tensor, row: int, column: int) -> Any:
     """Draw what a token attends to.
 
     Args:
-        weights: How much the token attends to each token of the grid `[height, width]`; more is darker.
+        weights: How much the token attends to each token of the grid, or in how much detail, `[height, width]`; more is
+            darker.
         row: Row of the token, which is drawn in red.
         column: Column of the token.
 

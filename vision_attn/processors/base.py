@@ -121,6 +121,19 @@ class AttnSpec(ABC):
             ValueError: If the spec does not fit the grid.
         """
 
+    def tones(self, grid: Grid, row: int, column: int) -> Tensor | None:
+        """Return in how much detail a token meets each token of the grid, for a picture.
+
+        Args:
+            grid: The sequence.
+            row: Row of the token.
+            column: Column of the token.
+
+        Returns:
+            `[height, width]` in [0, 1]; None if the weights of equal keys say it all.
+        """
+        return None
+
     def flops(self, grid: Grid, layer: Layer) -> float:
         """Return the floating point operations that the attention needs for one sequence, without projections."""
         return 4 * grid.tokens**2 * self.attended(grid) * layer.num_heads * layer.head_dim

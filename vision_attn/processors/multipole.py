@@ -27,6 +27,7 @@ from vision_attn.grid import Grid
 from vision_attn.kernels.multipole import Cells, choose_cells, multipole_attention
 from vision_attn.processors.base import AttnSpec, Layer, Processor, register
 
+_NEAR, _CHOSEN, _POOLED = 1.0, 0.4, 0.1  # tones of a picture
 LEVELS = 12  # a grid of 8 * 2^12 tokens a side has no more
 
 
@@ -82,6 +83,22 @@ class Multipole(AttnSpec):
         outside = grid.prefix + grid.suffix
         keys = min(near + exact + far, grid.image_tokens) + outside
         return (grid.image_tokens * keys + outside * grid.tokens) / grid.tokens**2
+
+    def tones(self, grid: Grid, row: int, column: int) -> Tensor:
+        """Return 1 for the tokens of near cells, 0.4 for those of chosen ones, and 0.1 for what is met as means.
+
+        Queries and keys decide which cells are chosen; here they are random.
+        """
+        cells = self.cells()
+        layout = cells.layout(grid, torch.device("cpu"))
+        draw = torch.Generator().manual_seed(0)
+        q, k = torch.randn(2, 1, grid.tokens, 1, 16, generator=draw)
+        place = row // self.cell * layout.size[1] + column // self.cell
+        found = torch.full((grid.height, grid.width), _POOLED)
+        for exact, tone in ((choose_cells(q, k, grid, cells)[0, 0, place], _CHOSEN), (layout.near[place], _NEAR)):
+            for top, bottom, left, right in layout.tokens[exact].tolist():
+                found[top:bottom, left:right] = tone
+        return found
 
     def _levels(self, grid: Grid) -> int:
         """How many levels a grid has: until the neighbourhood of every cell is all of it."""

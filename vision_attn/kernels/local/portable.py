@@ -34,7 +34,7 @@ def local_attention_torch(
     image, covers = grid.image, window.covers(grid)
     pooled = window.pooled or (k[:, :0], v[:, :0])
     if window.cell and covers:  # no token is outside the disc
-        pooled = tuple(t[:, :0] for t in pooled)
+        pooled = pooled[0][:, :0], pooled[1][:, :0]
     if covers and window.bias is None:
         keys, values = torch.cat([k, pooled[0]], 1), torch.cat([v, pooled[1]], 1)
         o = dense_attention(q[:, image], keys, values, mask=full_mask(mask, grid, pooled[0].shape[1]), scale=scale)
