@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from vision_attn.grid import Grid
 from vision_attn.kernels.multipole import Cells, choose_cells, multipole_attention
@@ -59,20 +60,25 @@ def test_error_is_within_the_budget(name, dtype):
 
 
 @interpreter
-def test_means_and_choice_are_those_of_plain_pytorch():
+@pytest.mark.parametrize("learned", [True, False], ids=["weights", "equal-weights"])
+def test_means_and_choice_are_those_of_plain_pytorch(learned):
     from vision_attn.kernels.multipole.cells import means_of
     from vision_attn.kernels.multipole.op import _choice, _means
+    from vision_attn.kernels.multipole.pyramid import pyramid
 
     grid = Grid(14, 18, prefix=3)
     q, k, v = (draw(1, grid.tokens, 2, 16, seed=seed) for seed in range(3))
-    weights = draw(2, 2, seed=5)
+    weights = draw(2, 2, seed=5) if learned else None
     cells = Cells(cell=4, near=0, pool=2, exact=3, weights=weights)
     size = [grid.height, grid.width, grid.prefix, grid.suffix, 4, 0, 2]
     sides = cells.layout(grid, q.device).sides
     assert len(sides) > 1
-    for ours, t in zip(_means(k, v, weights, size), (k, v), strict=True):
-        torch.testing.assert_close(ours, means_of(t[:, grid.image], grid, cells, sides))
-    chosen = _choice(q, k, size, 3, 0.25).long().sort(-1).values
+    order = pyramid(size).order(q.device)
+    means = _means(k, v, weights, size)
+    for ours, t in zip(means, (k, v), strict=True):
+        plain = means_of(t[:, grid.image], grid, cells, sides)
+        torch.testing.assert_close(ours, F.pad(plain, (0, 0, 0, 0, 0, 1))[:, order])
+    chosen = _choice(q, k, None if learned else means[0], size, 3, 0.25).long().sort(-1).values
     assert torch.equal(chosen, choose_cells(q, k, grid, cells, scale=0.25).sort(-1).values)
 
 

@@ -26,9 +26,11 @@ from vision_attn.kernels.multipole.tiles import (
     exact_count,
     exact_tile,
     grid_program,
+    mean_tile,
     neighbourhood,
     plan_keys,
     plan_queries,
+    tile_row,
     tile_tokens,
 )
 from vision_attn.kernels.triton.launching import Kernel, choice
@@ -76,12 +78,14 @@ def _sequence(
 @Kernel
 @triton.jit
 def _query_gradients(
-    q, k, v, do, means_k, means_v, dq, lse, delta, part_dq, chosen, masses, mask, slots, k_seq, v_seq, k_grid, v_grid,
+    q, k, v, do, means_k, means_v, dq, lse, delta, part_dq, chosen, masses, mask, table,
+    k_seq, v_seq, k_grid, v_grid, means_k_box, means_v_box,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h, mk_b, mk_n, mk_h, mv_b, mv_n, mv_h, mask_b,
-    N, heads, batch, prefix, height, width, outside, cell, near, rows, columns, means, slots_n, padded, scale,
-    row_programs, part_length, together,
+    N, heads, batch, prefix, height, width, outside, cell, near, rows, columns, means, tiles, tiles_across,
+    scale, row_programs, part_length, together,
     T: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, EXACT_BLOCK: tl.constexpr, LEN: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, ALIKE: tl.constexpr, PREFIX: tl.constexpr,
+    BLOCK: tl.constexpr, MEANS: tl.constexpr, SKIP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASK: tl.constexpr, ALIKE: tl.constexpr, PREFIX: tl.constexpr,
     SUFFIX: tl.constexpr, RAGGED: tl.constexpr, RAGGED_PREFIX: tl.constexpr, RAGGED_N: tl.constexpr,
     PARTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -146,14 +150,12 @@ def _query_gradients(
                 bias = tl.where(there, 0.0, HIDDEN)
             dq_rows = _add_dq(q_rows, do_rows, lse_rows, delta_rows, dq_rows, k_rows, v_rows, bias, c, PRECISION)
         means_k, means_v = head_of(means_k, b, h, mk_b, mk_h), head_of(means_v, b, h, mv_b, mv_h)
-        slots += own.to(tl.int64) * padded
-        masses += (tl.where(ALIKE, 0, bh).to(tl.int64) * rows * columns + own) * padded
-        for j in tl.range(0, slots_n, LEN):
-            n = j + tl.arange(0, LEN)  # [LEN]
-            index = tl.load(slots + n)  # [LEN]
-            k_rows = load_rows(means_k, index, mk_n, D, BLOCK_D)  # [LEN, BLOCK_D]
-            v_rows = load_rows(means_v, index, mv_n, D, BLOCK_D)  # [LEN, BLOCK_D]
-            bias = tl.load(masses + n)  # [LEN]
+        masses += (tl.where(ALIKE, 0, bh).to(tl.int64) * rows * columns + own) * tiles * MEANS
+        for i in tl.range(0, tiles, num_stages=2):
+            first = tile_row(i, own, table, near, tiles_across, columns, SKIP, BLOCK, MEANS)
+            k_rows = mean_tile(means_k, means_k_box, b, h, first, means, mk_n, MEANS, D, BLOCK_D, TMA)
+            v_rows = mean_tile(means_v, means_v_box, b, h, first, means, mv_n, MEANS, D, BLOCK_D, TMA)
+            bias = tl.load(masses + i * MEANS + tl.arange(0, MEANS))  # [MEANS]
             dq_rows = _add_dq(q_rows, do_rows, lse_rows, delta_rows, dq_rows, k_rows, v_rows, bias, c, PRECISION)
         token, keep = tile_tokens(y0, x0, own, whole, T)  # [M], anew: kept over the loops it would take registers
         store_rows(own_head(dq, b, h, N, heads, D), token, heads * D, dq_rows * scale, keep, D, BLOCK_D)
@@ -286,12 +288,13 @@ def _dq(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     q, k, v = call.q, call.k, call.v
     B, _, H, D = q.shape
     dq = q.new_empty(q.shape)
-    plan = plan_queries(call, _query_gradients, choice(q, LAUNCHES), do)
+    launch = choice(q, LAUNCHES)
+    plan = plan_queries(call, _query_gradients, launch, do)
     part_dq = q.new_empty((plan.parts, B, call.outside, H, D), dtype=torch.float32) if plan.parts > 1 else lse
     plan.run(
         q, k, v, do, call.means_k, call.means_v, dq, lse, delta, part_dq, call.chosen,
-        masses(call.chosen, call.mass, call.size, call.padded), lse if call.mask is None else call.mask,
-        call.layout.padded, boxed=(k, v, k, v),
+        masses(call.chosen, call.mass, call.size, call.tiles(launch.length)), lse if call.mask is None else call.mask,
+        call.pyramid.table(q.device), boxed=(k, v, k, v, call.means_k, call.means_v),
     )  # fmt: skip
     if plan.parts > 1:
         _put_outside(call, dq, part_dq.sum(0))

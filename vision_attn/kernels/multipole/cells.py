@@ -92,34 +92,20 @@ class Layout:
     sides: tuple[tuple[int, int], ...]
     tokens: Tensor
 
-    @functools.cached_property
-    def starts(self) -> Tensor:
-        """Where each level starts among the means, and its columns `[levels, 2]`, as kernels read them."""
-        rows, first = [], 0
-        for down, across in self.sides:
-            rows.append((first, across))
-            first += down * across
-        return torch.tensor(rows, dtype=torch.int32, device=self.near.device).view(-1, 2)
 
-    @functools.cached_property
-    def padded(self) -> Tensor:
-        """Slots as kernels read them, int32 `[C, P]` up to a multiple of 128; for none any mean, its mass hides it."""
-        slots = F.pad(self.slots, (0, -self.slots.shape[1] % 128)).clamp(max=max(len(self.boxes) - 2, 0))
-        return slots.int().contiguous()
-
-    @functools.cached_property
-    def tables(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Slots, boxes and levels as kernels read them."""
-        return self.slots.int().contiguous(), self.boxes.int().contiguous(), self.levels.int().contiguous()
+def count_levels(height: int, width: int, cell: int, near: int) -> int:
+    """Return how many levels of means it takes until the neighbourhood of every query is the whole grid."""
+    levels = 0
+    while math.ceil(max(height, width) / (cell << levels)) - 1 > near:
+        levels += 1
+    return levels
 
 
 @functools.lru_cache(maxsize=256)
 def _layout(height: int, width: int, cell: int, near: int, pool: int, device: torch.device) -> Layout:
     size = math.ceil(height / cell), math.ceil(width / cell)
     count = size[0] * size[1]
-    levels, span = 0, cell
-    while max(math.ceil(height / span), math.ceil(width / span)) - 1 > near:
-        levels, span = levels + 1, 2 * span
+    levels = count_levels(height, width, cell, near)
     sides = tuple((math.ceil(height / (pool << level)), math.ceil(width / (pool << level))) for level in range(levels))
     means = sum(rows * columns for rows, columns in sides)
     slots, first = [], 0

@@ -21,8 +21,10 @@ from vision_attn.kernels.multipole.tiles import (
     exact_count,
     exact_tile,
     grid_program,
+    mean_tile,
     neighbourhood,
     plan_queries,
+    tile_row,
     tile_tokens,
 )
 from vision_attn.kernels.triton.launching import Kernel, Launch, choice
@@ -55,26 +57,28 @@ _LAUNCHES: dict[tuple[int, int], Launch] = {
 @Kernel
 @triton.jit
 def _forward(
-    q, k, v, means_k, means_v, o, lse, part_o, part_lse, chosen, masses, mask, slots,
-    k_seq, v_seq, k_grid, v_grid,
+    q, k, v, means_k, means_v, o, lse, part_o, part_lse, chosen, masses, mask, table,
+    k_seq, v_seq, k_grid, v_grid, means_k_box, means_v_box,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, mk_b, mk_n, mk_h, mv_b, mv_n, mv_h, mask_b,
-    N, heads, batch, prefix, height, width, outside, cell, near, rows, columns, means, slots_n, padded, scale,
-    row_programs, part_length, together,
+    N, heads, batch, prefix, height, width, outside, cell, near, rows, columns, means, tiles, tiles_across,
+    scale, row_programs, part_length, together,
     T: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, EXACT_BLOCK: tl.constexpr, LEN: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, ALIKE: tl.constexpr, PREFIX: tl.constexpr,
+    BLOCK: tl.constexpr, MEANS: tl.constexpr, SKIP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASK: tl.constexpr, ALIKE: tl.constexpr, PREFIX: tl.constexpr,
     SUFFIX: tl.constexpr, RAGGED: tl.constexpr, RAGGED_PREFIX: tl.constexpr, RAGGED_N: tl.constexpr,
     PARTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of a tile of queries: of the grid, or of the tokens outside it over a part of the keys.
 
     Inputs: q, k, v `[B, N, H, D]`, means_k, means_v `[B, M, H, D]`, each with strides `_b, _n, _h`; chosen `[B, H, C,
-    EXACT]`; mask `[B, outside]` with its stride; slots `[C, padded]`, the means that a cell sees; masses `[B * H, C,
-    padded]`, added to their logits, or `[1, C, padded]` if all heads are `ALIKE`.
-    Boxes: k_seq, v_seq of the sequence, k_grid, v_grid of the grid; with `TMA` only.
+    EXACT]`; mask `[B, outside]` with its stride; table `[levels, 4]` as in `Pyramid.table`; masses `[B * H, C, tiles *
+    MEANS]`, added to the logits of the means that a cell meets, or `[1, C, tiles * MEANS]` if all heads are `ALIKE`.
+    Boxes: k_seq, v_seq of the sequence, k_grid, v_grid of the grid, means_k_box, means_v_box; with `TMA` only.
     Outputs: o `[B, N, H, D]`, lse `[B, H, N]`; of the tokens outside the grid part_o `[PARTS, B, H, outside, D]` and
     part_lse if there are several parts.
     Launch: `row_programs` programs for the tokens outside the grid, each over `part_length` keys, then those of the
-    grid, `together` heads in turn; tiles of `T` x `T` tokens of a cell, and of `LEN` tokens or means.
+    grid, `together` heads in turn; tiles of `T` x `T` tokens of a cell, of `LEN` tokens of the sequence, and of `MEANS`
+    means: see `MeanTiles`.
     Flags: what there is, and `RAGGED` if no whole number of tiles covers it.
     """
     M: tl.constexpr = T * T
@@ -133,15 +137,13 @@ def _forward(
             v_rows = cell_tile(v, v_grid, b, h, ky, kx, whole, v_n, T, D, BLOCK_D, TMA)  # [M, BLOCK_D]
             m, l, acc = update_raw(s, v_rows, m, l, acc, c, PRECISION)  # noqa: E741
         means_k, means_v = head_of(means_k, b, h, mk_b, mk_h), head_of(means_v, b, h, mv_b, mv_h)
-        slots += own.to(tl.int64) * padded
-        masses += (tl.where(ALIKE, 0, bh).to(tl.int64) * rows * columns + own) * padded
-        for j in tl.range(0, slots_n, LEN):
-            n = j + tl.arange(0, LEN)  # [LEN]
-            index = tl.load(slots + n)  # [LEN]
-            k_rows = load_rows(means_k, index, mk_n, D, BLOCK_D)  # [LEN, BLOCK_D]
-            s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION) * c  # [M, LEN]
-            s += tl.load(masses + n)[None, :]
-            v_rows = load_rows(means_v, index, mv_n, D, BLOCK_D)  # [LEN, BLOCK_D]
+        masses += (tl.where(ALIKE, 0, bh).to(tl.int64) * rows * columns + own) * tiles * MEANS
+        for i in tl.range(0, tiles, num_stages=2):
+            first = tile_row(i, own, table, near, tiles_across, columns, SKIP, BLOCK, MEANS)
+            k_rows = mean_tile(means_k, means_k_box, b, h, first, means, mk_n, MEANS, D, BLOCK_D, TMA)
+            s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION) * c  # [M, MEANS]
+            s += tl.load(masses + i * MEANS + tl.arange(0, MEANS))[None, :]
+            v_rows = mean_tile(means_v, means_v_box, b, h, first, means, mv_n, MEANS, D, BLOCK_D, TMA)
             m, l, acc = update_raw(s, v_rows, m, l, acc, 1.0, PRECISION)  # noqa: E741
         total = tl.sum(l, 1)  # [M]
         acc = acc * (1.0 / total)[:, None]
@@ -158,16 +160,16 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     lse = q.new_empty((B, H, N), dtype=torch.float32)
     if not o.numel():
         return o, lse
-    plan = plan_queries(call, _forward, choice(q, _LAUNCHES))
+    launch = choice(q, _LAUNCHES)
+    plan = plan_queries(call, _forward, launch)
     part_o = part_lse = lse
     if plan.parts > 1:
         part_o = q.new_empty((plan.parts, B, H, call.outside, D), dtype=torch.float32)
         part_lse = q.new_empty((plan.parts, B, H, call.outside), dtype=torch.float32)
-    masses_ = masses(call.chosen, call.mass, call.size, call.padded)
     plan.run(
-        q, k, v, call.means_k, call.means_v, o, lse, part_o, part_lse, call.chosen, masses_,
-        lse if call.mask is None else call.mask, call.layout.padded,
-        boxed=(k, v, k, v),
+        q, k, v, call.means_k, call.means_v, o, lse, part_o, part_lse, call.chosen,
+        masses(call.chosen, call.mass, call.size, call.tiles(launch.length)), lse if call.mask is None else call.mask,
+        call.pyramid.table(q.device), boxed=(k, v, k, v, call.means_k, call.means_v),
     )  # fmt: skip
     if plan.parts > 1:
         merge_outside(part_o, part_lse, o, lse, call.size[2])

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vision_attn.kernels.multipole.op import PRECISION, Call
-from vision_attn.kernels.multipole.tiles import LAUNCHES, cell_tile, grid_boxes, inner_tile, tile_tokens
+from vision_attn.kernels.multipole.tiles import LAUNCHES, cell_tile, grid_boxes, inner_tile, mean_row, tile_tokens
 from vision_attn.kernels.triton.launching import Kernel, choice, next_power, strides_of
 from vision_attn.kernels.triton.rows import HIDDEN, LOG2E, head_of, load_rows, store_rows
 
@@ -39,20 +39,21 @@ def add_dkv(k_rows, v_rows, q_rows, do_rows, lse_cols, delta_cols, bias, dk_rows
 @Kernel
 @triton.jit
 def _mean_gradients(
-    q, do, means_k, means_v, part_dk, part_dv, part_mass, lse, delta, chosen, mass, boxes, q_grid, do_grid,
+    q, do, means_k, means_v, part_dk, part_dv, part_mass, lse, delta, chosen, mass, q_grid, do_grid,
     q_b, q_n, q_h, do_b, do_n, do_h, mk_b, mk_n, mk_h, mv_b, mv_n, mv_h,
-    N, heads, batch, prefix, height, width, cell, near, rows, columns, scale, level, first, down, across, level_rows,
-    level_columns, tiles_x, mass_levels,
+    N, heads, batch, prefix, height, width, cell, near, rows, columns, scale, level, first, size, blocks, down, across,
+    level_rows, level_columns, tiles_x, mass_levels,
     T: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, EXACT_BLOCK: tl.constexpr, SIDE: tl.constexpr,
-    PER_CELL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MASS: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PER_CELL: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MASS: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of `SIDE` x `SIDE` means of one level, from one cell of each of the level's cells that see them.
 
     Inputs: q, do `[B, N, H, D]`, means_k, means_v `[B, M, H, D]`, each with strides `_b, _n, _h`; lse, delta
-    `[B, H, N]`; chosen `[B, H, C, EXACT]`; mass `[H, mass_levels]`; boxes `[M + 1, 4]`. The level has `down` x `across`
-    means from the `first` on, and `level_rows` x `level_columns` cells of `PER_CELL` x `PER_CELL` means.
-    Outputs: part_dk, part_dv `[parts, B, down * across, H, D]`, part_mass `[parts, programs, B, H]`.
+    `[B, H, N]`; chosen `[B, H, C, EXACT]`; mass `[H, mass_levels]`. The level has `down` x `across` means in `size`
+    rows from the `first` on, `blocks` blocks side by side, and `level_rows` x `level_columns` cells of `PER_CELL` x
+    `PER_CELL` means.
+    Outputs: part_dk, part_dv `[parts, B, size, H, D]`, part_mass `[parts, programs, B, H]`.
     """
     KEYS: tl.constexpr = SIDE * SIDE
     pid, part, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -63,11 +64,12 @@ def _mean_gradients(
     first_my, first_mx = pid // tiles_x * SIDE, pid % tiles_x * SIDE
     my, mx = first_my + n // SIDE, first_mx + n % SIDE  # [KEYS]
     keep = (my < down) & (mx < across)
-    mean = tl.where(keep, my * across + mx, 0)  # [KEYS]
+    mean = tl.where(keep, mean_row(my, mx, 0, blocks, PER_CELL, BLOCK), 0)  # [KEYS]
     k_rows = load_rows(head_of(means_k, b, h, mk_b, mk_h), first + mean, mk_n, D, BLOCK_D)  # [KEYS, BLOCK_D]
     v_rows = load_rows(head_of(means_v, b, h, mv_b, mv_h), first + mean, mv_n, D, BLOCK_D)  # [KEYS, BLOCK_D]
-    y0, y1 = tl.load(boxes + 4 * (first + mean)), tl.load(boxes + 4 * (first + mean) + 1)  # [KEYS]
-    x0, x1 = tl.load(boxes + 4 * (first + mean) + 2), tl.load(boxes + 4 * (first + mean) + 3)  # [KEYS]
+    side = (cell // PER_CELL) << level
+    y0, x0 = my * side, mx * side  # [KEYS]
+    y1, x1 = tl.minimum(y0 + side, height), tl.minimum(x0 + side, width)  # [KEYS]
     cell_y, cell_x = my // PER_CELL, mx // PER_CELL  # [KEYS], of the level
     last_y = tl.minimum(first_my + SIDE, down) - 1
     last_x = tl.minimum(first_mx + SIDE, across) - 1
@@ -119,7 +121,6 @@ def _mean_gradients(
         )
         if MASS:
             dmass += tl.sum(ds)
-    size = down * across
     row = (part * batch + b).to(tl.int64) * size * heads + h
     store_rows(part_dk + row * D, mean, heads * D, dk_rows * scale, keep, D, BLOCK_D)
     store_rows(part_dv + row * D, mean, heads * D, dv_rows, keep, D, BLOCK_D)
@@ -131,27 +132,27 @@ def fill_means(d_means: list[Tensor], d_mass: Tensor, call: Call, do: Tensor, ls
     """Write the gradients of the means of all levels, and of their masses."""
     q = call.q
     B, N, H, D = q.shape
-    height, width, prefix, _, cell, near, pool = call.size
-    layout, T, launch = call.layout, call.tile, choice(q, LAUNCHES)
-    per_cell, first = cell // pool, 0
-    side = (4 if per_cell == 1 else 8) if call.block_d * q.element_size() <= 256 else 4
+    height, width, prefix, _, cell, near, _ = call.size
+    rows, T, launch = call.pyramid, call.tile, choice(q, LAUNCHES)
+    side = (4 if rows.per_cell == 1 else 8) if call.block_d * q.element_size() <= 256 else 4
     boxes, tma = grid_boxes(call, do)
-    for level, (down, across) in enumerate(layout.sides):
+    for level in range(rows.levels):
+        (down, across), first, size = rows.means(level), rows.first[level], rows.first[level + 1] - rows.first[level]
         tiles, parts = (math.ceil(down / side), math.ceil(across / side)), 4**level
-        dk, dv = (q.new_empty((parts, B, down * across, H, D), dtype=torch.float32) for _ in range(2))
+        dk, dv = (q.new_zeros((parts, B, size, H, D), dtype=torch.float32) for _ in range(2))
         part_mass = lse if call.mass is None else lse.new_empty((parts, tiles[0] * tiles[1], B, H))
         _mean_gradients[(tiles[0] * tiles[1], parts, B * H)](
             q, do, call.means_k, call.means_v, dk, dv, part_mass, lse, delta, call.chosen,
-            lse if call.mass is None else call.mass, layout.tables[1], *boxes,
-            *strides_of(q, do, call.means_k, call.means_v), N, H, B, prefix, height, width, cell, near, *layout.size,
-            call.scale, level, first, down, across, *(math.ceil(n / (1 << level)) for n in layout.size), tiles[1],
+            lse if call.mass is None else call.mass, *boxes,
+            *strides_of(q, do, call.means_k, call.means_v), N, H, B, prefix, height, width, cell, near, *rows.cells,
+            call.scale, level, first, size, rows.blocks(level)[1], down, across,
+            *(math.ceil(n / (1 << level)) for n in rows.cells), tiles[1],
             1 if call.mass is None else call.mass.shape[1], T=T, SPLIT=call.split, EXACT=call.chosen.shape[3],
-            EXACT_BLOCK=next_power(max(1, call.chosen.shape[3])), SIDE=side, PER_CELL=per_cell, D=D,
-            BLOCK_D=call.block_d, MASS=call.mass is not None, TMA=tma, PRECISION=PRECISION, num_warps=launch.warps,
-            num_stages=launch.stages,
+            EXACT_BLOCK=next_power(max(1, call.chosen.shape[3])), SIDE=side, PER_CELL=rows.per_cell, BLOCK=rows.block,
+            D=D, BLOCK_D=call.block_d, MASS=call.mass is not None, TMA=tma, PRECISION=PRECISION,
+            num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
         for whole, part in zip(d_means, (dk, dv), strict=True):
-            whole[:, first : first + down * across] = part.sum(0)
+            whole[:, first : first + size] = part.sum(0)
         if call.mass is not None:
             d_mass[:, min(level, d_mass.shape[1] - 1)] += part_mass.sum((0, 1, 2))
-        first += down * across

@@ -1,6 +1,7 @@
 """Multipole attention in Triton: the inputs of a call, the operators, and their gradients.
 
-The kernels are in `forward.py`, `backward.py` and `means.py`; triton is imported when they first run.
+The kernels are in `means.py`, `choice.py`, `forward.py`, `backward.py` and `mean_gradients.py`; triton is imported when
+they first run.
 """
 
 import math
@@ -10,10 +11,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vision_attn.grid import Grid
-from vision_attn.kernels.multipole.cells import Cells, Layout, choose_cells, means_of
+from vision_attn.kernels.multipole.cells import Cells, choose_cells, means_of
+from vision_attn.kernels.multipole.pyramid import MeanTiles, Pyramid, pyramid
 from vision_attn.kernels.triton.launching import (
     block_of,
     bytes_of_mask,
@@ -56,11 +59,19 @@ class Call:
         """Channels of a tile: the next power of two."""
         return block_of(self.q.shape[-1])
 
-    @cached_property
-    def layout(self) -> Layout:
-        """Who sees what."""
-        height, width, _, _, cell, near, pool = self.size
-        return Cells(cell, near, pool, 0).layout(Grid(height, width), self.q.device)
+    @property
+    def pyramid(self) -> Pyramid:
+        """Where the means of all levels lie."""
+        return pyramid(self.size)
+
+    @property
+    def count(self) -> int:
+        """Cells."""
+        return math.prod(self.pyramid.cells)
+
+    def tiles(self, most: int) -> MeanTiles:
+        """Return the tiles of means that a cell meets, of at most `most` rows."""
+        return MeanTiles.of(self.pyramid, most)
 
     @property
     def outside(self) -> int:
@@ -77,11 +88,6 @@ class Call:
     def split(self) -> int:
         """Tiles along the side of a cell."""
         return math.ceil(self.size[4] / self.tile)
-
-    @property
-    def padded(self) -> int:
-        """Means that a cell sees, up to a multiple of the largest tile."""
-        return self.layout.padded.shape[1]
 
     @property
     def alike(self) -> bool:
@@ -122,49 +128,45 @@ def _run(
     size = [grid.height, grid.width, grid.prefix, grid.suffix, cells.cell, cells.near, cells.pool]
     weights = cells.weights
     if weights is not None and weights.requires_grad and torch.is_grad_enabled():  # they learn in plain PyTorch
-        sides = cells.layout(grid, q.device).sides
-        means = [means_of(t[:, grid.image], grid, cells, sides) for t in (k, v)]
+        sides, order = cells.layout(grid, q.device).sides, pyramid(size).order(q.device)
+        means = [F.pad(means_of(t[:, grid.image], grid, cells, sides), (0, 0, 0, 0, 0, 1))[:, order] for t in (k, v)]
     else:
         means = list(_means(k, v, None if weights is None else weights.detach().float(), size))
     chosen = None if cells.chosen is None else cells.chosen.sort(-1).values  # the kernels want those that are none last
     if chosen is None and (cells.group > 1 or not means[0].shape[1]):
         chosen = choose_cells(q, k, grid, cells, scale=scale)
     elif chosen is None:
-        chosen = _choice(q.detach(), k.detach(), size, cells.exact, scale)
+        chosen = _choice(
+            q.detach(), k.detach(), means[0].detach() if weights is None else None, size, cells.exact, scale
+        )
     return _multipole(q, k, v, *means, chosen.int(), cells.mass, mask, size, scale)
 
 
 @custom_op("vision_attn::multipole_triton_means")
 def _means(k: Tensor, v: Tensor, weights: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The means of all levels of k and v, each `[B, M, H, D]`."""
+    """The means of all levels of k and v, each `[B, M, H, D]`, in the rows of `pyramid.py`."""
     from vision_attn.kernels.multipole.means import means  # noqa: PLC0415
 
     return means(packed(k), packed(v), weights, size)
 
 
-def _count_means(size: Sequence[int]) -> int:
-    height, width, _, _, cell, near, pool = size
-    sides = Cells(cell, near, pool, 0).layout(Grid(height, width), torch.device("cpu")).sides
-    return sum(rows * columns for rows, columns in sides)
-
-
 @_means.register_fake
 def _(k: Tensor, v: Tensor, weights: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
     B, _, H, D = k.shape
-    M = _count_means(size)
+    M = pyramid(size).rows
     return k.new_empty((B, M, H, D)), v.new_empty((B, M, H, D))
 
 
 @custom_op("vision_attn::multipole_triton_choice")
-def _choice(q: Tensor, k: Tensor, size: Sequence[int], exact: int, scale: float) -> Tensor:
-    """The exact cells, int32 `[B, H, C, exact]`."""
-    from vision_attn.kernels.multipole.means import choose  # noqa: PLC0415
+def _choice(q: Tensor, k: Tensor, means_k: Tensor | None, size: Sequence[int], exact: int, scale: float) -> Tensor:
+    """The exact cells, int32 `[B, H, C, exact]`; means_k if they are those of equal weights."""
+    from vision_attn.kernels.multipole.choice import choose  # noqa: PLC0415
 
-    return choose(q, k, size, exact, scale)
+    return choose(packed(q), packed(k), means_k, size, exact, scale)
 
 
 @_choice.register_fake
-def _(q: Tensor, k: Tensor, size: Sequence[int], exact: int, scale: float) -> Tensor:
+def _(q: Tensor, k: Tensor, means_k: Tensor | None, size: Sequence[int], exact: int, scale: float) -> Tensor:
     rows, columns = (math.ceil(side / size[4]) for side in size[:2])
     return q.new_empty((q.shape[0], q.shape[2], rows * columns, exact), dtype=torch.int32)
 

@@ -1,4 +1,4 @@
-"""What the kernels of multipole attention share: how launches are laid out, tiles of cells, and the mass of means.
+"""What the kernels of multipole attention share: how launches are laid out, tiles of cells, and tiles of means.
 
 A cell is cut into tiles of T x T tokens, as few as hold it: one of 8 x 8 for the cell of 8. A program of the grid owns
 the queries of one tile. Kernels pass one tuple around:
@@ -48,26 +48,28 @@ def plan_queries(call: Call, kernel: Kernel, launch: Launch, *others: Tensor) ->
     """Plan a launch whose programs own queries; `others` are tensors of the launch beside the call's."""
     B, N, H, D = call.q.shape
     height, width, prefix, suffix, cell, near, _ = call.size
-    T, C = call.tile, call.layout.near.shape[0]
+    T, C, tiles = call.tile, call.count, call.tiles(launch.length)
     M, LEN = T * T, launch.length
     grid_programs = B * H * C * call.split**2
     blocks = B * H * -(-call.outside // M)
-    met = (2 * near + 1) ** 2 * cell**2 + call.chosen.shape[3] * cell**2 + call.layout.slots.shape[1] + call.outside
+    met = (2 * near + 1) ** 2 * cell**2 + call.chosen.shape[3] * cell**2 + tiles.count * tiles.length + call.outside
     parts, length = splits(call.q, blocks, N, grid_programs * met, LEN)
-    tma = uses_boxes((call.k, call.v))
-    boxes: list[Box | None] = [None] * 4
+    tma = uses_boxes((call.k, call.v, call.means_k, call.means_v) if tiles.count else (call.k, call.v))
+    boxes: list[Box | None] = [None] * 6
     if tma:
         if call.outside:
             boxes[:2] = [sequence_box(t, LEN, call.block_d) for t in (call.k, call.v)]
-        boxes[2:] = [grid_box(t, call.size, T, call.block_d) for t in (call.k, call.v)]
+        boxes[2:4] = [grid_box(t, call.size, T, call.block_d) for t in (call.k, call.v)]
+        if tiles.count:
+            boxes[4:] = [sequence_box(t, tiles.length, call.block_d) for t in (call.means_k, call.means_v)]
     numbers: dict[str, Any] = dict(
         mask_b=0 if call.mask is None else call.mask.stride(0) * (call.mask.shape[0] > 1), N=N, heads=H, batch=B,
         prefix=prefix, height=height, width=width, outside=call.outside, cell=cell, near=near,
-        rows=call.layout.size[0], columns=call.layout.size[1], means=call.means_k.shape[1],
-        slots_n=call.layout.slots.shape[1], padded=call.padded,
-        scale=call.scale, row_programs=blocks * parts, part_length=length, together=call.together,
-        T=T, SPLIT=call.split, EXACT=call.chosen.shape[3],
-        EXACT_BLOCK=next_power(max(1, call.chosen.shape[3])), LEN=LEN, D=D, BLOCK_D=call.block_d,
+        rows=call.pyramid.cells[0], columns=call.pyramid.cells[1], means=call.means_k.shape[1], tiles=tiles.count,
+        tiles_across=tiles.across, scale=call.scale, row_programs=blocks * parts, part_length=length,
+        together=call.together, T=T, SPLIT=call.split, EXACT=call.chosen.shape[3],
+        EXACT_BLOCK=next_power(max(1, call.chosen.shape[3])), LEN=LEN, BLOCK=call.pyramid.block, MEANS=tiles.length,
+        SKIP=tiles.skip, D=D, BLOCK_D=call.block_d,
         MASK=call.mask is not None, ALIKE=call.alike, PREFIX=prefix > 0, SUFFIX=suffix > 0,
         RAGGED=call.ragged, RAGGED_PREFIX=prefix % LEN > 0, RAGGED_N=N % LEN > 0, PARTS=parts, TMA=tma,
         PRECISION=PRECISION, num_warps=launch.warps, num_stages=launch.stages,
@@ -81,7 +83,7 @@ def plan_keys(call: Call, kernel: Kernel, launch: Launch, do: Tensor) -> Plan:
     """Plan a launch whose programs own keys and walk queries and the output's gradient."""
     B, N, H, D = call.q.shape
     height, width, prefix, suffix, cell, near, _ = call.size
-    T, C, exact = call.tile, call.layout.near.shape[0], call.chosen.shape[3]
+    T, C, exact = call.tile, call.count, call.chosen.shape[3]
     grid_programs = B * H * C * call.split**2
     blocks = B * H * -(-call.outside // (T * T))
     met = ((2 * near + 1) ** 2 + exact) * cell**2 + call.outside
@@ -95,7 +97,7 @@ def plan_keys(call: Call, kernel: Kernel, launch: Launch, do: Tensor) -> Plan:
     numbers: dict[str, Any] = dict(
         mask_b=0 if call.mask is None else call.mask.stride(0) * (call.mask.shape[0] > 1), N=N, heads=H, batch=B,
         prefix=prefix, height=height, width=width, outside=call.outside, cell=cell, near=near,
-        rows=call.layout.size[0], columns=call.layout.size[1], scale=call.scale, row_programs=blocks * parts,
+        rows=call.pyramid.cells[0], columns=call.pyramid.cells[1], scale=call.scale, row_programs=blocks * parts,
         part_length=length, together=call.together, T=T, SPLIT=call.split, EXACT=exact, LEN=launch.length, D=D,
         BLOCK_D=call.block_d, MASK=call.mask is not None, PREFIX=prefix > 0, SUFFIX=suffix > 0, RAGGED=call.ragged,
         PARTS=parts, TMA=tma, PRECISION=PRECISION, num_warps=launch.warps, num_stages=launch.stages,
@@ -199,3 +201,53 @@ def exact_count(chosen, cells, EXACT: tl.constexpr, EXACT_BLOCK: tl.constexpr):
     e = tl.arange(0, EXACT_BLOCK)  # [EXACT_BLOCK]
     found = tl.load(chosen + e, mask=e < EXACT, other=cells)  # [EXACT_BLOCK]
     return tl.sum((found < cells).to(tl.int32), 0)
+
+
+@triton.jit
+def mean_row(y, x, start, blocks, PER_CELL: tl.constexpr, BLOCK: tl.constexpr):
+    """The row of mean (y, x) of a level that starts at row `start` and has `blocks` blocks side by side."""
+    wide: tl.constexpr = 2 * PER_CELL
+    return start + (y // wide * blocks + x // wide) * BLOCK + y % wide * wide + x % wide
+
+
+@triton.jit
+def area(y, x, side, height, width):
+    """Tokens of square (y, x) of those of `side` tokens that the grid is cut into."""
+    return tl.minimum(height - y * side, side) * tl.minimum(width - x * side, side)
+
+
+@triton.jit
+def tile_of_means(i, own_y, own_x, near, across, SKIP: tl.constexpr, LEN: tl.constexpr):
+    """Level, row of blocks, first column of blocks, and rows left out from there, of tile i of those a cell meets.
+
+    The cell is (own_y, own_x); `across` tiles hold the blocks of one row of parents: see `MeanTiles`.
+    """
+    span = 2 * near + 1
+    each = span * across
+    if SKIP:
+        each -= 1
+    level, j = i // each, i % each
+    if SKIP:
+        j += (j >= near * span + near).to(tl.int32)
+    return level, (own_y >> (level + 1)) - near + j // across, (own_x >> (level + 1)) - near, j % across * LEN
+
+
+@triton.jit
+def tile_row(i, own, table, near, across, columns, SKIP: tl.constexpr, BLOCK: tl.constexpr, LEN: tl.constexpr):
+    """The first row of tile i of the means that cell `own` meets; it may lie before the first or beyond the last."""
+    level, y, x, skipped = tile_of_means(i, own // columns, own % columns, near, across, SKIP, LEN)
+    start, blocks = tl.load(table + 4 * level), tl.load(table + 4 * level + 1)
+    return start + (y * blocks + x) * BLOCK + skipped
+
+
+@triton.jit
+def mean_tile(
+    base, box, b, h, first, rows, stride, LEN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr
+):
+    """`LEN` rows of means from `first` on, `[LEN, BLOCK_D]`; outside the `rows` there are, arbitrary but finite."""
+    if TMA:
+        found = box.load([b, first, h, 0]).reshape(LEN, BLOCK_D)
+    else:
+        index = tl.maximum(tl.minimum(first + tl.arange(0, LEN), rows - 1), 0)  # [LEN]
+        found = load_rows(base, index, stride, D, BLOCK_D)
+    return found

@@ -1,0 +1,107 @@
+"""The choice of the exact cells of multipole attention in Triton, without the host.
+
+Mean queries are weighed against mean keys of cells, tile by tile; the best of each row are kept on the way.
+"""
+
+# the compiler of a kernel reads no annotations
+# ruff: noqa: ANN001, ANN202
+# mypy: disable-error-code="no-untyped-def"
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vision_attn.kernels.multipole.means import cell_means, square_means
+from vision_attn.kernels.multipole.pyramid import Sized, pyramid
+from vision_attn.kernels.multipole.tiles import area
+from vision_attn.kernels.triton.launching import Bound, Kernel, block_of, next_power, planned
+from vision_attn.kernels.triton.rows import load_rows, own_head
+
+
+@triton.jit
+def _ordered(s, place, LEN: tl.constexpr):
+    """Logits as int32 that sort alike, with `place` (0 .. LEN - 1) in the lowest bits: of equals the first is highest."""
+    bits = s.to(tl.int32, bitcast=True)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (bits & -LEN) | (LEN - 1 - place)
+
+
+@Kernel
+@triton.jit
+def _choose(
+    mean_q, mean_k, chosen, heads, height, width, cell, near, columns, cells, scale, EXACT: tl.constexpr,
+    EXACT_BLOCK: tl.constexpr, ROWS: tl.constexpr, LEN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The further cells that some cells weigh most.
+
+    Inputs: mean_q, mean_k `[B, cells, H, D]`.
+    Outputs: chosen `[B, H, cells, EXACT]`, `cells` for none.
+    """
+    bh = tl.program_id(1)
+    b, h = bh // heads, bh % heads
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    mean_q, mean_k = own_head(mean_q, b, h, cells, heads, D), own_head(mean_k, b, h, cells, heads, D)
+    q_rows = load_rows(mean_q, tl.minimum(row, cells - 1), heads * D, D, BLOCK_D)  # [ROWS, BLOCK_D]
+    e = tl.arange(0, EXACT_BLOCK)  # [EXACT_BLOCK]
+    n = tl.arange(0, LEN)  # [LEN]
+    # the best so far, each with its cell in the lower half; places that are not asked for hold what is never replaced
+    none = tl.full([ROWS, EXACT_BLOCK], -(2**31), tl.int64) << 32  # [ROWS, EXACT_BLOCK]
+    best = tl.where((e < EXACT)[None, :], none + e[None, :], 2**62)  # [ROWS, EXACT_BLOCK]
+    for j in tl.range(0, cells, LEN):
+        column = j + n  # [LEN]
+        k_rows = load_rows(mean_k, tl.minimum(column, cells - 1), heads * D, D, BLOCK_D)  # [LEN, BLOCK_D]
+        s = tl.dot(q_rows, tl.trans(k_rows), input_precision="tf32x3") * scale  # [ROWS, LEN]
+        y, x = column // columns, column % columns  # [LEN]
+        s += tl.log(tl.maximum(area(y, x, cell, height, width), 1).to(tl.float32))[None, :]
+        close = (tl.abs((row // columns)[:, None] - y[None, :]) <= near) & (
+            tl.abs((row % columns)[:, None] - x[None, :]) <= near
+        )  # [ROWS, LEN]
+        rank = tl.where(close | (column >= cells)[None, :], -(2**31), _ordered(s, n[None, :], LEN))  # [ROWS, LEN]
+        top, least = tl.max(rank, 1), tl.min(best, 1)  # [ROWS]
+        found = (top.to(tl.int64) << 32) + (j + LEN - 1 - (top & (LEN - 1)))  # [ROWS]
+        better = (top > -(2**31)) & (top > (least >> 32))  # [ROWS]
+        while tl.max(better.to(tl.int32), 0) > 0:  # some row has a better one in this tile
+            best = tl.where(better[:, None] & (best == least[:, None]), found[:, None], best)
+            rank = tl.where(rank == top[:, None], -(2**31), rank)
+            top, least = tl.max(rank, 1), tl.min(best, 1)  # [ROWS]
+            found = (top.to(tl.int64) << 32) + (j + LEN - 1 - (top & (LEN - 1)))  # [ROWS]
+            better = (top > -(2**31)) & (top > (least >> 32))  # [ROWS]
+    index = tl.where((best >> 32) > -(2**31), best & 0x7FFFFFFF, cells).to(tl.int32)  # [ROWS, EXACT_BLOCK]
+    place = chosen + (bh.to(tl.int64) * cells + row[:, None]) * EXACT + e[None, :]
+    tl.store(place, index, mask=(row < cells)[:, None] & (e < EXACT)[None, :])
+
+
+def choose(q: Tensor, k: Tensor, means_k: Tensor | None, size: Sequence[int], exact: int, scale: float) -> Tensor:
+    """Return int32 `[B, H, C, exact]`: see `choose_cells`; the mean keys are made of `means_k` if it is given."""
+    B, _, H, D = q.shape
+    cells = math.prod(pyramid(size).cells)
+    chosen = q.new_empty((B, H, cells, exact), dtype=torch.int32)
+    if not chosen.numel():
+        return chosen
+    mean_q, mean_k = (q.new_empty((B, cells, H, D)) for _ in range(2))
+    square_means(q, mean_q, size)
+    if means_k is None:
+        square_means(k, mean_k, size)
+    else:
+        cell_means(means_k, mean_k, size)
+    _plan(Sized((mean_q,), (*size, exact, scale)))(mean_q, mean_k, chosen)
+    return chosen
+
+
+@planned
+def _plan(call: Sized) -> Bound:
+    """Plan the launch for mean queries `[B, cells, H, D]`."""
+    (q,), (height, width, _, _, cell, near, _, exact, scale) = call.tensors, call.numbers
+    B, cells, H, D = q.shape
+    block = block_of(D)
+    small = block * q.element_size() <= 512
+    rows, length = (64 if small else 16), (64 if small else 16)
+    numbers = dict(
+        heads=H, height=height, width=width, cell=cell, near=near, columns=math.ceil(width / cell), cells=cells,
+        scale=scale, EXACT=exact, EXACT_BLOCK=next_power(exact), ROWS=rows, LEN=length, D=D, BLOCK_D=block, num_warps=4,
+    )  # fmt: skip
+    return Bound(_choose, (math.ceil(cells / rows), B * H), (), numbers)

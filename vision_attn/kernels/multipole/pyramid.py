@@ -1,0 +1,154 @@
+"""Where the means of all levels lie for the kernels: those of one parent cell together, so that TMA fetches them.
+
+The cells of level l that make up one cell of level l + 1, their parent, have `2 * per_cell` x `2 * per_cell` means.
+They are a block of neighbouring rows, and blocks follow each other row by row of parents. The parents near a cell's own
+parent are then a few runs of rows, which hold all means of that level that the cell sees, and some that it does not:
+masses hide those. A block has a power of two of rows; those that hold no mean are zero.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vision_attn.kernels.multipole.cells import count_levels
+from vision_attn.kernels.triton.launching import layout, next_power
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """The rows of the means of a grid `height` x `width`, cut into cells of side `cell` with means of side `pool`."""
+
+    height: int
+    width: int
+    cell: int
+    near: int
+    pool: int
+
+    @functools.cached_property
+    def levels(self) -> int:
+        """Levels of means."""
+        return count_levels(self.height, self.width, self.cell, self.near)
+
+    @property
+    def per_cell(self) -> int:
+        """Means along the side of a cell."""
+        return self.cell // self.pool
+
+    @property
+    def cells(self) -> tuple[int, int]:
+        """Rows and columns of cells."""
+        return math.ceil(self.height / self.cell), math.ceil(self.width / self.cell)
+
+    @property
+    def block(self) -> int:
+        """Rows of one block."""
+        return next_power((2 * self.per_cell) ** 2)
+
+    def means(self, level: int) -> tuple[int, int]:
+        """Return rows and columns of the means of a level."""
+        side = self.pool << level
+        return math.ceil(self.height / side), math.ceil(self.width / side)
+
+    def blocks(self, level: int) -> tuple[int, int]:
+        """Return rows and columns of the blocks of a level."""
+        side = self.cell << (level + 1)
+        return math.ceil(self.height / side), math.ceil(self.width / side)
+
+    @functools.cached_property
+    def first(self) -> list[int]:
+        """The first row of each level, and how many rows there are."""
+        found = [0]
+        for level in range(self.levels):
+            down, across = self.blocks(level)
+            found.append(found[-1] + down * across * self.block)
+        return found
+
+    @property
+    def rows(self) -> int:
+        """Rows of all levels."""
+        return self.first[-1]
+
+    @functools.cached_property
+    def full(self) -> bool:
+        """Whether every row holds a mean."""
+        return self.rows == sum(math.prod(self.means(level)) for level in range(self.levels))
+
+    def table(self, device: torch.device) -> Tensor:
+        """Return first row, columns of blocks, rows and columns of means of each level, int32 `[levels, 4]`."""
+        return _table(self, device)
+
+    def order(self, device: torch.device) -> Tensor:
+        """Return the mean of each row, counted level by level and row by row; the number of means for none."""
+        found, before = [], 0
+        count, wide = sum(math.prod(self.means(level)) for level in range(self.levels)), 2 * self.per_cell
+        inner = torch.arange(self.block, device=device)
+        for level in range(self.levels):
+            (down, across), (tall, broad) = self.means(level), self.blocks(level)
+            y = torch.arange(tall, device=device)[:, None, None] * wide + inner // wide
+            x = torch.arange(broad, device=device)[None, :, None] * wide + inner % wide
+            there = (y < down) & (x < across) & (inner < wide * wide)
+            found.append(torch.where(there, before + y * across + x, count).flatten())
+            before += down * across
+        return torch.cat(found) if found else inner[:0]
+
+
+@functools.lru_cache(maxsize=256)
+def pyramid_of(height: int, width: int, cell: int, near: int, pool: int) -> Pyramid:
+    """Return the rows of a grid's means; what was worked out about them is kept."""
+    return Pyramid(height, width, cell, near, pool)
+
+
+def pyramid(size: Sequence[int]) -> Pyramid:
+    """Return the rows of a call's means; `size` is height, width, prefix, suffix, cell, near, pool."""
+    height, width, _, _, cell, near, pool = size
+    return pyramid_of(height, width, cell, near, pool)
+
+
+@functools.lru_cache(maxsize=256)
+def _table(rows: Pyramid, device: torch.device) -> Tensor:
+    entries = [(rows.first[n], rows.blocks(n)[1], *rows.means(n)) for n in range(rows.levels)]
+    return torch.tensor(entries, dtype=torch.int32, device=device).view(-1, 4)
+
+
+@dataclass(frozen=True)
+class MeanTiles:
+    """The tiles of means that one cell meets, level by level, parent by parent.
+
+    Attributes:
+        length: Rows of a tile.
+        across: Tiles of one row of parents.
+        skip: Whether the tile of the cell's own parent, all of whose children are near, is left out of each level.
+        count: Tiles of all levels.
+    """
+
+    length: int
+    across: int
+    skip: bool
+    count: int
+
+    @classmethod
+    def of(cls, rows: Pyramid, most: int) -> "MeanTiles":
+        """Return tiles of at most `most` rows, a power of two."""
+        span = 2 * rows.near + 1
+        length = min(max(16, next_power(span * rows.block)), most)
+        across = math.ceil(span * rows.block / length)
+        skip = rows.near > 0 and rows.block == length
+        return cls(length, across, skip, rows.levels * (span * across - skip))
+
+
+@dataclass(frozen=True)
+class Sized:
+    """Tensors and numbers that a launch is planned for; see `planned`."""
+
+    tensors: tuple[Tensor | None, ...]
+    numbers: tuple[float, ...]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """All that a launch depends on but the values of tensors."""
+        return *self.numbers, *[None if t is None else (t.device, layout(t)) for t in self.tensors]
