@@ -24,6 +24,8 @@ from vision_attn.kernels.multipole.op import multipole_attention_triton
 from vision_attn.kernels.multipole.portable import multipole_attention_torch
 from vision_attn.kernels.triton.launching import triton_reasons
 
+_MOST_CELLS = 1 << 21  # whose rows and columns kernels find by products of floats
+
 __all__ = ["Cells", "choose_cells", "multipole_attention"]
 
 
@@ -79,6 +81,8 @@ def _triton_reasons(q: Tensor, grid: Grid, cells: Cells, auto: bool) -> list[str
     reasons = triton_reasons(q, auto=auto)
     if cells.cell < 3:
         reasons.append(f"a cell of {cells.cell} x {cells.cell} tokens is too small for a tile")
+    if cells.count(grid) >= _MOST_CELLS:
+        reasons.append(f"there are {cells.count(grid)} cells, and a launch has fewer than {_MOST_CELLS}")
     if auto and cells.covers(grid):
         reasons.append("the neighbourhood of every token is the whole grid, which is dense attention")
     return reasons

@@ -30,7 +30,6 @@ from vision_attn.kernels.multipole.tiles import (
     neighbourhood,
     plan_keys,
     plan_queries,
-    tile_row,
     tile_tokens,
 )
 from vision_attn.kernels.triton.launching import Kernel, choice
@@ -78,13 +77,13 @@ def _sequence(
 @Kernel
 @triton.jit
 def _query_gradients(
-    q, k, v, do, means_k, means_v, dq, lse, delta, part_dq, chosen, masses, mask, table,
+    q, k, v, do, means_k, means_v, dq, lse, delta, part_dq, chosen, masses, mask, mean_rows,
     k_seq, v_seq, k_grid, v_grid, means_k_box, means_v_box,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h, mk_b, mk_n, mk_h, mv_b, mv_n, mv_h, mask_b,
-    N, heads, batch, prefix, height, width, outside, cell, near, rows, columns, means, tiles, tiles_across,
-    scale, row_programs, part_length, together,
+    N, heads, batch, prefix, height, width, outside, cell, near, rows, columns, means, tiles, scale,
+    row_programs, part_length, together,
     T: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, EXACT_BLOCK: tl.constexpr, LEN: tl.constexpr,
-    BLOCK: tl.constexpr, MEANS: tl.constexpr, SKIP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    MEANS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     MASK: tl.constexpr, ALIKE: tl.constexpr, PREFIX: tl.constexpr,
     SUFFIX: tl.constexpr, RAGGED: tl.constexpr, RAGGED_PREFIX: tl.constexpr, RAGGED_N: tl.constexpr,
     PARTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -119,8 +118,8 @@ def _query_gradients(
             store_rows(part_dq + place * D, rank, heads * D, dq_rows * scale, keep, D, BLOCK_D)
     else:
         whole = (height, width, prefix, cell, rows, columns)
-        b, h, bh, own, y0, x0 = grid_program(pid - row_programs, heads, together, whole, T, SPLIT)
-        token, keep = tile_tokens(y0, x0, own, whole, T)  # [M]
+        b, h, bh, own, cell_y, cell_x, y0, x0 = grid_program(pid - row_programs, heads, together, whole, T, SPLIT)
+        token, keep = tile_tokens(y0, x0, cell_y, cell_x, whole, T)  # [M]
         q_rows = load_rows(head_of(q, b, h, q_b, q_h), token, q_n, D, BLOCK_D)  # [M, BLOCK_D]
         do_rows = load_rows(head_of(do, b, h, do_b, do_h), token, do_n, D, BLOCK_D)  # [M, BLOCK_D]
         lse_rows = tl.load(lse + bh.to(tl.int64) * N + token)  # [M]
@@ -137,27 +136,30 @@ def _query_gradients(
                 q_rows, do_rows, lse_rows, delta_rows, dq_rows, k, v, k_seq, v_seq, mask, b, h, prefix + image, N, k_n,
                 v_n, prefix, image, c, LEN, MASK, D, BLOCK_D, TMA, PRECISION,
             )  # fmt: skip
-        first_y, first_x, across, near_cells = neighbourhood(own, near, whole)
+        first_y, first_x, across, near_cells = neighbourhood(cell_y, cell_x, near, whole)
         chosen += (bh.to(tl.int64) * rows * columns + own) * EXACT
         count = near_cells + exact_count(chosen, rows * columns, EXACT, EXACT_BLOCK)
         for i in tl.range(0, count * SPLIT * SPLIT):
-            other, ky, kx = exact_tile(i, own, near_cells, first_y, first_x, across, chosen, whole, T, SPLIT)
+            key_y, key_x, ky, kx = exact_tile(i, near_cells, first_y, first_x, across, chosen, whole, T, SPLIT)
             k_rows = cell_tile(k, k_grid, b, h, ky, kx, whole, k_n, T, D, BLOCK_D, TMA)  # [M, BLOCK_D]
             v_rows = cell_tile(v, v_grid, b, h, ky, kx, whole, v_n, T, D, BLOCK_D, TMA)  # [M, BLOCK_D]
             bias = tl.zeros([M], tl.float32)  # [M]
             if RAGGED:
-                _, there = tile_tokens(ky, kx, other, whole, T)  # [M]
+                _, there = tile_tokens(ky, kx, key_y, key_x, whole, T)  # [M]
                 bias = tl.where(there, 0.0, HIDDEN)
             dq_rows = _add_dq(q_rows, do_rows, lse_rows, delta_rows, dq_rows, k_rows, v_rows, bias, c, PRECISION)
         means_k, means_v = head_of(means_k, b, h, mk_b, mk_h), head_of(means_v, b, h, mv_b, mv_h)
+        mean_rows += own.to(tl.int64) * tiles
         masses += (tl.where(ALIKE, 0, bh).to(tl.int64) * rows * columns + own) * tiles * MEANS
-        for i in tl.range(0, tiles, num_stages=2):
-            first = tile_row(i, own, table, near, tiles_across, columns, SKIP, BLOCK, MEANS)
+        for i in tl.range(0, tiles):
+            first = tl.load(mean_rows + i)
             k_rows = mean_tile(means_k, means_k_box, b, h, first, means, mk_n, MEANS, D, BLOCK_D, TMA)
             v_rows = mean_tile(means_v, means_v_box, b, h, first, means, mv_n, MEANS, D, BLOCK_D, TMA)
             bias = tl.load(masses + i * MEANS + tl.arange(0, MEANS))  # [MEANS]
             dq_rows = _add_dq(q_rows, do_rows, lse_rows, delta_rows, dq_rows, k_rows, v_rows, bias, c, PRECISION)
-        token, keep = tile_tokens(y0, x0, own, whole, T)  # [M], anew: kept over the loops it would take registers
+        token, keep = tile_tokens(
+            y0, x0, cell_y, cell_x, whole, T
+        )  # [M], anew: kept over the loops it would take registers
         store_rows(own_head(dq, b, h, N, heads, D), token, heads * D, dq_rows * scale, keep, D, BLOCK_D)
 
 
@@ -229,8 +231,8 @@ def _key_gradients(
             store_rows(part_dkv + (place + size) * D, rank, heads * D, dv_rows, keep, D, BLOCK_D)
     else:
         whole = (height, width, prefix, cell, rows, columns)
-        b, h, bh, own, y0, x0 = grid_program(pid - row_programs, heads, together, whole, T, SPLIT)
-        token, keep = tile_tokens(y0, x0, own, whole, T)  # [M]
+        b, h, bh, own, cell_y, cell_x, y0, x0 = grid_program(pid - row_programs, heads, together, whole, T, SPLIT)
+        token, keep = tile_tokens(y0, x0, cell_y, cell_x, whole, T)  # [M]
         k_rows = load_rows(head_of(k, b, h, k_b, k_h), token, k_n, D, BLOCK_D)  # [M, BLOCK_D]
         v_rows = load_rows(head_of(v, b, h, v_b, v_h), token, v_n, D, BLOCK_D)  # [M, BLOCK_D]
         q, do = head_of(q, b, h, q_b, q_h), head_of(do, b, h, do_b, do_h)
@@ -247,7 +249,7 @@ def _key_gradients(
                 k_rows, v_rows, dk_rows, dv_rows, q, do, q_seq, do_seq, lse, delta, b, h, prefix + image, N, q_n, do_n,
                 none, c, LEN, D, BLOCK_D, TMA, PRECISION,
             )  # fmt: skip
-        first_y, first_x, across, near_cells = neighbourhood(own, near, whole)
+        first_y, first_x, across, near_cells = neighbourhood(cell_y, cell_x, near, whole)
         count = near_cells
         if EXACT > 0:
             starts += bh.to(tl.int64) * (rows * columns + 1) + own
@@ -255,17 +257,19 @@ def _key_gradients(
             listed += bh.to(tl.int64) * rows * columns * EXACT + begin
             count += tl.load(starts + 1) - begin
         for i in tl.range(0, count * SPLIT * SPLIT):
-            other, qy, qx = exact_tile(i, own, near_cells, first_y, first_x, across, listed, whole, T, SPLIT)
+            query_y, query_x, qy, qx = exact_tile(i, near_cells, first_y, first_x, across, listed, whole, T, SPLIT)
             q_rows = cell_tile(q, q_grid, b, h, qy, qx, whole, q_n, T, D, BLOCK_D, TMA)  # [M, BLOCK_D]
             do_rows = cell_tile(do, do_grid, b, h, qy, qx, whole, do_n, T, D, BLOCK_D, TMA)  # [M, BLOCK_D]
-            place, there = tile_tokens(qy, qx, other, whole, T)  # [M]
+            place, there = tile_tokens(qy, qx, query_y, query_x, whole, T)  # [M]
             lse_cols, delta_cols = tl.load(lse + place), tl.load(delta + place)  # [M]
             if RAGGED:
                 lse_cols = tl.where(there, lse_cols, -HIDDEN)
             dk_rows, dv_rows, _ = add_dkv(
                 k_rows, v_rows, q_rows, do_rows, lse_cols, delta_cols, none, dk_rows, dv_rows, c, PRECISION
             )
-        token, keep = tile_tokens(y0, x0, own, whole, T)  # [M], anew: kept over the loops it would take registers
+        token, keep = tile_tokens(
+            y0, x0, cell_y, cell_x, whole, T
+        )  # [M], anew: kept over the loops it would take registers
         store_rows(own_head(dk, b, h, N, heads, D), token, heads * D, dk_rows * scale, keep, D, BLOCK_D)
         store_rows(own_head(dv, b, h, N, heads, D), token, heads * D, dv_rows, keep, D, BLOCK_D)
 
@@ -294,7 +298,7 @@ def _dq(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     plan.run(
         q, k, v, do, call.means_k, call.means_v, dq, lse, delta, part_dq, call.chosen,
         masses(call.chosen, call.mass, call.size, call.tiles(launch.length)), lse if call.mask is None else call.mask,
-        call.pyramid.table(q.device), boxed=(k, v, k, v, call.means_k, call.means_v),
+        call.pyramid.tile_rows(call.tiles(launch.length), q.device), boxed=(k, v, k, v, call.means_k, call.means_v),
     )  # fmt: skip
     if plan.parts > 1:
         _put_outside(call, dq, part_dq.sum(0))

@@ -24,7 +24,7 @@ from vision_attn.kernels.triton.rows import load_rows, own_head
 
 @triton.jit
 def _ordered(s, place, LEN: tl.constexpr):
-    """Logits as int32 that sort alike, with `place` (0 .. LEN - 1) in the lowest bits: of equals the first is highest."""
+    """Logits as int32 that sort alike, with `place` (0 .. LEN - 1) in the lowest bits: the first of equals leads."""
     bits = s.to(tl.int32, bitcast=True)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (bits & -LEN) | (LEN - 1 - place)

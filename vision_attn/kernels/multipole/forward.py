@@ -24,7 +24,6 @@ from vision_attn.kernels.multipole.tiles import (
     mean_tile,
     neighbourhood,
     plan_queries,
-    tile_row,
     tile_tokens,
 )
 from vision_attn.kernels.triton.launching import Kernel, Launch, choice
@@ -57,13 +56,13 @@ _LAUNCHES: dict[tuple[int, int], Launch] = {
 @Kernel
 @triton.jit
 def _forward(
-    q, k, v, means_k, means_v, o, lse, part_o, part_lse, chosen, masses, mask, table,
+    q, k, v, means_k, means_v, o, lse, part_o, part_lse, chosen, masses, mask, mean_rows,
     k_seq, v_seq, k_grid, v_grid, means_k_box, means_v_box,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, mk_b, mk_n, mk_h, mv_b, mv_n, mv_h, mask_b,
-    N, heads, batch, prefix, height, width, outside, cell, near, rows, columns, means, tiles, tiles_across,
-    scale, row_programs, part_length, together,
+    N, heads, batch, prefix, height, width, outside, cell, near, rows, columns, means, tiles, scale,
+    row_programs, part_length, together,
     T: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, EXACT_BLOCK: tl.constexpr, LEN: tl.constexpr,
-    BLOCK: tl.constexpr, MEANS: tl.constexpr, SKIP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    MEANS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     MASK: tl.constexpr, ALIKE: tl.constexpr, PREFIX: tl.constexpr,
     SUFFIX: tl.constexpr, RAGGED: tl.constexpr, RAGGED_PREFIX: tl.constexpr, RAGGED_N: tl.constexpr,
     PARTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -71,8 +70,9 @@ def _forward(
     """Output and log-sum-exp of a tile of queries: of the grid, or of the tokens outside it over a part of the keys.
 
     Inputs: q, k, v `[B, N, H, D]`, means_k, means_v `[B, M, H, D]`, each with strides `_b, _n, _h`; chosen `[B, H, C,
-    EXACT]`; mask `[B, outside]` with its stride; table `[levels, 4]` as in `Pyramid.table`; masses `[B * H, C, tiles *
-    MEANS]`, added to the logits of the means that a cell meets, or `[1, C, tiles * MEANS]` if all heads are `ALIKE`.
+    EXACT]`; mask `[B, outside]` with its stride; mean_rows `[C, tiles]` as in `Pyramid.tile_rows`; masses `[B * H, C,
+    tiles * MEANS]`, added to the logits of the means that a cell meets, or `[1, C, tiles * MEANS]` if all heads are
+    `ALIKE`.
     Boxes: k_seq, v_seq of the sequence, k_grid, v_grid of the grid, means_k_box, means_v_box; with `TMA` only.
     Outputs: o `[B, N, H, D]`, lse `[B, H, N]`; of the tokens outside the grid part_o `[PARTS, B, H, outside, D]` and
     part_lse if there are several parts.
@@ -109,8 +109,8 @@ def _forward(
             tl.store(part_lse + place + rank, m + tl.log2(total), mask=keep)
     else:
         whole = (height, width, prefix, cell, rows, columns)
-        b, h, bh, own, y0, x0 = grid_program(pid - row_programs, heads, together, whole, T, SPLIT)
-        token, keep = tile_tokens(y0, x0, own, whole, T)  # [M]
+        b, h, bh, own, cell_y, cell_x, y0, x0 = grid_program(pid - row_programs, heads, together, whole, T, SPLIT)
+        token, keep = tile_tokens(y0, x0, cell_y, cell_x, whole, T)  # [M]
         q_rows = load_rows(head_of(q, b, h, q_b, q_h), token, q_n, D, BLOCK_D)  # [M, BLOCK_D]
         k, v = head_of(k, b, h, k_b, k_h), head_of(v, b, h, v_b, v_h)
         mask += b * mask_b
@@ -124,30 +124,35 @@ def _forward(
                 q_rows, m, l, acc, k, v, k_seq, v_seq, mask, b, h, prefix + image, N, k_n, v_n, prefix, image, c,
                 LEN, True, MASK, D, BLOCK_D, TMA, PRECISION,
             )  # fmt: skip
-        first_y, first_x, across, near_cells = neighbourhood(own, near, whole)
+        first_y, first_x, across, near_cells = neighbourhood(cell_y, cell_x, near, whole)
         chosen += (bh.to(tl.int64) * rows * columns + own) * EXACT
         count = near_cells + exact_count(chosen, rows * columns, EXACT, EXACT_BLOCK)
         for i in tl.range(0, count * SPLIT * SPLIT):
-            other, ky, kx = exact_tile(i, own, near_cells, first_y, first_x, across, chosen, whole, T, SPLIT)
+            key_y, key_x, ky, kx = exact_tile(i, near_cells, first_y, first_x, across, chosen, whole, T, SPLIT)
             k_rows = cell_tile(k, k_grid, b, h, ky, kx, whole, k_n, T, D, BLOCK_D, TMA)  # [M, BLOCK_D]
             s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION)  # [M, M]
             if RAGGED:
-                _, there = tile_tokens(ky, kx, other, whole, T)  # [M]
+                _, there = tile_tokens(ky, kx, key_y, key_x, whole, T)  # [M]
                 s = tl.where(there[None, :], s, HIDDEN)
             v_rows = cell_tile(v, v_grid, b, h, ky, kx, whole, v_n, T, D, BLOCK_D, TMA)  # [M, BLOCK_D]
             m, l, acc = update_raw(s, v_rows, m, l, acc, c, PRECISION)  # noqa: E741
         means_k, means_v = head_of(means_k, b, h, mk_b, mk_h), head_of(means_v, b, h, mv_b, mv_h)
+        mean_rows += own.to(tl.int64) * tiles
         masses += (tl.where(ALIKE, 0, bh).to(tl.int64) * rows * columns + own) * tiles * MEANS
-        for i in tl.range(0, tiles, num_stages=2):
-            first = tile_row(i, own, table, near, tiles_across, columns, SKIP, BLOCK, MEANS)
+        n = tl.arange(0, MEANS)  # [MEANS]
+        bias = tl.load(masses + n, mask=(n >= 0) & (tiles > 0), other=0.0)  # [MEANS], one tile ahead
+        for i in tl.range(0, tiles):
+            first = tl.load(mean_rows + i)
             k_rows = mean_tile(means_k, means_k_box, b, h, first, means, mk_n, MEANS, D, BLOCK_D, TMA)
-            s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION) * c  # [M, MEANS]
-            s += tl.load(masses + i * MEANS + tl.arange(0, MEANS))[None, :]
+            s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION) * c + bias[None, :]  # [M, MEANS]
+            bias = tl.load(masses + tl.minimum(i + 1, tiles - 1) * MEANS + n)  # [MEANS]
             v_rows = mean_tile(means_v, means_v_box, b, h, first, means, mv_n, MEANS, D, BLOCK_D, TMA)
             m, l, acc = update_raw(s, v_rows, m, l, acc, 1.0, PRECISION)  # noqa: E741
         total = tl.sum(l, 1)  # [M]
         acc = acc * (1.0 / total)[:, None]
-        token, keep = tile_tokens(y0, x0, own, whole, T)  # [M], anew: kept over the loops it would take registers
+        token, keep = tile_tokens(
+            y0, x0, cell_y, cell_x, whole, T
+        )  # [M], anew: kept over the loops it would take registers
         store_rows(own_head(o, b, h, N, heads, D), token, heads * D, acc, keep, D, BLOCK_D)
         tl.store(lse + bh.to(tl.int64) * N + token, m + tl.log2(total), mask=keep)
 
@@ -169,7 +174,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     plan.run(
         q, k, v, call.means_k, call.means_v, o, lse, part_o, part_lse, call.chosen,
         masses(call.chosen, call.mass, call.size, call.tiles(launch.length)), lse if call.mask is None else call.mask,
-        call.pyramid.table(q.device), boxed=(k, v, k, v, call.means_k, call.means_v),
+        call.pyramid.tile_rows(call.tiles(launch.length), q.device), boxed=(k, v, k, v, call.means_k, call.means_v),
     )  # fmt: skip
     if plan.parts > 1:
         merge_outside(part_o, part_lse, o, lse, call.size[2])

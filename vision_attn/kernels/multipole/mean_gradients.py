@@ -94,11 +94,12 @@ def _mean_gradients(
         ly, lx = from_y + at // wide, from_x + at % wide
         cy, cx = (ly << level) + (part >> level), (lx << level) + (part & ((1 << level) - 1))
         inside = (cy < rows) & (cx < columns)
-        own = tl.where(inside, cy * columns + cx, 0)
-        qy, qx = inner_tile(own, i % (SPLIT * SPLIT), whole, T, SPLIT)
+        cy, cx = tl.where(inside, cy, 0), tl.where(inside, cx, 0)
+        own = cy * columns + cx
+        qy, qx = inner_tile(cy, cx, i % (SPLIT * SPLIT), cell, T, SPLIT)
         q_rows = cell_tile(q, q_grid, b, h, qy, qx, whole, q_n, T, D, BLOCK_D, TMA)  # [M, BLOCK_D]
         do_rows = cell_tile(do, do_grid, b, h, qy, qx, whole, do_n, T, D, BLOCK_D, TMA)  # [M, BLOCK_D]
-        place, there = tile_tokens(qy, qx, own, whole, T)  # [M]
+        place, there = tile_tokens(qy, qx, cy, cx, whole, T)  # [M]
         lse_cols = tl.where(there, tl.load(lse + place), -HIDDEN)  # [M]
         delta_cols = tl.load(delta + place)  # [M]
         far = tl.maximum(tl.abs(cell_y - ly), tl.abs(cell_x - lx)) > near  # [KEYS]

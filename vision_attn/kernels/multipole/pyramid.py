@@ -96,6 +96,13 @@ class Pyramid:
             before += down * across
         return torch.cat(found) if found else inner[:0]
 
+    def tile_rows(self, tiles: "MeanTiles", device: torch.device) -> Tensor:
+        """Return the first row of each tile that each cell meets, int32 `[C, tiles]`: see `tile_of_means`.
+
+        It may lie before the first row or beyond the last.
+        """
+        return _tile_rows(self, tiles, device)
+
 
 @functools.lru_cache(maxsize=256)
 def pyramid_of(height: int, width: int, cell: int, near: int, pool: int) -> Pyramid:
@@ -139,6 +146,21 @@ class MeanTiles:
         across = math.ceil(span * rows.block / length)
         skip = rows.near > 0 and rows.block == length
         return cls(length, across, skip, rows.levels * (span * across - skip))
+
+
+@functools.lru_cache(maxsize=256)
+def _tile_rows(rows: Pyramid, tiles: MeanTiles, device: torch.device) -> Tensor:
+    span = 2 * rows.near + 1
+    j = torch.arange(span * tiles.across, device=device)
+    if tiles.skip:
+        j = j[j != rows.near * span + rows.near]
+    down, right, inside = j // tiles.across - rows.near, -rows.near, j % tiles.across * tiles.length
+    y, x = (torch.arange(n, device=device) for n in rows.cells)
+    found = []
+    for level in range(rows.levels):
+        block_y, block_x = (y[:, None, None] >> (level + 1)) + down, (x[None, :, None] >> (level + 1)) + right
+        found.append(rows.first[level] + (block_y * rows.blocks(level)[1] + block_x) * rows.block + inside)
+    return torch.cat(found, 2).flatten(0, 1).int() if found else j.new_zeros((math.prod(rows.cells), 0)).int()
 
 
 @dataclass(frozen=True)

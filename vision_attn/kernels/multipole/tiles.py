@@ -7,7 +7,7 @@ the queries of one tile. Kernels pass one tuple around:
 """
 
 # the compiler of a kernel reads no annotations
-# ruff: noqa: ANN001
+# ruff: noqa: ANN001, ANN202
 # mypy: disable-error-code="no-untyped-def"
 
 from typing import Any
@@ -66,10 +66,9 @@ def plan_queries(call: Call, kernel: Kernel, launch: Launch, *others: Tensor) ->
         mask_b=0 if call.mask is None else call.mask.stride(0) * (call.mask.shape[0] > 1), N=N, heads=H, batch=B,
         prefix=prefix, height=height, width=width, outside=call.outside, cell=cell, near=near,
         rows=call.pyramid.cells[0], columns=call.pyramid.cells[1], means=call.means_k.shape[1], tiles=tiles.count,
-        tiles_across=tiles.across, scale=call.scale, row_programs=blocks * parts, part_length=length,
+        scale=call.scale, row_programs=blocks * parts, part_length=length,
         together=call.together, T=T, SPLIT=call.split, EXACT=call.chosen.shape[3],
-        EXACT_BLOCK=next_power(max(1, call.chosen.shape[3])), LEN=LEN, BLOCK=call.pyramid.block, MEANS=tiles.length,
-        SKIP=tiles.skip, D=D, BLOCK_D=call.block_d,
+        EXACT_BLOCK=next_power(max(1, call.chosen.shape[3])), LEN=LEN, MEANS=tiles.length, D=D, BLOCK_D=call.block_d,
         MASK=call.mask is not None, ALIKE=call.alike, PREFIX=prefix > 0, SUFFIX=suffix > 0,
         RAGGED=call.ragged, RAGGED_PREFIX=prefix % LEN > 0, RAGGED_N=N % LEN > 0, PARTS=parts, TMA=tma,
         PRECISION=PRECISION, num_warps=launch.warps, num_stages=launch.stages,
@@ -125,7 +124,9 @@ def grid_box(t: Tensor, size: Any, tile: int, block_d: int) -> Box:
 
 @triton.jit
 def grid_program(pid, heads, together, whole, T: tl.constexpr, SPLIT: tl.constexpr):
-    """What program `pid` of the grid owns: batch entry, head, number of both, cell, first row and column of its tile.
+    """What program `pid` of the grid owns.
+
+    Batch entry, head, number of both; its cell, the cell's row and column; first row and column of its tile.
 
     `together` heads share a tile's place in the launch: see `Call.together`.
     """
@@ -136,20 +137,18 @@ def grid_program(pid, heads, together, whole, T: tl.constexpr, SPLIT: tl.constex
     pid = pid // (SPLIT * SPLIT)
     cell = pid % (rows * columns)
     bh = pid // (rows * columns) * together + member
-    y0 = cell // columns * side + inner // SPLIT * T
-    x0 = cell % columns * side + inner % SPLIT * T
-    return bh // heads, bh % heads, bh, cell, y0, x0
+    cell_y, cell_x = cell // columns, cell % columns
+    y0, x0 = inner_tile(cell_y, cell_x, inner, side, T, SPLIT)
+    return bh // heads, bh % heads, bh, cell, cell_y, cell_x, y0, x0
 
 
 @triton.jit
-def tile_tokens(y0, x0, cell, whole, T: tl.constexpr):
+def tile_tokens(y0, x0, cell_y, cell_x, whole, T: tl.constexpr):
     """Places in the sequence of a tile's tokens, `[T * T]`, and whether they are of the cell and the grid."""
-    height, width, prefix, side, _, columns = whole
+    height, width, prefix, side, _, _ = whole
     n = tl.arange(0, T * T)  # [T * T]
     y, x = y0 + n // T, x0 + n % T  # [T * T]
-    there = (y < tl.minimum(cell // columns * side + side, height)) & (
-        x < tl.minimum(cell % columns * side + side, width)
-    )
+    there = (y < tl.minimum(cell_y * side + side, height)) & (x < tl.minimum(cell_x * side + side, width))
     return tl.where(there, prefix + y * width + x, prefix), there
 
 
@@ -169,30 +168,37 @@ def cell_tile(
 
 
 @triton.jit
-def neighbourhood(cell, near, whole):
+def neighbourhood(cell_y, cell_x, near, whole):
     """First row, first column, and columns of the cells near a cell, and how many there are."""
     _, _, _, _, rows, columns = whole
-    y0, x0 = tl.maximum(cell // columns - near, 0), tl.maximum(cell % columns - near, 0)
-    y1, x1 = tl.minimum(cell // columns + near, rows - 1) + 1, tl.minimum(cell % columns + near, columns - 1) + 1
+    y0, x0 = tl.maximum(cell_y - near, 0), tl.maximum(cell_x - near, 0)
+    y1, x1 = tl.minimum(cell_y + near, rows - 1) + 1, tl.minimum(cell_x + near, columns - 1) + 1
     return y0, x0, x1 - x0, (y1 - y0) * (x1 - x0)
 
 
 @triton.jit
-def inner_tile(cell, inner, whole, T: tl.constexpr, SPLIT: tl.constexpr):
-    """First row and column of tile `inner` of a cell."""
-    _, _, _, side, _, columns = whole
-    return cell // columns * side + inner // SPLIT * T, cell % columns * side + inner % SPLIT * T
+def inner_tile(cell_y, cell_x, inner, side, T: tl.constexpr, SPLIT: tl.constexpr):
+    """First row and column of tile `inner` of a cell of `side` tokens."""
+    return cell_y * side + inner // SPLIT * T, cell_x * side + inner % SPLIT * T
 
 
 @triton.jit
-def exact_tile(i, own, near_cells, first_y, first_x, across, chosen, whole, T: tl.constexpr, SPLIT: tl.constexpr):
-    """The cell of tile i of near cells, then chosen ones; and the first row and column of the tile."""
-    _, _, _, _, _, columns = whole
+def _quotient(n, divisor):
+    """Compute `n // divisor` for n below 2^21; to divide integers takes 20 instructions, and each tile needs it twice."""
+    return ((n.to(tl.float32) + 0.5) * (1.0 / divisor.to(tl.float32))).to(tl.int32)
+
+
+@triton.jit
+def exact_tile(i, near_cells, first_y, first_x, across, chosen, whole, T: tl.constexpr, SPLIT: tl.constexpr):
+    """Row and column of the cell of tile i of near cells, then chosen ones; and the tile's first row and column."""
+    _, _, _, side, _, columns = whole
     n = i // (SPLIT * SPLIT)
-    other = (first_y + n // across) * columns + first_x + n % across
-    other = tl.where(n < near_cells, other, tl.load(chosen + n - near_cells, mask=n >= near_cells, other=0))
-    y0, x0 = inner_tile(other, i % (SPLIT * SPLIT), whole, T, SPLIT)
-    return other, y0, x0
+    other = tl.load(chosen + n - near_cells, mask=n >= near_cells, other=0)
+    row, chosen_y = _quotient(n, across), _quotient(other, columns)
+    cell_y = tl.where(n < near_cells, first_y + row, chosen_y)
+    cell_x = tl.where(n < near_cells, first_x + n - row * across, other - chosen_y * columns)
+    y0, x0 = inner_tile(cell_y, cell_x, i % (SPLIT * SPLIT), side, T, SPLIT)
+    return cell_y, cell_x, y0, x0
 
 
 @triton.jit
@@ -230,14 +236,6 @@ def tile_of_means(i, own_y, own_x, near, across, SKIP: tl.constexpr, LEN: tl.con
     if SKIP:
         j += (j >= near * span + near).to(tl.int32)
     return level, (own_y >> (level + 1)) - near + j // across, (own_x >> (level + 1)) - near, j % across * LEN
-
-
-@triton.jit
-def tile_row(i, own, table, near, across, columns, SKIP: tl.constexpr, BLOCK: tl.constexpr, LEN: tl.constexpr):
-    """The first row of tile i of the means that cell `own` meets; it may lie before the first or beyond the last."""
-    level, y, x, skipped = tile_of_means(i, own // columns, own % columns, near, across, SKIP, LEN)
-    start, blocks = tl.load(table + 4 * level), tl.load(table + 4 * level + 1)
-    return start + (y * blocks + x) * BLOCK + skipped
 
 
 @triton.jit
