@@ -335,8 +335,7 @@ def _choosers(chosen: Tensor) -> tuple[Tensor, Tensor]:
     Both int32, and in a fixed order, so that sums are the same each time; those of none come last.
     """
     B, H, C, exact = chosen.shape
-    order = chosen.flatten(2).long().argsort(dim=-1, stable=True)
-    listed = (order // max(exact, 1)).int()
-    cells = torch.arange(C + 1, device=chosen.device).expand(B, H, -1).contiguous()
-    starts = torch.searchsorted(chosen.flatten(2).long().sort(-1).values, cells).int()
-    return listed.contiguous(), starts.contiguous()
+    values, order = chosen.flatten(2).sort(dim=-1, stable=True)
+    cells = torch.arange(C + 1, dtype=torch.int32, device=chosen.device).expand(B, H, -1).contiguous()
+    starts = torch.searchsorted(values, cells, out_int32=True)
+    return (order // max(exact, 1)).int().contiguous(), starts

@@ -140,7 +140,8 @@ def fill_means(d_means: list[Tensor], d_mass: Tensor, call: Call, do: Tensor, ls
     for level in range(rows.levels):
         (down, across), first, size = rows.means(level), rows.first[level], rows.first[level + 1] - rows.first[level]
         tiles, parts = (math.ceil(down / side), math.ceil(across / side)), 4**level
-        dk, dv = (q.new_zeros((parts, B, size, H, D), dtype=torch.float32) for _ in range(2))
+        new = q.new_empty if rows.full else q.new_zeros
+        dk, dv = (new((parts, B, size, H, D), dtype=torch.float32) for _ in range(2))
         part_mass = lse if call.mass is None else lse.new_empty((parts, tiles[0] * tiles[1], B, H))
         _mean_gradients[(tiles[0] * tiles[1], parts, B * H)](
             q, do, call.means_k, call.means_v, dk, dv, part_mass, lse, delta, call.chosen,

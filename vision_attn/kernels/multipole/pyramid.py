@@ -151,24 +151,25 @@ class MeanTiles:
 @functools.lru_cache(maxsize=256)
 def _tile_rows(rows: Pyramid, tiles: MeanTiles, device: torch.device) -> Tensor:
     span = 2 * rows.near + 1
-    j = torch.arange(span * tiles.across, device=device)
+    j = torch.arange(span * tiles.across)
     if tiles.skip:
         j = j[j != rows.near * span + rows.near]
     down, right, inside = j // tiles.across - rows.near, -rows.near, j % tiles.across * tiles.length
-    y, x = (torch.arange(n, device=device) for n in rows.cells)
-    found = []
+    y, x = (torch.arange(n) for n in rows.cells)
+    found = [j.new_zeros((len(y), len(x), 0))]
     for level in range(rows.levels):
         block_y, block_x = (y[:, None, None] >> (level + 1)) + down, (x[None, :, None] >> (level + 1)) + right
         found.append(rows.first[level] + (block_y * rows.blocks(level)[1] + block_x) * rows.block + inside)
-    return torch.cat(found, 2).flatten(0, 1).int() if found else j.new_zeros((math.prod(rows.cells), 0)).int()
+    # from the CPU, so that nothing kept here is of the memory of a CUDA graph that is being captured
+    return torch.cat(found, 2).flatten(0, 1).int().to(device)
 
 
 @dataclass(frozen=True)
 class Sized:
     """Tensors and numbers that a launch is planned for; see `planned`."""
 
-    tensors: tuple[Tensor | None, ...]
-    numbers: tuple[float, ...]
+    tensors: tuple[Any, ...]
+    numbers: tuple[Any, ...]
 
     @property
     def key(self) -> tuple[Any, ...]:
