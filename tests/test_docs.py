@@ -71,7 +71,8 @@ def test_the_pages_are_of_the_package_beside_the_script(tmp_path: Path) -> None:
     other = tmp_path / "other" / "vision_attn"
     other.mkdir(parents=True)
     (other / "__init__.py").write_text("raise ImportError('this is the other checkout')")
-    write(tmp_path, "vision_attn.grid", PYTHONPATH=str(other.parent))
+    paths = os.pathsep.join([str(other.parent), os.environ.get("PYTHONPATH", "")])
+    write(tmp_path, "vision_attn.grid", PYTHONPATH=paths)
     assert "legend of every axis letter" in (tmp_path / "vision_attn" / "grid.html").read_text()
 
 

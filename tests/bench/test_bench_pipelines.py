@@ -38,7 +38,7 @@ def test_a_run_stores_what_it_measured(stored):
     eager, compiled, sdxl = read_document(stored)["rows"]
     assert [row["case"] for row in (eager, compiled, sdxl)] == ["flux-64", "flux-64-compiled", "sdxl-64"]
     found = {c["name"]: c for c in eager["candidates"]}
-    assert set(found) == {*STOCK, "clear r16", "linfusion", "flex r16"}
+    assert set(found) == {*STOCK, "clear r16", "multipole", "linfusion", "flex r16"}
     clear, stock = found["clear r16"]["forward"], found["stock sdpa"]["forward"]
     assert clear["speedup"] == pytest.approx(stock["median_ms"] / clear["median_ms"], rel=2e-3)
     assert clear["layers"] == dict(rerouted=5, of=5) and clear["samples"] == 5 and clear["extrapolated"] is False
@@ -183,13 +183,13 @@ def test_the_cases_are_the_issues():
     }
     assert needed == {
         "flux-1024": [("clear r16", STOCK, 1.0)],
-        "flux-2048": [("clear r16", STOCK, 1.38)],
-        "flux-4096": [("clear r16", STOCK, 2.8)],
-        "flux-8192": [("clear r16", STOCK, 8.5), ("clear r16", ("flex r16",), 1.5)],
-        "flux-2048-compiled": [("clear r16", STOCK, 1.6)],
-        "flux-4096-compiled": [("clear r16", STOCK, 3.8)],
-        "flux-8192-compiled": [("clear r16", STOCK, 11.0)],
-        "sdxl-4096": [("linfusion", STOCK, 2.0)],
+        "flux-2048": [("clear r16", STOCK, 1.38), ("multipole", STOCK, 1.35)],
+        "flux-4096": [("clear r16", STOCK, 2.8), ("multipole", STOCK, 2.8)],
+        "flux-8192": [("clear r16", STOCK, 8.5), ("clear r16", ("flex r16",), 1.5), ("multipole", STOCK, 9.0)],
+        "flux-2048-compiled": [("clear r16", STOCK, 1.6), ("multipole", STOCK, 1.5)],
+        "flux-4096-compiled": [("clear r16", STOCK, 3.8), ("multipole", STOCK, 3.4)],
+        "flux-8192-compiled": [("clear r16", STOCK, 11.0), ("multipole", STOCK, 12.0)],
+        "sdxl-4096": [("linfusion", STOCK, 2.0), ("multipole", STOCK, 2.1)],
         "sdxl-16384": [("linfusion", (), 1.0)],
     }
     assert set(needed) == set(pipelines.MUSTS)

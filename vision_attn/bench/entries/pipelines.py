@@ -30,10 +30,14 @@ _FLEX = "flex r16"
 _DIT_WINDOWS, _UNET_WINDOWS = ("clear r16", "clear r8", "neighborhood k33"), ("clear r8", "neighborhood k13")
 _OTHERS = tuple(name for name in WAYS if name not in (*STOCK, _FLEX, *_DIT_WINDOWS, *_UNET_WINDOWS))
 _DIT, _UNET = (*_DIT_WINDOWS, *_OTHERS), (*_UNET_WINDOWS, *_OTHERS)
-_FAST = ("clear r16", "linfusion")
+_FAST = ("clear r16", "multipole", "linfusion")
 
 _EAGER = {1024: 1.0, 2048: 1.38, 4096: 2.8, 8192: 8.5}
 _COMPILED = {2048: 1.6, 4096: 3.8, 8192: 11.0}
+_MULTIPOLE = {
+    "flux-2048": 1.35, "flux-4096": 2.8, "flux-8192": 9.0, "flux-2048-compiled": 1.5, "flux-4096-compiled": 3.4,
+    "flux-8192-compiled": 12.0, "sdxl-4096": 2.1,
+}  # fmt: skip
 MUSTS: dict[str, tuple[Must, ...]] = {
     **{f"flux-{pixels}": (Must("clear r16", STOCK, factor),) for pixels, factor in _EAGER.items()},
     **{f"flux-{pixels}-compiled": (Must("clear r16", STOCK, factor),) for pixels, factor in _COMPILED.items()},
@@ -41,6 +45,8 @@ MUSTS: dict[str, tuple[Must, ...]] = {
     "sdxl-16384": (Must("linfusion"),),
 }
 MUSTS["flux-8192"] += (Must("clear r16", (_FLEX,), 1.5),)
+for _name, _factor in _MULTIPOLE.items():
+    MUSTS[_name] += (Must("multipole", STOCK, _factor),)
 
 
 def _case(architecture: str, pixels: int, ways: tuple[str, ...], compiled: bool = False) -> PipelineCase:
@@ -53,19 +59,20 @@ def cases(device: torch.device, quick: bool = False) -> list[PipelineCase]:
     if device.type == "cpu":
         return _on_cpu(quick)
     flux = [_case("flux", pixels, (_FLEX, *_DIT)) for pixels in (1024, 2048)]
-    flux += [_case("flux", pixels, (_FLEX, *_DIT_WINDOWS, "linfusion")) for pixels in (4096, 8192)]
+    flux += [_case("flux", pixels, (_FLEX, *_DIT_WINDOWS, "multipole", "linfusion")) for pixels in (4096, 8192)]
     sdxl = [_case("sdxl", pixels, _UNET) for pixels in (1024, 4096)] + [_case("sdxl", 16384, ("linfusion",))]
     if quick:
         return [flux[0], sdxl[0]]
     compiled = [_case("flux", 1024, _DIT, True)]
     compiled += [_case("flux", pixels, _FAST, True) for pixels in (2048, 4096, 8192)]
-    others = [_case("sdxl", 2048, _UNET), _case("sdxl", 8192, ("clear r8", "linfusion"))]
+    others = [_case("sdxl", 2048, _UNET), _case("sdxl", 8192, ("clear r8", "multipole", "linfusion"))]
     # compiled too where launching small layers may take longer than running them
     small = dict(sdxl=(1024, 2048), sd15=(512, 1024), pixart=(1024, 2048), sd35=(1024, 2048))
     for architecture, sizes in small.items():
-        radius = 8 if architecture in ("sdxl", "sd15") else 16
-        others += [_case(architecture, pixels, (f"clear r{radius}", "linfusion"), True) for pixels in sizes]
-    others += [_case("sd15", pixels, _UNET) for pixels in (512, 1024, 2048)] + [_case("sd15", 4096, ("linfusion",))]
+        ways = ("clear r8" if architecture in ("sdxl", "sd15") else "clear r16", "multipole", "linfusion")
+        others += [_case(architecture, pixels, ways, True) for pixels in sizes]
+    others += [_case("sd15", pixels, _UNET) for pixels in (512, 1024, 2048)]
+    others += [_case("sd15", 4096, ("multipole", "linfusion"))]
     others += [_case("pixart", pixels, _DIT) for pixels in (1024, 2048)]
     others += [_case("pixart", pixels, _FAST) for pixels in (4096, 8192)]
     # SD3.5's table of positions ends at 6144 px
