@@ -194,7 +194,7 @@ def test_a_bypassed_layer_does_not_keep_its_blocks_input() -> None:
     model = case.build()
     with convert(model, AgentSD()).bypassed():
         run(case, model, *size_of(case))
-    assert all(state_of(m).block_input is None for m in model.modules() if is_rerouted(m))
+    assert all(state_of(m).take_over() is None for m in model.modules() if is_rerouted(m))
 
 
 def test_a_residual_network_needs_only_heads_and_head_dim_of_a_module() -> None:

@@ -38,45 +38,69 @@ class Seen:
         return -1 if tensor.is_inference() else tensor._version
 
 
+def backward_running() -> int:
+    """Return which backward pass runs in this thread, in which checkpointing runs layers again; -1 if none does."""
+    return torch._C._current_graph_task_id()
+
+
 @dataclass
 class AwaitingBackward:
-    """What forwards found, by token count: gradient checkpointing runs their layers again during backward.
+    """What forwards knew, for layers that gradient checkpointing runs again during backward.
 
     Attributes:
-        found: What the last forward over a number of tokens found.
-        pending: Token counts of forwards whose backward has not begun.
-        ambiguous: Token counts over which two pending forwards found different grids.
+        known: What the last forward knew, by name.
+        pending: Names that were noted by forwards whose backward has not begun.
+        ambiguous: Names under which two pending forwards noted different things.
     """
 
-    found: dict[int, Grid | str] = field(default_factory=dict)
-    pending: set[int] = field(default_factory=set)
-    ambiguous: set[int] = field(default_factory=set)
+    known: dict[Any, Any] = field(default_factory=dict)
+    pending: set[Any] = field(default_factory=set)
+    ambiguous: set[Any] = field(default_factory=set)
 
-    def remember(self, tokens: int, found: Grid | str) -> None:
-        """Note what a forward found."""
-        if self.found.get(tokens, found) != found:
-            (self.ambiguous.add if tokens in self.pending else self.ambiguous.discard)(tokens)
-        self.found[tokens] = found
-        self.pending.add(tokens)
+    def remember(self, name: Any, value: Any) -> None:
+        """Note what a forward knows."""
+        if name not in self.pending:
+            self.ambiguous.discard(name)
+        elif self.known[name] != value:
+            self.ambiguous.add(name)
+        self.known[name] = value
+        self.pending.add(name)
 
-    def recall(self, tokens: int) -> Grid | str:
-        """Return what was found by the forward that runs again.
+    def recall(self, name: Any, what: str) -> Any:
+        """Return what was known to the forward that runs again.
+
+        Args:
+            name: What is asked for.
+            what: The same in words, as in 'over 12 tokens'.
 
         Raises:
-            RuntimeError: If no such forward is known, or if two over different grids have this many tokens.
+            RuntimeError: If no such forward is known, or if two knew different things.
         """
-        self.pending.discard(tokens)
-        if tokens in self.ambiguous:
+        self.pending.discard(name)
+        if name in self.ambiguous:
             raise RuntimeError(
-                f"two forward passes over different grids of {tokens} tokens came before this backward pass, and with "
-                "gradient checkpointing they cannot be told apart: run backward after each forward"
+                f"two different forward passes {what} came before this backward pass, and with gradient checkpointing "
+                "they cannot be told apart: run backward after each forward"
             )
-        if tokens not in self.found:
+        if name not in self.known:
             raise RuntimeError(
-                f"gradient checkpointing runs a layer again on {tokens} tokens, but no forward pass with gradients on "
-                "that many tokens has been seen"
+                f"gradient checkpointing runs a layer again, but no forward pass with gradients {what} has been seen"
             )
-        return self.found[tokens]
+        return self.known[name]
+
+
+class _Here(threading.local):
+    """What one thread's forward found.
+
+    Attributes:
+        found: A grid, or the reason for none; None if no forward has begun in this thread.
+        gradients: Whether gradients are on where the forward began (gradient checkpointing switches them off inside).
+        backward: The backward pass in which it began.
+    """
+
+    found: Grid | str | None = None
+    gradients = False
+    backward = -1
 
 
 @dataclass
@@ -92,11 +116,10 @@ class GridContext:
         reads: Name of the argument whose values the probe reads, if any: once, and not under `torch.compile`.
         fixed: A grid given by the user; what the probe finds must agree with it. If the probe would have to read
             values, `torch.compile` and the capture of a CUDA graph take it as it is, and check only the token count.
-        found: What the probe found last: a grid, or the reason for none.
-        gradients: Whether gradients are on where the forward begins (gradient checkpointing switches them off inside).
-        awaiting: What forwards found whose backward is still to come.
+        found: What the probe found last, in any thread: a grid, or the reason for none.
+        awaiting: What forwards found whose backward is still to come, by token count.
         last_read: The tensor that the probe read last, and what it found there.
-        thread: `found` of each thread.
+        here: What the forward of this thread found.
     """
 
     probe: Probe
@@ -105,16 +128,15 @@ class GridContext:
     reads: str = ""
     fixed: Grid | None = None
     found: Grid | str = UNSEEN
-    gradients: bool = False
     awaiting: AwaitingBackward = field(default_factory=AwaitingBackward)
     last_read: tuple[Seen, Grid | str] | None = None
-    thread: threading.local = field(default_factory=threading.local)
+    here: _Here = field(default_factory=_Here)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last_read": None, "thread": None}
+        return {**self.__dict__, "last_read": None, "here": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, thread=threading.local())
+        self.__dict__.update(state, here=_Here())
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Read the grid of a forward that begins.
@@ -124,22 +146,23 @@ class GridContext:
             RuntimeError: If values cannot be read and no fitting grid was given.
         """
         tracing = torch.compiler.is_compiling()
-        if not tracing:
-            self.gradients = torch.is_grad_enabled()
         inputs = by_name(self.names, args, kwargs)
         if self.reads and (tracing or (self.fixed is not None and _capturing())):
-            self.found = self._unread(inputs)
-            if not tracing:
-                self.thread.found = self.found
+            found: Grid | str = self._unread(inputs)
+        else:
+            found = self._read(module, inputs) if self.reads else self.probe(module, inputs)
+            if not isinstance(found, (Grid, str)):
+                raise TypeError(f"a host's probe must return a Grid, or a string that says why not, got {found!r}")
+            found = self._agreed(found)
+            if tracing and self.fixed is not None and isinstance(found, str):
+                raise RuntimeError(found)
+        if tracing:
+            self.found = found
             return
-        found = self._read(module, inputs) if self.reads else self.probe(module, inputs)
-        if not isinstance(found, (Grid, str)):
-            raise TypeError(f"a host's probe must return a Grid, or a string that says why not, got {found!r}")
-        self.found = self._agreed(found)
-        if tracing and self.fixed is not None and isinstance(self.found, str):
-            raise RuntimeError(self.found)
-        if not tracing:
-            self.thread.found = self.found
+        if found == self.found:
+            found = self.found  # the same object: decisions about it are found faster
+        self.found = self.here.found = found
+        self.here.gradients, self.here.backward = torch.is_grad_enabled(), backward_running()
 
     def _unread(self, inputs: Mapping[str, Any]) -> Grid:
         """Return the grid that was given for a forward whose values cannot be read.
@@ -175,35 +198,59 @@ class GridContext:
 
     def fix(self, grid: Grid | None) -> None:
         """Set the grid that the user gives; None removes it."""
-        self.fixed, self.found = grid, UNSEEN
-        self.thread = threading.local()
+        self.fixed, self.found, self.here = grid, UNSEEN, _Here()
 
     def _read(self, module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
         """Run a probe that reads the values of a tensor, unless it read the same tensor last time."""
         tensor = inputs.get(self.reads)
-        if self.last_read is not None and self.last_read[0].is_of(tensor):
-            return self.last_read[1]
+        last = self.last_read  # another thread may replace it
+        if last is not None and last[0].is_of(tensor):
+            return last[1]
         found = self.probe(module, inputs)
         self.last_read = None if tensor is None else (Seen(tensor), found)
         return found
 
     def known(self) -> Grid | str:
         """Return the grid of the forward that runs, without the tokens that `others` places, or why there is none."""
-        found = self.found if torch.compiler.is_compiling() else getattr(self.thread, "found", self.found)
+        found = None if torch.compiler.is_compiling() else self.here.found
+        if found is None:
+            found = self.found
         return self.fixed if self.fixed is not None and found == UNSEEN else found
 
-    def locate(self, tokens: int) -> Grid | str:
-        """Return the grid in a sequence of `tokens` tokens, or the reason why it is not known."""
+    def locate(self, tokens: int, inside: bool = True) -> Grid | str:
+        """Return the grid in a sequence of `tokens` tokens, or the reason why it is not known.
+
+        Args:
+            tokens: N.
+            inside: Whether the forward of the whole model is running in this thread. In a backward pass a layer
+                outside of it was run again by gradient checkpointing, and its grid is that of an earlier forward.
+
+        Raises:
+            RuntimeError: If it was run again, and the forward to which it belongs cannot be told.
+        """
+        placed = self.placed(self.known(), tokens)
         if torch.compiler.is_compiling():
-            return self._place(self.known(), tokens)
-        if torch._C._current_graph_task_id() != -1:
-            return self.awaiting.recall(tokens)
-        placed = self._place(self.known(), tokens)
-        if self.gradients:
+            return placed
+        backward = backward_running()
+        if backward != -1 and not inside:
+            return self._recalled(tokens, placed if self.here.backward == backward else None)
+        if self.here.gradients:
             self.awaiting.remember(tokens, placed)
         return placed
 
-    def _place(self, found: Grid | str, tokens: int) -> Grid | str:
+    def _recalled(self, tokens: int, again: Grid | str | None) -> Grid | str:
+        """Return the grid of a layer that runs again; `again` was seen in the same backward pass, if any was."""
+        if again is not None and tokens not in self.awaiting.known:
+            return again
+        found: Grid | str = self.awaiting.recall(tokens, f"over {tokens} tokens")
+        if again is not None and again != found:
+            raise RuntimeError(
+                f"gradient checkpointing runs a layer again over {tokens} tokens, and it may be over {found} or "
+                f"{again}: run backward after each forward"
+            )
+        return found
+
+    def placed(self, found: Grid | str, tokens: int) -> Grid | str:
         """Place the tokens that the probe did not count."""
         if isinstance(found, str):
             return found
@@ -247,5 +294,9 @@ def remove_hooks(module: nn.Module, function: Callable[..., Any]) -> None:
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key in [key for key, hook in hooks.items() if hook is function]:
             del hooks[key]
-            for flags in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs):
+            for flags in (
+                module._forward_pre_hooks_with_kwargs,
+                module._forward_hooks_with_kwargs,
+                module._forward_hooks_always_called,
+            ):
                 flags.pop(key, None)

@@ -211,7 +211,7 @@ def mark(model: nn.Module, shared: Shared, host: Host) -> None:
     fingerprints = {name: Fingerprint.of(parameter) for name, parameter in model.named_parameters()}
     remember(model, ModelState(shared, host, fingerprints))
     model.register_forward_pre_hook(_begin, with_kwargs=True)
-    model.register_forward_hook(_end)
+    model.register_forward_hook(_end, always_call=True)
 
 
 def undo(model: nn.Module) -> None:
@@ -268,15 +268,17 @@ def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
         if shared.thresholds:
             raise RuntimeError("torch.compile cannot read the timestep of a schedule: compile the blocks only")
         return
-    shared.ran = shared.rerouted = 0
+    here = shared.here
+    here.running = True
+    here.ran = here.rerouted = 0
     if not (shared.thresholds or host.finest):
         return
     inputs = by_name(argument_names(model), args, kwargs)
-    if host.finest:
-        height, width = inputs[host.finest].shape[-2:]
-        shared.finest = height * width
-    if shared.thresholds:
-        shared.progress = _passed(shared.thresholds, host, inputs)
+    finest = math.prod(inputs[host.finest].shape[-2:]) if host.finest else None
+    progress = _passed(shared.thresholds, host, inputs) if shared.thresholds else None
+    shared.moment = here.moment = progress, finest
+    if torch.is_grad_enabled():
+        shared.awaiting.remember("moment", here.moment)
 
 
 def _passed(thresholds: tuple[float, ...], host: Host, inputs: Mapping[str, Any]) -> float | None:
@@ -285,9 +287,15 @@ def _passed(thresholds: tuple[float, ...], host: Host, inputs: Mapping[str, Any]
     if time is None or host.timestep is None:
         return None
     _, noise, image = host.timestep
-    value = float(time.flatten()[0]) if isinstance(time, Tensor) else float(time)
-    progress = (value - noise) / (image - noise)
-    return max((t for t in thresholds if t <= progress + 1e-6), default=0.0)
+    values = set(time.flatten().tolist()) if isinstance(time, Tensor) else {float(time)}
+    shares = [(value - noise) / (image - noise) for value in values]
+    passed = {max((t for t in thresholds if t <= share + 1e-6), default=0.0) for share in shares}
+    if len(passed) > 1:
+        raise ValueError(
+            f"a schedule runs one stage for the whole batch, but the timesteps {sorted(values)} are in {len(passed)} "
+            "stages: run the samples of each stage by themselves"
+        )
+    return passed.pop()
 
 
 def _end(model: nn.Module, args: Any, output: Any) -> None:
@@ -295,7 +303,9 @@ def _end(model: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
     shared = model_state(model).shared
-    if shared.ran and not shared.rerouted and not shared.bypassed:
+    here = shared.here
+    here.running = False
+    if output is not None and here.ran and not here.rerouted and not shared.bypassed:
         states = [state_of(module) for module in model.modules() if is_rerouted(module)]
         reasons = sorted({state.status for state in states})
         raise RuntimeError(
@@ -314,7 +324,7 @@ def keep_input(block: nn.Module, state: LayerState) -> None:
 def _hand_over(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     tokens = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() == 3), None)
     for state in vars(block)[_LAYERS]:
-        state.block_input = tokens
+        state.hand_over(tokens)
 
 
 def forget_input(block: nn.Module) -> None:

@@ -3,6 +3,7 @@
 All state lives on the host's modules, without closures: copies, pickles and saved models take it along.
 """
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,12 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vision_attn.conversion.grids import GridContext
+from vision_attn.conversion.grids import AwaitingBackward, GridContext
 from vision_attn.grid import Grid
 from vision_attn.hosts.host import Host
 from vision_attn.processors.base import AttnSpec
 
 LAYER, _MODEL = "_vision_attn", "_vision_attn_model"  # attributes of a rerouted module, and of its model
+
+
+class _Here(threading.local):
+    """What one thread's forward of a converted model knows.
+
+    Attributes:
+        running: Whether a forward of the whole model is running.
+        rerouted: Calls in the running forward that processors answered, or that were expected to stay dense.
+        ran: All self-attention calls in that forward.
+        moment: The last threshold that the running forward has passed, None if it is not known; and the tokens of the
+            host's finest grid, None if all grids are equal. None before the first forward of this thread.
+        generator: Draws the random numbers of all layers.
+    """
+
+    running = False
+    rerouted = 0
+    ran = 0
+    moment: tuple[float | None, int | None] | None = None
+    generator: torch.Generator | None = None
 
 
 @dataclass
@@ -25,38 +45,51 @@ class Shared:
     Attributes:
         min_tokens: Layers with fewer grid tokens run their own attention.
         bypassed: Whether all layers run their own attention.
-        rerouted: Calls in the running forward that processors answered, or that were expected to stay dense.
-        ran: All self-attention calls in that forward.
         warned: Whether the log said that a mask keeps a layer dense.
         thresholds: Where the schedules of the layers change, as shares of the denoising.
-        progress: The last threshold that the running forward has passed, None if it is not known.
-        finest: Tokens of the host's finest grid, None if all grids are equal.
-        generator: Draws the random numbers of all layers.
+        awaiting: What forwards knew of the denoising whose backward is still to come.
+        here: What the forward of this thread knows.
+        moment: As in `here`, of the forward that began last in any thread, for compiled layers.
+        generator: As in `here`, for compiled layers.
     """
 
     min_tokens: int = 0
     bypassed: bool = False
-    rerouted: int = 0
-    ran: int = 0
     warned: bool = False
     thresholds: tuple[float, ...] = ()
-    progress: float | None = None
-    finest: int | None = None
+    awaiting: AwaitingBackward = field(default_factory=AwaitingBackward)
+    here: _Here = field(default_factory=_Here)
+    moment: tuple[float | None, int | None] = (None, None)
     generator: torch.Generator | None = None
 
     def random(self, device: torch.device) -> torch.Generator:
-        """Return the generator that all layers share, which starts as a copy of PyTorch's own."""
-        if self.generator is None or self.generator.device != device:
+        """Return the generator that all layers share in this thread, which starts as a copy of PyTorch's own."""
+        place: Any = self if torch.compiler.is_compiling() else self.here
+        if place.generator is None or place.generator.device != device:
             default = (
                 torch.get_rng_state() if device.type == "cpu" else getattr(torch, device.type).get_rng_state(device)
             )
-            self.generator = torch.Generator(device)
-            self.generator.set_state(default)
-        return self.generator
+            place.generator = torch.Generator(device)
+            place.generator.set_state(default)
+        generator: torch.Generator = place.generator
+        return generator
+
+    def seed(self) -> None:
+        """Let the generator begin again as a copy of PyTorch's."""
+        self.generator = self.here.generator = None
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy made inside bypassed() is not bypassed for ever
-        return {**self.__dict__, "bypassed": False, "generator": None}
+        return {**self.__dict__, "bypassed": False, "generator": None, "here": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, here=_Here())
+
+
+class _Block(threading.local):
+    """What one thread's block handed to a layer: the tokens that entered the block, kept until its attention runs."""
+
+    input: Tensor | None = None
 
 
 @dataclass
@@ -75,7 +108,11 @@ class LayerState:
         grid: Grid of the last call over the grid.
         status: What became of that call.
         padding: The mask that `rerouting.key_padding` checked last, with its grid and result.
-        block_input: Tokens that entered the block, kept until its attention runs.
+        decisions: What becomes of a call, by the grid that was found and the call's shapes.
+        block: The tokens that entered the block, in this thread.
+        block_input: The same for compiled layers, which all threads share.
+        imported: Whether the host calls attention by a name that it imported, so that a mode must look for it; None if
+            that is not known.
     """
 
     name: str
@@ -89,18 +126,38 @@ class LayerState:
     grid: Grid | None = None
     status: str = "not run yet"
     padding: Any = None
+    decisions: dict[Any, Any] = field(default_factory=dict)
+    block: _Block = field(default_factory=_Block)
     block_input: torch.Tensor | None = None
+    imported: bool | None = None
+
+    def hand_over(self, tokens: Tensor | None) -> None:
+        """Keep the tokens that enter the block of the layer; None forgets them."""
+        if torch.compiler.is_compiling():
+            self.block_input = tokens
+        else:
+            self.block.input = tokens
+
+    def take_over(self) -> Tensor | None:
+        """Return the tokens that entered the block, once."""
+        tokens = self.block_input if torch.compiler.is_compiling() else self.block.input
+        self.hand_over(None)
+        return tokens
 
     def note(self, grid: Grid | None, status: str, *, expected: bool = False) -> None:
         """Record a call, unless it is being traced; `expected` says that a dense call is not a failure."""
         if torch.compiler.is_compiling():
             return
         self.grid, self.status = grid, status
-        self.shared.ran += 1
-        self.shared.rerouted += status == "rerouted" or expected
+        here = self.shared.here
+        here.ran += 1
+        here.rerouted += status == "rerouted" or expected
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "padding": None, "block_input": None}
+        return {**self.__dict__, "padding": None, "block_input": None, "block": None, "decisions": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, block=_Block())
 
 
 @dataclass(frozen=True)

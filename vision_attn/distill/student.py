@@ -55,7 +55,7 @@ class Student:
     def seed(self, number: int) -> None:
         """Seed all random numbers that a forward draws: PyTorch's, for dropout, and those of the processors."""
         torch.manual_seed(number)
-        model_state(self.model).shared.generator = None  # begins again as a copy of PyTorch's
+        model_state(self.model).shared.seed()
 
     @contextmanager
     def teaching(self, model: Any) -> Iterator[Any]:

@@ -109,21 +109,21 @@ class AgentSDAttention(Processor):
     def __init__(self, spec: AgentSD, layer: Layer) -> None:
         super().__init__()
         self.spec, self.backend = spec, layer.backend
-        self.moment = Moment()
-
-    def at(self, moment: Moment) -> "AgentSDAttention":
-        """Remember the tokens that enter the block until the forward that follows."""
-        self.moment = moment
-        return self
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None = None, scale: float | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: Grid,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+        moment: Moment | None = None,
     ) -> Tensor:
-        """Attend through agents: see `Processor.forward`."""
-        spec, moment = self.spec, self.moment
-        self.moment = Moment()
+        """Attend through agents: see `Processor.forward`; `moment` has the tokens that entered the block."""
+        spec, moment = self.spec, moment or Moment()
         height, width = spec.cell_size
-        if moment.downsample > spec.max_downsample or grid.height < height or grid.width < width:
+        if moment.downsample(grid) > spec.max_downsample or grid.height < height or grid.width < width:
             return dense_attention(q, k, v, mask=full_mask(mask, grid), scale=scale)
         matching = Matching.of(_metric(moment.block_input, k, grid), grid, spec.cell_size, self._generator(q, moment))
         kept, agents = spec.counts(grid)
@@ -144,7 +144,14 @@ class AgentSDAttention(Processor):
 
     def _generator(self, q: Tensor, moment: Moment) -> torch.Generator | None:
         """Draw for even batches only, as the authors do: they expect the unconditional half in the same batch."""
-        return moment.generator if self.spec.random and q.shape[0] % 2 == 0 else None
+        if not self.spec.random or q.shape[0] % 2 or moment.generator is None:
+            return None
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "AgentSD(random=True) drew the tokens that cells keep, and gradient checkpointing would draw others: "
+                "AgentSD(random=False)"
+            )
+        return moment.generator
 
     @staticmethod
     def _merge(t: Tensor, grid: Grid, matching: Matching, merged: int) -> Tensor:

@@ -1,6 +1,7 @@
 """What every processor is: a frozen spec with the paper's hyperparameters, which builds a module on q, k, v."""
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,22 +41,27 @@ class Moment:
     Args:
         progress: Share of the denoising that is done, 0 at pure noise and 1 at the image; None if the host has no
             timestep.
-        downsample: How much smaller the side of the layer's grid is than that of the host's finest grid.
+        finest: Tokens of the host's finest grid, None if all grids are equal.
         block_input: Tokens `[B, n, C]` that entered the block of the layer, before its norm.
         generator: Random numbers that all layers of the model share.
     """
 
     progress: float | None = None
-    downsample: int = 1
+    finest: int | None = None
     block_input: Tensor | None = None
     generator: Generator | None = None
+
+    def downsample(self, grid: Grid) -> int:
+        """Return how much smaller the side of a layer's grid is than that of the host's finest grid."""
+        return 1 if self.finest is None else math.ceil(math.sqrt(self.finest // grid.image_tokens))
 
 
 class Processor(nn.Module, ABC):
     """Attention as one paper defines it, on projected, normalised and (where the host has one) rotated q, k, v.
 
     Attributes:
-        wants: Whether `at` must be called with the moment before each forward.
+        wants: Whether `at` must be called with the moment before each forward. The processor that it returns gets the
+            moment as one more argument of `forward` if it wants it too.
     """
 
     wants: bool = False

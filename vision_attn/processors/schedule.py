@@ -75,7 +75,7 @@ class ScheduledAttention(Processor):
         progress = 0.0 if moment.progress is None else moment.progress
         number = sum(progress >= until for until, _ in self.spec.stages[:-1])
         processor: Processor = self.stages[number]  # type: ignore[assignment]
-        return processor.at(moment) if processor.wants else processor
+        return processor
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None = None, scale: float | None = None

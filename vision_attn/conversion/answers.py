@@ -1,0 +1,396 @@
+"""One forward of a converted layer: which calls of `scaled_dot_product_attention` its processor answers, and how.
+
+A call is answered if queries and keys both are the layer's whole token sequence, and the grid in it is known. Every
+other call goes through. What is decided from shapes is remembered with the layer.
+"""
+
+import functools
+import inspect
+import logging
+import math
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from vision_attn.conversion.doors import ATTENTION, LINEAR, Door
+from vision_attn.conversion.grids import Seen, backward_running
+from vision_attn.conversion.projections import Projections
+from vision_attn.conversion.state import LayerState
+from vision_attn.grid import Grid
+from vision_attn.processors.base import CHILD, Moment, Processor
+from vision_attn.processors.softmax import Softmax, SoftmaxAttention
+
+_log = logging.getLogger(__name__)
+_MASKED = "dense: the attention mask says that the grid lies elsewhere in each sample"
+_MODE = "dense: a mode around the layer answered its attention"
+_MOST = 64  # decisions that a layer remembers
+
+
+def answered(module: nn.Module, state: LayerState, run: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run a layer's own code, and let its processor answer the attention in it.
+
+    Args:
+        module: The layer.
+        state: Its state.
+        run: Its own code.
+        args: Arguments of `run`.
+        kwargs: Named arguments of `run`.
+
+    Raises:
+        RuntimeError: If it never called `scaled_dot_product_attention`.
+        ValueError: If it runs with context parallelism, or the processor cannot honour the call.
+    """
+    processor = vars(module).get("processor") or module._modules.get("processor")
+    if getattr(processor, "_parallel_config", None) is not None:
+        raise ValueError(f"{state.name} runs with context parallelism, which cuts the grid: revert() first")
+    call = Answers(module, state, kwargs.get("attention_mask") is not None)
+    if torch.compiler.is_compiling():
+        with _Answering(call):
+            return run(*args, **kwargs)
+    if not state.imported:
+        modes = ATTENTION.here.modes
+        output = call.through_doors(processor, run, args, kwargs)
+        if call.reached:
+            state.imported = False
+            call.end()
+            return output
+        if ATTENTION.here.modes != modes:
+            state.note(None, _MODE, expected=True)
+            return output
+        first, state.imported = state.imported is None, True
+        if _may_skip(module):
+            state.imported = first
+            return output
+    with _Answering(call):
+        output = run(*args, **kwargs)
+    if call.reached:
+        call.end()
+    elif isinstance(state.spec, Softmax):
+        state.note(None, "dense: the host's own code computed it", expected=True)
+    else:
+        state.imported = None
+        if not _may_skip(module):
+            raise RuntimeError(_never_reached(state, module))
+    return output
+
+
+def _may_skip(module: nn.Module) -> bool:
+    """Whether a hook has replaced the `forward` of a module, and may answer without it (a cache).
+
+    A hook that was taken off again leaves the module's own method there.
+    """
+    forward = vars(module).get("forward")
+    return forward is not None and getattr(forward, "__self__", None) is not module
+
+
+class Answers:
+    """The answers of a layer to the calls of one forward.
+
+    Args:
+        module: The layer.
+        state: Its state.
+        masked: Whether the forward was given an attention mask.
+    """
+
+    __slots__ = ("_across", "_noted", "module", "moment", "processor", "projections", "reached", "state")
+
+    def __init__(self, module: nn.Module, state: LayerState, masked: bool) -> None:
+        self.module, self.state = module, state
+        self.reached = self._noted = False
+        self._across: tuple[int, int] | None = None
+        processor: Any = module._modules[CHILD]
+        self.moment = None
+        if processor.wants:
+            moment = _moment_of(state)
+            processor = processor.at(moment)
+            self.moment = moment if processor.wants else None
+        self.processor: Processor = processor
+        residuals = processor.residuals()
+        if residuals and not _adds_residuals(state, masked):
+            residuals = {}
+        self.projections = Projections(module, residuals) if residuals else None
+
+    def through_doors(self, processor: Any, run: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run the layer's own code, whose calls come to `attend` and `linear`."""
+        described = _describe(processor)
+        linear = LINEAR.open(self.linear) if self.projections is not None else None
+        before = ATTENTION.open(self.attend)
+        try:
+            return run(*args, **kwargs)
+        finally:
+            ATTENTION.close(before)
+            if self.projections is not None:
+                LINEAR.close(linear)
+            if described is not None:
+                described.pop("__call__", None)
+
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Answer one call of `linear`."""
+        assert self.projections is not None
+        return self.projections.linear(LINEAR.through, input, weight, bias)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Answer one call of `scaled_dot_product_attention` on `[B, H, N, D]` tensors."""
+        self.reached = True
+        state = self.state
+        grid = self._grid_of(query, key, attn_mask)
+        unchanged = grid is not None and isinstance(self.processor, SoftmaxAttention)
+        if grid is None or unchanged:
+            if unchanged:
+                self._note(grid, "rerouted")
+            own: Any = F.scaled_dot_product_attention if torch.compiler.is_compiling() else ATTENTION.through
+            return own(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if dropout_p or is_causal:
+            what = f"attention dropout {dropout_p}" if dropout_p else "a causal mask"
+            raise ValueError(f"{state.name}: {what} cannot be rerouted: switch it off, or leave out the layer (where=)")
+        if enable_gqa and query.shape[1] != key.shape[1]:
+            key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+        query, key, value = _autocast(query, key, value)
+        mask = None if attn_mask is None else key_padding(attn_mask, grid, state)
+        if self.projections is not None and not torch.compiler.is_compiling() and self.projections.missing():
+            raise RuntimeError(
+                f"{state.name}: {state.spec} adds to the input of projections, but this {type(self.module).__name__} "
+                f"does not multiply by its weights of {self.projections.missing()} (quantised layers do not)"
+            )
+        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        more = () if self.moment is None else (self.moment,)
+        output = self.processor(q, k, v, grid, mask, scale, *more).transpose(1, 2)
+        self._note(grid, "rerouted")
+        return output
+
+    def _grid_of(self, query: Tensor, key: Tensor, attn_mask: Tensor | None) -> Grid | None:
+        """Return the grid of a call to answer; None lets the call through."""
+        state, context = self.state, self.state.context
+        tokens, keys, masked = query.shape[-2], key.shape[-2], attn_mask is not None
+        if torch.compiler.is_compiling():
+            if query.dim() != 4 or tokens != keys:
+                return None
+            return _decision(state, context.locate(tokens), masked)[0]
+        if query.dim() != 4 or tokens != keys:
+            self._across = int(tokens), int(keys)
+            return None
+        if context.here.gradients or backward_running() != -1:
+            found = context.locate(int(tokens), state.shared.here.running)
+            grid, placed, reason = _decision(state, found, masked)
+        else:
+            call = context.known(), int(tokens), masked
+            decided = state.decisions.get(call)
+            if decided is None:
+                if len(state.decisions) >= _MOST:
+                    state.decisions.clear()
+                decided = state.decisions[call] = _decision(state, context.placed(*call[:2]), masked)
+            grid, placed, reason = decided
+        if grid is None:
+            self._note(placed, reason, expected=placed is not None)
+            if reason is _MASKED and not state.shared.warned:
+                state.shared.warned = True
+                _log.warning("%s runs %s", state.name, reason)
+        return grid
+
+    def _note(self, grid: Grid | None, status: str, *, expected: bool = False) -> None:
+        self.state.note(grid, status, expected=expected)
+        self._noted = True
+
+    def end(self) -> None:
+        """Say why no call was over the layer's tokens, if none was."""
+        if not self._noted and self._across is not None:
+            tokens, keys = self._across
+            shared = f"{keys} keys for {tokens} queries (shared attention)" if keys != tokens else "q without four axes"
+            self.state.note(None, f"dense: {shared}, so where the grid lies is not known")
+
+
+class _Answering(TorchFunctionMode):
+    """Brings the calls of a layer to its answers where the doors cannot: in compiled code, and by imported names."""
+
+    def __init__(self, call: Answers) -> None:
+        super().__init__()
+        self.call = call
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.unflatten:  # its Python body cannot be traced inside a mode
+            return torch.unflatten(*args, **kwargs)
+        if func is F.scaled_dot_product_attention or _is_behind(ATTENTION, func):
+            return self.call.attend(*args, **kwargs)
+        if self.call.projections is not None and (func is F.linear or _is_behind(LINEAR, func)):
+            return self.call.linear(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _is_behind(door: Door, func: Callable[..., Any]) -> bool:
+    """Whether a function is that of a door which other threads hold open."""
+    return not torch.compiler.is_compiling() and func in (door.front, door.builtin)
+
+
+class _Described:
+    """Stands for a processor's `__call__` where diffusers reads its signature, at each forward of an attention module.
+
+    To work it out takes a tenth of a step's host time. Calls of the processor do not come here.
+    """
+
+    __slots__ = ("__signature__", "processor")
+
+    def __init__(self, processor: Any, signature: inspect.Signature) -> None:
+        self.processor, self.__signature__ = processor, signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.processor(*args, **kwargs)
+
+
+def _describe(processor: Any) -> dict[str, Any] | None:
+    """Give a processor of diffusers its signature, until what is returned loses its `__call__`; None if it has none."""
+    kind: Any = type(processor)
+    signature = _signature_of(kind)
+    if signature is None:
+        return None
+    attributes = vars(processor)
+    if type(attributes.get("__call__", None)) not in (type(None), _Described):
+        return None
+    attributes["__call__"] = _Described(processor, signature)
+    return attributes
+
+
+@functools.cache
+def _signature_of(cls: Any) -> inspect.Signature | None:
+    """Return the signature of an object's `__call__`, if its class defines one in Python and takes attributes."""
+    call = getattr(cls, "__call__", None)  # noqa: B004
+    if not isinstance(call, types.FunctionType) or issubclass(cls, nn.Module) or not cls.__dictoffset__:
+        return None
+    return inspect.signature(types.MethodType(call, cls))
+
+
+def _moment_of(state: LayerState) -> Moment:
+    """Return what is known about the forward that begins; the block's input is handed over only once."""
+    shared, block_input = state.shared, state.take_over()
+    if torch.compiler.is_compiling():
+        known = shared.moment
+    elif backward_running() != -1 and not shared.here.running:
+        known = shared.awaiting.recall("moment", "at different moments of the denoising, or of different sizes,")
+    else:
+        known = shared.here.moment or shared.moment
+    generator = None if block_input is None else shared.random(block_input.device)
+    return Moment(*known, block_input, generator)
+
+
+def _adds_residuals(state: LayerState, masked: bool) -> bool:
+    """Whether the projections of the forward that begins get what the processor adds to their input."""
+    context, name = state.context, (state.name, "residuals")
+    adds = dense_reason(state, context.known(), masked) is None
+    if torch.compiler.is_compiling():
+        return adds
+    if backward_running() != -1 and not state.shared.here.running:
+        recalled: bool = context.awaiting.recall(name, "with and without residual networks")
+        return recalled
+    if context.here.gradients:
+        context.awaiting.remember(name, adds)
+    return adds
+
+
+def _decision(state: LayerState, found: Grid | str, masked: bool) -> tuple[Grid | None, Grid | None, str]:
+    """Return the grid to answer over, None to let a call through; the grid that is known; and why it goes through."""
+    reason = dense_reason(state, found, masked)
+    placed = found if isinstance(found, Grid) else None
+    return placed if reason is None else None, placed, reason or ""
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast as autocast does for `scaled_dot_product_attention`."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _never_reached(state: LayerState, module: nn.Module) -> str:
+    processor = getattr(module, "processor", None)
+    how = f" Its processor is {type(processor).__name__}." if processor is not None else ""
+    return (
+        f"{state.name} never called scaled_dot_product_attention, so it was not rerouted.{how} Switch off what "
+        "replaces it: sliced attention (disable_attention_slicing), xformers "
+        "(disable_xformers_memory_efficient_attention), another attention backend (set_attention_backend('native')), "
+        "AttnProcessor (set_attn_processor(AttnProcessor2_0())), timm's fused_attn=False; or revert()"
+    )
+
+
+def dense_reason(state: LayerState, found: Grid | str, masked: bool) -> str | None:
+    """Return why a layer runs the host's own attention over what its context found; None if it is rerouted."""
+    if isinstance(found, str):
+        return f"dense: {found}"
+    if masked and state.mask_means_dense:
+        return _MASKED
+    if found.image_tokens < state.shared.min_tokens:
+        return f"dense: {found.image_tokens} tokens are below min_tokens={state.shared.min_tokens}"
+    if found.image_tokens < state.break_even:
+        least = "never faster" if state.break_even == math.inf else f"faster from {state.break_even:.0f} tokens on"
+        return f"dense: {state.spec} is {least}, and there are {found.image_tokens}"
+    return None
+
+
+def key_padding(attn_mask: Tensor, grid: Grid, state: LayerState) -> Tensor | None:
+    """Turn a mask of `scaled_dot_product_attention` into one over prefix and suffix keys.
+
+    Args:
+        attn_mask: Bool (True is seen) or additive (0 is seen, -1000 or less is hidden), broadcasts to `[B, H, N, N]`.
+        grid: Where the image tokens lie.
+        state: The layer, for its name and for the mask that it checked last.
+
+    Returns:
+        Bool `[B or 1, prefix + suffix]`, or None if every key is seen.
+
+    Raises:
+        ValueError: If the mask depends on query or head, hides grid tokens, or biases the logits.
+    """
+    if attn_mask.dim() != 4 or attn_mask.shape[-2] != 1 or attn_mask.shape[-1] != grid.tokens:
+        raise ValueError(
+            f"{state.name}: cannot honour an attention mask of shape {tuple(attn_mask.shape)}: a mask must be key "
+            f"padding [B, 1, 1, {grid.tokens}] over tokens outside the grid"
+        )
+    if torch.compiler.is_compiling():
+        seen, problem = _read(attn_mask, grid)
+        torch._assert_async(~problem.any(), f"{state.name}: the attention mask is not key padding outside the grid")
+        return seen if grid.prefix + grid.suffix else None
+    if state.padding is not None:
+        last, known, result = state.padding
+        if last.is_of(attn_mask) and known == grid:
+            return result
+    seen, problem = _read(attn_mask, grid)
+    by_head, hides_grid, biases, hides = torch.cat([problem, ~seen.all()[None]]).tolist()
+    for found, what in ((by_head, "differs by head"), (hides_grid, "hides grid tokens"), (biases, "biases the logits")):
+        if found:
+            raise ValueError(
+                f"{state.name}: cannot honour an attention mask that {what}: a mask must be key padding over tokens "
+                "outside the grid. Leave out the mask, or the layer (where=)"
+            )
+    result = seen if hides else None
+    state.padding = (Seen(attn_mask), grid, result)
+    return result
+
+
+_HIDDEN = -1e3  # an additive mask hides a key with this or less
+
+
+def _read(attn_mask: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Return the mask `[B, prefix + suffix]` and three flags: differs by head, hides the grid, biases the logits."""
+    keys = attn_mask[:, 0, 0]
+    seen = keys if keys.dtype == torch.bool else keys > _HIDDEN
+    biases = torch.zeros_like(seen) if keys.dtype == torch.bool else seen & (keys != 0)
+    flags = [(attn_mask != attn_mask[:, :1]).any(), ~seen[:, grid.image].all(), biases.any()]
+    return torch.cat([seen[:, : grid.prefix], seen[:, grid.image.stop :]], 1), torch.stack(flags)
