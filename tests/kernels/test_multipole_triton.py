@@ -78,7 +78,7 @@ def test_means_and_choice_are_those_of_plain_pytorch(learned):
     for ours, t in zip(means, (k, v), strict=True):
         plain = means_of(t[:, grid.image], grid, cells, sides)
         torch.testing.assert_close(ours, F.pad(plain, (0, 0, 0, 0, 0, 1))[:, order])
-    chosen = _choice(q, k, None if learned else means[0], size, 3, 0.25).long().sort(-1).values
+    chosen = _choice(q, means[0], size, 3, 0.25).long().sort(-1).values
     assert torch.equal(chosen, choose_cells(q, k, grid, cells, scale=0.25).sort(-1).values)
 
 

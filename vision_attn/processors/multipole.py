@@ -172,6 +172,6 @@ class MultipoleAttention(Processor):
         key = (grid, q.shape, q.device)
         held, chosen, calls = getattr(self._held, "choice", (None, None, 0))
         if held != key or calls >= spec.hold:
-            chosen, calls = choose_cells(q, k, grid, spec.cells(), scale=scale), 0
+            chosen, calls = choose_cells(q, k, grid, spec.cells(weights=self.pool_weight.to(q.device)), scale=scale), 0
         self._held.choice = key, chosen, calls + 1
         return chosen

@@ -197,19 +197,26 @@ def means_of(t: Tensor, grid: Grid, cells: Cells, sides: Sequence[tuple[int, int
     """
     if not sides:
         return t[:, :0]
-    pool, wide = cells.pool, torch.promote_types(t.dtype, torch.float32)
-    image = _padded(t.unflatten(1, (grid.height, grid.width)), pool).to(wide)
-    there = t.new_ones(1, grid.height, grid.width, 1, 1, dtype=wide)
-    there = _padded(there, pool)
-    weight = there if cells.weights is None else there * _tiled(cells.weights.to(t.device, wide).exp(), there)
-    count = _sums(there, pool)
-    sums = _sums(image * weight, pool) * (count / _sums(weight, pool))
+    sums, count = _finest_sums(t, grid, cells.pool, cells.weights)
     found = []
     for level in range(len(sides)):
         if level:
             sums, count = (_sums(_padded(each, 2), 2) for each in (sums, count))
         found.append((sums / count).flatten(1, 2))
     return torch.cat(found, 1).to(t.dtype)
+
+
+def _finest_sums(t: Tensor, grid: Grid, pool: int, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Finest means of `[B, height * width, H, D]` times their numbers of tokens, `[B, rows, columns, H, D]`.
+
+    And those numbers, `[1, rows, columns, 1, 1]`; in float32 at least.
+    """
+    wide = torch.promote_types(t.dtype, torch.float32)
+    image = _padded(t.unflatten(1, (grid.height, grid.width)), pool).to(wide)
+    there = _padded(t.new_ones(1, grid.height, grid.width, 1, 1, dtype=wide), pool)
+    weight = there if weights is None else there * _tiled(weights.to(t.device, wide).exp(), there)
+    count = _sums(there, pool)
+    return _sums(image * weight, pool) * (count / _sums(weight, pool)), count
 
 
 def _padded(image: Tensor, side: int) -> Tensor:
@@ -235,8 +242,8 @@ def choose_cells(q: Tensor, k: Tensor, grid: Grid, cells: Cells, *, scale: float
 
         weight(c) = scale * mean(q of the cell) . mean(k of c) + log |c|
 
-    With `cells.group` > 1, heads of a group choose those of the largest mean softmax of these weights. The choice has
-    no gradient.
+    The mean of keys is made of the finest means, so it has the weights `cells.weights`. With `cells.group` > 1, heads
+    of a group choose those of the largest mean softmax of these weights. The choice has no gradient.
 
     Args:
         q: Queries `[B, N, H, D]`.
@@ -256,7 +263,8 @@ def choose_cells(q: Tensor, k: Tensor, grid: Grid, cells: Cells, *, scale: float
     scale = D**-0.5 if scale is None else scale
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         size = (layout.tokens[:C, 1] - layout.tokens[:C, 0]) * (layout.tokens[:C, 3] - layout.tokens[:C, 2])
-        mean_q, mean_k = (_cell_means(t[:, grid.image], grid, cells.cell) for t in (q, k))
+        mean_q = _cell_means(q[:, grid.image], grid, cells, None)
+        mean_k = _cell_means(k[:, grid.image], grid, cells, cells.weights)
         step = max(1, _MOST_SCORES // (B * H * C))
         parts = [
             _best(mean_q[:, :, i : i + step] * scale, mean_k, size, layout.near[i : i + step], E, cells.group)
@@ -265,12 +273,11 @@ def choose_cells(q: Tensor, k: Tensor, grid: Grid, cells: Cells, *, scale: float
         return torch.cat(parts, 2)
 
 
-def _cell_means(t: Tensor, grid: Grid, cell: int) -> Tensor:
+def _cell_means(t: Tensor, grid: Grid, cells: Cells, weights: Tensor | None) -> Tensor:
     """Means of cells `[B, H, C, D]` of `[B, height * width, H, D]`, in float32 at least."""
-    image = t.unflatten(1, (grid.height, grid.width)).to(torch.promote_types(t.dtype, torch.float32))
-    there = image.new_ones(1, grid.height, grid.width, 1, 1)
-    means = _sums(_padded(image, cell), cell) / _sums(_padded(there, cell), cell)
-    return means.flatten(1, 2).transpose(1, 2)
+    per_cell = cells.cell // cells.pool
+    sums, count = (_sums(_padded(each, per_cell), per_cell) for each in _finest_sums(t, grid, cells.pool, weights))
+    return (sums / count).flatten(1, 2).transpose(1, 2)
 
 
 def _best(q: Tensor, k: Tensor, size: Tensor, near: Tensor, exact: int, group: int) -> Tensor:

@@ -75,20 +75,16 @@ def _choose(
     tl.store(place, index, mask=(row < cells)[:, None] & (e < EXACT)[None, :])
 
 
-def choose(q: Tensor, k: Tensor, means_k: Tensor | None, size: Sequence[int], exact: int, scale: float) -> Tensor:
-    """Return int32 `[B, H, C, exact]`: see `choose_cells`; the mean keys are made of `means_k` if it is given."""
+def choose(q: Tensor, means_k: Tensor, size: Sequence[int], exact: int, scale: float) -> Tensor:
+    """Return int32 `[B, H, C, exact]`: see `choose_cells`; means_k `[B, M, H, D]` are in the rows of `pyramid.py`."""
     B, _, H, D = q.shape
     cells = math.prod(pyramid(size).cells)
     chosen = q.new_empty((B, H, cells, exact), dtype=torch.int32)
-    if not chosen.numel():
-        return chosen
-    mean_q, mean_k = (q.new_empty((B, cells, H, D)) for _ in range(2))
-    square_means(q, mean_q, size)
-    if means_k is None:
-        square_means(k, mean_k, size)
-    else:
+    if chosen.numel():
+        mean_q, mean_k = (q.new_empty((B, cells, H, D)) for _ in range(2))
+        square_means(q, mean_q, size)
         cell_means(means_k, mean_k, size)
-    _plan(Sized((mean_q,), (*size, exact, scale)))(mean_q, mean_k, chosen)
+        _plan(Sized((mean_q,), (*size, exact, scale)))(mean_q, mean_k, chosen)
     return chosen
 
 

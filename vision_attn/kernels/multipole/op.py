@@ -136,9 +136,7 @@ def _run(
     if chosen is None and (cells.group > 1 or not means[0].shape[1]):
         chosen = choose_cells(q, k, grid, cells, scale=scale)
     elif chosen is None:
-        chosen = _choice(
-            q.detach(), k.detach(), means[0].detach() if weights is None else None, size, cells.exact, scale
-        )
+        chosen = _choice(q.detach(), means[0].detach(), size, cells.exact, scale)
     return _multipole(q, k, v, *means, chosen.int(), cells.mass, mask, size, scale)
 
 
@@ -158,15 +156,15 @@ def _(k: Tensor, v: Tensor, weights: Tensor | None, size: Sequence[int]) -> tupl
 
 
 @custom_op("vision_attn::multipole_triton_choice")
-def _choice(q: Tensor, k: Tensor, means_k: Tensor | None, size: Sequence[int], exact: int, scale: float) -> Tensor:
-    """The exact cells, int32 `[B, H, C, exact]`; means_k if they are those of equal weights."""
+def _choice(q: Tensor, means_k: Tensor, size: Sequence[int], exact: int, scale: float) -> Tensor:
+    """The exact cells, int32 `[B, H, C, exact]`, of queries and the means of keys."""
     from vision_attn.kernels.multipole.choice import choose  # noqa: PLC0415
 
-    return choose(packed(q), packed(k), means_k, size, exact, scale)
+    return choose(packed(q), packed(means_k), size, exact, scale)
 
 
 @_choice.register_fake
-def _(q: Tensor, k: Tensor, means_k: Tensor | None, size: Sequence[int], exact: int, scale: float) -> Tensor:
+def _(q: Tensor, means_k: Tensor, size: Sequence[int], exact: int, scale: float) -> Tensor:
     rows, columns = (math.ceil(side / size[4]) for side in size[:2])
     return q.new_empty((q.shape[0], q.shape[2], rows * columns, exact), dtype=torch.int32)
 
