@@ -29,8 +29,8 @@ HUB = [name for name, example in EXAMPLES.items() if example.weights]
 
 def test_all_are_there_offline_ones_first() -> None:
     names = list(EXAMPLES)
-    assert names[:4] == list(SMALL)
-    assert names[4:] == HUB == ["controlnet_neighborhood", "flux_clear_4k", "sd15_agent", "sdxl_linfusion"]
+    assert names[:5] == list(SMALL)
+    assert names[5:] == HUB == ["controlnet_neighborhood", "flux_clear_4k", "sd15_agent", "sdxl_linfusion"]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

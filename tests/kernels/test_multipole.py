@@ -146,6 +146,42 @@ def test_the_cells_of_largest_weight_are_chosen():
         assert set(chosen.tolist()) == set(sorted(far, key=lambda c: -float(weight[own, c]))[:2])
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("scale", [0.7, -0.7])
+def test_the_spread_of_a_cells_keys_counts(spread, scale):
+    """The weight by its formula, channel by channel, on a grid whose border cuts cells."""
+    grid, cells = Grid(13, 18, prefix=2), Cells(cell=4, near=0, exact=3, spread=spread)
+    q, k = (draw(1, grid.tokens, 2, 8, seed=seed) for seed in range(2))
+    boxes = cells.layout(grid, q.device).tokens[:-1].tolist()
+    image = [t[:, grid.image].view(13, 18, 2, 8) for t in (q, k)]
+    chosen = choose_cells(q, k, grid, cells, scale=scale)
+    for h in range(2):
+        parts = [[t[a:b, c:d, h].flatten(0, 1) for a, b, c, d in boxes] for t in image]
+        for own, mean_q in enumerate(part.mean(0) * scale for part in parts[0]):
+            weight = []
+            for keys in parts[1]:
+                best = torch.where(mean_q > 0, keys.amax(0), keys.amin(0))
+                at = keys.mean(0) + spread * (best - keys.mean(0))
+                weight.append(float(mean_q @ at) + math.log(len(keys)))
+            far = sorted((c for c in range(len(boxes)) if c != own), key=lambda c: -weight[c])
+            assert set(chosen[0, h, own].tolist()) == set(far[:3])
+
+
+def test_a_single_far_key_is_found_by_its_bound():
+    """One key that fits the query among keys that do not: the mean of its cell hides it, the bounds show it."""
+    grid, place = Grid(24, 24), 9 * 24 + 14  # in cell (2, 3)
+    q, k = torch.ones(1, grid.tokens, 1, 4), -0.1 * torch.ones(1, grid.tokens, 1, 4)
+    k[:, [0, 1, 2, 24, 25]] = 0.2  # a cell whose mean is the best
+    k[0, place] = 1
+    fields = dict(cell=4, near=0, exact=1)
+    found = [choose_cells(q, k, grid, Cells(**fields, spread=spread))[0, 0, -1, 0] for spread in (0, 0.5)]
+    assert found == [0, 2 * 6 + 3]
+    with pytest.raises(ValueError, match="spread must be between 0 and 1, got 2"):
+        Cells(spread=2)
+    with pytest.raises(TypeError, match="spread"):
+        Cells(spread="0.5")
+
+
 @pytest.mark.parametrize("wrong", ["mass", "near", "exact"])
 def test_a_wrong_formula_is_caught(wrong, monkeypatch):
     grid, fields = CASES["ragged-text"]

@@ -19,7 +19,7 @@ from vision_attn.conversion.conversion import Conversion, convert, load
 from vision_attn.demo import load_teacher, shipped_adapters
 from vision_attn.demo.page import Row, contact_sheet, write_page
 from vision_attn.highres.redraw import image_to_image
-from vision_attn.processors import AgentSD, AttnSpec, Schedule, Softmax, registrations
+from vision_attn.processors import AgentSD, AttnSpec, Multipole, Schedule, Softmax, registrations
 
 PROMPTS = ("red apple", "rocket", "octopus", "alarm clock")
 FEW = PROMPTS[:2]  # a row of these takes seven seconds on two cores
@@ -52,7 +52,7 @@ class Entry:
         """What the table says of training: 'none needed', 'untrained' or 'distilled'."""
         if self.adapter is not None:
             return "distilled"
-        return "none needed" if isinstance(self.spec, Softmax | Schedule) else "untrained"
+        return "none needed" if isinstance(self.spec, Softmax | Multipole | Schedule) else "untrained"
 
     @property
     def draws_well(self) -> bool:

@@ -29,8 +29,9 @@ _PAGE = """<!doctype html>
 </style>
 <h1>One teacher, several attentions</h1>
 <p>{teacher} draws emoji with its own dense attention and with others, converted by
-<code>vision_attn.convert</code>. Untrained attention uses the teacher's weights as they are: local windows draw well
-with them, linear attention needs a distillation first. At 256 px each attention redraws the dense 128 px picture.</p>
+<code>vision_attn.convert</code>. Untrained attention uses the teacher's weights as they are: multipole attention and
+local windows draw well with them, linear attention needs a distillation first. At 256 px each attention redraws the
+dense 128 px picture.</p>
 {state}<div class="scroll"><table>
 <thead><tr>{head}</tr></thead>
 <tbody>

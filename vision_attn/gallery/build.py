@@ -19,7 +19,7 @@ from typing import Any
 from vision_attn.gallery.page import Example, Shown, write_page
 
 _PLOTS = (".svg", ".png")
-_FIRST = ("emoji_highres", "own_processor", "vit_attention")
+_FIRST = ("emoji_multipole", "emoji_highres", "own_processor", "vit_attention")
 
 
 def build_gallery(

@@ -160,6 +160,7 @@ class Registration:
         demo: Specs that the demo draws with.
         bench: Specs that the benchmark of pipelines times, by name.
         draws_untrained: Whether a converted model is worth drawing with before it is trained.
+        first: Whether it is recommended before the others.
     """
 
     spec: type[AttnSpec]
@@ -167,14 +168,15 @@ class Registration:
     demo: tuple[AttnSpec, ...]
     bench: Mapping[str, AttnSpec]
     draws_untrained: bool
+    first: bool = False
 
 
 REGISTRY: dict[str, Registration] = {}
 
 
 def registrations() -> list[Registration]:
-    """Return all processors in the order of tables: first those that are worth drawing with untrained."""
-    return sorted(REGISTRY.values(), key=lambda known: not known.draws_untrained)
+    """Return all processors in the order of tables: the recommended one, then those that draw well untrained."""
+    return sorted(REGISTRY.values(), key=lambda known: (not known.first, not known.draws_untrained))
 
 
 _Spec = TypeVar("_Spec", bound=AttnSpec)
@@ -186,6 +188,7 @@ def register(
     demo: Sequence[Mapping[str, Any]] = (),
     bench: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     draws_untrained: bool = False,
+    first: bool = False,
 ) -> Callable[[type[_Spec]], type[_Spec]]:
     """Make a processor known by its name, and to the lists of the tests, the demo and the benchmark.
 
@@ -199,6 +202,7 @@ def register(
         demo: Fields that the demo shows.
         bench: Fields that the benchmark of pipelines times, by the candidate's name.
         draws_untrained: Whether a converted model is worth drawing with before it is trained.
+        first: Whether it is recommended before the others.
 
     Raises:
         ValueError: If another class has the name.
@@ -214,6 +218,7 @@ def register(
             tuple(spec(**fields) for fields in demo),
             {row: spec(**fields) for row, fields in bench.items()},
             draws_untrained,
+            first,
         )
         return spec
 

@@ -39,6 +39,7 @@ LEVELS = 12  # a grid of 8 * 2^12 tokens a side has no more
     demo=[{}],
     bench={"multipole": {}, "multipole e0": dict(exact=0)},
     draws_untrained=True,
+    first=True,
 )
 @dataclass(frozen=True)
 class Multipole(AttnSpec):
@@ -52,6 +53,8 @@ class Multipole(AttnSpec):
         exact: How many further cells are exact: those that a cell's mean query weighs most. They are chosen for each
             sample and head at every call.
         group: How many neighbouring heads choose together; the last group may have fewer.
+        spread: How much the spread of a cell's keys counts in the choice: 0 weighs its mean key, 1 the best key that
+            the bounds of its keys allow. Above 0 the choice runs in PyTorch.
         hold: For how many calls of inference a choice is kept: 1 chooses at every call. Compiled code, and calls with
             gradients, choose at every call.
     """
@@ -61,6 +64,7 @@ class Multipole(AttnSpec):
     pool: int = 4
     exact: int = 4
     group: int = 1
+    spread: float = 0.0
     hold: int = 1
 
     def __post_init__(self) -> None:
@@ -69,7 +73,7 @@ class Multipole(AttnSpec):
 
     def cells(self, **learned: Any) -> Cells:
         """Return what the operator takes."""
-        return Cells(self.cell, self.near, self.pool, self.exact, self.group, **learned)
+        return Cells(self.cell, self.near, self.pool, self.exact, self.group, self.spread, **learned)
 
     def build(self, layer: Layer) -> "MultipoleAttention":
         """Return the processor of one layer."""

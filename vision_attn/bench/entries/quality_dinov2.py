@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from vision_attn.bench.measure import Measurement
-from vision_attn.bench.quality.contenders import DEFAULT, DISCS, MULTIPOLES, OTHERS, Contender
+from vision_attn.bench.quality.contenders import DEFAULT, DISCS, MULTIPOLES, OTHERS, SPREAD, Contender
 from vision_attn.bench.quality.dinov2 import PhotosCase
 from vision_attn.bench.quality.fidelity import TIMING, Bound, fidelity_row, fidelity_table
 from vision_attn.bench.quality.weights import DINOV2, fetch
@@ -19,7 +19,7 @@ TITLE = (
     "features, `error` their squared error over the squared size of the dense ones, `IoU` that of what is salient; all "
     "in the mean over patches and photos. `keys` are the keys that a token meets, in the mean"
 )
-CANDIDATES: Sequence[Contender] = tuple(dict.fromkeys((*DISCS, *OTHERS, *MULTIPOLES, DEFAULT)))
+CANDIDATES: Sequence[Contender] = tuple(dict.fromkeys((*DISCS, *OTHERS, *MULTIPOLES, *SPREAD, DEFAULT)))
 MEASURES = {"keys": ("keys", ".0f"), "cosine": ("cosine", ".4f"), "error": ("error", ".2g"), "iou": ("IoU", ".3f")}
 _ON_CPU = {518: 20, 896: 6}  # pixels: photos
 

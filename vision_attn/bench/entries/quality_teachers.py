@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from vision_attn.bench.measure import Measurement
-from vision_attn.bench.quality.contenders import DEFAULT, DISCS, MULTIPOLES, POOLED, Contender
+from vision_attn.bench.quality.contenders import DEFAULT, DISCS, MULTIPOLES, POOLED, SPREAD, Contender
 from vision_attn.bench.quality.drawing import DrawingCase
 from vision_attn.bench.quality.fidelity import TIMING, Bound, fidelity_row, fidelity_table
 
@@ -18,7 +18,7 @@ TITLE = (
     "the mean over the teacher's own steps; `PSNR` that of the pictures to the dense ones; `keys` the keys that a "
     "token of the finest grid meets, in the mean"
 )
-CANDIDATES: Sequence[Contender] = tuple(dict.fromkeys((*DISCS, *POOLED, *MULTIPOLES, DEFAULT)))
+CANDIDATES: Sequence[Contender] = tuple(dict.fromkeys((*DISCS, *POOLED, *MULTIPOLES, *SPREAD, DEFAULT)))
 MEASURES = {"keys": ("keys", ".0f"), "kd_error": ("KD", ".2g"), "psnr_db": ("PSNR", ".1f")}
 _SIZES = {128: 8, 256: 8, 512: 2}  # pixels: prompts
 _BOUNDS = {

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from vision_attn.bench.measure import Measurement
-from vision_attn.bench.quality.contenders import DEFAULT, DISCS, MULTIPOLES, OTHERS, POOLED, Contender
+from vision_attn.bench.quality.contenders import DEFAULT, DISCS, MULTIPOLES, OTHERS, POOLED, SPREAD, Contender
 from vision_attn.bench.quality.fidelity import TIMING, Bound, fidelity_row, fidelity_table
 from vision_attn.bench.quality.terrain import SIGMAS, TerrainCase
 from vision_attn.bench.quality.weights import TERRAIN, fetch
@@ -19,7 +19,7 @@ TITLE = (
     "each level is its root mean square over that of the dense prediction. `keys` are the keys that "
     "a token meets, in the mean"
 )
-CANDIDATES: Sequence[Contender] = tuple(dict.fromkeys((*DISCS, *POOLED, *OTHERS, *MULTIPOLES, DEFAULT)))
+CANDIDATES: Sequence[Contender] = tuple(dict.fromkeys((*DISCS, *POOLED, *OTHERS, *MULTIPOLES, *SPREAD, DEFAULT)))
 MEASURES = {"keys": ("keys", ".0f")} | {f"sigma_{sigma:g}": (f"sigma {sigma:g}", ".2g") for sigma in SIGMAS}
 
 

@@ -18,10 +18,10 @@ class Contender:
     spec: AttnSpec
 
 
-def multipole(cell: int, pool: int, exact: int, near: int = 1) -> Contender:
+def multipole(cell: int, pool: int, exact: int, near: int = 1, spread: float = 0.0) -> Contender:
     """Return a setting of multipole attention with all its sizes in its name."""
-    name = f"multipole cell {cell} near {near} pool {pool} exact {exact}"
-    return Contender(name, Multipole(cell=cell, near=near, pool=pool, exact=exact))
+    name = f"multipole cell {cell} near {near} pool {pool} exact {exact}" + f" spread {spread:g}" * (spread > 0)
+    return Contender(name, Multipole(cell=cell, near=near, pool=pool, exact=exact, spread=spread))
 
 
 DISCS = tuple(Contender(f"clear r{radius}", Clear(radius=radius)) for radius in (8, 16))
@@ -44,8 +44,15 @@ _SETTINGS = {
 MULTIPOLES = tuple(
     multipole(cell, pool, exact, near) for (cell, near, pool), counts in _SETTINGS.items() for exact in counts
 )
+SPREAD = (
+    multipole(8, 4, 4, spread=0.5),
+    multipole(8, 4, 2, spread=0.5),
+    multipole(8, 4, 8, 0, spread=0.5),
+    multipole(4, 4, 8, spread=0.5),
+    multipole(4, 4, 16, spread=0.5),
+)
 _SPEC = Multipole()
-DEFAULT = multipole(_SPEC.cell, _SPEC.pool, _SPEC.exact, _SPEC.near)
+DEFAULT = multipole(_SPEC.cell, _SPEC.pool, _SPEC.exact, _SPEC.near, _SPEC.spread)
 OTHERS = (
     Contender("neighborhood k13", Neighborhood(kernel_size=13)),
     Contender("neighborhood k25", Neighborhood(kernel_size=25)),

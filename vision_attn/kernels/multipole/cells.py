@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vision_attn._checks import check_int
+from vision_attn._checks import check_int, check_number
 from vision_attn.grid import Grid
 
 _MOST_SCORES = 1 << 24  # of mean queries and mean keys at a time
@@ -31,6 +31,8 @@ class Cells:
         pool: Side of the finest means in tokens; it must divide `cell`.
         exact: How many further cells each cell sees exactly: those that its mean query weighs most.
         group: How many neighbouring heads choose together; the last group may have fewer.
+        spread: How much the spread of a cell's keys counts in the choice, from 0, where a cell counts as its mean key,
+            to 1, where it counts as the best key that its keys' bounds allow.
         mass: Added to the logits of the means, `[H, levels]`; levels beyond the last column take the last.
         weights: Logarithms of the weights of the tokens in a mean of the first level, `[pool, pool]`; equal if None.
         chosen: Indices of the exact cells `[B, H, cells, exact]` in row-major order, the number of cells for none: what
@@ -46,6 +48,7 @@ class Cells:
     pool: int = 4
     exact: int = 4
     group: int = 1
+    spread: float = 0.0
     mass: Tensor | None = field(default=None, compare=False, repr=False)
     weights: Tensor | None = field(default=None, compare=False, repr=False)
     chosen: Tensor | None = field(default=None, compare=False, repr=False)
@@ -53,6 +56,9 @@ class Cells:
     def __post_init__(self) -> None:
         for name, least in (("cell", 1), ("near", 0), ("pool", 1), ("exact", 0), ("group", 1)):
             check_int(name, getattr(self, name), least)
+        check_number("spread", self.spread, "between 0 and 1")
+        if not 0 <= self.spread <= 1:
+            raise ValueError(f"spread must be between 0 and 1, got {self.spread}")
         if self.cell % self.pool:
             raise ValueError(f"pool must divide cell, got cell={self.cell} and pool={self.pool}")
 
@@ -242,7 +248,9 @@ def choose_cells(q: Tensor, k: Tensor, grid: Grid, cells: Cells, *, scale: float
 
         weight(c) = scale * mean(q of the cell) . mean(k of c) + log |c|
 
-    The mean of keys is made of the finest means, so it has the weights `cells.weights`. With `cells.group` > 1, heads
+    The mean of keys is made of the finest means, so it has the weights `cells.weights`. With `cells.spread` s > 0, each
+    of its channels is moved by the share s of the way to the largest of the cell's keys, or to the smallest where the
+    query is negative: s = 1 is the bound of 'Quest' - https://arxiv.org/abs/2406.10774. With `cells.group` > 1, heads
     of a group choose those of the largest mean softmax of these weights. The choice has no gradient.
 
     Args:
@@ -263,11 +271,15 @@ def choose_cells(q: Tensor, k: Tensor, grid: Grid, cells: Cells, *, scale: float
     scale = D**-0.5 if scale is None else scale
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         size = (layout.tokens[:C, 1] - layout.tokens[:C, 0]) * (layout.tokens[:C, 3] - layout.tokens[:C, 2])
-        mean_q = _cell_means(q[:, grid.image], grid, cells, None)
-        mean_k = _cell_means(k[:, grid.image], grid, cells, cells.weights)
+        mean_q = scale * _cell_means(q[:, grid.image], grid, cells, None)
+        keys = _cell_means(k[:, grid.image], grid, cells, cells.weights)
+        if cells.spread:  # one product with the query's positive and negative channels
+            low, high = _cell_bounds(k[:, grid.image], grid, cells.cell)
+            mean_q = torch.cat([mean_q.clamp(min=0), mean_q.clamp(max=0)], -1)
+            keys = torch.cat([torch.lerp(keys, bound, cells.spread) for bound in (high, low)], -1)
         step = max(1, _MOST_SCORES // (B * H * C))
         parts = [
-            _best(mean_q[:, :, i : i + step] * scale, mean_k, size, layout.near[i : i + step], E, cells.group)
+            _best(mean_q[:, :, i : i + step], keys, size, layout.near[i : i + step], E, cells.group)
             for i in range(0, C, step)
         ]
         return torch.cat(parts, 2)
@@ -278,6 +290,18 @@ def _cell_means(t: Tensor, grid: Grid, cells: Cells, weights: Tensor | None) -> 
     per_cell = cells.cell // cells.pool
     sums, count = (_sums(_padded(each, per_cell), per_cell) for each in _finest_sums(t, grid, cells.pool, weights))
     return (sums / count).flatten(1, 2).transpose(1, 2)
+
+
+def _cell_bounds(t: Tensor, grid: Grid, cell: int) -> tuple[Tensor, Tensor]:
+    """The least and the largest of each cell and channel, each like `_cell_means`."""
+    image = t.unflatten(1, (grid.height, grid.width)).to(torch.promote_types(t.dtype, torch.float32))
+    B, height, width, H, D = image.shape
+    found = []
+    for sign in (-1, 1):
+        padded = F.pad(sign * image, (0, 0, 0, 0, 0, -width % cell, 0, -height % cell), value=-math.inf)
+        squares = padded.view(B, -(-height // cell), cell, -(-width // cell), cell, H, D)
+        found.append(sign * squares.amax((2, 4)).flatten(1, 2).transpose(1, 2))
+    return found[0], found[1]
 
 
 def _best(q: Tensor, k: Tensor, size: Tensor, near: Tensor, exact: int, group: int) -> Tensor:

@@ -133,7 +133,7 @@ def _run(
     else:
         means = list(_means(k, v, None if weights is None else weights.detach().float(), size))
     chosen = None if cells.chosen is None else cells.chosen.sort(-1).values  # the kernels want those that are none last
-    if chosen is None and (cells.group > 1 or not means[0].shape[1]):
+    if chosen is None and (cells.group > 1 or cells.spread or not means[0].shape[1]):
         chosen = choose_cells(q, k, grid, cells, scale=scale)
     elif chosen is None:
         chosen = _choice(q.detach(), means[0].detach(), size, cells.exact, scale)

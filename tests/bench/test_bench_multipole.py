@@ -1,0 +1,49 @@
+"""`vision-attn bench kernels_multipole` on a CPU: its check of long sequences, and its cases."""
+
+import pytest
+import torch
+
+from vision_attn.bench.document import read_document
+from vision_attn.bench.entries import kernels_multipole
+from vision_attn.bench.multipole import SAME, MultipoleProblem
+from vision_attn.cli import main
+from vision_attn.grid import Grid
+from vision_attn.kernels.multipole import Cells, multipole_attention
+from vision_attn.processors.multipole import Multipole
+
+CPU = torch.device("cpu")
+
+
+def test_the_small_case_is_checked_and_timed(tmp_path):
+    assert main(["bench", "kernels_multipole", "--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
+    (row,) = read_document(tmp_path / "kernels_multipole_cpu.json")["rows"]
+    assert row["case"] == "multipole-32-c8-n1-p4-e4-fp32"
+    ours, dense = row["candidates"]
+    assert ours["name"] == "ours" and set(ours["errors"]["twin"]) == set("oqkv") and ours["backward"]
+    assert dense["name"] == "SDPA" and dense["forward"]["ratio"] > 0
+
+
+@pytest.mark.parametrize("side", [24, 48], ids=["whole", "sampled rows"])
+@pytest.mark.parametrize(
+    "wrong", [None, dict(near=2), dict(pool=2), dict(exact=0)], ids=["right", "near", "pool", "exact"]
+)
+def test_a_wrong_operator_is_caught(side, wrong):
+    spec = Multipole(cell=4, near=1, pool=4, exact=2)
+    problem = MultipoleProblem("", Grid(side, side + 2, prefix=5), spec, heads=2, head_dim=32, dtype="float32")
+    cells = Cells(**dict(cell=4, near=1, pool=4, exact=2) | (wrong or {}))
+
+    def run(q, k, v):
+        return multipole_attention(q, k, v, problem.grid, cells, backend="torch")
+
+    shares = problem.errors(SAME, run, problem.inputs(CPU), gradients=side == 24)
+    assert (max(shares.values()) <= 1) == (wrong is None)
+    assert set(shares) == (set("oqkv") if side == 24 else {"o"})
+
+
+def test_the_cases_are_the_issues():
+    found = {case.name: case for case in kernels_multipole.cases(torch.device("cuda"))}
+    for side, exact in ((128, 0), (128, 4), (256, 0), (256, 4), (512, 4)):
+        assert found[f"multipole-{side}-c8-n1-p4-e{exact}"].peers == ("clear r16", "cuDNN")
+    assert {"multipole-128-c8-n1-p2-e0", "multipole-256-c8-n1-p2-e0"} <= set(found)
+    assert all(case.grid.prefix == 512 and case.heads == 24 and case.head_dim == 128 for case in found.values())
+    assert "ours" in found["multipole-256-c8-n1-p4-e4"].backward

@@ -1,0 +1,43 @@
+"""Multipole attention at FLUX's shapes, beside a disc of radius 16 and dense attention; choice and means included."""
+
+from typing import Any
+
+import torch
+
+from vision_attn.bench.measure import Measurement
+from vision_attn.bench.multipole import CANDIDATES, MultipoleProblem
+from vision_attn.grid import Grid
+from vision_attn.processors.multipole import Multipole
+
+__all__ = ["CANDIDATES", "TITLE", "cases", "row"]
+
+TITLE = (
+    "Multipole attention, the whole operator on `[B, N, H, D]` tensors with its means, its choice of cells and the "
+    "rows of 512 text tokens. `clear r16` is local attention in a disc of radius 16, cuDNN computes dense attention"
+)
+_SETTINGS = (  # cell, near, pool, exact
+    (8, 1, 4, 0), (8, 1, 4, 4), (8, 1, 2, 0), (8, 1, 2, 4), (8, 0, 4, 8), (4, 1, 4, 8),
+)  # fmt: skip
+_QUICK = ("multipole-128-c8-n1-p4-e4",)
+
+
+def cases(device: torch.device, quick: bool = False) -> list[MultipoleProblem]:
+    """Return the cases for a device; a CPU gets small ones in float32."""
+    if device.type == "cpu":
+        small: dict[str, Any] = dict(heads=2, head_dim=32, dtype="float32")
+        side, both = 32 if quick else 64, ("ours", "SDPA")
+        return [MultipoleProblem("Multipole", Grid(side, side, prefix=32), Multipole(), ("SDPA",), both, **small)]
+    every = [_case(side, *setting) for side in (64, 128, 256) for setting in _SETTINGS]
+    every += [_case(512, 8, 1, 4, 0), _case(512, 8, 1, 4, 4)]
+    return [case for case in every if not quick or case.name in _QUICK]
+
+
+def row(case: MultipoleProblem, measurement: Measurement) -> dict[str, Any]:
+    """Measure one case; see `Measurement.row`."""
+    return measurement.row(case, CANDIDATES)
+
+
+def _case(side: int, cell: int, near: int, pool: int, exact: int) -> MultipoleProblem:
+    spec = Multipole(cell=cell, near=near, pool=pool, exact=exact)
+    backward: tuple[str, ...] = ("ours", "clear r16") if spec in (Multipole(), Multipole(exact=0)) else ()
+    return MultipoleProblem("Multipole", Grid(side, side, prefix=512), spec, ("clear r16", "cuDNN"), backward)
