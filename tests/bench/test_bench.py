@@ -111,7 +111,7 @@ def test_an_entry_is_one_file(tmp_path, monkeypatch):
     monkeypatch.setattr(entries, "__path__", [*entries.__path__, str(tmp_path)])
     assert [entry.TITLE for entry in find_entries("kernels_new")] == ["new"]
     assert [entry.__name__.rpartition(".")[2] for entry in find_entries("kernels")][-2:] == [
-        "kernels_local",
+        "kernels_multipole",
         "kernels_new",
     ]
 

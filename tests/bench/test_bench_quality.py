@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vision_attn import Clear, Multipole, Neighborhood, Softmax
-from vision_attn.bench.document import check_document, read_document
+from vision_attn.bench.document import check_document, merged, read_document
 from vision_attn.bench.entries import quality_teachers
 from vision_attn.bench.measure import Measurement
 from vision_attn.bench.quality.contenders import DEFAULT, DISCS, MULTIPOLES, Contender
@@ -68,6 +68,19 @@ def test_the_cases_are_the_issues():
         ("flux-128", "kd_error"): 3e-4, ("flux-128", "psnr_db"): 33,
         ("flux-256", "kd_error"): 6e-3, ("flux-256", "psnr_db"): 18.5, ("unet-256", "psnr_db"): 23.5,
     }  # fmt: skip
+
+
+def test_a_second_run_keeps_what_it_does_not_measure(stored, tmp_path):
+    path = tmp_path / stored.name
+    path.write_text(stored.read_text())
+    before = read_document(path)["rows"][0]
+    command = ["bench", "quality_teachers", "--device", "cpu", "--quick", "--out", str(tmp_path)]
+    assert main([*command, "--candidates", "clear r8"]) == 0
+    (after,) = read_document(path)["rows"]
+    assert [c["name"] for c in after["candidates"]] == [c["name"] for c in before["candidates"]]
+    assert after["candidates"][1:] == before["candidates"][1:] and "clear r8" in after["command"]
+    other = {**after, "shape": {}, "candidates": after["candidates"][:1]}
+    assert len(merged([before], [other], [before["case"]])[0]["candidates"]) == 1  # another problem
 
 
 def test_a_candidate_needs_measures_or_a_reason(stored):

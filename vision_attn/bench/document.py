@@ -14,7 +14,8 @@ A row of whole models has no subject (null), no `needed_flop` and no `errors`. I
 needed, holds}, see `overview.py`; and its PASS has `batch`, `speedup` over the row's reference, and `memory`, which is
 {bytes, above}: the peak, and the part of it above the weights.
 
-A row of fidelity has no times: its candidates have `quality`, measures by name, in the place of the passes.
+A row of fidelity has no times: its candidates have `quality`, measures by name, in the place of the passes. They may be
+of several runs of the same versions.
 """
 
 import datetime
@@ -164,9 +165,28 @@ def stored_rows(path: Path, fresh: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def merged(stored: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], order: Sequence[str]) -> list:
-    """Return the stored rows and the new ones, which replace them, in `order`; a case not in `order` is dropped."""
-    by_name = {row["case"]: row for row in (*stored, *rows)}
+    """Return the stored rows and the new ones, which replace them, in `order`; a case not in `order` is dropped.
+
+    Of a row of fidelity the candidates stay that were not measured again: nothing is timed, so that they need not be of
+    one run.
+    """
+    by_name = {row["case"]: row for row in stored}
+    for row in rows:
+        by_name[row["case"]] = _joined(by_name.get(row["case"]), row)
     return [by_name[name] for name in dict.fromkeys(order) if name in by_name]
+
+
+def _joined(stored: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]:
+    """Return a new row with the candidates and verdicts of a stored one that it lacks, if both are of fidelity."""
+    measured = [c for each in (stored, row) if each for c in each.get("candidates", ())]
+    alike = stored is not None and stored.get("shape") == row.get("shape")
+    if stored is None or not alike or not measured or not all("quality" in c for c in measured):
+        return row
+    parts = {
+        part: list({each[key]: each for each in (*stored[part], *row[part])}.values())
+        for part, key in (("candidates", "name"), ("musts", "text"))
+    }
+    return row | parts
 
 
 def write_document(path: Path, document: dict[str, Any]) -> None:
