@@ -5,10 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
+from vision_attn.kernels.backend import custom_op
 from vision_attn.kernels.triton import launching as triton_launching
-from vision_attn.kernels.triton.launching import Bound, Kernel, custom_op, hopper, layout, planned
+from vision_attn.kernels.triton.launching import Bound, Kernel, hopper, layout, planned
 
 
 class Jit:
@@ -207,5 +209,47 @@ def test_what_watches_sees_the_operator(doubled):
         pass
 
     double(x.as_subclass(Own), 2.0)
-    assert torch.vmap(lambda t: double(t, 2.0))(x[None]).tolist() == [[2.0] * 3]
+    rows = torch.autograd.grad(double(leaf, 3.0), leaf, torch.eye(3), is_grads_batched=True)[0]  # by an older vmap
+    assert rows.tolist() == (3 * torch.eye(3)).tolist()
     assert calls.direct == 0
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["refuses", "has-a-plain-form"])
+def test_transforms_need_a_plain_form(plain):
+    made.append(f"vision_attn_test::doubled_{len(made)}")
+    double = custom_op(made[-1], (lambda x: x * 2) if plain else None)(double_up)
+    x, t = torch.ones(3), torch.tensor([1.0, 2.0, 3.0])
+
+    def by_level():
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(double(forward_ad.make_dual(x, t))).tangent
+
+    transforms = {
+        "jvp": lambda: torch.func.jvp(double, (x,), (t,))[1],
+        "level": by_level,
+        "vmap": lambda: torch.func.vmap(double)(t[None])[0],
+        "grad": lambda: torch.func.grad(lambda x: (double(x) * t).sum())(x),
+        "compiled": lambda: torch.compile(lambda x: torch.func.jvp(double, (x,), (t,))[1], backend="eager")(x),
+    }
+    for transform in transforms.values():
+        if plain:
+            assert transform().tolist() == [2.0, 4.0, 6.0]
+        else:
+            with pytest.raises(NotImplementedError, match=rf"{made[-1]} has no forward-mode .* use backend='torch'"):
+                transform()
+
+
+def test_the_derivative_of_a_derivative_without_one_names_the_backends(doubled):
+    double, _ = doubled
+    x = torch.ones(3, requires_grad=True)
+    double.register_autograd(lambda ctx, do: (double_again(do), None), setup_context=lambda ctx, inputs, output: None)
+    (first,) = torch.autograd.grad(double(x, 2.0).sin().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"doubled_again has no derivative: .* backend='torch'"):
+        first.sum().backward()
+
+
+def double_up(x: Tensor) -> Tensor:
+    return x * 2
+
+
+double_again = custom_op("vision_attn_test::doubled_again")(double_up)

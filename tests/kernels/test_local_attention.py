@@ -123,7 +123,7 @@ def test_opcheck(case, monkeypatch):
     inputs = draw(case, torch.float32)
     run(case, inputs, "torch")
     torch.library.opcheck(
-        op, tuple(t.detach().requires_grad_(t.requires_grad) if torch.is_tensor(t) else t for t in calls[0])
+        op.registered, tuple(t.detach().requires_grad_(t.requires_grad) if torch.is_tensor(t) else t for t in calls[0])
     )
 
 

@@ -145,6 +145,7 @@ DIRECT = dict(direct_k=(B, 2, H, D), direct_v=(B, 2, H, D))
 CASES = [
     local("disc", BARE, dict(radius=1.5)),
     local("disc-text-mask-pooled", TEXT, dict(radius=2), mask=HIDDEN, **POOLED),
+    local("disc-counted-cells", Grid(2, 4, prefix=1), dict(radius=1.5, cell=2), **PAIR),
     local("square-bias", BARE, dict(kernel_size=(3, 2)), bias=(H, 5, 3)),
     local("dilated-text-bias-pooled", Grid(4, 5, prefix=1), dict(kernel_size=2, dilation=2), bias=(H, 3, 3), **PAIR),
     local("covering-text-mask", TEXT, dict(radius=9), mask=HIDDEN),
@@ -166,6 +167,13 @@ CASES = [
     Case("hedgehog", dict(x=(B, 4, H, D), weight=(H, D, D)), phi),
     multipole("pooled", Grid(4, 6), dict(cell=2, near=0, pool=2, exact=1)),
     multipole("cut-text-mask", Grid(1, 7, prefix=2, suffix=1), dict(cell=2, near=0, pool=1, exact=1), mask=HIDDEN),
-    multipole("group-unlearned", Grid(6, 4), dict(cell=2, near=0, pool=2, exact=1, group=2), learned=False),
+    multipole("group-unlearned", Grid(6, 4), dict(cell=2, near=0, pool=2, exact=1, group=2, spread=0.5), learned=False),
     multipole("covering-text", TEXT, dict(cell=4, pool=2)),
 ]
+
+
+# Rows whose Triton kernels have a backward; a cell of less than 3 x 3 tokens is too small for multipole's
+TRITON = [
+    case for case in CASES if str(case) in ("local-disc", "linear-elu", "mean-plain", "agent-plain", "window-even")
+]
+TRITON.append(multipole("cells-of-3", Grid(6, 6), dict(cell=3, near=0, pool=3, exact=1)))

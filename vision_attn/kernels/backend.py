@@ -2,6 +2,9 @@
 
 An implementation is `reference`, `torch` or `triton`. `auto` takes the first of `triton`, `torch` that can run. An
 implementation asked for by name runs or raises: it never falls back to another one.
+
+Code that PyTorch cannot look into, like a kernel, is a `CustomOp`. Its first derivative is code of the same kind. For
+everything else - second and forward-mode derivatives, `torch.func`, export - it has a plain form in PyTorch or refuses.
 """
 
 import functools
@@ -10,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from vision_attn._checks import is_int
 from vision_attn.grid import Grid
@@ -80,6 +84,128 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return run
+
+
+def transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation is active, of which no kernel knows."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def exporting() -> bool:
+    """Whether a program for elsewhere is being made, which has none of our kernels: `torch.export`, ONNX."""
+    if torch.compiler.is_exporting():
+        return True
+    return torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export()
+
+
+class CustomOp:
+    """An operator of PyTorch around code that it cannot look into: autograd and `torch.compile` see it as one call.
+
+    It is called directly where nothing of PyTorch has a part in the call: `torch.library` takes 50 us from Python to
+    Python, which is too much in inference.
+
+    Args:
+        name: `vision_attn::` and what it computes.
+        function: Of tensors, None and numbers.
+        plain: The same in differentiable PyTorch. It takes over wherever the operator would have to be looked into. An
+            operator without it raises an error there.
+
+    Attributes:
+        registered: The operator of `torch.library`.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any], plain: Callable[..., Any] | None = None) -> None:
+        self._name, self._function, self._plain = name, function, plain
+        self.registered = torch.library.custom_op(name, function, mutates_args=())
+        self.register_fake, self.register_autograd = self.registered.register_fake, self.registered.register_autograd
+        self.register_autograd(self._no_derivative)
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the operator.
+
+        Raises:
+            NotImplementedError: If a plain form is needed and there is none.
+        """
+        if transformed() or exporting():
+            if self._plain is not None:
+                return self._plain(*args)
+            if transformed() or torch.onnx.is_in_onnx_export():
+                raise NotImplementedError(
+                    f"{self._name} has no forward-mode derivative and runs neither under torch.func nor in ONNX: "
+                    f"{_OTHERS}"
+                )
+        return self.registered(*args) if _watched(args) else self._function(*args)
+
+    def register_gradient(self, gradient: Callable[..., tuple[Tensor, ...]]) -> None:
+        """Register the gradients of an operator of one output that has a plain form, for the derivatives beyond them.
+
+        Args:
+            gradient: Takes the output's gradient and the operator's arguments, and returns the gradients of the first
+                of these; what it returns for None is dropped.
+        """
+        plain = self._plain
+        assert plain is not None
+
+        def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            ctx.tensors = [i for i, a in enumerate(inputs) if isinstance(a, Tensor)]
+            ctx.save_for_backward(*[inputs[i] for i in ctx.tensors])
+            ctx.args = [None if isinstance(a, Tensor) else a for a in inputs]
+
+        def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+            args = list(ctx.args)
+            for i, t in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+                args[i] = t
+            if torch.is_grad_enabled() or transformed():  # derivatives of these gradients are wanted, or many at once
+                return plain_gradients(plain, args, do)
+            grads = [g if isinstance(a, Tensor) else None for g, a in zip(gradient(do, *args), args, strict=False)]
+            return *grads, *[None] * (len(args) - len(grads))
+
+        self.register_autograd(backward, setup_context=save)
+
+    def _no_derivative(self, ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError(f"{self._name} has no derivative: for second derivatives, {_OTHERS}")
+
+
+_OTHERS = "use backend='torch' or backend='reference'"
+_PLAIN = (Tensor, nn.Parameter)
+_is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor  # by `is_grads_batched=True`
+
+
+def custom_op(name: str, plain: Callable[..., Any] | None = None) -> Callable[[Callable[..., Any]], CustomOp]:
+    """Return a decorator that makes a function of tensors and numbers a `CustomOp`."""
+    return lambda function: CustomOp(name, function, plain)
+
+
+def plain_gradients(plain: Callable[..., Tensor], args: Sequence[Any], do: Tensor) -> tuple[Tensor | None, ...]:
+    """Return differentiable gradients of a function's floating-point arguments, None for the others.
+
+    Args:
+        plain: The function, in differentiable PyTorch.
+        args: Its arguments.
+        do: The gradient of its output.
+    """
+    at = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
+
+    def of(*tensors: Tensor) -> Tensor:
+        whole = list(args)
+        for i, t in zip(at, tensors, strict=True):
+            whole[i] = t
+        return plain(*whole)
+
+    grads = dict(zip(at, torch.func.vjp(of, *[args[i] for i in at])[1](do), strict=True))
+    return tuple(grads.get(i) for i in range(len(args)))
+
+
+def _watched(args: tuple[Any, ...]) -> bool:
+    """Whether autograd, a tracer, a mode or a subclass of tensors has to know of a call."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+        return True
+    if torch._C._len_torch_dispatch_stack():
+        return True
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if any(type(t) not in _PLAIN or _is_batched(t) for t in tensors):
+        return True
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def refuse_unlike(q: Tensor, **others: Tensor) -> None:

@@ -1,10 +1,16 @@
-"""Dense attention over `[B, N, H, D]` tensors, and the tokens outside a grid, which attend to everything."""
+"""Dense attention over `[B, N, H, D]` tensors, and the tokens outside a grid, which attend to everything.
+
+PyTorch's fused attention has first derivatives only. Here plain PyTorch gives the others.
+"""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vision_attn.grid import Grid
+from vision_attn.kernels.backend import plain_gradients, transformed
 
 
 def dense_attention(
@@ -24,8 +30,70 @@ def dense_attention(
     Returns:
         `[B, N, H, D]`.
     """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+    if transformed():
+        return _plain(q, k, v, mask, scale).transpose(1, 2)
+    learned = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, mask))
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state()  # which gives no second derivatives
+    if not learned or traced:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+    second = _Second(scale)
+    q, k, v, mask = _Inputs.apply(second, q, k, v, mask)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    o.register_hook(second.note)
+    return o.transpose(1, 2)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attend over `[B, H, N, D]` tensors in plain PyTorch, in float32 at least."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    logits = (q.to(wide) * scale) @ k.to(wide).mT
+    if mask is not None:
+        logits = logits + mask if mask.dtype != torch.bool else logits.masked_fill(~mask, -torch.inf)
+    return (logits.softmax(-1) @ v.to(wide)).to(q.dtype)
+
+
+class _Second:
+    """What one call of fused attention needs for second derivatives.
+
+    Attributes:
+        scale: Factor of the logits.
+        do: The gradient of its output, during a backward that is to be differentiated.
+    """
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+        self.do: Tensor | None = None
+
+    def note(self, do: Tensor) -> None:
+        """Keep the gradient of the output for `_Inputs`, if gradients of gradients are wanted."""
+        self.do = do if torch.is_grad_enabled() else None
+
+
+class _Inputs(torch.autograd.Function):
+    """Pass q, k, v and mask on; in a backward that is to be differentiated, give them gradients in plain PyTorch."""
+
+    @staticmethod
+    def forward(ctx: Any, second: _Second, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Keep the tensors, which fused attention keeps too."""
+        ctx.set_materialize_grads(False)
+        ctx.second = second
+        ctx.save_for_backward(*tensors)
+        same = [None if t is None else t.view_as(t) for t in tensors]
+        fixed = [
+            s for s, t in zip(same, tensors, strict=True) if s is not None and t is not None and not t.requires_grad
+        ]
+        ctx.mark_non_differentiable(*fixed)
+        return tuple(same)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Replace the gradients of fused attention if they are to be differentiated."""
+        do, ctx.second.do = ctx.second.do, None
+        if do is None:
+            return None, *grads
+        return None, *plain_gradients(_plain, (*ctx.saved_tensors, ctx.second.scale), do)[:-1]
 
 
 def full_mask(mask: Tensor | None, grid: Grid, extra: int = 0) -> Tensor | None:

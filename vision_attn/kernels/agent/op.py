@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vision_attn.kernels.triton.launching import bytes_of_mask, custom_op, packed
+from vision_attn.kernels.backend import custom_op
+from vision_attn.kernels.triton.launching import bytes_of_mask, packed
 
 
 def agent_attention_triton(

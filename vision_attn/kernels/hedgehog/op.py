@@ -5,7 +5,8 @@ The kernel is in `forward.py`; triton is imported when it first runs.
 
 from torch import Tensor
 
-from vision_attn.kernels.triton.launching import custom_op, inference_reasons, packed
+from vision_attn.kernels.backend import custom_op
+from vision_attn.kernels.triton.launching import inference_reasons, packed
 
 LEAST = 1e-12  # of a feature: sums of them divide
 MOST = 128  # channels of a head whose matrix shared memory holds

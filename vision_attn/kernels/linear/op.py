@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vision_attn.kernels.triton.launching import DTYPES, aligned, custom_op
+from vision_attn.kernels.backend import custom_op
+from vision_attn.kernels.triton.launching import DTYPES, aligned
 
 
 def linear_attention_triton(

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from vision_attn.grid import Grid
+from vision_attn.kernels.backend import custom_op
 from vision_attn.kernels.dense import outside
-from vision_attn.kernels.triton.launching import aligned, custom_op
+from vision_attn.kernels.triton.launching import aligned
 
 
 def linear_local_attention_triton(

@@ -26,6 +26,7 @@ from torch import Tensor
 from vision_attn._checks import check_int, check_number
 from vision_attn.grid import Grid
 from vision_attn.kernels.backend import Implementation, PerAxis, check_inputs, check_mask, per_axis, pick
+from vision_attn.kernels.dense import full_mask
 from vision_attn.kernels.local.op import local_attention_lse, local_attention_triton
 from vision_attn.kernels.local.portable import local_attention_torch
 from vision_attn.kernels.triton.launching import triton_reasons
@@ -209,7 +210,7 @@ def local_attention(
     if backend == "auto" and (not q.is_cuda or (window.covers(grid) and window.bias is None)):
         reasons = ["on a CPU it is interpreted, and a window that covers the grid is dense attention"]
     else:
-        reasons = triton_reasons(q)
+        reasons = triton_reasons(q, auto=backend == "auto")
     if window.cell:
         reasons = [*reasons, "its kernels do not count the tokens of pooled keys"]
     implementations = {
@@ -257,9 +258,9 @@ def _reference(
     seen[:, grid.image, grid.image] = window.allowed(grid, q.device)
     seen[:, : grid.prefix, N:] = False
     seen[:, grid.image.stop :, N:] = False
-    if mask is not None:
-        seen[:, :, : grid.prefix] &= mask[:, None, : grid.prefix]
-        seen[:, :, grid.image.stop : N] &= mask[:, None, grid.prefix :]
+    whole = full_mask(mask, grid, pooled[0].shape[1])
+    if whole is not None:
+        seen = seen & whole[:, 0]
     k, v = torch.cat([k, pooled[0]], 1), torch.cat([v, pooled[1]], 1)
     logits = torch.einsum("bnhd,bmhd->bhnm", q.to(dtype), k.to(dtype)) * scale
     if window.bias is not None:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from vision_attn.grid import Grid
+from vision_attn.kernels.backend import custom_op
 from vision_attn.kernels.triton.launching import (
     block_of,
     bytes_of_mask,
-    custom_op,
     layout,
     next_power,
     packed,

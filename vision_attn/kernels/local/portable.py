@@ -6,7 +6,8 @@ batched matrix products and a softmax; the keys that all queries share (prefix, 
 without a copy. Queries outside the grid are dense and left to `scaled_dot_product_attention`.
 
 The grid part is a custom operator whose backward computes the weights again: autograd keeps nothing but its inputs.
-A dilated window is an undilated one on each of the dilation's sub-grids.
+A dilated window is an undilated one on each of the dilation's sub-grids. What else PyTorch may want of the operator,
+`plain.py` answers.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vision_attn.grid import Grid
+from vision_attn.kernels.backend import custom_op
 from vision_attn.kernels.dense import dense_attention, full_mask, outside, with_dense_rows
+from vision_attn.kernels.local.plain import plain_attention
 from vision_attn.kernels.local.strips import Strip, strips, subgrids
 
 if TYPE_CHECKING:
@@ -50,7 +53,7 @@ def local_attention_torch(
     return with_dense_rows(o, q, k, v, grid, mask=mask, scale=scale)
 
 
-@torch.library.custom_op("vision_attn::local_grid", mutates_args=())
+@custom_op("vision_attn::local_grid", plain_attention)
 def _grid_attention(
     q: Tensor, k: Tensor, v: Tensor, k_shared: Tensor, v_shared: Tensor, bias: Tensor | None, hidden: Tensor | None,
     size: Sequence[int], radius: float, kernel: Sequence[int], steps: Sequence[int], cell: int, scale: float,
@@ -82,7 +85,7 @@ def _(q: Tensor, *args: object) -> Tensor:
     return q.new_empty(q.shape)
 
 
-@torch.library.custom_op("vision_attn::local_grid_backward", mutates_args=())
+@custom_op("vision_attn::local_grid_backward")
 def _grid_attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, k_shared: Tensor, v_shared: Tensor, bias: Tensor | None,
     hidden: Tensor | None, size: Sequence[int], radius: float, kernel: Sequence[int], steps: Sequence[int],
@@ -130,18 +133,7 @@ def _(
     return *(q.new_empty(shape) for shape in shapes), q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:7])
-    ctx.rest = inputs[7:]  # type: ignore[attr-defined]
-
-
-def _backward(ctx: torch.autograd.function.FunctionCtx, do: Tensor) -> tuple:
-    tensors = ctx.saved_tensors  # type: ignore[attr-defined]
-    *grads, dbias = _grid_attention_backward(do, *tensors, *ctx.rest)  # type: ignore[attr-defined]
-    return *grads, None if tensors[5] is None else dbias, *[None] * 7
-
-
-_grid_attention.register_autograd(_backward, setup_context=_save)
+_grid_attention.register_gradient(_grid_attention_backward)
 
 
 def _heads_first(t: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ portable implementation, `op.py` the fused one.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vision_attn.grid import Grid
@@ -105,15 +106,14 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, grid: Grid, cells: Cells, mask: 
     """The definition: a softmax over all tokens and all means, with dense masks, in float64 if q is, else float32."""
     wide, device = torch.promote_types(q.dtype, torch.float32), q.device
     q, k, v, dtype = q.to(wide), k.to(wide), v.to(wide), q.dtype
-    layout, image, n = cells.layout(grid, device), grid.image, grid.image_tokens
+    layout, image = cells.layout(grid, device), grid.image
     chosen = choose_cells(q, k, grid, cells, scale=scale) if cells.chosen is None else cells.chosen
     number = _cell_of_token(layout.tokens[:-1], grid)  # [n]
     C, B, H = layout.near.shape[0], q.shape[0], q.shape[2]
     # who sees which cell exactly, [B, H, C, C]; none is the index C, which is dropped
-    exact = torch.zeros(B, H, C, C + 1, dtype=torch.bool, device=device).scatter_(3, chosen, True)
+    exact = torch.zeros(B, H, C, C + 1, dtype=torch.bool, device=device).scatter(3, chosen, True)
     exact = exact.scatter(3, layout.near.expand(B, H, -1, -1), True)[..., :C]
-    seen = torch.ones(B, H, n, grid.tokens, dtype=torch.bool, device=device)
-    seen[..., image] = exact[:, :, number][..., number]
+    seen = F.pad(exact[:, :, number][..., number], (grid.prefix, grid.suffix), value=True)  # [B, H, n, N]
     hidden = full_mask(mask, grid)
     seen = seen if hidden is None else seen & hidden
     logits = torch.einsum("bnhd,bmhd->bhnm", q[:, image], k) * scale

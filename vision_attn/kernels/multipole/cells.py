@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vision_attn._checks import check_int, check_number
 from vision_attn.grid import Grid
+from vision_attn.kernels.backend import exporting, transformed
 
 _MOST_SCORES = 1 << 24  # of mean queries and mean keys at a time
 
@@ -72,7 +73,9 @@ class Cells:
 
     def layout(self, grid: Grid, device: torch.device) -> "Layout":
         """Return who sees what on a grid."""
-        return _layout(grid.height, grid.width, self.cell, self.near, self.pool, device)
+        passing = torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack()
+        make = _layout if passing else _kept_layout  # the tensors of a transform or a mode must not outlive it
+        return make(grid.height, grid.width, self.cell, self.near, self.pool, device)
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,6 @@ def count_levels(height: int, width: int, cell: int, near: int) -> int:
     return levels
 
 
-@functools.lru_cache(maxsize=256)
 def _layout(height: int, width: int, cell: int, near: int, pool: int, device: torch.device) -> Layout:
     size = math.ceil(height / cell), math.ceil(width / cell)
     count = size[0] * size[1]
@@ -134,6 +136,9 @@ def _layout(height: int, width: int, cell: int, near: int, pool: int, device: to
         sides,
         torch.cat([_boxes(height, width, cell), empty]).to(device),
     )
+
+
+_kept_layout = functools.lru_cache(maxsize=256)(_layout)
 
 
 def _boxes(height: int, width: int, side: int) -> Tensor:
@@ -170,9 +175,20 @@ def _interactions(size: tuple[int, int], means: tuple[int, int], near: int, per_
     mean_x = mean_x * per_cell + inner
     there = seen[..., None, None] & (mean_y < means[0]) & (mean_x < means[1])
     found = torch.where(there, mean_y * means[1] + mean_x, -1).flatten(2).flatten(0, 1)  # [cells, all]
-    most = int((found >= 0).sum(1).max()) if found.numel() else 0
+    axes = [_met(n, m, near, per_cell) for n, m in zip(size, means, strict=True)]
+    most = max([wide_y * wide_x - own_y * own_x for wide_y, own_y in axes[0] for wide_x, own_x in axes[1]])
     order = (found < 0).long().argsort(dim=1, stable=True)[:, :most]
     return found.gather(1, order)
+
+
+def _met(cells: int, means: int, near: int, per_cell: int) -> set[tuple[int, int]]:
+    """How many means along an axis lie in the neighbourhoods of a cell's parent and of the cell, for all cells."""
+
+    def inside(first: int, stop: int) -> int:
+        return max(0, min(stop * per_cell, means) - max(first, 0) * per_cell)
+
+    parents = ((i, 2 * (i // 2 - near)) for i in range(cells))
+    return {(inside(low, low + 2 * (2 * near + 1)), inside(i - near, i + near + 1)) for i, low in parents}
 
 
 def counts_of(layout: Layout, slots: Tensor, chosen: Tensor) -> Tensor:
@@ -266,7 +282,7 @@ def choose_cells(q: Tensor, k: Tensor, grid: Grid, cells: Cells, *, scale: float
     layout = cells.layout(grid, q.device)
     C, E = layout.near.shape[0], cells.exact
     B, _, H, D = q.shape
-    if not E or not B or cells.covers(grid):
+    if not E or cells.covers(grid) or not B:
         return torch.full((B, H, C, E), C, device=q.device)
     scale = D**-0.5 if scale is None else scale
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
@@ -277,7 +293,7 @@ def choose_cells(q: Tensor, k: Tensor, grid: Grid, cells: Cells, *, scale: float
             low, high = _cell_bounds(k[:, grid.image], grid, cells.cell)
             mean_q = torch.cat([mean_q.clamp(min=0), mean_q.clamp(max=0)], -1)
             keys = torch.cat([torch.lerp(keys, bound, cells.spread) for bound in (high, low)], -1)
-        step = max(1, _MOST_SCORES // (B * H * C))
+        step = C if exporting() else max(1, _MOST_SCORES // (B * H * C))  # an exported batch has any size
         parts = [
             _best(mean_q[:, :, i : i + step], keys, size, layout.near[i : i + step], E, cells.group)
             for i in range(0, C, step)

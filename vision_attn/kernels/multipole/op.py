@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vision_attn.grid import Grid
+from vision_attn.kernels.backend import custom_op
 from vision_attn.kernels.multipole.cells import Cells, choose_cells, means_of
 from vision_attn.kernels.multipole.pyramid import MeanTiles, Pyramid, pyramid
 from vision_attn.kernels.triton.launching import (
     block_of,
     bytes_of_mask,
-    custom_op,
     layout,
     next_power,
     packed,

@@ -1,7 +1,8 @@
 """Portable multipole attention in plain PyTorch: O(N * keys met) memory, any device, tuned for a CPU.
 
 Keys of the grid are laid out cell by cell, so that near and chosen cells are whole rows to gather. A part of the cells
-of one head is worked on at a time; the backward computes their weights again.
+of one head is worked on at a time; the backward computes their weights again. What else PyTorch may want of the
+operator, `plain.py` answers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vision_attn.grid import Grid
-from vision_attn.kernels.backend import full_precision
+from vision_attn.kernels.backend import custom_op, full_precision
 from vision_attn.kernels.dense import dense_attention, full_mask, outside, with_dense_rows
 from vision_attn.kernels.multipole.cells import Cells, Layout, choose_cells, counts_of, means_of
+from vision_attn.kernels.multipole.plain import plain_multipole
 
 _HIDDEN = -1e30
 _MOST_SCORES = 1 << 19  # logits computed at a time: 2 MiB in float32, which a cache holds
@@ -155,7 +157,7 @@ def _layout_of(size: Sequence[int], device: torch.device) -> Layout:
     return Cells(cell, near, pool, 0).layout(Grid(height, width), device)
 
 
-@torch.library.custom_op("vision_attn::multipole_grid", mutates_args=())
+@custom_op("vision_attn::multipole_grid", plain_multipole)
 def _multipole(
     q: Tensor, k: Tensor, v: Tensor, k_shared: Tensor, v_shared: Tensor, k_means: Tensor, v_means: Tensor,
     mass: Tensor | None, hidden: Tensor | None, chosen: Tensor, size: Sequence[int], scale: float,
@@ -181,7 +183,7 @@ def _(q: Tensor, *args: object) -> Tensor:
     return torch.empty_like(q)
 
 
-@torch.library.custom_op("vision_attn::multipole_grid_backward", mutates_args=())
+@custom_op("vision_attn::multipole_grid_backward")
 def _multipole_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, k_shared: Tensor, v_shared: Tensor, k_means: Tensor, v_means: Tensor,
     mass: Tensor | None, hidden: Tensor | None, chosen: Tensor, size: Sequence[int], scale: float,
@@ -225,18 +227,7 @@ def _(do: Tensor, *args: Any) -> tuple[Any, ...]:
     return *(t.new_empty(t.shape) for t in args[:7]), none if mass is None else mass.new_empty(mass.shape)
 
 
-def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:10])
-    ctx.rest = inputs[10:]
-
-
-def _backward(ctx: Any, do: Tensor) -> tuple:
-    tensors = ctx.saved_tensors
-    *grads, d_mass = _multipole_backward(do, *tensors, *ctx.rest)
-    return *grads, None if tensors[7] is None else d_mass, None, None, None, None
-
-
-_multipole.register_autograd(_backward, setup_context=_save)
+_multipole.register_gradient(_multipole_backward)
 
 
 def _scores(

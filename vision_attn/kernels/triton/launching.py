@@ -1,4 +1,4 @@
-"""From a call in PyTorch to launches of Triton kernels: custom operators, inputs, launch sizes, launches, TMA boxes.
+"""From a call in PyTorch to launches of Triton kernels: inputs, launch sizes, launches, TMA boxes.
 
 Nothing here imports Triton, which is optional: the modules that define kernels do, and they are imported when they
 first run. Launches take place on the GPU of their tensors, and calls alike share what Python works out for them.
@@ -14,50 +14,14 @@ from functools import cache, lru_cache, partial, wraps
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from vision_attn.kernels.backend import exporting, transformed
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LANES = 16  # rows of sums over tokens that no two threads share; they are added up once, at the end
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-_PLAIN = (Tensor, nn.Parameter)
 _MOST = 4096  # plans kept of one kind: shapes may come from a user's data
-
-
-class CustomOp:
-    """An operator of PyTorch around Triton code, which autograd, `torch.compile` and modes see as one call.
-
-    It is called directly where nothing of PyTorch has a part in the call: `torch.library` takes 50 us from Python to
-    Python, which is too much in inference.
-
-    Attributes:
-        registered: The operator of `torch.library`.
-    """
-
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        self._function = function
-        self.registered = torch.library.custom_op(name, function, mutates_args=())
-        self.register_fake, self.register_autograd = self.registered.register_fake, self.registered.register_autograd
-
-    def __call__(self, *args: Any) -> Any:
-        """Run the operator."""
-        return self.registered(*args) if _watched(args) else self._function(*args)
-
-
-def custom_op(name: str) -> Callable[[Callable[..., Any]], CustomOp]:
-    """Return a decorator that registers a function of tensors and numbers under `name`."""
-    return lambda function: CustomOp(name, function)
-
-
-def _watched(args: tuple[Any, ...]) -> bool:
-    """Whether autograd, a transform, a tracer, a mode or a subclass of tensors has to know of a call."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
-        return True
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
-        return True
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    if any(type(t) not in _PLAIN for t in tensors):
-        return True
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def triton_reasons(q: Tensor, *others: Tensor, constants: tuple[Tensor, ...] = (), auto: bool = False) -> list[str]:
@@ -79,6 +43,10 @@ def triton_reasons(q: Tensor, *others: Tensor, constants: tuple[Tensor, ...] = (
     reasons += [f"head_dim {D} is above 256" for D in sorted({t.shape[-1] for t in (q, *others)}) if D > 256]
     if any(t.requires_grad for t in constants) and torch.is_grad_enabled():
         reasons.append("rotary needs a gradient")
+    if transformed():
+        reasons.append("it runs under no transform of torch.func and has no forward-mode derivative, as 'torch' does")
+    if auto and exporting():
+        reasons.append("an exported program has no kernels of ours")
     if auto and not q.is_cuda:
         reasons.append("on a CPU it is interpreted")
     return reasons

@@ -22,11 +22,13 @@ from vision_attn.kernels.backend import (
     PerAxis,
     check_inputs,
     check_mask,
+    exporting,
     full_precision,
     per_axis,
     pick,
+    transformed,
 )
-from vision_attn.kernels.dense import full_mask, outside, with_dense_rows
+from vision_attn.kernels.dense import dense_attention, full_mask, outside, with_dense_rows
 from vision_attn.kernels.triton.launching import triton_reasons
 from vision_attn.kernels.window.op import window_attention_triton
 
@@ -88,10 +90,9 @@ def _torch(
         o = _with_shared(queries * scale, keys, values, k_shared, v_shared, inside, mask)
     else:
         hidden = None if inside is None else inside[:, None, None]
-        q_flat, k_flat, v_flat = (t.flatten(0, 1).transpose(1, 2) for t in (queries, keys, values))
         if hidden is not None:
             hidden = hidden.expand(q.shape[0], -1, -1, -1, -1).flatten(0, 1)
-        o = F.scaled_dot_product_attention(q_flat, k_flat, v_flat, hidden, scale=scale).transpose(1, 2)
+        o = dense_attention(*(t.flatten(0, 1) for t in (queries, keys, values)), mask=hidden, scale=scale)
         o = o.unflatten(0, queries.shape[:2])
     return with_dense_rows(from_cells(o, grid, cell), q, k, v, grid, mask=mask, scale=scale)
 
@@ -127,6 +128,8 @@ def _with_shared(
     q: Tensor, k: Tensor, v: Tensor, k_shared: Tensor, v_shared: Tensor, inside: Tensor | None, mask: Tensor | None
 ) -> Tensor:
     """Attend to the own cell and to the shared keys `[B, H, E, D]`, some cells at a time."""
+    if transformed() or exporting():  # neither knows of checkpoints, and an exported batch has any size
+        return _cells(q, k, v, k_shared, v_shared, inside, mask)
     cells, L = q.shape[1:3]
     step = max(1, _MAX_SCORES // max(1, q.shape[0] * q.shape[3] * L * (L + k_shared.shape[2])))
     outputs = []
@@ -168,7 +171,7 @@ def _reference(
     seen[:, grid.image, grid.image] = number == number[:, None]
     whole = full_mask(mask, grid)
     if whole is not None:
-        seen &= whole[:, 0]
+        seen = seen & whole[:, 0]
     logits = torch.einsum("bnhd,bmhd->bhnm", q.to(dtype), k.to(dtype)) * scale
     weights = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
     return torch.einsum("bhnm,bmhd->bnhd", weights, v.to(dtype)).to(q.dtype)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from vision_attn.grid import Grid
+from vision_attn.kernels.backend import custom_op
 from vision_attn.kernels.dense import outside, with_dense_rows
-from vision_attn.kernels.triton.launching import custom_op, packed
+from vision_attn.kernels.triton.launching import packed
 
 
 def window_attention_triton(
