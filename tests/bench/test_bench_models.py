@@ -7,6 +7,7 @@ import timm
 import torch
 from torch import nn
 
+from vision_attn import Clear, Multipole
 from vision_attn.backbones.nat.attention import NeighborhoodAttention
 from vision_attn.bench import models as bench_models
 from vision_attn.bench.candidate import AbsentError
@@ -16,6 +17,7 @@ from vision_attn.bench.models import DenseSelfAttention, Entrant, ModelCase, mak
 from vision_attn.bench.overview import Must, add_speedups, images_table, judge
 from vision_attn.bench.timing import Launch
 from vision_attn.cli import main
+from vision_attn.conversion.conversion import Conversion
 
 CPU = torch.device("cpu")
 
@@ -54,8 +56,13 @@ def test_tables_and_plots(stored, tmp_path, capsys):
 
 def test_the_cases_are_the_issues():
     found = {case.name: case for case in models.cases(torch.device("cuda"))}
-    assert set(found) == {f"{group}-{size}" for group in ("nat", "linear") for size in (224, 384, 1024)}
-    assert all(case.batch == (16 if case.size == 1024 else 128) for case in found.values())
+    vits = {name: case for name, case in found.items() if name.startswith("vit")}
+    assert set(found) - set(vits) == {f"{group}-{size}" for group in ("nat", "linear") for size in (224, 384, 1024)}
+    assert [case.size for case in vits.values()] == [518, 1036, 2072]
+    assert all(
+        set(case.models) == {models.VIT, f"{models.VIT} multipole", f"{models.VIT} clear r16"} for case in vits.values()
+    )
+    assert all(c.batch == (16 if c.size == 1024 else 128) for name, c in found.items() if name not in vits)
     swin = models.SWIN
     factors = {(m, size): f for size in (224, 384, 1024) for m, o, f in found[f"nat-{size}"].factors if o == swin}
     assert factors == {(f"{m}_tiny", s): f for m in ("nat", "dinat") for s, f in ((224, 1), (384, 1.3), (1024, 1.3))}
@@ -64,6 +71,14 @@ def test_the_cases_are_the_issues():
     assert all(twin in (*found["nat-1024"].models, *found["linear-1024"].models) for twin in twins.values())
     assert twins["dinat_tiny"] == "nat_tiny dense twin"
     assert {e.name for case in found.values() for e in case.entrants} <= {c.name for c in models.CANDIDATES}
+
+
+def test_a_converted_transformer_attends_as_its_name_says():
+    (case,) = (case for case in models.cases(CPU) if case.name == "vit-512")
+    specs = [Conversion.of(case.build(name, CPU)).spec for name in case.models[1:]]
+    assert specs == [Multipole(), Clear(radius=16)]
+    row = model_row(case, CPU, rounds=1, chosen=tuple(f"{name} eager" for name in case.models))
+    assert all(candidate["forward"]["speedup"] > 0 for candidate in row["candidates"]) and len(row["candidates"]) == 3
 
 
 @pytest.mark.parametrize("name", ["nat_mini", "agent_swin_tiny", "litv2_small", "ravlt_tiny"])

@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from vision_attn.bench.candidate import AbsentError, reason_of
 from vision_attn.bench.overview import Must, add_speedups, judge
 from vision_attn.bench.timing import Launch, interleave, own_stream, peak_memory
+from vision_attn.conversion.conversion import convert
 from vision_attn.kernels.dense import dense_attention
+from vision_attn.processors import Clear, Multipole
 
 EAGER, COMPILED = "eager", "compiled"
 GRAPH = " graph"  # after a mode: replayed from a CUDA graph, so that the host's time is not counted
 MODES = (EAGER, COMPILED, EAGER + GRAPH, COMPILED + GRAPH)
 _TWIN = " dense twin"
+CONVERTED = {" multipole": Multipole(), " clear r16": Clear(radius=16)}  # after a model's name: how it attends
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Entrant:
     """A model run one way: a candidate.
 
     Args:
-        model: A name of timm's registry; with ' dense twin' after it, see `make_dense`.
+        model: A name of timm's registry; with ' dense twin' after it, see `make_dense`, and with a name of `CONVERTED`
+            after it, converted.
         mode: One of MODES.
     """
 
@@ -106,18 +110,22 @@ class ModelCase:
         import vision_attn.backbones  # noqa: PLC0415, F401, I001 - registers with timm, and comes before it
         import timm  # noqa: PLC0415
 
-        name = model.removesuffix(_TWIN)
+        converted = next((name for name in CONVERTED if model.endswith(name)), "")
+        name = model.removesuffix(converted).removesuffix(_TWIN)
         sized = dict(img_size=self.size) if name.startswith("swin") else {}  # its masks fit one size
         with torch.device(device):
             built = timm.create_model(name, **sized)
             if not sized and hasattr(built, "set_input_size"):
                 built.set_input_size(self.size)  # dilations, as the authors choose them
-            if name != model:
+            if model.endswith(_TWIN):
                 make_dense(built)
         for module in built.modules():
             if isinstance(module, nn.Conv2d):  # not the whole model: Agent's biases have five axes, the format four
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return built.eval().to(device, getattr(torch, self.dtype))
+        built = built.eval().to(device, getattr(torch, self.dtype))
+        if converted:
+            convert(built, CONVERTED[converted])
+        return built
 
 
 def model_row(case: ModelCase, device: torch.device, *, rounds: int = 4, chosen: tuple[str, ...] = ()) -> dict:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from vision_attn.bench.measure import Measurement
-from vision_attn.bench.models import Entrant, ModelCase, model_row, twin_of
+from vision_attn.bench.models import CONVERTED, Entrant, ModelCase, model_row, twin_of
 from vision_attn.bench.overview import images_table
 
 TITLE = (
@@ -20,6 +20,7 @@ TIMING = (
     "images per second over those of the row's reference in the same mode. Memory is the peak above the weights."
 )
 SWIN, PVT = "swin_tiny_patch4_window7_224", "pvt_v2_b2"
+VIT, VIT_SIDES = "vit_small_patch14_dinov2", (518, 1036, 2072)
 _NAT, _LINEAR = ("nat_tiny", "dinat_tiny"), ("litv2_small", "ravlt_small")
 
 
@@ -42,12 +43,16 @@ def cases(device: torch.device, quick: bool = False) -> list[ModelCase]:
     """Return the cases for a device; a CPU gets small ones in float32."""
     if device.type == "cpu":
         small: dict[str, Any] = dict(batch=2, dtype="float32")
+        vit = "vit_tiny_patch16_224"
         every = [_case("Nat", ("nat_mini",), SWIN, 64, 1.0, **small)]
-        return every if quick else [*every, _case("Linear", ("ravlt_tiny",), "pvt_v2_b0", 64, 1.0, **small)]
+        more = ModelCase("ViT, converted", 512, 1, (vit, *(f"{vit}{name}" for name in CONVERTED)), vit, dtype="float32")
+        return every if quick else [*every, _case("Linear", ("ravlt_tiny",), "pvt_v2_b0", 64, 1.0, **small), more]
     sizes = ((224, 1.0), (384, 1.3), (1024, 1.3))
     swins = [_case("NAT, DiNAT and Agent-Swin", (*_NAT, "agent_swin_tiny"), SWIN, size, f) for size, f in sizes]
     pvts = [_case("Linear: LITv2 and RAVLT", _LINEAR, PVT, size, f) for size, f in sizes]
-    return [*swins[:2], *pvts[:2], swins[2], pvts[2]] if not quick else swins[:2]
+    names = VIT, *(f"{VIT}{name}" for name in CONVERTED)
+    vits = [ModelCase("ViT-S/14 (DINOv2), converted", side, 4 if side > 2000 else 16, names, VIT) for side in VIT_SIDES]
+    return [*swins[:2], *pvts[:2], swins[2], pvts[2], *vits] if not quick else swins[:2]
 
 
 CANDIDATES: Sequence[Entrant] = tuple(
