@@ -15,6 +15,7 @@ from typing import Any
 from vision_attn._compat import ensure_torchvision
 from vision_attn.conversion.conversion import Conversion, convert
 from vision_attn.conversion.state import is_converted
+from vision_attn.graphs import disable, enable
 from vision_attn.hosts.selection import candidates_of, denoisers_of
 from vision_attn.processors import AttnSpec, make_spec
 
@@ -36,7 +37,8 @@ def set_attn_processor(pipe: Any, processor: Any, **options: Any) -> Conversion 
         processor: One of our specs (`Clear(radius=16)`), a sequence of them or a dictionary of them by pattern, as
             for `convert`; the name of one, with its fields in `options`; a processor of diffusers or a dictionary of
             them, which goes to the denoiser's own `set_attn_processor`; or None, which reverts the conversion.
-        options: Fields of a processor given by name, and options of `convert` such as `where` or `min_tokens`.
+        options: Fields of a processor given by name, and options of `convert` such as `where` or `min_tokens`; and
+            `graphs`: True replays the denoisers from CUDA graphs, False stops that (see `vision_attn.graphs`).
 
     Returns:
         The conversion; None if `processor` is one of diffusers or None.
@@ -45,6 +47,16 @@ def set_attn_processor(pipe: Any, processor: Any, **options: Any) -> Conversion 
         ValueError: If the name is unknown, or the conversion is refused; the pipeline is then as it was.
         TypeError: If an option is unknown, or `processor` is none of these.
     """
+    graphs = options.pop("graphs", None)
+    if graphs is not None and not isinstance(graphs, bool):
+        raise TypeError(f"graphs must be True or False, got {graphs!r}")
+    conversion = _set(pipe, processor, options)
+    if graphs is not None:
+        (enable if graphs else disable)(pipe)
+    return conversion
+
+
+def _set(pipe: Any, processor: Any, options: dict[str, Any]) -> Conversion | None:
     if processor is None:
         if options:
             raise TypeError(f"None takes no options, got {', '.join(options)}")

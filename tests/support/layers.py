@@ -7,7 +7,7 @@ ORDER = (
     ("kernels",),
     ("processors",),
     ("hosts", "backbones"),
-    ("adapters", "estimation"),
+    ("adapters", "estimation", "graphs"),
     ("conversion",),
     ("highres",),
     ("pipelines", "demo"),

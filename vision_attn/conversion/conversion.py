@@ -23,6 +23,7 @@ from vision_attn.conversion.state import (
     state_of,
 )
 from vision_attn.estimation.model import aligned
+from vision_attn.graphs import Graphs, enable
 from vision_attn.hosts import Host, find_host
 from vision_attn.hosts.selection import Specs, Where, assign, candidates_of, check_specs, select, targets_of
 from vision_attn.kernels.backend import check_backend
@@ -305,6 +306,26 @@ class Conversion:
         finally:
             for s, value in zip(shared, before, strict=True):
                 s.bypassed = value
+
+    @contextmanager
+    def graphs(self, *, most: int = 8) -> Iterator[Graphs]:
+        """Replay the forwards of the converted models from CUDA graphs inside the `with` block.
+
+        At small sizes Python takes longer than the GPU; a graph leaves it out. See `vision_attn.graphs.enable`, which
+        does it until it is disabled.
+
+        Args:
+            most: How many kinds of calls (shapes, dtypes, Python values) are kept for each model.
+
+        Raises:
+            ValueError: If the conversion was reverted, or `most` is below 1.
+        """
+        forwards = {name: enable(model, most=most).forwards[""] for name, model in self._converted()}
+        graphs = Graphs(forwards)
+        try:
+            yield graphs
+        finally:
+            graphs.disable()
 
     @contextmanager
     def use_grid(self, height: int, width: int) -> Iterator[None]:

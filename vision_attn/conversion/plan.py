@@ -105,7 +105,7 @@ class Plan:
         """Change the model."""
         self.shared.min_tokens = min_tokens
         self.shared.thresholds = tuple(sorted({t for _, _, state in self.layers for t in state.spec.thresholds}))
-        mark(self.model, self.shared, self.host)
+        mark(self.model, self.shared, self.host, self.contexts)
         for module, processor, state in self.layers:
             if getattr(module, "fused_attn", None) is False:
                 state.replaced["fused_attn"] = False
@@ -206,10 +206,10 @@ def _attention_backend(processor: Any) -> str | None:
     return None if backend is None else str(getattr(backend, "value", backend))
 
 
-def mark(model: nn.Module, shared: Shared, host: Host) -> None:
+def mark(model: nn.Module, shared: Shared, host: Host, contexts: list[GridContext]) -> None:
     """Mark a model as converted and watch its forward passes."""
     fingerprints = {name: Fingerprint.of(parameter) for name, parameter in model.named_parameters()}
-    remember(model, ModelState(shared, host, fingerprints))
+    remember(model, ModelState(shared, host, fingerprints, contexts=contexts))
     model.register_forward_pre_hook(_begin, with_kwargs=True)
     model.register_forward_hook(_end, always_call=True)
 

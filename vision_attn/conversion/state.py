@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vision_attn.conversion.grids import AwaitingBackward, GridContext
 from vision_attn.grid import Grid
 from vision_attn.hosts.host import Host
-from vision_attn.processors.base import AttnSpec
+from vision_attn.processors.base import AttnSpec, Processor
 
 LAYER, _MODEL = "_vision_attn", "_vision_attn_model"  # attributes of a rerouted module, and of its model
 
@@ -203,12 +203,26 @@ class ModelState:
         host: How the model's layers and their grids are found.
         fingerprints: Fingerprint of each parameter at conversion, to tell later which were trained.
         originals: The own data of the tensors that `load` replaced, by name, to put back on revert.
+        contexts: Where the layers find their grids.
     """
 
     shared: Shared
     host: Host
     fingerprints: dict[str, Fingerprint]
     originals: dict[str, Tensor] = field(default_factory=dict)
+    contexts: list[GridContext] = field(default_factory=list)
+
+    def graph_key(self, model: nn.Module) -> tuple[Any, ...]:
+        """Return what decides, beside its arguments, what the forward that begins runs: see `vision_attn.graphs`."""
+        grids = [(context.fixed, context.known() if context.reads else None) for context in self.contexts]
+        return self.shared.bypassed, self.shared.min_tokens, self.shared.here.moment, *grids
+
+    def graph_reason(self, model: nn.Module) -> str | None:
+        """Say why a forward cannot be recorded."""
+        for name, module in model.named_modules():
+            if isinstance(module, Processor) and module.counts_calls:
+                return f"{plain(name)} counts calls, which a recording does not"
+        return None
 
     def changed(self, model: nn.Module) -> set[str]:
         """Return the names of the model's own parameters that were written to or replaced since conversion.

@@ -62,9 +62,11 @@ class Processor(nn.Module, ABC):
     Attributes:
         wants: Whether `at` must be called with the moment before each forward. The processor that it returns gets the
             moment as one more argument of `forward` if it wants it too.
+        counts_calls: Whether what it computes depends on how often it was called, so no CUDA graph can replay it.
     """
 
     wants: bool = False
+    counts_calls: bool = False
 
     @abstractmethod
     def forward(

@@ -144,6 +144,7 @@ class MultipoleAttention(Processor):
     def __init__(self, spec: Multipole, layer: Layer) -> None:
         super().__init__()
         self.spec, self.backend = spec, layer.backend
+        self.counts_calls = spec.hold > 1 and spec.exact > 0
         self.mass = nn.Parameter(torch.zeros(layer.num_heads, LEVELS))
         self.pool_weight = nn.Parameter(torch.zeros(spec.pool, spec.pool))
         self._held = threading.local()
