@@ -23,7 +23,7 @@ from vision_attn.conversion.state import (
     state_of,
 )
 from vision_attn.estimation.model import aligned
-from vision_attn.graphs import Graphs, enable
+from vision_attn.graphs import Graphs, replaying
 from vision_attn.hosts import Host, find_host
 from vision_attn.hosts.selection import Specs, Where, assign, candidates_of, check_specs, select, targets_of
 from vision_attn.kernels.backend import check_backend
@@ -307,25 +307,9 @@ class Conversion:
             for s, value in zip(shared, before, strict=True):
                 s.bypassed = value
 
-    @contextmanager
-    def graphs(self, *, most: int = 8) -> Iterator[Graphs]:
-        """Replay the forwards of the converted models from CUDA graphs inside the `with` block.
-
-        At small sizes Python takes longer than the GPU; a graph leaves it out. See `vision_attn.graphs.enable`, which
-        does it until it is disabled.
-
-        Args:
-            most: How many kinds of calls (shapes, dtypes, Python values) are kept for each model.
-
-        Raises:
-            ValueError: If the conversion was reverted, or `most` is below 1.
-        """
-        forwards = {name: enable(model, most=most).forwards[""] for name, model in self._converted()}
-        graphs = Graphs(forwards)
-        try:
-            yield graphs
-        finally:
-            graphs.disable()
+    def graphs(self, *, most: int = 8) -> AbstractContextManager[Graphs]:
+        """Replay the converted models' forwards from CUDA graphs inside a `with` block: see `graphs.enable`."""
+        return replaying(dict(self._converted()), most)
 
     @contextmanager
     def use_grid(self, height: int, width: int) -> Iterator[None]:
@@ -359,13 +343,7 @@ class Conversion:
     def from_pretrained(cls, target: Any, source: str | Path, **options: Any) -> "Conversion":
         """Convert a model or pipeline as a saved adapter says: `vision_attn.load` under the name that diffusers uses.
 
-        Args:
-            target: What `convert` takes.
-            source: A folder, a safetensors file, or the name of a repository on the Hugging Face hub.
-            options: As for `vision_attn.load`, which also says what is raised.
-
-        Returns:
-            The conversion.
+        Args, `options` and errors are those of `load`.
         """
         return load(target, source, **options)
 

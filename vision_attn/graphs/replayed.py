@@ -6,7 +6,8 @@ import logging
 import threading
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -249,6 +250,21 @@ def enable(target: Any, *, most: int = 8) -> Graphs:
         now.most = most
         found[name] = now
     return Graphs(found)
+
+
+@contextmanager
+def replaying(models: Mapping[str, nn.Module], most: int = 8) -> Iterator[Graphs]:
+    """Do `enable` inside a `with` block.
+
+    Args:
+        models: Models by component name.
+        most: As for `enable`.
+    """
+    graphs = Graphs({name: enable(model, most=most).forwards[""] for name, model in models.items()})
+    try:
+        yield graphs
+    finally:
+        graphs.disable()
 
 
 def disable(target: Any) -> None:

@@ -55,11 +55,15 @@ class Watch:
         self._modules = list(self.model.modules())
         every = [vars(module) for module in self._modules]
         self._children = [attributes["_modules"] for attributes in every if attributes["_modules"]]
-        self._sized = [*every, *(d[kind] for d in every for kind in ("_forward_hooks", "_forward_pre_hooks"))]
+        self._sized: list[Any] = [
+            *every,
+            *(d[kind] for d in every for kind in ("_forward_hooks", "_forward_pre_hooks")),
+        ]
         self._tensors = [d[kind] for d in every for kind in ("_parameters", "_buffers") if d[kind]]
         watched = [vars(m) for m in self._modules if not type(m).__module__.startswith("torch.nn.modules.")]
-        processors = [d["processor"] for d in watched if hasattr(d.get("processor"), "__dict__")]
-        self._attributes = [_split(attributes) for attributes in (*watched, *map(vars, processors))]
+        processors = [vars(d["processor"]) for d in watched if hasattr(d.get("processor"), "__dict__")]
+        self._sized += processors
+        self._attributes = [_split(attributes) for attributes in (*watched, *processors)]
         self._modes = [m for m in self._modules if m is self.model or "Dropout" in type(m).__name__]
         self._built = self._structure()
         self._values = self._now()
@@ -169,7 +173,7 @@ def _hooked(module: nn.Module, name: str) -> str | None:
         return f"has a hook of diffusers ({', '.join(map(str, registry.hooks))})"
     if not name:
         return None
-    if "forward" in vars(module):
+    if getattr(vars(module).get("forward", module.forward), "__func__", None) is not type(module).forward:
         return "has a forward that was replaced"
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     foreign = [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("vision_attn.")]

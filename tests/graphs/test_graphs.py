@@ -1,0 +1,289 @@
+"""Graphs stand in the way of nothing, say why a call is eager, and on a GPU replay what an eager call computes."""
+
+import copy
+import inspect
+import pickle
+import threading
+
+import pytest
+import torch
+from tiny_hosts import HOST
+from tiny_pipelines import PIPELINE, add_lora, build_flux, build_sd, build_sd_controlnet, images_of
+
+import vision_attn.pipelines  # noqa: F401, pipelines get their set_attn_processor
+from vision_attn import Clear, LinFusion, Multipole, Schedule, Softmax, convert, graphs
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+
+
+def eager(model, inputs):
+    with torch.no_grad():
+        return model(**inputs)[0]
+
+
+@pytest.mark.parametrize("name", ["sd15-unet", "flux", "sd3"])
+def test_a_model_that_cannot_be_recorded_runs_as_ever(name):
+    model, inputs = HOST[name].build(), HOST[name].inputs(4, 4, 1, 5)
+    want = eager(model, inputs)
+    signature = inspect.signature(model.forward)
+    found = graphs.enable(model)
+    for _ in range(3):
+        assert torch.equal(eager(model, inputs), want)
+    assert inspect.signature(model.forward) == signature
+    assert found.status == {"": "eager: the model is on cpu, not on a CUDA device"} and found.memory == 0
+    graphs.disable(model)
+    assert "forward" not in vars(model)
+    assert torch.equal(eager(model, inputs), want)
+    graphs.disable(model)  # once more does nothing
+
+
+def test_gradients_run_eagerly_and_say_so():
+    model = HOST["sd15-unet"].build()
+    found = graphs.enable(model)
+    model(**HOST["sd15-unet"].inputs(4, 4, 1, 5))[0].sum().backward()
+    assert next(model.parameters()).grad is not None
+    assert "gradients are on" in found.status[""]
+
+
+def test_enabling_twice_is_the_same_as_once():
+    model = HOST["sd15-unet"].build()
+    first, again = graphs.enable(model), graphs.enable(model, most=2)
+    assert first.forwards[""] is again.forwards[""] and again.forwards[""].most == 2
+    again.disable()
+    assert "forward" not in vars(model)
+
+
+def test_copies_and_pickles_are_without_graphs():
+    model, inputs = HOST["sd15-unet"].build(), HOST["sd15-unet"].inputs(4, 4, 1, 5)
+    want = eager(model, inputs)
+    graphs.enable(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.forward.__self__ is other
+        with torch.no_grad():
+            other.conv_out.weight.zero_()
+        assert not torch.equal(eager(other, inputs), want)
+    assert torch.equal(eager(model, inputs), want)
+
+
+def test_hooks_of_accelerate_go_on_and_off_around_it():
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    model, inputs = HOST["sd15-unet"].build(), HOST["sd15-unet"].inputs(4, 4, 1, 5)
+    want = eager(model, inputs)
+    found = graphs.enable(model)
+    add_hook_to_module(model, ModelHook())
+    assert torch.equal(eager(model, inputs), want)
+    assert "hook of accelerate" in found.status[""]
+    graphs.disable(model)
+    remove_hook_from_module(model)
+    assert torch.equal(eager(model, inputs), want)
+    assert not isinstance(model.forward, type(found.forwards[""]))
+
+
+def test_a_pipeline_has_its_denoiser_and_controlnet_recorded():
+    assert list(graphs.enable(build_flux()).status) == ["transformer"]
+    assert list(graphs.enable(build_sd_controlnet()).status) == ["unet", "controlnet"]
+
+
+def test_a_processor_is_set_with_graphs():
+    pipe = build_sd()
+    pipe.set_attn_processor("clear", radius=1, graphs=True)
+    assert "forward" in vars(pipe.unet)
+    pipe.set_attn_processor(None, graphs=False)
+    assert "forward" not in vars(pipe.unet)
+    with pytest.raises(TypeError, match="graphs must be True or False, got 1"):
+        pipe.set_attn_processor("clear", radius=1, graphs=1)
+
+
+def test_a_conversion_has_graphs_in_a_block():
+    model, inputs = HOST["sd15-unet"].build(), HOST["sd15-unet"].inputs(4, 4, 1, 5)
+    conversion = convert(model, Clear(radius=1))
+    want = eager(model, inputs)
+    with conversion.graphs() as found:
+        assert torch.equal(eager(model, inputs), want) and "not on a CUDA device" in found.status[""]
+        assert set(conversion.status.values()) == {"rerouted"}
+    assert "forward" not in vars(model)
+
+
+@pytest.mark.slow
+def test_it_compiles_through():
+    model, inputs = HOST["sd15-unet"].build(), HOST["sd15-unet"].inputs(4, 4, 1, 5)
+    want = eager(model, inputs)
+    graphs.enable(model)
+    with torch.no_grad():
+        found = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs)[0]
+    torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: graphs.enable(3), TypeError, "give a diffusers pipeline or model"),
+        (lambda: graphs.enable(HOST["sd15-unet"].build(), most=0), ValueError, "most must be at least 1, got 0"),
+    ],
+    ids=["no-model", "most-0"],
+)
+def test_bad_arguments(call, error, text):
+    with pytest.raises(error, match=text):
+        call()
+
+
+SPECS = {
+    "stock": None,
+    "softmax": Softmax(),
+    "clear": Clear(radius=1),
+    "multipole": Multipole(cell=2, pool=1, near=0, exact=1),
+    "linfusion": LinFusion(),
+    "schedule": Schedule(((0.5, Clear(radius=1)), (1.0, Clear(radius=2)))),
+}
+
+
+def on_gpu(name, spec, dtype=torch.bfloat16):
+    model = HOST[name].build().to("cuda", dtype)
+    if spec is not None:
+        convert(model, spec)
+    return model
+
+
+def inputs_of(name, *sizes, dtype=torch.bfloat16, seed=0):
+    torch.manual_seed(seed)
+    found = {}
+    for key, value in HOST[name].inputs(*sizes).items():
+        found[key] = value.to("cuda") if isinstance(value, torch.Tensor) else value
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 2:
+            found[key] = torch.randn_like(found[key]).to(dtype)
+    return found
+
+
+@GPU
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("name", ["sd15-unet", "sdxl-unet", "flux", "sd3", "pixart"])
+def test_replays_are_bit_equal_to_eager_calls(name, spec):
+    """Two sizes and two batches in turn, different inputs each time; earlier outputs stay as they are."""
+    model = on_gpu(name, SPECS[spec])
+    calls = [inputs_of(name, *size, 5, seed=n) for n, size in enumerate([(4, 4, 1), (8, 8, 1), (4, 4, 2)] * 4)]
+    want = [eager(model, inputs).clone() for inputs in calls]
+    found = graphs.enable(model)
+    got = [eager(model, inputs) for inputs in calls]
+    assert "3 recorded" in found.status[""], found.status
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+    assert found.memory > 0
+
+
+@GPU
+def test_the_moment_and_the_grid_choose_the_recording():
+    model = on_gpu("flux", SPECS["schedule"])
+    calls = []
+    for grid in ((4, 6), (6, 4)):
+        for time in (0.9, 0.1):
+            calls.append({**inputs_of("flux", *grid, 1, 5), "timestep": torch.tensor([time], device="cuda")})
+    want = [eager(model, inputs) for inputs in calls]
+    assert not torch.equal(want[0], want[1]) and not torch.equal(want[0], want[2])
+    graphs.enable(model)
+    for _ in range(4):
+        for inputs, expected in zip(calls, want, strict=True):
+            assert torch.equal(eager(model, inputs), expected)
+
+
+@GPU
+def test_adapters_switched_between_replays_are_seen():
+    model = add_lora(HOST["sd15-unet"].build()).to("cuda", torch.bfloat16)
+    convert(model, Clear(radius=1))
+    inputs, found = inputs_of("sd15-unet", 4, 4, 1, 5), graphs.enable(model)
+
+    def in_place():
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.mul_(-1.5)
+
+    outputs = []
+    for change in (
+        lambda: None,
+        lambda: model.set_adapters(["default"], weights=[0.3]),
+        in_place,
+        model.disable_adapters,
+        model.enable_adapters,
+        model.fuse_lora,
+        model.unfuse_lora,
+    ):
+        change()
+        for _ in range(4):
+            got = eager(model, inputs)
+        found.forwards[""].enabled = False
+        want = eager(model, inputs)
+        found.forwards[""].enabled = True
+        assert torch.equal(got, want)
+        outputs.append(want)
+    assert len({float(o.double().sum()) for o in outputs}) >= 4
+    assert "1 recorded" in found.status[""]
+
+
+@GPU
+def test_numbers_as_timesteps_are_no_kinds_of_their_own():
+    model = on_gpu("sd15-unet", Clear(radius=1))
+    found = graphs.enable(model)
+    inputs = inputs_of("sd15-unet", 4, 4, 1, 5)
+    for time in (999, 700, 400, 1):
+        got = eager(model, {**inputs, "timestep": time})
+        assert torch.equal(got, eager(model, {**inputs, "timestep": torch.tensor(time)}))
+    assert "1 recorded" in found.status[""]
+
+
+@GPU
+def test_what_cannot_be_recorded_runs_eagerly_and_leaves_all_usable():
+    model = on_gpu("sd15-unet", None)
+    inputs = inputs_of("sd15-unet", 4, 4, 1, 5)
+    want = eager(model, inputs)
+    own = model.conv_out.forward
+
+    class Reads(torch.nn.Module):
+        def forward(self, x):
+            float(x.sum())  # a value that is read on the host
+            return own(x)
+
+    model.conv_out = Reads()
+    found = graphs.enable(model)
+    for _ in range(4):
+        assert torch.equal(eager(model, inputs), want)
+    assert "cannot be recorded" in found.status[""]
+    with pytest.raises(Exception):  # noqa: B017, whatever the model says to a wrong input
+        eager(model, {**inputs, "sample": inputs["sample"][:, :2]})
+    assert torch.equal(eager(model, inputs), want)
+
+
+@GPU
+def test_threads_and_two_models_do_not_disturb_each_other():
+    models = [on_gpu("sd15-unet", Clear(radius=1)), on_gpu("flux", Multipole(cell=2, pool=1))]
+    calls = [[inputs_of(name, 4, 4, 1, 5, seed=n) for n in range(6)] for name in ("sd15-unet", "flux")]
+    want = [[eager(m, i) for i in inputs] for m, inputs in zip(models, calls, strict=True)]
+    for model in models:
+        graphs.enable(model)
+    errors = []
+
+    def work(model, inputs, expected):
+        try:
+            for _ in range(3):
+                for one, right in zip(inputs, expected, strict=True):
+                    assert torch.equal(eager(model, one), right)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=row) for row in [*zip(models, calls, want, strict=True)] * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+@GPU
+@pytest.mark.parametrize("name", ["sd", "sdxl", "flux", "sd-controlnet"])
+def test_a_pipeline_draws_the_same(name):
+    case = PIPELINE[name]
+    pipe = case.build().to("cuda")
+    want = images_of(case, pipe, 64, 64)
+    graphs.enable(pipe)
+    for _ in range(3):
+        assert (images_of(case, pipe, 64, 64) == want).all()
