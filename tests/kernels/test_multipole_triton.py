@@ -61,7 +61,8 @@ def test_error_is_within_the_budget(name, dtype):
 
 @interpreter
 @pytest.mark.parametrize("learned", [True, False], ids=["weights", "equal-weights"])
-def test_means_and_choice_are_those_of_plain_pytorch(learned):
+@pytest.mark.parametrize(("spread", "scale"), [(0.0, 0.25), (0.5, 0.25), (1.0, -0.25)])
+def test_means_and_choice_are_those_of_plain_pytorch(learned, spread, scale):
     from vision_attn.kernels.multipole.cells import means_of
     from vision_attn.kernels.multipole.op import _choice, _means
     from vision_attn.kernels.multipole.pyramid import pyramid
@@ -69,17 +70,17 @@ def test_means_and_choice_are_those_of_plain_pytorch(learned):
     grid = Grid(14, 18, prefix=3)
     q, k, v = (draw(1, grid.tokens, 2, 16, seed=seed) for seed in range(3))
     weights = draw(2, 2, seed=5) if learned else None
-    cells = Cells(cell=4, near=0, pool=2, exact=3, weights=weights)
+    cells = Cells(cell=4, near=0, pool=2, exact=3, spread=spread, weights=weights)
     size = [grid.height, grid.width, grid.prefix, grid.suffix, 4, 0, 2]
     sides = cells.layout(grid, q.device).sides
     assert len(sides) > 1
     order = pyramid(size).order(q.device)
-    means = _means(k, v, weights, size)
+    *means, low, high = _means(k, v, weights, size, spread > 0)
     for ours, t in zip(means, (k, v), strict=True):
         plain = means_of(t[:, grid.image], grid, cells, sides)
         torch.testing.assert_close(ours, F.pad(plain, (0, 0, 0, 0, 0, 1))[:, order])
-    chosen = _choice(q, means[0], size, 3, 0.25).long().sort(-1).values
-    assert torch.equal(chosen, choose_cells(q, k, grid, cells, scale=0.25).sort(-1).values)
+    chosen = _choice(q, means[0], low, high, size, 3, spread, scale).long().sort(-1).values
+    assert torch.equal(chosen, choose_cells(q, k, grid, cells, scale=scale).sort(-1).values)
 
 
 @interpreter
@@ -88,10 +89,10 @@ def test_opcheck():
 
     size = [8, 12, 2, 0, 4, 0, 2]
     q, k, v = (draw(1, 98, 1, 16, seed=seed).requires_grad_() for seed in range(3))
-    means = [t.detach().requires_grad_() for t in _means(k, v, None, size)]
+    means = [t.detach().requires_grad_() for t in _means(k, v, None, size, False)[:2]]
     chosen = torch.full((1, 1, 6, 1), 6, dtype=torch.int32)
     chosen[..., 0, 0] = 5
-    torch.library.opcheck(_means.registered, (k, v, None, size))
+    torch.library.opcheck(_means.registered, (k, v, None, size, True))
     mass, mask = draw(1, 2).requires_grad_(), torch.tensor([[True, False]])
     torch.library.opcheck(_multipole.registered, (q, k, v, *means, chosen, mass, mask, size, 0.25))
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels.multipole.means import cell_means, square_means
+from vision_attn.kernels.multipole.means import cell_keys, square_means
 from vision_attn.kernels.multipole.pyramid import Sized, pyramid
 from vision_attn.kernels.multipole.tiles import area
 from vision_attn.kernels.triton.launching import Bound, Kernel, block_of, next_power, planned
@@ -33,18 +33,21 @@ def _ordered(s, place, LEN: tl.constexpr):
 @Kernel
 @triton.jit
 def _choose(
-    mean_q, mean_k, chosen, heads, height, width, cell, near, columns, cells, scale, EXACT: tl.constexpr,
-    EXACT_BLOCK: tl.constexpr, ROWS: tl.constexpr, LEN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    mean_q, keys, chosen, heads, batch, height, width, cell, near, columns, cells, scale, EXACT: tl.constexpr,
+    EXACT_BLOCK: tl.constexpr, SPREAD: tl.constexpr, ROWS: tl.constexpr, LEN: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The further cells that some cells weigh most.
 
-    Inputs: mean_q, mean_k `[B, cells, H, D]`.
+    Inputs: mean_q `[B, cells, H, D]`; keys `[1, B, cells, H, D]`, with `SPREAD` `[2, B, cells, H, D]`, the first for
+    positive channels of a query, the second for negative ones.
     Outputs: chosen `[B, H, cells, EXACT]`, `cells` for none.
     """
     bh = tl.program_id(1)
     b, h = bh // heads, bh % heads
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    mean_q, mean_k = own_head(mean_q, b, h, cells, heads, D), own_head(mean_k, b, h, cells, heads, D)
+    mean_q, first = own_head(mean_q, b, h, cells, heads, D), own_head(keys, b, h, cells, heads, D)
+    second = own_head(keys, b + batch, h, cells, heads, D)
     q_rows = load_rows(mean_q, tl.minimum(row, cells - 1), heads * D, D, BLOCK_D)  # [ROWS, BLOCK_D]
     e = tl.arange(0, EXACT_BLOCK)  # [EXACT_BLOCK]
     n = tl.arange(0, LEN)  # [LEN]
@@ -53,8 +56,15 @@ def _choose(
     best = tl.where((e < EXACT)[None, :], none + e[None, :], 2**62)  # [ROWS, EXACT_BLOCK]
     for j in tl.range(0, cells, LEN):
         column = j + n  # [LEN]
-        k_rows = load_rows(mean_k, tl.minimum(column, cells - 1), heads * D, D, BLOCK_D)  # [LEN, BLOCK_D]
-        s = tl.dot(q_rows, tl.trans(k_rows), input_precision="tf32x3") * scale  # [ROWS, LEN]
+        inside = tl.minimum(column, cells - 1)  # [LEN]
+        k_rows = load_rows(first, inside, heads * D, D, BLOCK_D)  # [LEN, BLOCK_D]
+        if SPREAD:
+            s = tl.dot(tl.maximum(q_rows, 0.0), tl.trans(k_rows), input_precision="tf32x3")  # [ROWS, LEN]
+            k_rows = load_rows(second, inside, heads * D, D, BLOCK_D)  # [LEN, BLOCK_D]
+            s = tl.dot(tl.minimum(q_rows, 0.0), tl.trans(k_rows), s, input_precision="tf32x3")
+        else:
+            s = tl.dot(q_rows, tl.trans(k_rows), input_precision="tf32x3")  # [ROWS, LEN]
+        s *= scale
         y, x = column // columns, column % columns  # [LEN]
         s += tl.log(tl.maximum(area(y, x, cell, height, width), 1).to(tl.float32))[None, :]
         close = (tl.abs((row // columns)[:, None] - y[None, :]) <= near) & (
@@ -75,29 +85,45 @@ def _choose(
     tl.store(place, index, mask=(row < cells)[:, None] & (e < EXACT)[None, :])
 
 
-def choose(q: Tensor, means_k: Tensor, size: Sequence[int], exact: int, scale: float) -> Tensor:
-    """Return int32 `[B, H, C, exact]`: see `choose_cells`; means_k `[B, M, H, D]` are in the rows of `pyramid.py`."""
+def choose(
+    q: Tensor, means_k: Tensor, low: Tensor, high: Tensor, size: Sequence[int], exact: int, spread: float, scale: float
+) -> Tensor:
+    """Return int32 `[B, H, C, exact]`: see `choose_cells`.
+
+    Args:
+        q: Queries `[B, N, H, D]`.
+        means_k: Means of keys `[B, M, H, D]`, in the rows of `pyramid.py`.
+        low: The least keys of the finest means `[B, rows, H, D]`; any without a spread.
+        high: The largest ones.
+        size: Height, width, prefix, suffix, cell, near, pool.
+        exact: How many cells are chosen.
+        spread: How much the spread of a cell's keys counts.
+        scale: Factor of the logits.
+    """
     B, _, H, D = q.shape
     cells = math.prod(pyramid(size).cells)
     chosen = q.new_empty((B, H, cells, exact), dtype=torch.int32)
     if chosen.numel():
-        mean_q, mean_k = (q.new_empty((B, cells, H, D)) for _ in range(2))
+        mean_q, keys = q.new_empty((B, cells, H, D)), q.new_empty((1 + (spread > 0), B, cells, H, D))
         square_means(q, mean_q, size)
-        cell_means(means_k, mean_k, size)
-        _plan(Sized((mean_q,), (*size, exact, scale)))(mean_q, mean_k, chosen)
+        cell_keys(means_k, low, high, keys, size, spread)
+        if scale < 0:  # a bound on products is one for queries of the other sign
+            mean_q, scale = -mean_q, -scale
+        _plan(Sized((mean_q,), (*size, exact, spread > 0, scale)))(mean_q, keys, chosen)
     return chosen
 
 
 @planned
 def _plan(call: Sized) -> Bound:
     """Plan the launch for mean queries `[B, cells, H, D]`."""
-    (q,), (height, width, _, _, cell, near, _, exact, scale) = call.tensors, call.numbers
+    (q,), (height, width, _, _, cell, near, _, exact, spread, scale) = call.tensors, call.numbers
     B, cells, H, D = q.shape
     block = block_of(D)
     small = block * q.element_size() <= 512
     rows, length = (64 if small else 16), (64 if small else 16)
     numbers = dict(
-        heads=H, height=height, width=width, cell=cell, near=near, columns=math.ceil(width / cell), cells=cells,
-        scale=scale, EXACT=exact, EXACT_BLOCK=next_power(exact), ROWS=rows, LEN=length, D=D, BLOCK_D=block, num_warps=4,
+        heads=H, batch=B, height=height, width=width, cell=cell, near=near, columns=math.ceil(width / cell),
+        cells=cells, scale=scale, EXACT=exact, EXACT_BLOCK=next_power(exact), SPREAD=spread, ROWS=rows, LEN=length,
+        D=D, BLOCK_D=block, num_warps=4,
     )  # fmt: skip
     return Bound(_choose, (math.ceil(cells / rows), B * H), (), numbers)

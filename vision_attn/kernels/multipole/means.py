@@ -40,8 +40,13 @@ def _sum_tokens(
     base, n_stride, weights, y0, x0, height, width, prefix, keep, SIDE: tl.constexpr, STEP: tl.constexpr,
     RAGGED: tl.constexpr, WEIGHTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The mean of the tokens in a square, `[CHANNELS]`; `base` are the channels of the first token of the sequence."""
+    """The mean, the least and the largest of the tokens in a square, `[CHANNELS]`.
+
+    `base` are the channels of the first token of the sequence.
+    """
     acc = tl.zeros([CHANNELS], tl.float32)  # [CHANNELS]
+    low = tl.full([CHANNELS], float("inf"), tl.float32)  # [CHANNELS]
+    high = tl.full([CHANNELS], float("-inf"), tl.float32)  # [CHANNELS]
     total = 0.0
     for i in tl.range(0, SIDE * SIDE, STEP):
         for j in tl.static_range(STEP):  # unrolled, so that all loads are on their way at once
@@ -55,22 +60,25 @@ def _sum_tokens(
                 weight = tl.where(there, weight, 0.0)
                 y, x = tl.where(there, y, y0), tl.where(there, x, x0)
             token = (prefix + y * width + x).to(tl.int64)
-            acc += weight * tl.load(base + token * n_stride, mask=keep, other=0.0).to(tl.float32)
+            row = tl.load(base + token * n_stride, mask=keep, other=0.0).to(tl.float32)  # [CHANNELS]
+            acc += weight * row
             total += weight
-    return acc / total
+            low, high = tl.minimum(low, row), tl.maximum(high, row)  # tokens beyond the grid are the first one again
+    return acc / total, low, high
 
 
 @Kernel
 @triton.jit
 def _finest(
-    k, v, means_k, means_v, weights, k_b, k_n, k_h, v_b, v_n, v_h, heads, height, width, prefix, across, blocks, M,
+    k, v, means_k, means_v, low, high, weights, k_b, k_n, k_h, v_b, v_n, v_h, heads, height, width, prefix, across,
+    blocks, M, finest,
     SIDE: tl.constexpr, PER_CELL: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, RAGGED: tl.constexpr,
-    WEIGHTS: tl.constexpr, BOTH: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr,
+    WEIGHTS: tl.constexpr, BOTH: tl.constexpr, BOUNDS: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """One mean of the first level, of k and of v if `BOTH`; with `BLOCK` 0 rows are those of the grid's squares.
 
     Inputs: k, v `[B, N, H, D]` with strides `_b, _n, _h`; weights `[SIDE, SIDE]`, logarithms.
-    Outputs: means_k, means_v `[B, M, H, D]`.
+    Outputs: means_k, means_v `[B, M, H, D]`; with `BOUNDS` low, high `[B, finest, H, D]`, the least and largest keys.
     """
     c, h, d = _channels(D, CHANNELS)  # [CHANNELS]
     b = tl.program_id(2).to(tl.int64)
@@ -81,13 +89,17 @@ def _finest(
         row = mean_row(y, x, 0, blocks, PER_CELL, BLOCK)
     place = (b * M + row) * heads * D + c  # [CHANNELS]
     base = k + b * k_b + h.to(tl.int64) * k_h + d  # [CHANNELS]
-    mean = _sum_tokens(
+    mean, least, most = _sum_tokens(
         base, k_n, weights, y * SIDE, x * SIDE, height, width, prefix, keep, SIDE, STEP, RAGGED, WEIGHTS, CHANNELS
     )
     tl.store(means_k + place, mean.to(means_k.dtype.element_ty), mask=keep)
+    if BOUNDS:
+        place_of_bound = (b * finest + row) * heads * D + c  # [CHANNELS]
+        tl.store(low + place_of_bound, least.to(low.dtype.element_ty), mask=keep)
+        tl.store(high + place_of_bound, most.to(high.dtype.element_ty), mask=keep)
     if BOTH:
         base = v + b * v_b + h.to(tl.int64) * v_h + d  # [CHANNELS]
-        mean = _sum_tokens(
+        mean, _, _ = _sum_tokens(
             base, v_n, weights, y * SIDE, x * SIDE, height, width, prefix, keep, SIDE, STEP, RAGGED, WEIGHTS, CHANNELS
         )
         tl.store(means_v + place, mean.to(means_v.dtype.element_ty), mask=keep)
@@ -151,13 +163,16 @@ def _further(
 @Kernel
 @triton.jit
 def _cells(
-    means_k, mean_k, heads, height, width, pool, blocks, columns, down, across, cells, M,
-    PER_CELL: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr,
+    means_k, low, high, found, heads, height, width, pool, blocks, columns, down, across, cells, M, finest, spread,
+    PER_CELL: tl.constexpr, BLOCK: tl.constexpr, SPREAD: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The mean key of one cell, of the finest means inside it.
+    """The key that stands for one cell in the choice, of the finest means inside it.
 
-    Inputs: means_k `[B, M, H, D]`.
-    Outputs: mean_k `[B, cells, H, D]`.
+    It is their mean; with `SPREAD` there are two, moved by the share `spread` of the way to the largest key of each
+    channel, and to the least.
+
+    Inputs: means_k `[B, M, H, D]`; low, high `[B, finest, H, D]`.
+    Outputs: found `[1 or 2, B, cells, H, D]`.
     """
     c, _, _ = _channels(D, CHANNELS)  # [CHANNELS]
     keep = c < heads * D
@@ -166,30 +181,44 @@ def _cells(
         means_k + b * M * heads * D + c, heads * D, own // columns * PER_CELL, own % columns * PER_CELL, PER_CELL, 0,
         blocks, down, across, pool, height, width, keep, PER_CELL, BLOCK, CHANNELS,
     )  # fmt: skip
-    tl.store(mean_k + (b * cells + own) * heads * D + c, mean.to(mean_k.dtype.element_ty), mask=keep)
+    found += (b * cells + own) * heads * D + c  # [CHANNELS]
+    if SPREAD:
+        least = tl.full([CHANNELS], float("inf"), tl.float32)  # [CHANNELS]
+        most = tl.full([CHANNELS], float("-inf"), tl.float32)  # [CHANNELS]
+        for i in tl.static_range(PER_CELL * PER_CELL):
+            y = tl.minimum(own // columns * PER_CELL + i // PER_CELL, down - 1)
+            x = tl.minimum(own % columns * PER_CELL + i % PER_CELL, across - 1)
+            row = b * finest + mean_row(y, x, 0, blocks, PER_CELL, BLOCK)
+            least = tl.minimum(least, tl.load(low + row * heads * D + c, mask=keep, other=0.0).to(tl.float32))
+            most = tl.maximum(most, tl.load(high + row * heads * D + c, mask=keep, other=0.0).to(tl.float32))
+        tl.store(found, (mean + spread * (most - mean)).to(found.dtype.element_ty), mask=keep)
+        second = found + tl.num_programs(2).to(tl.int64) * cells * heads * D  # [CHANNELS]
+        tl.store(second, (mean + spread * (least - mean)).to(found.dtype.element_ty), mask=keep)
+    else:
+        tl.store(found, mean.to(found.dtype.element_ty), mask=keep)
 
 
-def cell_means(means_k: Tensor, out: Tensor, size: Sequence[int]) -> None:
-    """Write the means of cells to `out` `[B, C, H, D]`, made of the finest means."""
-    _plan_cells(Sized((means_k,), tuple(size)))(means_k, out)
+def cell_keys(means_k: Tensor, low: Tensor, high: Tensor, out: Tensor, size: Sequence[int], spread: float) -> None:
+    """Write the keys that stand for cells to `out` `[1 or 2, B, C, H, D]`, two if there is a spread."""
+    _plan_cells(Sized((means_k,), (*size, spread)))(means_k, low, high, out)
 
 
 @planned
 def _plan_cells(call: Sized) -> Bound:
-    (means_k,) = call.tensors
-    rows, (B, M, H, D) = pyramid(call.numbers), means_k.shape
+    (means_k,), (*size, spread) = call.tensors, call.numbers
+    rows, (B, M, H, D) = pyramid(size), means_k.shape
     columns, cells, block = rows.cells[1], math.prod(rows.cells), _channel_block(H, D)
     numbers = dict(
         heads=H, height=rows.height, width=rows.width, pool=rows.pool, blocks=rows.blocks(0)[1], columns=columns,
-        down=rows.means(0)[0], across=rows.means(0)[1], cells=cells, M=M, PER_CELL=rows.per_cell, BLOCK=rows.block,
-        D=D, CHANNELS=block, num_warps=4,
+        down=rows.means(0)[0], across=rows.means(0)[1], cells=cells, M=M, finest=rows.finest, spread=spread,
+        PER_CELL=rows.per_cell, BLOCK=rows.block, SPREAD=spread > 0, D=D, CHANNELS=block, num_warps=4,
     )  # fmt: skip
     return Bound(_cells, (cells, math.ceil(H * D / block), B), (), numbers)
 
 
 def square_means(t: Tensor, out: Tensor, size: Sequence[int]) -> None:
     """Write the means of the tokens of cells to `out` `[B, C, H, D]`."""
-    _plan_squares(Sized((t,), tuple(size)))(t, t, out, out, t)
+    _plan_squares(Sized((t,), tuple(size)))(t, t, out, out, out, out, t)
 
 
 @planned
@@ -198,7 +227,7 @@ def _plan_squares(call: Sized) -> Bound:
     cells, columns = math.prod(rows.cells), rows.cells[1]
     return _bound_finest(
         (t, t), call.numbers, side=rows.cell, across=columns, blocks=0, M=cells, programs=cells, PER_CELL=1, BLOCK=0,
-        WEIGHTS=False, BOTH=False,
+        WEIGHTS=False, BOTH=False, BOUNDS=False,
     )  # fmt: skip
 
 
@@ -208,9 +237,10 @@ def _bound_finest(
 ) -> Bound:  # fmt: skip
     B, _, H, D = tensors[0].shape
     height, width, prefix, *_ = size
+    finest = pyramid(size).finest
     block = _channel_block(H, D)
     numbers = dict(
-        heads=H, height=height, width=width, prefix=prefix, across=across, blocks=blocks, M=M, SIDE=side,
+        heads=H, height=height, width=width, prefix=prefix, across=across, blocks=blocks, M=M, finest=finest, SIDE=side,
         STEP=_step(side), RAGGED=height % side > 0 or width % side > 0, D=D, CHANNELS=block, num_warps=4, **flags,
     )  # fmt: skip
     return Bound(_finest, (programs, math.ceil(H * D / block), B), strides_of(*tensors), numbers)
@@ -226,28 +256,39 @@ def _step(side: int) -> int:
     return rows * side
 
 
-def means(k: Tensor, v: Tensor, weights: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return the means of all levels of k and v, each `[B, M, H, D]` in the rows of `pyramid.py`."""
+def means(
+    k: Tensor, v: Tensor, weights: Tensor | None, size: Sequence[int], bounds: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the means of all levels of k and v, each `[B, M, H, D]` in the rows of `pyramid.py`.
+
+    And the least and largest keys of the finest means, `[B, rows of the first level, H, D]`; no rows without `bounds`.
+    """
     B, _, H, D = k.shape
     rows = pyramid(size)
-    means_k, means_v = ((t.new_empty if rows.full else t.new_zeros)((B, rows.rows, H, D)) for t in (k, v))
+    finest = rows.finest if bounds else 0
+    means_k, means_v, low, high = (
+        (t.new_empty if rows.full else t.new_zeros)((B, count, H, D))
+        for t, count in ((k, rows.rows), (v, rows.rows), (k, finest), (k, finest))
+    )
     if means_k.numel():
-        finest, further = _plan_means(Sized((k, v, weights), tuple(size)))
-        finest(k, v, means_k, means_v, k if weights is None else weights.contiguous())
+        first, further = _plan_means(Sized((k, v, weights), (*size, bounds)))
+        first(k, v, means_k, means_v, low, high, k if weights is None else weights.contiguous())
         for launch in further:
             launch(means_k, means_v, rows.table(k.device))
-    return means_k, means_v
+    return means_k, means_v, low, high
 
 
 @planned
 def _plan_means(call: Sized) -> tuple[Bound, list[Bound]]:
     """Plan the launch of the finest means, and those of further ones."""
-    (k, v, weights), rows = call.tensors, pyramid(call.numbers)
+    (k, v, weights), (*size, bounds) = call.tensors, call.numbers
+    rows = pyramid(size)
     B, _, H, D = k.shape
     counts = [math.prod(rows.means(level)) for level in range(rows.levels)]
     finest = _bound_finest(
-        (k, v), call.numbers, side=rows.pool, across=rows.means(0)[1], blocks=rows.blocks(0)[1], M=rows.rows,
+        (k, v), size, side=rows.pool, across=rows.means(0)[1], blocks=rows.blocks(0)[1], M=rows.rows,
         programs=counts[0], PER_CELL=rows.per_cell, BLOCK=rows.block, WEIGHTS=weights is not None, BOTH=True,
+        BOUNDS=bounds,
     )  # fmt: skip
     block, further = _channel_block(H, D), []
     for source, last in ((0, min(2, rows.levels)), (1, rows.levels)):

@@ -130,41 +130,60 @@ def _run(
     if weights is not None and weights.requires_grad and torch.is_grad_enabled():  # they learn in plain PyTorch
         sides, order = cells.layout(grid, q.device).sides, pyramid(size).order(q.device)
         means = [F.pad(means_of(t[:, grid.image], grid, cells, sides), (0, 0, 0, 0, 0, 1))[:, order] for t in (k, v)]
+        bounds = None
     else:
-        means = list(_means(k, v, None if weights is None else weights.detach().float(), size))
+        asks = bool(cells.spread and cells.exact) and cells.group == 1 and cells.chosen is None
+        *means, low, high = _means(k, v, None if weights is None else weights.detach().float(), size, asks)
+        bounds = low, high
     chosen = None if cells.chosen is None else cells.chosen.sort(-1).values  # the kernels want those that are none last
-    if chosen is None and (cells.group > 1 or cells.spread or not means[0].shape[1]):
+    if chosen is None and (cells.group > 1 or bounds is None or not means[0].shape[1]):
         chosen = choose_cells(q, k, grid, cells, scale=scale)
-    elif chosen is None:
-        chosen = _choice(q.detach(), means[0].detach(), size, cells.exact, scale)
+    elif chosen is None and bounds is not None:
+        tensors = (t.detach() for t in (q, means[0], *bounds))
+        chosen = _choice(*tensors, size, cells.exact, float(cells.spread), scale)
+    assert chosen is not None
     return _multipole(q, k, v, *means, chosen.int(), cells.mass, mask, size, scale)
 
 
 @custom_op("vision_attn::multipole_triton_means")
-def _means(k: Tensor, v: Tensor, weights: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The means of all levels of k and v, each `[B, M, H, D]`, in the rows of `pyramid.py`."""
+def _means(
+    k: Tensor, v: Tensor, weights: Tensor | None, size: Sequence[int], bounds: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The means of all levels of k and v, each `[B, M, H, D]`, in the rows of `pyramid.py`.
+
+    And the least and largest of the keys in each finest mean and channel, like the rows of the first level, if they are
+    asked for; they have no gradient.
+    """
     from vision_attn.kernels.multipole.means import means  # noqa: PLC0415
 
-    return means(packed(k), packed(v), weights, size)
+    return means(packed(k), packed(v), weights, size, bounds)
 
 
 @_means.register_fake
-def _(k: Tensor, v: Tensor, weights: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _(
+    k: Tensor, v: Tensor, weights: Tensor | None, size: Sequence[int], bounds: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, _, H, D = k.shape
-    M = pyramid(size).rows
-    return k.new_empty((B, M, H, D)), v.new_empty((B, M, H, D))
+    rows = pyramid(size)
+    M, finest = rows.rows, rows.finest if bounds else 0
+    low, high = (k.new_empty((B, finest, H, D)) for _ in range(2))
+    return k.new_empty((B, M, H, D)), v.new_empty((B, M, H, D)), low, high
 
 
 @custom_op("vision_attn::multipole_triton_choice")
-def _choice(q: Tensor, means_k: Tensor, size: Sequence[int], exact: int, scale: float) -> Tensor:
-    """The exact cells, int32 `[B, H, C, exact]`, of queries and the means of keys."""
+def _choice(
+    q: Tensor, means_k: Tensor, low: Tensor, high: Tensor, size: Sequence[int], exact: int, spread: float, scale: float
+) -> Tensor:
+    """The exact cells, int32 `[B, H, C, exact]`, of queries and what `_means` returned."""
     from vision_attn.kernels.multipole.choice import choose  # noqa: PLC0415
 
-    return choose(packed(q), packed(means_k), size, exact, scale)
+    return choose(packed(q), packed(means_k), low, high, size, exact, spread, scale)
 
 
 @_choice.register_fake
-def _(q: Tensor, means_k: Tensor, size: Sequence[int], exact: int, scale: float) -> Tensor:
+def _(
+    q: Tensor, means_k: Tensor, low: Tensor, high: Tensor, size: Sequence[int], exact: int, spread: float, scale: float
+) -> Tensor:
     rows, columns = (math.ceil(side / size[4]) for side in size[:2])
     return q.new_empty((q.shape[0], q.shape[2], rows * columns, exact), dtype=torch.int32)
 
@@ -186,13 +205,14 @@ def _(d_means_k: Tensor, d_means_v: Tensor, weights: Tensor | None, size: Sequen
     return d_means_k.new_empty((B, N, H, D)), d_means_v.new_empty((B, N, H, D))
 
 
-def _save_means(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _save_means(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(inputs[2])
     ctx.size = inputs[3]
+    ctx.mark_non_differentiable(*output[2:])
 
 
-def _backward_means(ctx: Any, d_means_k: Tensor, d_means_v: Tensor) -> tuple:
-    return *_means_backward(d_means_k, d_means_v, ctx.saved_tensors[0], ctx.size), None, None
+def _backward_means(ctx: Any, d_means_k: Tensor, d_means_v: Tensor, *bounds: object) -> tuple:
+    return *_means_backward(d_means_k, d_means_v, ctx.saved_tensors[0], ctx.size), None, None, None
 
 
 _means.register_autograd(_backward_means, setup_context=_save_means)

@@ -73,6 +73,11 @@ class Pyramid:
         """Rows of all levels."""
         return self.first[-1]
 
+    @property
+    def finest(self) -> int:
+        """Rows of the first level."""
+        return self.first[1] if self.levels else 0
+
     @functools.cached_property
     def full(self) -> bool:
         """Whether every row holds a mean."""
