@@ -10,6 +10,7 @@ from vision_attn.bench.measure import Measurement
 from vision_attn.bench.quality.contenders import DEFAULT, DISCS, MULTIPOLES, Contender
 from vision_attn.bench.quality.drawing import DrawingCase
 from vision_attn.bench.quality.fidelity import Bound, fidelity_row
+from vision_attn.bench.quality.plot import series
 from vision_attn.bench.workers import Workers
 from vision_attn.cli import main
 
@@ -34,6 +35,17 @@ def test_the_small_set_runs_and_multipole_is_the_nearest(stored, capsys):
     assert main(["bench", "table", str(stored)]) == 0
     table = capsys.readouterr().out
     assert "### FLUX type, nano" in table and "| attention | 128 px, keys | 128 px, KD | 128 px, PSNR |" in table
+
+
+def test_the_error_is_drawn_against_the_keys(stored, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert main(["bench", "plot", str(stored), "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "quality_teachers_128.svg")]
+    assert "<svg" in (tmp_path / "quality_teachers_128.svg").read_text()
+    (row,) = read_document(stored)["rows"]
+    lines = series(row, "kd_error")
+    assert list(lines) == ["clear", "multipole cell 8 near 1 pool 4"] and len(lines["clear"]) == 2
+    assert lines["clear"] == sorted(lines["clear"])
 
 
 def test_dense_attention_has_no_error_and_what_fails_has_a_reason():

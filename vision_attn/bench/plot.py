@@ -7,44 +7,44 @@ from typing import Any
 
 from vision_attn.bench.document import read_document
 from vision_attn.bench.overview import per_item
+from vision_attn.bench.quality.plot import COLOURS, MARKERS, plot_fidelity
+from vision_attn.bench.run import find_entries
 
 Row = dict[str, Any]
-_COLOURS = (
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00",
-    "#56B4E9", "#8C564B", "#7F7F00", "#6A3D9A", "#A50026",
-)  # fmt: skip
-_MARKERS = "osD^vP*Xph"
 
 
 def plot_document(path: Path, out: Path) -> list[Path]:
-    """Draw a stored result of whole models.
+    """Draw a stored result of whole models, or of fidelity.
 
     Args:
-        path: What an entry such as `pipelines` stored.
-        out: Folder of the pictures, `<entry>_<architecture>.svg`; is made.
+        path: What an entry such as `pipelines` or `quality_dinov2` stored.
+        out: Folder of the pictures, `<entry>_<architecture>.svg` or `<entry>_<size>.svg`; is made.
 
     Returns:
-        The files written, one for each group of the result.
+        The files written, one for each group of the result, or for each case.
 
     Raises:
         OSError: If it cannot be read.
-        ValueError: If it is not a result of whole models, holds no times, or matplotlib is not installed.
+        ValueError: If it is not a result of either kind, holds no times, or matplotlib is not installed.
     """
     document = read_document(path)
+    if any("quality" in candidate for row in document["rows"] for candidate in row["candidates"]):
+        _refuse_without_matplotlib()
+        measure, label = find_entries(document["entry"])[0].PLOTTED
+        return plot_fidelity(document, measure, label, out)
     rows = [row for row in document["rows"] if _size(row) is not None]
     if not any(candidate.get("forward") for row in rows for candidate in row["candidates"]):
         raise ValueError(f"{path} holds no times of whole models by resolution: {document['entry']} has no plot")
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415, an extra
-    except ImportError as error:
-        raise ValueError(f"plots need matplotlib ({error}): pip install 'vision_attn[bench]'") from error
+    _refuse_without_matplotlib()
+    from matplotlib.figure import Figure  # noqa: PLC0415, an extra
+
     out.mkdir(parents=True, exist_ok=True)
     written, every = [], _names(rows)
     for group in dict.fromkeys(row["group"] for row in rows):
         own = [row for row in rows if row["group"] == group]
         figure = Figure(figsize=(12, 4.6), layout="constrained")
         # a candidate has the same colour in all pictures, if there are enough colours
-        looks = _looks(every if len(_others(every)) <= len(_COLOURS) else _names(own))
+        looks = _looks(every if len(_others(every)) <= len(COLOURS) else _names(own))
         _draw(figure, own, looks, f"{group}, {document['device']}, torch {document['versions']['torch']}")
         word = "".join(
             c if c.isalnum() or c in ".-" else "_" for c in own[0]["case"].rpartition(f"-{_size(own[0])}")[0]
@@ -52,6 +52,13 @@ def plot_document(path: Path, out: Path) -> list[Path]:
         written.append(out / f"{document['entry']}_{word}.svg")
         figure.savefig(written[-1], metadata={"Date": None})
     return written
+
+
+def _refuse_without_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401, PLC0415, an extra
+    except ImportError as error:
+        raise ValueError(f"plots need matplotlib ({error}): pip install 'vision_attn[bench]'") from error
 
 
 def series(rows: Sequence[Row], value: Callable[[Row], float | None]) -> dict[tuple[str, bool], list[tuple]]:
@@ -150,8 +157,8 @@ def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     others = _others(names)
     stock = [name for name in names if name not in others]
     looks = {name: (("black", "#777777")[i % 2], "o") for i, name in enumerate(stock)}
-    count = len(_COLOURS)
-    return looks | {name: (_COLOURS[i % count], _MARKERS[i % count]) for i, name in enumerate(others)}
+    count = len(COLOURS)
+    return looks | {name: (COLOURS[i % count], MARKERS[i % count]) for i, name in enumerate(others)}
 
 
 def _others(names: Sequence[str]) -> list[str]:

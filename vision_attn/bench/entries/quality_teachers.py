@@ -10,7 +10,7 @@ from vision_attn.bench.quality.contenders import DEFAULT, DISCS, MULTIPOLES, POO
 from vision_attn.bench.quality.drawing import DrawingCase
 from vision_attn.bench.quality.fidelity import TIMING, Bound, fidelity_row, fidelity_table
 
-__all__ = ["CANDIDATES", "MEASURES", "TIMING", "TITLE", "cases", "row", "table"]
+__all__ = ["CANDIDATES", "MEASURES", "PLOTTED", "TIMING", "TITLE", "cases", "row", "table"]
 
 TITLE = (
     "Converted teachers that had no training, beside themselves with dense attention: the same prompts, noise and 10 "
@@ -20,6 +20,7 @@ TITLE = (
 )
 CANDIDATES: Sequence[Contender] = tuple(dict.fromkeys((*DISCS, *POOLED, *MULTIPOLES, *SPREAD, DEFAULT)))
 MEASURES = {"keys": ("keys", ".0f"), "kd_error": ("KD", ".2g"), "psnr_db": ("PSNR", ".1f")}
+PLOTTED = ("kd_error", "KD error of the prediction")
 _SIZES = {128: 8, 256: 8, 512: 2}  # pixels: prompts
 _BOUNDS = {
     ("base", 128): (

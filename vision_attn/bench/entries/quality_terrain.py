@@ -11,7 +11,7 @@ from vision_attn.bench.quality.fidelity import TIMING, Bound, fidelity_row, fide
 from vision_attn.bench.quality.terrain import SIGMAS, TerrainCase
 from vision_attn.bench.quality.weights import TERRAIN, fetch
 
-__all__ = ["CANDIDATES", "MEASURES", "TIMING", "TITLE", "cases", "download", "row", "table"]
+__all__ = ["CANDIDATES", "MEASURES", "PLOTTED", "TIMING", "TITLE", "cases", "download", "row", "table"]
 
 TITLE = (
     "A pretrained diffusion UNet of height maps (the one in adaptive-terrain-diffusion 0.4.2) whose nine attentions at "
@@ -21,6 +21,7 @@ TITLE = (
 )
 CANDIDATES: Sequence[Contender] = tuple(dict.fromkeys((*DISCS, *POOLED, *OTHERS, *MULTIPOLES, *SPREAD, DEFAULT)))
 MEASURES = {"keys": ("keys", ".0f")} | {f"sigma_{sigma:g}": (f"sigma {sigma:g}", ".2g") for sigma in SIGMAS}
+PLOTTED = ("sigma_80", "error of the prediction at sigma 80, relative")
 
 
 def cases(device: torch.device, quick: bool = False) -> list[TerrainCase]:
