@@ -1,5 +1,7 @@
 """`vision-attn bench kernels_multipole` on a CPU: its check of long sequences, and its cases."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from vision_attn.bench.entries import kernels_multipole
 from vision_attn.bench.multipole import SAME, MultipoleProblem
 from vision_attn.cli import main
 from vision_attn.grid import Grid
-from vision_attn.kernels.multipole import Cells, multipole_attention
+from vision_attn.kernels.multipole import multipole_attention
 from vision_attn.processors.multipole import Multipole
 
 CPU = torch.device("cpu")
@@ -25,12 +27,14 @@ def test_the_small_case_is_checked_and_timed(tmp_path):
 
 @pytest.mark.parametrize("side", [24, 48], ids=["whole", "sampled rows"])
 @pytest.mark.parametrize(
-    "wrong", [None, dict(near=2), dict(pool=2), dict(exact=0)], ids=["right", "near", "pool", "exact"]
+    "wrong",
+    [None, dict(near=2), dict(pool=2), dict(exact=0), dict(spread=1.0)],
+    ids=["right", "near", "pool", "exact", "spread"],
 )
 def test_a_wrong_operator_is_caught(side, wrong):
     spec = Multipole(cell=4, near=1, pool=4, exact=2)
     problem = MultipoleProblem("", Grid(side, side + 2, prefix=5), spec, heads=2, head_dim=32, dtype="float32")
-    cells = Cells(**dict(cell=4, near=1, pool=4, exact=2) | (wrong or {}))
+    cells = replace(spec.cells(), **wrong or {})
 
     def run(q, k, v):
         return multipole_attention(q, k, v, problem.grid, cells, backend="torch")

@@ -60,6 +60,7 @@ class MultipoleProblem:
             f"p{spec.pool}",
             f"e{spec.exact}",
         ]
+        words += [f"s{spec.spread:g}"] if spec.spread != Multipole().spread else []
         return "-".join([*words, *([SHORT_DTYPE[self.dtype]] if self.dtype != "bfloat16" else [])])
 
     @property
@@ -67,12 +68,19 @@ class MultipoleProblem:
         """As in '128 x 128, cell 8, near 1, pool 4, exact 4, D 128, bf16'."""
         spec = self.spec
         sizes = f"cell {spec.cell}, near {spec.near}, pool {spec.pool}, exact {spec.exact}"
+        sizes += f", spread {spec.spread:g}" if spec.spread != Multipole().spread else ""
         return f"{self.grid.height} x {self.grid.width}, {sizes}, D {self.head_dim}, {SHORT_DTYPE[self.dtype]}"
 
     def shape(self) -> dict[str, Any]:
         """Return batch, heads, channels, dtype, grid and cells."""
         grid = dict(height=self.grid.height, width=self.grid.width, prefix=self.grid.prefix, suffix=self.grid.suffix)
-        cells = dict(cell=self.spec.cell, near=self.spec.near, pool=self.spec.pool, exact=self.spec.exact)
+        cells = dict(
+            cell=self.spec.cell,
+            near=self.spec.near,
+            pool=self.spec.pool,
+            exact=self.spec.exact,
+            spread=self.spec.spread,
+        )
         return dict(batch=1, heads=self.heads, head_dim=self.head_dim, dtype=self.dtype, **grid, **cells)
 
     def twin(self) -> "MultipoleProblem":

@@ -54,7 +54,7 @@ class Multipole(AttnSpec):
             sample and head at every call.
         group: How many neighbouring heads choose together; the last group may have fewer.
         spread: How much the spread of a cell's keys counts in the choice: 0 weighs its mean key, 1 the best key that
-            the bounds of its keys allow. Above 0 the choice runs in PyTorch.
+            the bounds of its keys allow.
         hold: For how many calls of inference a choice is kept: 1 chooses at every call. Compiled code, and calls with
             gradients, choose at every call.
     """
@@ -64,7 +64,7 @@ class Multipole(AttnSpec):
     pool: int = 4
     exact: int = 4
     group: int = 1
-    spread: float = 0.0
+    spread: float = 0.5
     hold: int = 1
 
     def __post_init__(self) -> None:
