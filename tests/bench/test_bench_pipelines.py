@@ -66,13 +66,18 @@ def test_an_extrapolated_step_is_marked(stored, tmp_path, capsys):
     document = json.loads(stored.read_text())
     document["rows"] = document["rows"][:2]
     timed = document["rows"][0]["candidates"][0]["forward"]
-    timed |= dict(extrapolated=True, memory=dict(bytes=3 * 2**30, above=2**30))
+    timed |= dict(
+        extrapolated=True, memory=dict(bytes=3 * 2**30, above=2**30), median_ms=20.0, graphs=dict(median_ms=8.0)
+    )
     document["rows"][0]["musts"] = [dict(text="a is fast", value=0.5, needed=1.0, holds=False)]
     path = tmp_path / "x.json"
     path.write_text(json.dumps(document))
     assert main(["bench", "table", str(path)]) == 0
     table = capsys.readouterr().out
-    assert " (extrapolated) | 1.00x | 3.00 GiB | 1.00 GiB | - |" in table and "- **missed**: a is fast: 0.50x" in table
+    assert (
+        " (extrapolated) | 1.00x | 0.0080 (2.50x) | 3.00 GiB | 1.00 GiB | - |" in table
+        and "- **missed**: a is fast: 0.50x" in table
+    )
     lines = series(document["rows"], lambda candidate: candidate["forward"]["median_ms"])
     assert lines["stock sdpa", False][0][::2] == (64, True) and ("clear r16", True) in lines
     pytest.importorskip("matplotlib")
@@ -179,7 +184,17 @@ def test_the_cases_are_the_issues():
     found = {case.name: case for case in every}
     assert len(found) == len(every) and list(found)[:4] == [f"flux-{px}" for px in (1024, 2048, 4096, 8192)]
     needed = {
-        name: [(m.subject, m.against, m.factor) for m in case.musts] for name, case in found.items() if case.musts
+        name: eager
+        for name, case in found.items()
+        if (eager := [(m.subject, m.against, m.factor) for m in case.musts if not m.graphs])
+    }
+    graphs = {name: [m.factor for m in case.musts if m.graphs] for name, case in found.items()}
+    assert {name: both for name, both in graphs.items() if both} == {
+        "sdxl-1024": [2.2, 2.2],
+        "sd15-512": [2.7, 2.7],
+        "pixart-1024": [1.7, 1.7],
+        "sd35-1024": [1.33, 1.33],
+        "flux-1024": [1.09, 1.09],
     }
     assert needed == {
         "flux-1024": [("clear r16", STOCK, 1.0)],
@@ -192,7 +207,7 @@ def test_the_cases_are_the_issues():
         "sdxl-4096": [("linfusion", STOCK, 2.0), ("multipole", STOCK, 2.1)],
         "sdxl-16384": [("linfusion", (), 1.0)],
     }
-    assert set(needed) == set(pipelines.MUSTS)
+    assert set(needed) | {name for name, both in graphs.items() if both} == set(pipelines.MUSTS)
     assert all(set(STOCK) <= set(case.ways) <= set(WAYS) for case in every)
     native = {(case.architecture, case.pixels) for case in every}
     assert all((name, model.native) in native for name, model in ARCHITECTURES.items())

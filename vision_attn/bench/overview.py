@@ -18,11 +18,13 @@ class Must:
         subject: Name of the candidate.
         against: Candidates to compare with; the fastest counts. None if it is enough that the subject runs.
         factor: How many times faster the subject must be, at least.
+        graphs: Whether the subject replays from a CUDA graph, and the others do not.
     """
 
     subject: str
     against: tuple[str, ...] = ()
     factor: float = 1.0
+    graphs: bool = False
 
     def judge(self, candidates: Sequence[Row]) -> Row | None:
         """Return the verdict `{text, value, needed, holds}`, or None if the subject or all others took no part.
@@ -34,12 +36,14 @@ class Must:
         if self.subject not in by_name or bool(self.against) != bool(others):
             return None
         own = per_item(by_name[self.subject])
+        if self.graphs:
+            own = ((by_name[self.subject].get("forward") or {}).get("graphs") or {}).get("median_ms")
         if not self.against:
             return dict(text=f"{self.subject} runs", value=None, needed=None, holds=own is not None)
         times = {other["name"]: t for other in others if (t := per_item(other)) is not None}
         fastest = min(times, key=lambda name: times[name], default=" or ".join(self.against))
         value = times[fastest] / own if times and own is not None else None
-        text = f"{self.subject} at least {self.factor:g}x as fast as {fastest}"
+        text = f"{self.subject}{' in graphs' * self.graphs} at least {self.factor:g}x as fast as {fastest}"
         return dict(text=text, value=value, needed=self.factor, holds=value is not None and value >= self.factor)
 
 
@@ -82,6 +86,7 @@ def steps_table(document: Row, groups: Sequence[str] = ()) -> str:
     columns: Columns = {
         "s/step": lambda timed: f"{timed['median_ms'] / 1e3:.3f}{' (extrapolated)' * timed['extrapolated']}",
         "speed-up": speedup,
+        "in graphs": _in_graphs,
         "memory": lambda timed: _gib((timed["memory"] or {}).get("bytes")),
         "above weights": lambda timed: _gib((timed["memory"] or {}).get("above")),
         "layers": lambda timed: "{rerouted} of {of}".format(**timed["layers"]) if timed.get("layers") else "-",
@@ -117,6 +122,15 @@ def _table(row: Row, columns: Columns) -> str:
         else:
             lines.append([candidate["name"], *["-"] * len(columns)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _in_graphs(timed: Row) -> str:
+    """Return the cell of a step that replays from a CUDA graph, with its speed-up over the same reference."""
+    graphs = timed.get("graphs")
+    if not graphs:
+        return "-"
+    faster = timed.get("speedup") and timed["speedup"] * timed["median_ms"] / graphs["median_ms"]
+    return f"{graphs['median_ms'] / 1e3:.4f}" + (f" ({faster:.2f}x)" if faster else "")
 
 
 def speedup(timed: Row) -> str:

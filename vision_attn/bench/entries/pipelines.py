@@ -20,7 +20,8 @@ TIMING = (
     "Candidates one after another in one run, on one model: a warm-up, then medians of 5 steps below 0.5 s, 3 below "
     "2 s, 2 below 6 s, else one. A step above 15 s is extrapolated: one block of each kind is timed in its place, and "
     "counted as often as the model has it. Compiled is `torch.compile` of the repeated blocks. Speed-ups "
-    "refer to the faster stock of the same table. Memory is the peak with all weights, and the part above what lay "
+    "refer to the faster stock of the same table. In graphs are replays of `vision_attn.graphs`, with their speed-up "
+    "over the same eager stock. Memory is the peak with all weights, and the part above what lay "
     "there before the step; blocks run one after another, so one of each kind shows the peak of an extrapolated step."
 )
 CANDIDATES = tuple(WAYS.values())
@@ -45,6 +46,10 @@ MUSTS: dict[str, tuple[Must, ...]] = {
     "sdxl-16384": (Must("linfusion"),),
 }
 MUSTS["flux-8192"] += (Must("clear r16", (_FLEX,), 1.5),)
+_GRAPHS = {"sdxl-1024": 2.2, "sd15-512": 2.7, "pixart-1024": 1.7, "sd35-1024": 1.33, "flux-1024": 1.09}
+for _name, _factor in _GRAPHS.items():
+    _musts = tuple(Must(subject, STOCK, _factor, graphs=True) for subject in ("clear r8", "multipole"))
+    MUSTS[_name] = (*MUSTS.get(_name, ()), *_musts)
 for _name, _factor in _MULTIPOLE.items():
     MUSTS[_name] += (Must("multipole", STOCK, _factor),)
 

@@ -21,6 +21,7 @@ from vision_attn.bench.pipelines.attention import STOCK, WAYS, Way
 from vision_attn.bench.timing import PeakMemory
 from vision_attn.conversion.conversion import Conversion
 from vision_attn.estimation.cost import machine_of, seconds
+from vision_attn.graphs import replaying
 from vision_attn.grid import Grid
 from vision_attn.hosts import find_host
 from vision_attn.hosts.host import heads_of
@@ -78,6 +79,11 @@ class PipelineCase:
         """As in '4096 px, 65536 tokens, eager'."""
         native = " (native)" if self.pixels == self.model.native else ""
         return f"{self.pixels} px{native}, {self.grid.image_tokens} tokens, {self.mode}"
+
+    @property
+    def graphed(self) -> bool:
+        """Whether steps are timed in CUDA graphs too: up to twice the native side, where Python may be the limit."""
+        return not self.compiled and self.pixels <= 2 * self.model.native
 
     @property
     def mode(self) -> str:
@@ -153,7 +159,24 @@ def _measured(
         if conversion is not None:
             whole = not (figures["extrapolated"] or case.compiled)
             figures["layers"] = _rerouted(conversion, way.min_tokens, whole)
+        if case.graphed and device.type == "cuda" and not figures["extrapolated"]:
+            figures["graphs"] = _in_graphs(step, model, device)
     return figures | dict(launch="cpu" if device.type == "cpu" else case.mode)
+
+
+def _in_graphs(step: Callable[[], None], model: nn.Module, device: torch.device) -> dict[str, Any]:
+    """Time a step that replays from a CUDA graph: what the host's Python takes is left out.
+
+    Raises:
+        RuntimeError: If it was not recorded; the reason is in the message.
+    """
+    with replaying({"": model}) as graphs:
+        for _ in range(4):  # eager, recorded, and replays
+            step()
+        if not graphs.memory:
+            raise RuntimeError(f"not recorded: {graphs.status['']}")
+        clock, watch = Clock(device), PeakMemory(device)
+        return _figures([clock.time(step) for _ in range(9)], watch) | dict(bytes=graphs.memory)
 
 
 @contextmanager
