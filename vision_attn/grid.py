@@ -14,6 +14,8 @@ values are `[B, N, H, D]`.
 
 from dataclasses import dataclass
 
+import torch
+
 from vision_attn._checks import check_int
 
 
@@ -40,6 +42,9 @@ class Grid:
     suffix: int = 0
 
     def __post_init__(self) -> None:
+        if torch._C._get_tracing_state():  # torch.jit.trace makes tensors of sizes
+            for name in ("height", "width", "prefix", "suffix"):
+                object.__setattr__(self, name, int(getattr(self, name)))
         for name, least in (("height", 1), ("width", 1), ("prefix", 0), ("suffix", 0)):
             check_int(name, getattr(self, name), least, "an int (in tokens)")
 

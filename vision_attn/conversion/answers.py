@@ -42,9 +42,15 @@ def answered(module: nn.Module, state: LayerState, run: Callable[..., Any], args
         kwargs: Named arguments of `run`.
 
     Raises:
-        RuntimeError: If it never called `scaled_dot_product_attention`.
+        RuntimeError: If it never called `scaled_dot_product_attention`, or torch.fx traces it.
         ValueError: If it runs with context parallelism, or the processor cannot honour the call.
     """
+    if isinstance(next(iter(args or kwargs.values()), None), torch.fx.Proxy):
+        raise RuntimeError(
+            f"{state.name} cannot be traced by torch.fx, which knows no sizes, because its processor needs those of the "
+            "grid: trace the model inside Conversion.bypassed() for the host's own attention, or use torch.jit.trace or "
+            "torch.export. For features timm has forward_intermediates()"
+        )
     processor = vars(module).get("processor") or module._modules.get("processor")
     if getattr(processor, "_parallel_config", None) is not None:
         raise ValueError(f"{state.name} runs with context parallelism, which cuts the grid: revert() first")

@@ -147,6 +147,8 @@ class GridContext:
         """
         tracing = torch.compiler.is_compiling()
         inputs = by_name(self.names, args, kwargs)
+        if any(isinstance(value, torch.fx.Proxy) for value in inputs.values()):
+            return  # it has no sizes; a layer that is not bypassed refuses it
         if self.reads and (tracing or (self.fixed is not None and _capturing())):
             found: Grid | str = self._unread(inputs)
         else:

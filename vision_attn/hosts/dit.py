@@ -75,7 +75,7 @@ def _z_image(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
     images, patch, frames = inputs["x"], inputs.get("patch_size", 2), inputs.get("f_patch_size", 1)
     if isinstance(images[0], (list, tuple)):
         return "several images in one sample"
-    shapes = {tuple(image.shape[-3:]) for image in images}
+    shapes = {tuple(map(int, image.shape[-3:])) for image in images}
     if len(shapes) != 1:
         return f"images of different sizes in one batch: {sorted(shapes)}"
     t, height, width = shapes.pop()

@@ -277,6 +277,8 @@ def per_axis(value: PerAxis, name: str, least: int) -> tuple[int, int]:
     if type(value) is int and value >= least:
         return value, value
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if torch._C._get_tracing_state():  # torch.jit.trace makes tensors of sizes
+        pair = tuple(map(int, pair))
     if len(pair) != 2 or not all(map(is_int, pair)):
         raise TypeError(f"{name} must be an int or a pair of ints (vertical, horizontal), got {value!r}")
     if min(pair) < least:

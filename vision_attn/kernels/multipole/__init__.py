@@ -111,7 +111,7 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, grid: Grid, cells: Cells, mask: 
     number = _cell_of_token(layout.tokens[:-1], grid)  # [n]
     C, B, H = layout.near.shape[0], q.shape[0], q.shape[2]
     # who sees which cell exactly, [B, H, C, C]; none is the index C, which is dropped
-    exact = torch.zeros(B, H, C, C + 1, dtype=torch.bool, device=device).scatter(3, chosen, True)
+    exact = torch.zeros(B, H, C, C + 1, dtype=torch.bool, device=device).scatter(3, chosen, 1)
     exact = exact.scatter(3, layout.near.expand(B, H, -1, -1), True)[..., :C]
     seen = F.pad(exact[:, :, number][..., number], (grid.prefix, grid.suffix), value=True)  # [B, H, n, N]
     hidden = full_mask(mask, grid)

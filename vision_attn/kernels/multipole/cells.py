@@ -324,7 +324,7 @@ def _best(q: Tensor, k: Tensor, size: Tensor, near: Tensor, exact: int, group: i
     """The `exact` cells of largest weight for queries `[B, H, n, D]` among keys `[B, H, C, D]`, C for none."""
     C = k.shape[2]
     weight = q @ k.mT + size.to(q.dtype).log()
-    hidden = torch.zeros(len(near), C + 1, dtype=torch.bool, device=q.device).scatter_(1, near, True)[:, :C]
+    hidden = torch.zeros(len(near), C + 1, dtype=torch.bool, device=q.device).scatter_(1, near, 1)[:, :C]
     weight = weight.masked_fill(hidden, -math.inf)
     if group > 1:
         groups = weight.softmax(-1).nan_to_num().split(group, 1)
