@@ -5,11 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from converted_hosts import POOLED, SIZE, call, converted, hosts
+from converted_hosts import CLEAR, POOLED, SIZE, call, converted, hosts
 from host_runs import TEXT, run
 from tiny_hosts import HOST
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from vision_attn import Clear, LinFusion, convert
+from vision_attn.processors import AgentSD, Schedule
 
 
 def save_memory_of(model: Any) -> None:
@@ -71,3 +74,125 @@ def test_two_grids_of_equal_length_before_one_backward_are_refused(host_id: str)
     """A layer that runs again cannot know to which forward it belongs: it raises, and never takes the wrong window."""
     with pytest.raises(RuntimeError, match="run backward after each forward"):
         gradients(host_id, True, [SIZE, (8, 16)])
+
+
+def whole(host_id: str, sizes: Any, reentrant: bool | None, blocks: bool = False) -> list[Tensor | None]:
+    """Return gradients of one backward through forwards of several sizes, each checkpointed as a whole."""
+    model = converted(host_id, POOLED).train()
+    if blocks:
+        save_memory_of(model)
+    losses, images = [], []
+    for size in sizes:
+        inputs = HOST[host_id].inputs(*size, 2, TEXT)
+        name = next(name for name, value in inputs.items() if isinstance(value, Tensor) and value.dim() > 2)
+        images.append(inputs.pop(name).requires_grad_())
+        run_whole = partial(_with, host_id, model, inputs, name)
+        output = (
+            run_whole(images[-1]) if reentrant is None else checkpoint(run_whole, images[-1], use_reentrant=reentrant)
+        )
+        losses.append(output.square().mean())
+    sum(losses).backward()
+    return [image.grad for image in images] + [p.grad for p in model.parameters()]
+
+
+def _with(host_id: str, model: nn.Module, inputs: dict[str, Any], name: str, image: Tensor) -> Tensor:
+    return HOST[host_id].output(model(**inputs, **{name: image}))
+
+
+def assert_alike(got: list[Tensor | None], want: list[Tensor | None]) -> None:
+    for one, other in zip(got, want, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@hosts("flux", "sd35", "sd15-unet", "vit")
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved-tensors", "reentrant"])
+def test_whole_models_run_again_over_their_own_grids(host_id: str, reentrant: bool) -> None:
+    """Two forwards over grids with as many tokens come before one backward, and others came before them."""
+    sizes = [SIZE, (8, 16)]
+    assert_alike(whole(host_id, sizes, reentrant), whole(host_id, sizes, None))
+
+
+@hosts("flux", "sd15-unet", "vit")
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved-tensors", "reentrant"])
+def test_whole_models_whose_blocks_run_again_too(host_id: str, reentrant: bool) -> None:
+    assert_alike(whole(host_id, [SIZE], reentrant, blocks=True), whole(host_id, [SIZE], None))
+    try:
+        got = whole(host_id, [SIZE, (8, 16)], reentrant, blocks=True)
+    except RuntimeError as error:
+        assert "run backward after each forward" in str(error)
+    else:
+        assert_alike(got, whole(host_id, [SIZE, (8, 16)], None))
+
+
+def test_features_of_a_vit_that_run_again_are_right_or_refused() -> None:
+    """`forward_features` is no forward of the whole model, so only the patch embedding tells the grid."""
+    model: Any = converted("vit", CLEAR)
+    images = [HOST["vit"].inputs(*size, 2, TEXT)["x"].requires_grad_() for size in (SIZE, (8, 16))]
+
+    def gradient(run_features: Any, x: Tensor) -> Tensor:
+        x.grad = None
+        run_features(x).square().mean().backward()
+        assert x.grad is not None
+        return x.grad
+
+    again = partial(checkpoint, model.forward_features, use_reentrant=True)
+    want = gradient(model.forward_features, images[1])
+    torch.testing.assert_close(gradient(again, images[1]), want, rtol=1e-4, atol=1e-6)
+    gradient(model.forward_features, images[0])
+    with pytest.raises(RuntimeError, match="run backward after each forward"):
+        gradient(again, images[1])
+    gradient(model.forward_features, images[1])
+    torch.testing.assert_close(gradient(again, images[1]), want, rtol=1e-4, atol=1e-6)
+
+
+def blocks_again(spec: Any, calls: Any, save_memory: bool, **options: Any) -> list[Tensor | None]:
+    """Return gradients of one backward through several calls, by size and by timestep."""
+    torch.manual_seed(0)
+    model: Any = HOST["sd15-unet"].build().train()
+    conversion = convert(model, spec, **options)
+    with torch.no_grad():
+        for parameter in conversion.parameters():
+            parameter.add_(0.1)
+    if save_memory:
+        save_memory_of(model)
+    losses = []
+    for size, timestep in calls:
+        inputs = HOST["sd15-unet"].inputs(*size, 2, TEXT) | dict(timestep=torch.tensor(timestep))
+        losses.append(model(**inputs).sample.square().mean())
+    sum(losses).backward()
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["dense-first", "dense-last"])
+def test_residual_networks_are_added_again_or_refused(order: int) -> None:
+    """With `min_tokens` one of two sizes has none. A layer must never add them to its own dense attention."""
+    spec, calls = LinFusion(mid_dim=4), [((4, 4), 500), (SIZE, 500)][::order]
+    with pytest.raises(RuntimeError, match="with and without residual networks"):
+        blocks_again(spec, calls, True, min_tokens=100)
+    for call_ in calls:
+        assert_alike(
+            blocks_again(spec, [call_], True, min_tokens=16), blocks_again(spec, [call_], False, min_tokens=16)
+        )
+
+
+STAGES = Schedule(((0.5, Clear(radius=2)), (1.0, Clear(radius=4))))
+
+
+def test_a_stage_of_a_schedule_runs_again_or_is_refused() -> None:
+    early, late = (SIZE, 900), (SIZE, 100)
+    for calls in ([early], [late], [early, early]):
+        assert_alike(blocks_again(STAGES, calls, True), blocks_again(STAGES, calls, False))
+    with pytest.raises(RuntimeError, match="different moments of the denoising"):
+        blocks_again(STAGES, [early, late], True)
+
+
+def test_random_tokens_are_not_drawn_again() -> None:
+    spec = dict(cell=2, max_downsample=4)
+    assert_alike(
+        blocks_again(AgentSD(**spec, random=False), [(SIZE, 500)], True),
+        blocks_again(AgentSD(**spec, random=False), [(SIZE, 500)], False),
+    )
+    with pytest.raises(RuntimeError, match="AgentSD\\(random=False\\)"):
+        blocks_again(AgentSD(**spec), [(SIZE, 500)], True)

@@ -1,6 +1,7 @@
 """Bad input gives a clear error and leaves the model unchanged."""
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from untouched import assert_untouched, state
 
 from vision_attn import Clear, Conversion, Neighborhood, Softmax, convert, load
-from vision_attn.processors import make_spec
+from vision_attn.processors import Schedule, make_spec
 
 
 @pytest.fixture(autouse=True)
@@ -237,3 +238,80 @@ def test_a_processor_without_the_fused_function_is_an_error_that_names_the_cure(
     model.set_default_attn_processor()
     with pytest.raises(RuntimeError, match=r"set_attn_processor\(AttnProcessor2_0\(\)\)"):
         run(HOST["sd15-unet"], model, 12, 10)
+
+
+class Shared:
+    """Attention in which all pictures of a batch also see the first one (StyleAligned), or queries without heads."""
+
+    def __init__(self, heads: bool = True) -> None:
+        self.heads = heads
+
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, **kwargs: Any) -> Tensor:
+        other = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = (p(x) for p, x in ((attn.to_q, hidden_states), (attn.to_k, other), (attn.to_v, other)))
+        if self.heads:
+            q, k, v = (t.unflatten(2, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))
+            if encoder_hidden_states is None:
+                k, v = (torch.cat([t, t[:1].expand_as(t)], 2) for t in (k, v))
+        output = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return attn.to_out[0](output.transpose(1, 2).flatten(2) if self.heads else output)
+
+
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        (Shared(), r"dense: 192 keys for 96 queries \(shared attention\)"),
+        (Shared(heads=False), "dense: queries without an axis of heads"),
+    ],
+    ids=["more-keys", "no-heads"],
+)
+def test_attention_over_other_keys_than_the_layers_own_is_no_silent_matter(processor: Any, message: str) -> None:
+    model: Any = HOST["sd15-unet"].build()
+    conversion = convert(model, Clear(radius=2))
+    model.set_attn_processor(processor)
+    with pytest.raises(RuntimeError, match=f"was rerouted: .*{message}"):
+        run(HOST["sd15-unet"], model, 12, 8)
+    assert any(re.match(message, status) for status in conversion.status.values())
+    with conversion.bypassed():
+        run(HOST["sd15-unet"], model, 12, 8)
+    model.set_attn_processor(AttnProcessor2_0())
+    run(HOST["sd15-unet"], model, 12, 8)
+    assert set(conversion.status.values()) == {"rerouted"}
+
+
+def test_a_layer_that_shares_attention_beside_others_says_so() -> None:
+    model: Any = HOST["sd15-unet"].build()
+    conversion = convert(model, Clear(radius=2))
+    name = next(iter(conversion.status))
+    model.get_submodule(name).set_processor(Shared())
+    run(HOST["sd15-unet"], model, 12, 8)
+    status = conversion.status
+    assert status.pop(name).startswith("dense: 192 keys for 96 queries") and set(status.values()) == {"rerouted"}
+
+
+STAGES = Schedule(((0.5, Clear(radius=2)), (1.0, Clear(radius=4))))
+
+
+@pytest.mark.parametrize(
+    ("host_id", "argument", "times"),
+    [
+        ("sd15-unet", "timestep", [900, 100]),
+        ("flux", "timestep", [0.9, 0.1]),
+        ("sd35", "timestep", [900.0, 100.0]),
+        ("z-image", "t", [0.1, 0.9]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_batch_in_several_stages_of_a_schedule_is_refused(host_id: str, argument: str, times: Any) -> None:
+    model = HOST[host_id].build()
+    convert(model, STAGES)
+    size = (12, 8)
+    inputs = HOST[host_id].inputs(*size, 2, TEXT)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"one stage for the whole batch, but the timesteps .* are in 2 stages"):
+            model(**inputs | {argument: torch.tensor(times)})
+        for one in times:  # samples of one stage run together, each at its own time
+            together = torch.tensor([one, one + (1e-3 if isinstance(one, float) else 1)])
+            outputs = [HOST[host_id].output(model(**inputs | {argument: t})) for t in (together, together[[0, 0]])]
+            torch.testing.assert_close(outputs[0][0], outputs[1][0], rtol=0, atol=1e-5)
+            assert not torch.equal(outputs[0][1], outputs[1][1])

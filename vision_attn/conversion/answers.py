@@ -47,9 +47,9 @@ def answered(module: nn.Module, state: LayerState, run: Callable[..., Any], args
     """
     if isinstance(next(iter(args or kwargs.values()), None), torch.fx.Proxy):
         raise RuntimeError(
-            f"{state.name} cannot be traced by torch.fx, which knows no sizes, because its processor needs those of the "
-            "grid: trace the model inside Conversion.bypassed() for the host's own attention, or use torch.jit.trace or "
-            "torch.export. For features timm has forward_intermediates()"
+            f"{state.name} cannot be traced by torch.fx, which knows no sizes, because its processor needs those of "
+            "the grid: trace the model inside Conversion.bypassed() for the host's own attention, or use "
+            "torch.jit.trace or torch.export. For features timm has forward_intermediates()"
         )
     processor = vars(module).get("processor") or module._modules.get("processor")
     if getattr(processor, "_parallel_config", None) is not None:
@@ -108,7 +108,7 @@ class Answers:
     def __init__(self, module: nn.Module, state: LayerState, masked: bool) -> None:
         self.module, self.state = module, state
         self.reached = self._noted = False
-        self._across: tuple[int, int] | None = None
+        self._across = ""
         processor: Any = module._modules[CHILD]
         self.moment = None
         if processor.wants:
@@ -188,7 +188,11 @@ class Answers:
                 return None
             return _decision(state, context.locate(tokens), masked)[0]
         if query.dim() != 4 or tokens != keys:
-            self._across = int(tokens), int(keys)
+            self._across = (
+                f"{int(keys)} keys for {int(tokens)} queries (shared attention)"
+                if query.dim() == 4
+                else "queries without an axis of heads"
+            )
             return None
         if context.here.gradients or backward_running() != -1:
             found = context.locate(int(tokens), state.shared.here.running)
@@ -214,10 +218,8 @@ class Answers:
 
     def end(self) -> None:
         """Say why no call was over the layer's tokens, if none was."""
-        if not self._noted and self._across is not None:
-            tokens, keys = self._across
-            shared = f"{keys} keys for {tokens} queries (shared attention)" if keys != tokens else "q without four axes"
-            self.state.note(None, f"dense: {shared}, so where the grid lies is not known")
+        if not self._noted and self._across:
+            self.state.note(None, f"dense: {self._across}, so where the grid lies is not known")
 
 
 class _Answering(TorchFunctionMode):
