@@ -221,7 +221,7 @@ def test_a_layer_costs_few_python_calls(host_id: str, spec: Any, options: Any, m
     with counted() as calls:
         run(HOST[host_id], model, *SIZE)
     grids = calls.count("_see_grid")
-    assert len(conversion.layers) <= len(calls) <= most * len(conversion.layers) + 30 * grids, calls[:80]
+    assert len(conversion.layers) <= len(calls) <= most * len(conversion.layers) + 40 * grids, calls[:80]
 
 
 def test_diffusers_reads_signatures_of_converted_layers_faster() -> None:
