@@ -190,6 +190,30 @@ def pipelines() -> str:
     return table(["denoiser", "size", "stock", *others], rows)
 
 
+def multipole_steps() -> str:
+    """Denoising steps with multipole attention beside a disc, and by what factor each is faster than stock."""
+    rows = []
+    for row in stored("bench/results/pipelines_multipole_h200.json")["rows"]:
+        stock, own = stock_step(row), timed(row)
+        assert stock is not None
+        cells = [factor(own.get(name)) for name in ("clear r16", "multipole", "multipole e0")]
+        seconds = f"{stock['median_ms'] / 1e3:.3f} s"
+        rows.append([row["group"], size_of(row) + ", compiled" * is_compiled(row), seconds, *cells])
+    return table(["denoiser", "size", "stock", "`Clear(16)`", "`Multipole(spread=0)`", "`Multipole(exact=0)`"], rows)
+
+
+def missed() -> str:
+    """What was aimed at, measured, and not reached, of all stored results."""
+    rows = [
+        [f"{row['group']}, {row['label']}", must["text"], f"{must['value']:.3g}", row.get("date", "-")]
+        for path in sorted((ROOT / "bench" / "results").glob("[!c]*.json"))
+        for row in json.loads(path.read_text())["rows"]
+        for must in row.get("musts") or ()
+        if not must["holds"]
+    ]
+    return table(["case", "aim", "measured", "date"], rows)
+
+
 def models() -> str:
     """Whole classifiers beside the published ones that they compete with, and beside their dense twins."""
     rows = []
@@ -239,6 +263,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "squares": squares,
     "linear": linear,
     "pipelines": pipelines,
+    "multipole_steps": multipole_steps,
+    "missed": missed,
     "models": models,
     "distilled": distilled,
     "highres": highres,

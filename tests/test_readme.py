@@ -153,19 +153,6 @@ def test_figures_in_the_text_are_the_stored_ones():
     assert all(c["forward"]["speedup"] <= 1 for c in rows["sdxl-1024"]["candidates"])  # "SDXL is slower there"
 
 
-def test_missed_numbers_are_named():
-    names = dict(flux="FLUX", sdxl="SDXL", sd15="SD 1.5", sd35="SD 3.5", pixart="PixArt")
-    missed = {
-        (f"{row['shape']['mode']} {names[row['case'].partition('-')[0]]}", f"{row['shape']['pixels']}", must["needed"])
-        for path in (ROOT / "bench" / "results").glob("[!c]*.json")
-        for row in json.loads(path.read_text())["rows"]
-        for must in row.get("musts", ())
-        if not must["holds"]
-    }
-    found = re.search(r"We aimed at one factor and missed it: (\w+ [\w. ]+?) at (\d+) px ([\d.]+)x\.", TEXT)
-    assert missed == {(found[1], found[2], float(found[3]))}
-
-
 def test_the_checks_in_the_text_are_the_stored_ones():
     linear, local = (stored(f"bench/results/check_{kind}_h200.json")["check"] for kind in ("linear", "local"))
     assert said(r"All (\d+) checks against float64") == {f"{len(linear)}"}
