@@ -51,16 +51,29 @@ def answered(module: nn.Module, state: LayerState, run: Callable[..., Any], args
             "the grid: trace the model inside Conversion.bypassed() for the host's own attention, or use "
             "torch.jit.trace or torch.export. For features timm has forward_intermediates()"
         )
-    processor = vars(module).get("processor") or module._modules.get("processor")
-    if getattr(processor, "_parallel_config", None) is not None:
+    if getattr(_processor_of(module), "_parallel_config", None) is not None:
         raise ValueError(f"{state.name} runs with context parallelism, which cuts the grid: revert() first")
     call = Answers(module, state, kwargs.get("attention_mask") is not None)
+    if call.projections is None:
+        return _run(module, call, run, args, kwargs)
+    if torch.compiler.is_compiling():  # Dynamo takes one `with` block around code that has others
+        call.projections.__enter__()
+        output = _run(module, call, run, args, kwargs)
+        call.projections.__exit__()
+        return output
+    with call.projections:
+        return _run(module, call, run, args, kwargs)
+
+
+def _run(module: nn.Module, call: "Answers", run: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run a layer's own code through the doors, or inside a mode where that does not reach its attention."""
+    state = call.state
     if torch.compiler.is_compiling():
         with _Answering(call):
             return run(*args, **kwargs)
     if not state.imported:
         modes = ATTENTION.here.modes
-        output = call.through_doors(processor, run, args, kwargs)
+        output = call.through_doors(run, args, kwargs)
         if call.reached:
             state.imported = False
             call.end()
@@ -83,6 +96,11 @@ def answered(module: nn.Module, state: LayerState, run: Callable[..., Any], args
         if not _may_skip(module):
             raise RuntimeError(_never_reached(state, module))
     return output
+
+
+def _processor_of(module: nn.Module) -> Any:
+    """Return diffusers' processor of a layer, None if it has none."""
+    return vars(module).get("processor") or module._modules.get("processor")
 
 
 def _may_skip(module: nn.Module) -> bool:
@@ -121,9 +139,9 @@ class Answers:
             residuals = {}
         self.projections = Projections(module, residuals) if residuals else None
 
-    def through_doors(self, processor: Any, run: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    def through_doors(self, run: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """Run the layer's own code, whose calls come to `attend` and `linear`."""
-        described = _describe(processor)
+        described = _describe(_processor_of(self.module))
         linear = LINEAR.open(self.linear) if self.projections is not None else None
         before = ATTENTION.open(self.attend)
         try:
@@ -171,7 +189,7 @@ class Answers:
         if self.projections is not None and not torch.compiler.is_compiling() and self.projections.missing():
             raise RuntimeError(
                 f"{state.name}: {state.spec} adds to the input of projections, but this {type(self.module).__name__} "
-                f"does not multiply by its weights of {self.projections.missing()} (quantised layers do not)"
+                f"ran none of {self.projections.missing()} that we know"
             )
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         more = () if self.moment is None else (self.moment,)

@@ -1,86 +1,179 @@
 """Lets a processor add to what its host projects to queries and keys: x + f(x) instead of x.
 
-The host's projections stay as they are. They are recognised by the weight that reaches `torch.nn.functional.linear`,
-so this follows the host when it fuses or unfuses them, wraps them in adapters (peft), or multiplies by the weight
-itself (timm's EVA), and there is nothing to undo.
+The host's projections stay as they are; hooks on them change their inputs. So whatever a projection has become by the
+time it runs, with adapters (peft), other weights (offloading, parametrizations) or no weights that one could multiply
+by (quantised layers), it gets x + f(x). Where one layer projects to queries, keys and values at once, a plain layer
+multiplies f(x) by the rows of the queries and keys alone, and any other one runs once more for each.
 """
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from vision_attn.conversion.grids import remove_hooks
+
+_ROLES = {f"{before}{role}{after}": role for role in "qk" for before, after in (("to_", ""), ("", "_proj"))}
+_FUSED = ("to_qkv", "to_qkv_mlp_proj", "qkv")
+PROJECTIONS = (*_ROLES, *_FUSED)  # names of the layers that project to queries or keys
+_SLOT = "_vision_attn_projections"  # attribute of an attention module and of its projections
+
 
 class _Rows(NamedTuple):
-    """The rows `start:stop` of a weight, which project to the queries or keys; `stop` is None for the whole weight."""
+    """The rows `start:stop` of a weight, which project to the queries or keys."""
 
     role: str
-    start: int = 0
-    stop: int | None = None
+    start: int
+    stop: int
+
+
+class _Slot:
+    """Where the hooks on projections find the `Projections` of the forward that runs, in each thread its own.
+
+    Code that is compiled shares one, because it is traced once.
+    """
+
+    def __init__(self) -> None:
+        self.traced: Projections | None = None
+        self.thread = threading.local()
+
+    @property
+    def running(self) -> "Projections | None":
+        """The projections of the forward that runs, None outside of one."""
+        return self.traced if torch.compiler.is_compiling() else getattr(self.thread, "running", None)
+
+    @running.setter
+    def running(self, value: "Projections | None") -> None:
+        if torch.compiler.is_compiling():
+            self.traced = value
+        else:
+            self.thread.running = value
+
+    def __reduce__(self) -> Any:
+        return _Slot, ()
 
 
 class Projections:
-    """The projections of one attention module while its forward runs.
+    """The projections of one attention module while its forward runs, inside a `with` block.
 
     Args:
-        module: Attention module of diffusers or timm.
+        module: Attention module of diffusers or timm, to which `bind` was applied.
         residuals: Modules f by role: 'q' or 'k'.
     """
 
     def __init__(self, module: nn.Module, residuals: Mapping[str, nn.Module]) -> None:
-        self.residuals, self.table = residuals, _table(module)
+        if not torch.compiler.is_compiling():
+            bind(module)  # somebody may have put a layer there without `setattr`
+        self.module, self.residuals = module, residuals
+        self.slot: _Slot = vars(module)[_SLOT]
         self.seen: set[str] = set()
+        self.inside = False  # whether a layer that is not plain runs: what it multiplies by is its own affair
+
+    def __enter__(self) -> "Projections":
+        self.before, self.slot.running = self.slot.running, self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.slot.running = self.before
 
     def missing(self) -> list[str]:
         """Return the roles whose projection was not seen."""
         return sorted(set(self.residuals) - self.seen)
 
+    def enter(self, projection: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Change the arguments of a projection that is about to run; None leaves them as they are."""
+        for name, role in _ROLES.items():
+            if self.module._modules.get(name) is projection and role in self.residuals:
+                self.seen.add(role)
+                x = args[0]
+                return (x + self.residuals[role](x), *args[1:])
+        if self._fused(projection) and not _is_plain(projection):
+            self.inside = True
+        return None
+
+    def leave(self, projection: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Change what a layer that projects to everything at once has computed; None leaves it as it is."""
+        if not self.inside or not self._fused(projection):
+            return None
+        self.slot.running = None
+        try:
+            x = args[0]
+            return self._in_rows(x, output, lambda f, row: projection(x + f(x))[..., row.start : row.stop])
+        finally:
+            self.inside, self.slot.running = False, self
+
     def linear(self, run: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Answer one call of `torch.nn.functional.linear`; `run` is the function itself."""
-        for known, rows in self.table:
-            if weight is known:
-                return self._project(run, x, weight, bias, rows)
+        for name in () if self.inside else _FUSED:
+            projection = self.module._modules.get(name)
+            if projection is not None and not _is_parametrized(projection) and projection.weight is weight:
+                y = run(x, weight, bias)
+                return self._in_rows(
+                    x,
+                    y,
+                    lambda f, row: y[..., row.start : row.stop] + run(f(x), weight[row.start : row.stop], None),  # noqa: B023
+                )
         return run(x, weight, bias)
 
-    def _project(
-        self, run: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, rows: list[_Rows]
-    ) -> Tensor:
-        if not torch.compiler.is_compiling():
-            self.seen |= {row.role for row in rows}
-        if rows[0].stop is None:
-            residual = self.residuals.get(rows[0].role)
-            return run(x if residual is None else x + residual(x), weight, bias)
-        y, done, parts = run(x, weight, bias), 0, []
-        for row in rows:
-            parts.append(y[..., row.start : row.stop])
-            if row.role in self.residuals:
-                parts[-1] = parts[-1] + run(self.residuals[row.role](x), weight[row.start : row.stop], None)
-            done = row.stop or 0
-        return torch.cat([*parts, y[..., done:]], -1)
+    def _in_rows(self, x: Tensor, y: Tensor, part: Callable[[nn.Module, _Rows], Tensor]) -> Tensor:
+        """Replace the rows of queries and keys in the output y of x."""
+        inner = _inner_dim(self.module)
+        parts = []
+        for row in (_Rows("q", 0, inner), _Rows("k", inner, 2 * inner)):
+            f = self.residuals.get(row.role)
+            self.seen.add(row.role)
+            parts.append(y[..., row.start : row.stop] if f is None else part(f, row))
+        return torch.cat([*parts, y[..., 2 * inner :]], -1)
+
+    def _fused(self, projection: nn.Module) -> bool:
+        return any(self.module._modules.get(name) is projection for name in _FUSED)
 
 
-def _table(module: nn.Module) -> list[tuple[Tensor, list[_Rows]]]:
-    """Return the weights that project queries and keys, with their rows."""
-    found = []
-    for role in ("q", "k"):
-        for name in (f"to_{role}", f"{role}_proj"):
-            found += [(weight, [_Rows(role)]) for weight in _weights_on_input(getattr(module, name, None))]
-    for name in ("to_qkv", "to_qkv_mlp_proj", "qkv"):
-        for weight in _weights_on_input(getattr(module, name, None))[:1]:
-            inner = _inner_dim(module)
-            found.append((weight, [_Rows("q", 0, inner), _Rows("k", inner, 2 * inner)]))
-    return found
+def bind(module: nn.Module) -> None:
+    """Put hooks on the projections that an attention module has now. `unbind` undoes it."""
+    slot: _Slot = vars(module).setdefault(_SLOT, _Slot())
+    for name in PROJECTIONS:
+        projection = module._modules.get(name)
+        if projection is not None and vars(projection).get(_SLOT) is not slot:
+            setattr(projection, _SLOT, slot)
+            projection.register_forward_pre_hook(_enter)
+            if name in _FUSED:
+                projection.register_forward_hook(_leave)
 
 
-def _weights_on_input(projection: nn.Module | None) -> list[Tensor]:
-    """Return the weights of a projection that multiply its input: its own, then those of low-rank adapters."""
-    if projection is None:
-        return []
-    base = getattr(projection, "base_layer", projection)
-    adapters: Any = getattr(projection, "lora_A", {})
-    weights: list[Any] = [getattr(base, "weight", None), *(adapter.weight for adapter in adapters.values())]
-    return [weight for weight in weights if isinstance(weight, Tensor)]
+def unbind(module: nn.Module) -> None:
+    """Take off all hooks that `bind` put on projections of a module, also on those that adapters wrap."""
+    for inner in module.modules():
+        if vars(inner).pop(_SLOT, None) is not None:
+            remove_hooks(inner, _enter)
+            remove_hooks(inner, _leave)
+
+
+def is_bound(module: nn.Module) -> bool:
+    """Whether `bind` was applied to an attention module."""
+    return _SLOT in vars(module)
+
+
+def _enter(projection: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    running = vars(projection)[_SLOT].running
+    return None if running is None else running.enter(projection, args)
+
+
+def _leave(projection: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    running = vars(projection)[_SLOT].running
+    return None if running is None else running.leave(projection, args, output)
+
+
+def _is_plain(projection: nn.Module) -> bool:
+    """Whether a layer multiplies by its weight, in one call of `torch.nn.functional.linear`."""
+    return type(projection) is nn.Linear and type(projection.weight) in (nn.Parameter, Tensor)
+
+
+def _is_parametrized(projection: nn.Module) -> bool:
+    """Whether the weight of a layer is computed anew each time that one looks at it."""
+    return "parametrizations" in projection._modules
 
 
 def _inner_dim(module: Any) -> int:

@@ -13,14 +13,17 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from vision_attn.conversion.answers import answered
+from vision_attn.conversion.projections import PROJECTIONS, bind, is_bound, unbind
 from vision_attn.conversion.state import LAYER, LayerState
-from vision_attn.processors.base import CHILD
+from vision_attn.processors.base import CHILD, Processor
 
 
 def reroute(module: nn.Module, processor: nn.Module, state: LayerState) -> None:
     """Make `module` answer its attention over the grid with `processor`. `restore` undoes it."""
     setattr(module, LAYER, state)
     module.add_module(CHILD, processor)
+    if any(isinstance(part, Processor) and part.residuals() for part in processor.modules()):
+        bind(module)
     module.__class__ = _beneath_parametrizations(type(module))
 
 
@@ -29,6 +32,7 @@ def restore(module: nn.Module) -> None:
     cls: Any = type(module)
     ours: Any = next(base for base in cls.__mro__ if _BASE in vars(base))
     module.__class__ = _replaced(cls, ours, vars(ours)[_BASE])
+    unbind(module)
     del module._modules[CHILD]
     delattr(module, LAYER)
 
@@ -51,6 +55,11 @@ def rerouted_class(base: Any) -> type[nn.Module]:
                 state.hand_over(None)
                 return super().__call__(*args, **kwargs)
             return answered(self, state, super().__call__, args, kwargs)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if name in PROJECTIONS and is_bound(self):  # adapters wrap projections, and hosts fuse them
+                bind(self)
 
         def __reduce_ex__(self, protocol: Any) -> Any:
             make, args, *rest = super().__reduce_ex__(protocol)

@@ -96,7 +96,7 @@ class AgentAttention(Processor):
             key_bias = F.pad(key_bias, (grid.prefix, grid.suffix))
         agents = Agents(pool_agents(q[:, image], grid, self.spec.agent_grid), key_bias, query_bias)
         o = attend_through(q, k, v, agents, grid, mask=mask, scale=scale, backend=self.backend)
-        return self.dwc.add(o, v, grid) if self.spec.dwc else o
+        return self.dwc(o, v, grid) if self.spec.dwc else o
 
 
 def attend_through(
@@ -197,7 +197,7 @@ class AgentBiases(nn.Module):
 
     def tables(self) -> list[Tensor]:
         """Return the parameters in the order that `position_biases` takes."""
-        return list(self.parameters(recurse=False))
+        return [getattr(self, name) for name in ("an_bias", "na_bias", "ah_bias", "aw_bias", "ha_bias", "wa_bias")]
 
     def forward(
         self, query_size: tuple[int, int], key_size: tuple[int, int], agent_grid: tuple[int, int] | None = None

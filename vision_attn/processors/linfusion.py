@@ -85,20 +85,26 @@ class LinFusion(AttnSpec):
         return 2.0 if self.feature_map == "elu" else 4.0
 
 
+class _Linear(nn.Linear):
+    """A linear layer that takes any dtype. Its own is known when it runs: hooks may store it in another one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the projection of x in the dtype of the weight."""
+        return super().forward(x.to(self.weight.dtype))
+
+
 class Residual(nn.Sequential):
     """f: Linear - LayerNorm - LeakyReLU - Linear on tokens `[B, N, C]`, zero at the start."""
 
     def __init__(self, dim: int, mid_dim: int) -> None:
-        last = nn.Linear(mid_dim, dim)
+        last = _Linear(mid_dim, dim)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        super().__init__(nn.Linear(dim, mid_dim), nn.LayerNorm(mid_dim), nn.LeakyReLU(0.01), last)
+        super().__init__(_Linear(dim, mid_dim), nn.LayerNorm(mid_dim), nn.LeakyReLU(0.01), last)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return f(x) in the dtype of x."""
-        own = next(self.parameters()).dtype
-        stored = own.itemsize == 1  # 8-bit weights are stored in 8 bits, and computed in more
-        return super().forward(x if stored else x.to(own)).to(x.dtype)
+        return super().forward(x).to(x.dtype)
 
 
 class Hedgehog(nn.Module):

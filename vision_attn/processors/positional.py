@@ -24,7 +24,7 @@ class DepthwiseBranch(nn.Module):
         self.weight = nn.Parameter(torch.zeros(channels, 1, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def add(self, o: Tensor, v: Tensor, grid: Grid) -> Tensor:
+    def forward(self, o: Tensor, v: Tensor, grid: Grid) -> Tensor:
         """Add the convolution of the grid's values to the grid's outputs, both `[B, N, H, D]`."""
         return add_depthwise(o, v, grid, self.weight, self.bias)
 

@@ -85,7 +85,7 @@ class RALAAttention(Processor):
         weight = key_weight(mask, grid, q)
         y = rank_augmented_attention(q, k, v, key_weight=weight, scale=scale, backend=self.backend)
         if self.spec.kernel_size:
-            y = self.lepe.add(y, v, grid)
+            y = self.lepe(y, v, grid)
         gate = torch.einsum("bnhd,hde->bnhe", v, self.gate.to(v))
         return y + y * gate
 
