@@ -20,6 +20,7 @@ from torch import nn
 from untouched import assert_untouched, state
 
 from vision_attn import Clear, Conversion, Neighborhood, convert, load
+from vision_attn.processors.base import stored_name
 
 
 def train(model: nn.Module, conversion: Conversion) -> set[str]:
@@ -32,7 +33,7 @@ def train(model: nn.Module, conversion: Conversion) -> set[str]:
         ][:2]
         one.view(-1)[1] += 1
         everything.mul_(1.5)
-    return {one_name, all_name} | {name for name, _ in conversion.named_parameters()}
+    return {one_name, all_name} | {stored_name(name) for name, _ in conversion.named_parameters()}
 
 
 def assert_same_tensors(model: nn.Module, other: nn.Module) -> None:

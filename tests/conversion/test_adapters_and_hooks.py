@@ -1,17 +1,15 @@
 """LoRA, IP-Adapter, offloading hooks and fused projections on a converted model."""
 
-from collections.abc import Callable
 from functools import partial
 from itertools import product
 from typing import Any
 
-import accelerate
 import pytest
 import torch
 from converted_hosts import CLEAR, POOLED, SIZE, call, converted, expected, hosts
 from covering import quick
-from diffusers.hooks import apply_group_offloading
 from host_runs import distance, run, stock
+from offloads import OFFLOADS
 from peft import LoraConfig, get_peft_model
 from tiny_hosts import HOST, noise
 from tiny_pipelines import add_lora, ip_adapter_inputs, load_ip_adapter
@@ -73,19 +71,6 @@ def test_ip_adapter_loaded_after_conversion(host_id: str) -> None:
     Conversion.of(model).revert()
     with torch.no_grad():
         assert torch.equal(call(host_id, model, **ip_adapter_inputs(model, 2)), outputs[0])
-
-
-CPU = torch.device("cpu")
-
-
-OFFLOADS: dict[str, Callable[[nn.Module], Any]] = {
-    "model": lambda model: accelerate.cpu_offload_with_hook(model, execution_device=CPU),
-    "sequential": lambda model: accelerate.cpu_offload(model, execution_device=CPU),
-    "group-leaf": partial(apply_group_offloading, onload_device=CPU, offload_type="leaf_level"),
-    "group-block": partial(
-        apply_group_offloading, onload_device=CPU, offload_type="block_level", num_blocks_per_group=1
-    ),
-}  # fmt: skip
 
 
 OFFLOADED = quick(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vision_attn import Clear, Conversion, Softmax, convert
 from vision_attn.conversion.state import is_rerouted
+from vision_attn.processors.base import stored_name
 
 
 def through_a_file(model: nn.Module) -> nn.Module:
@@ -107,7 +108,8 @@ def test_half_precision(host_id: str, dtype: torch.dtype, tmp_path: Path) -> Non
     assert 0 < distance(outputs[2].float(), expected(host_id, POOLED)) < limit
     conversion = Conversion.of(model)
     conversion.save(tmp_path)
-    assert set(load_file(tmp_path / "vision_attn.safetensors")) == {name for name, _ in conversion.named_parameters()}
+    names = {stored_name(name) for name, _ in conversion.named_parameters()}
+    assert set(load_file(tmp_path / "vision_attn.safetensors")) == names
 
 
 @hosts("flux", "sd15-unet", "vit")

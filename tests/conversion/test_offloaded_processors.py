@@ -6,8 +6,8 @@ import pytest
 import torch
 from covering import quick
 from host_runs import FROM_A_FILE, run
+from offloads import OFFLOADS
 from processor_table import PROCESSORS
-from test_adapters_and_hooks import OFFLOADS
 from tiny_hosts import HOST, noise
 from torch import nn
 

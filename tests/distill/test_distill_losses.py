@@ -41,7 +41,7 @@ def test_linfusion(name):
     losses["total"].backward()
     first = unet.get_submodule(meta["modules"][0])
     torch.testing.assert_close(first.to_q.weight.grad, io["loss.grad_first_to_q"], **TOLERANCE)
-    torch.testing.assert_close(first.vision_attn.to_k_[0].weight.grad, io["loss.grad_first_to_k_0"], **TOLERANCE)
+    torch.testing.assert_close(first.substitute.to_k_[0].weight.grad, io["loss.grad_first_to_k_0"], **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", CLEAR_CASES)
@@ -63,7 +63,7 @@ def test_clear(name):
     grad = model.single_transformer_blocks[0].attn.to_q.weight.grad
     torch.testing.assert_close(grad, io["loss.grad_single0_to_q"], **TOLERANCE)
     if "loss.grad_double0_spatial" in io:
-        grad = model.transformer_blocks[0].attn.vision_attn.spatial_weight.grad
+        grad = model.transformer_blocks[0].attn.substitute.spatial_weight.grad
         torch.testing.assert_close(grad, io["loss.grad_double0_spatial"], **TOLERANCE)
 
 

@@ -144,11 +144,11 @@ def test_only_the_processor_learns_when_the_host_is_frozen(host_id: str) -> None
     learned = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert learned == {name for name, _ in conversion.named_parameters()}
     assert learned == set(model.state_dict()) - keys
-    assert all(".vision_attn." in name for name in learned)
+    assert all(".substitute." in name for name in learned)
     assert len(learned) == len(conversion.layers) == len(list(conversion.parameters()))
     unmoved = {name for name, parameter in conversion.named_parameters() if not parameter.grad.any()}
     # The head of a ViT reads the class token alone, and class tokens do not see pooled keys.
-    assert unmoved == ({"blocks.1.attn.vision_attn.spatial_weight"} if host_id == "vit" else set())
+    assert unmoved == ({"blocks.1.attn.substitute.spatial_weight"} if host_id == "vit" else set())
     conversion.revert()
     assert set(model.state_dict()) == keys
 

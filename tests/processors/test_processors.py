@@ -48,7 +48,7 @@ def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of the layers that the last forward rerouted."""
     done = [m for m in model.modules() if is_rerouted(m) and state_of(m).status == "rerouted"]
     assert done
-    return {f"{state_of(m).name}.{n}": p for m in done for n, p in m.vision_attn.named_parameters()}  # type: ignore
+    return {f"{state_of(m).name}.{n}": p for m in done for n, p in m.substitute.named_parameters()}  # type: ignore
 
 
 def test_the_table_has_every_processor() -> None:

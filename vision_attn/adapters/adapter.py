@@ -1,8 +1,8 @@
 """A saved conversion: a folder with `config.json` and one safetensors file, or a file released by a paper's authors.
 
 `config.json` holds the spec of the layers as class name and fields, the base model, the layers and the versions. The
-safetensors file holds only tensors that the conversion added or changed, under their names in the base model. Nothing
-is ever unpickled.
+safetensors file holds only tensors that the conversion added or changed: those of the base model under their names
+there, those of a layer's processor under the layer's name and `vision_attn`. Nothing is ever unpickled.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from vision_attn.adapters.published import (
     published_adapter,
 )
 from vision_attn.processors import from_config, to_config
-from vision_attn.processors.base import AttnSpec
+from vision_attn.processors.base import AttnSpec, model_name, stored_name
 
 CONFIG, WEIGHTS = "config.json", "vision_attn.safetensors"
 FORMAT = "vision_attn.adapter.v1"
@@ -147,7 +147,7 @@ def _read_config(folder: Path, config: dict[str, Any], spec: AttnSpec | None) ->
         layers.update(dict.fromkeys(group["layers"], spec or from_config(group["spec"])))
     if not isinstance(config["min_tokens"], int):
         raise TypeError(f"min_tokens is {config['min_tokens']!r}")
-    tensors = read_tensors(folder / WEIGHTS)
+    tensors = {model_name(name): tensor for name, tensor in read_tensors(folder / WEIGHTS).items()}
     model_class = config["base_model"]["class"]
     return Adapter(str(folder), config["component"], layers, tensors, config["min_tokens"], model_class)
 
@@ -222,7 +222,7 @@ def write_adapter(folder: Path, adapter: Adapter, base_name: str) -> None:
         "versions": {name: _version(name) for name in ("vision_attn", "torch", "diffusers", "timm")},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors.items()}
+    tensors = {stored_name(name): tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors.items()}
     save_file(tensors, folder / f"{WEIGHTS}.part", metadata={"format": "pt"})
     (folder / f"{CONFIG}.part").write_text(json.dumps(content, indent=2) + "\n")
     for name in (WEIGHTS, CONFIG):

@@ -279,8 +279,8 @@ class Conversion:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters that the conversion added, under their names in the model."""
         for name, module, _ in self._rerouted():
-            for inner, parameter in module.vision_attn.named_parameters():  # type: ignore[union-attr]
-                yield f"{name}.vision_attn.{inner}", parameter
+            for inner, parameter in module._modules[CHILD].named_parameters():  # type: ignore[union-attr]
+                yield f"{name}.{CHILD}.{inner}", parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters that the conversion added: what to train when the host is frozen.

@@ -26,7 +26,7 @@ from vision_attn.conversion.state import (
 from vision_attn.estimation.cost import break_even
 from vision_attn.grid import Grid
 from vision_attn.hosts.host import Host, heads_of, input_dim
-from vision_attn.processors.base import CHILD, AttnSpec, Layer, Processor
+from vision_attn.processors.base import CHILD, AttnSpec, Layer, Processor, stored_name
 
 _LAYERS = "_vision_attn_layers"  # attribute of a block: states of the layers that want its input
 
@@ -140,10 +140,10 @@ class Plan:
                     "unfuse_qkv_projections() first, and fuse them again afterwards"
                 )
         places = {**{plain(name): tensor for name, tensor in self.model.state_dict().items()}, **new}
-        wrong = [f"missing: {name}" for name in new if name not in tensors]
-        wrong += [f"unexpected: {name}" for name in tensors if name not in places]
+        wrong = [f"missing: {stored_name(name)}" for name in new if name not in tensors]
+        wrong += [f"unexpected: {stored_name(name)}" for name in tensors if name not in places]
         wrong += [
-            f"{name} is {tuple(tensor.shape)} there and {tuple(places[name].shape)} here"
+            f"{stored_name(name)} is {tuple(tensor.shape)} there and {tuple(places[name].shape)} here"
             for name, tensor in tensors.items()
             if name in places and places[name].shape != tensor.shape
         ]

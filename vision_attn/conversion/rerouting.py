@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from vision_attn.conversion.answers import answered
 from vision_attn.conversion.projections import PROJECTIONS, bind, is_bound, unbind
 from vision_attn.conversion.state import LAYER, LayerState
-from vision_attn.processors.base import CHILD, Processor
+from vision_attn.processors.base import CHILD, Processor, model_name
 
 
 def reroute(module: nn.Module, processor: nn.Module, state: LayerState) -> None:
@@ -55,6 +55,11 @@ def rerouted_class(base: Any) -> type[nn.Module]:
                 state.hand_over(None)
                 return super().__call__(*args, **kwargs)
             return answered(self, state, super().__call__, args, kwargs)
+
+        def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+            for name in [name for name in state_dict if name.startswith(prefix) and model_name(name) != name]:
+                state_dict[model_name(name)] = state_dict.pop(name)  # of an earlier version
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
         def __setattr__(self, name: str, value: Any) -> None:
             super().__setattr__(name, value)

@@ -24,6 +24,7 @@ from vision_attn.distill.data import CachedData
 from vision_attn.distill.denoiser import sample, to_images
 from vision_attn.distill.parameters import Shards, checksum, is_sharded
 from vision_attn.distill.student import Student, merge_lora
+from vision_attn.processors.base import model_name
 
 STATE, TRAINED = "state.json", "trained.safetensors"
 _PREFIX = "checkpoint-"
@@ -155,7 +156,7 @@ def _loading(parameters: dict[str, nn.Parameter]) -> Any:
         models.clear()
         with torch.no_grad():
             for name, tensor in load_file(Path(folder) / TRAINED).items():
-                parameters[name].copy_(tensor)
+                parameters[model_name(name)].copy_(tensor)
 
     return hook
 

@@ -12,7 +12,18 @@ from torch import Generator, Tensor, nn
 
 from vision_attn.grid import Grid
 
-CHILD = "vision_attn"  # name of a processor in its attention module, so state-dict keys are `*.vision_attn.*`
+CHILD = "substitute"  # name of a processor in its attention module: no pattern of names that others use finds it
+_STORED = "vision_attn"  # that name in adapter files, and in state dicts of earlier versions
+
+
+def stored_name(name: str) -> str:
+    """Return the name that a tensor of a converted model has in an adapter file."""
+    return name.replace(f".{CHILD}.", f".{_STORED}.")
+
+
+def model_name(name: str) -> str:
+    """Return the name that a tensor of an adapter file has in a converted model."""
+    return name.replace(f".{_STORED}.", f".{CHILD}.")
 
 
 @dataclass(frozen=True)

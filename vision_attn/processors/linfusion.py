@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vision_attn._checks import check_one_of, is_int
@@ -85,22 +86,36 @@ class LinFusion(AttnSpec):
         return 2.0 if self.feature_map == "elu" else 4.0
 
 
-class _Linear(nn.Linear):
-    """A linear layer that takes any dtype. Its own is known when it runs: hooks may store it in another one."""
+class _Affine(nn.Module):
+    """W x + b for x of any dtype, in that of W, which is known when it runs: hooks may store it in another one.
+
+    It is no `nn.Linear`, so what others do to all linear layers of a model (adapters, quantisation) leaves it alone.
+    """
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = dim, out_dim
+        self.weight = nn.Parameter(torch.empty(out_dim, dim))
+        self.bias = nn.Parameter(torch.empty(out_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as `nn.Linear` does."""
+        nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the projection of x in the dtype of the weight."""
-        return super().forward(x.to(self.weight.dtype))
+        """Return `[..., out_dim]`."""
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
 class Residual(nn.Sequential):
     """f: Linear - LayerNorm - LeakyReLU - Linear on tokens `[B, N, C]`, zero at the start."""
 
     def __init__(self, dim: int, mid_dim: int) -> None:
-        last = _Linear(mid_dim, dim)
+        last = _Affine(mid_dim, dim)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        super().__init__(_Linear(dim, mid_dim), nn.LayerNorm(mid_dim), nn.LeakyReLU(0.01), last)
+        super().__init__(_Affine(dim, mid_dim), nn.LayerNorm(mid_dim), nn.LeakyReLU(0.01), last)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return f(x) in the dtype of x."""
