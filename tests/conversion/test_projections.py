@@ -10,7 +10,7 @@ import pytest
 import torch
 from converted_hosts import SIZE
 from covering import quick
-from diffusers.hooks import apply_layerwise_casting
+from diffusers.hooks.layerwise_casting import apply_layerwise_casting, apply_layerwise_casting_hook
 from host_runs import distance, run
 from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from vision_attn import Conversion, LinFusion, Schedule, Softmax, convert
+from vision_attn.processors.base import CHILD
 
 SPEC = LinFusion(mid_dim=4)
 TARGETS = {"sd15-unet": ["to_q", "to_k"], "vit": ["qkv"], "dinov3": ["qkv"], "flux": ["to_q", "to_k"]}
@@ -185,8 +186,13 @@ def test_layerwise_casting(host_id: str) -> None:
     model = trained(host_id)
     apply_layerwise_casting(model, torch.float16, torch.float32)
     assert distance(run(HOST[host_id], model, *SIZE), wanted(host_id)) < 1e-2
-    stored = [parameter.dtype for parameter in Conversion.of(model).parameters() if parameter.dim() == 2]
-    assert stored and set(stored) == {torch.float16}
+    assert {layer.weight.dtype for layer in projections(model, host_id)} == {torch.float16}
+    assert {parameter.dtype for parameter in Conversion.of(model).parameters()} == {torch.float32}  # no `nn.Linear`
+    for module in Conversion.of(model).specs:
+        for inner in model.get_submodule(f"{module}.{CHILD}").modules():
+            if isinstance(getattr(inner, "weight", None), nn.Parameter) and inner.weight.dim() == 2:
+                apply_layerwise_casting_hook(inner, torch.float16, torch.float32, non_blocking=False)
+    assert distance(run(HOST[host_id], model, *SIZE), wanted(host_id)) < 1e-2
 
 
 def test_a_schedule_adds_in_its_stage_alone() -> None:
