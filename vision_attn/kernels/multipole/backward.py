@@ -225,10 +225,10 @@ def _key_gradients(
             store_rows(own_head(dk, b, h, N, heads, D), token, heads * D, dk_rows * scale, keep, D, BLOCK_D)
             store_rows(own_head(dv, b, h, N, heads, D), token, heads * D, dv_rows, keep, D, BLOCK_D)
         else:
-            size = batch.to(tl.int64) * outside * heads
-            place = part * 2 * size + b.to(tl.int64) * outside * heads + h
-            store_rows(part_dkv + place * D, rank, heads * D, dk_rows * scale, keep, D, BLOCK_D)
-            store_rows(part_dkv + (place + size) * D, rank, heads * D, dv_rows, keep, D, BLOCK_D)
+            of_dk = (part.to(tl.int64) * 2 * batch + b) * outside * heads + h
+            of_dv = ((part.to(tl.int64) * 2 + 1) * batch + b) * outside * heads + h
+            store_rows(part_dkv + of_dk * D, rank, heads * D, dk_rows * scale, keep, D, BLOCK_D)
+            store_rows(part_dkv + of_dv * D, rank, heads * D, dv_rows, keep, D, BLOCK_D)
     else:
         whole = (height, width, prefix, cell, rows, columns)
         b, h, bh, own, cell_y, cell_x, y0, x0 = grid_program(pid - row_programs, heads, together, whole, T, SPLIT)

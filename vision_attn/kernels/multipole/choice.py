@@ -59,9 +59,11 @@ def _choose(
         inside = tl.minimum(column, cells - 1)  # [LEN]
         k_rows = load_rows(first, inside, heads * D, D, BLOCK_D)  # [LEN, BLOCK_D]
         if SPREAD:
-            s = tl.dot(tl.maximum(q_rows, 0.0), tl.trans(k_rows), input_precision="tf32x3")  # [ROWS, LEN]
+            s = tl.dot(
+                tl.maximum(q_rows, 0.0).to(k_rows.dtype), tl.trans(k_rows), input_precision="tf32x3"
+            )  # [ROWS, LEN]
             k_rows = load_rows(second, inside, heads * D, D, BLOCK_D)  # [LEN, BLOCK_D]
-            s = tl.dot(tl.minimum(q_rows, 0.0), tl.trans(k_rows), s, input_precision="tf32x3")
+            s = tl.dot(tl.minimum(q_rows, 0.0).to(k_rows.dtype), tl.trans(k_rows), s, input_precision="tf32x3")
         else:
             s = tl.dot(q_rows, tl.trans(k_rows), input_precision="tf32x3")  # [ROWS, LEN]
         s *= scale

@@ -185,7 +185,7 @@ def inner_tile(cell_y, cell_x, inner, side, T: tl.constexpr, SPLIT: tl.constexpr
 @triton.jit
 def _quotient(n, divisor):
     """Compute `n // divisor` for n below 2^21; to divide integers takes 20 instructions, and a tile needs it twice."""
-    return ((n.to(tl.float32) + 0.5) * (1.0 / divisor.to(tl.float32))).to(tl.int32)
+    return ((n.to(tl.float32) + 0.5) * (1.0 / divisor)).to(tl.int32)
 
 
 @triton.jit

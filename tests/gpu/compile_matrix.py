@@ -1,0 +1,194 @@
+"""Compile every launch that a GPU would make, without that GPU, and compare its shared memory with what the GPU has.
+
+    PYTHONPATH=. python tests/gpu/compile_matrix.py sm_89 [--only TEXT] [--dtypes bfloat16] [--dims 64,128] [--jobs 2]
+
+Nothing runs: each launch stops after compiling, for a driver that says it is another GPU. A row is one kernel of one
+call. It is bad if it does not compile or asks for more shared memory than a block has; the exit status is 1 if any is.
+It says that launches compile, not that they are right or fast there.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+LIMITS = {  # bytes of shared memory of a block
+    "sm_80": 166912,
+    "sm_86": 101376,
+    "sm_89": 101376,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "sm_120": 101376,
+    "gfx942": 65536,
+    "gfx1100": 65536,
+}
+DTYPES, DIMS = ("bfloat16", "float16", "float32"), (40, 64, 72, 128, 160, 256)
+OPERATORS = (
+    "local-disc", "local-square", "local-dilated", "local-bias", "local-pooled", "multipole", "multipole-far",
+    "multipole-pool2", "multipole-cell4", "multipole-narrow", "linear", "rala", "agent", "window",
+    "linear_local", "hedgehog",
+)  # fmt: skip
+
+
+class Driver:
+    """A driver of Triton for a GPU that is not there: any question but these has itself for an answer."""
+
+    def __init__(self, architecture: str) -> None:
+        self.architecture = architecture
+
+    def __getattr__(self, name: str) -> "Driver":
+        return self
+
+    def __call__(self, *args: object, **kwargs: object) -> "Driver":
+        return self
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        if self.architecture.startswith("gfx"):
+            return GPUTarget("hip", self.architecture, 64 if self.architecture == "gfx942" else 32)
+        return GPUTarget("cuda", int(self.architecture.removeprefix("sm_")), 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> Any:
+        import torch
+
+        return torch.device("cpu")
+
+
+def compiled(job: tuple[str, str, str, int]) -> tuple[tuple[str, str, str, int], list[tuple[str, Any, int, int]]]:
+    """Return the job, and of each kernel it would launch: name, bytes of shared memory or error, warps, stages."""
+    architecture, operator, dtype, D = job
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    driver.set_active(Driver(architecture))
+    rows: list[tuple[str, Any, int, int]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> Any:
+        try:
+            kernel = run(self, *args, grid=grid, warmup=True, **named)
+        except Exception as error:  # a compiler may fail in any way: that is a result
+            rows.append((self.fn.__name__, f"{type(error).__name__}: {str(error).strip()[-400:]}", 0, 0))
+        else:
+            rows.append(
+                (self.fn.__name__, kernel.metadata.shared, kernel.metadata.num_warps, kernel.metadata.num_stages)
+            )
+
+    JITFunction.run = compile_only
+    import torch
+
+    import vision_attn.kernels
+    from vision_attn.kernels.triton import launching
+
+    for module in pkgutil.walk_packages(vision_attn.kernels.__path__, "vision_attn.kernels."):
+        importlib.import_module(module.name)
+    launching.hopper = lambda t: architecture in ("sm_90", "sm_100", "sm_120")
+    for name in list(sys.modules):
+        if name.startswith("vision_attn.kernels") and hasattr(sys.modules[name], "hopper"):
+            sys.modules[name].hopper = launching.hopper  # type: ignore[attr-defined]
+    os.environ["TRITON_INTERPRET"] = "1"  # lets tensors of the CPU through; Triton itself has read it already
+    try:
+        output = _call(operator, getattr(torch, dtype), D)
+        output.sum().backward()
+    except Exception as error:
+        rows.append(("host", f"{type(error).__name__}: {str(error).strip()[:200]}", 0, 0))
+    return job, rows
+
+
+def _call(operator: str, dtype: Any, D: int) -> Any:
+    """Call an operator by its Triton backend, with gradients."""
+    import torch
+
+    from vision_attn import RALA, Agent, HiLo, LinearLocal, LinFusion
+    from vision_attn.grid import Grid
+    from vision_attn.kernels.linear import linear_attention
+    from vision_attn.kernels.local import Window, local_attention
+    from vision_attn.kernels.multipole import Cells, multipole_attention
+    from vision_attn.processors.base import Layer
+
+    grid = Grid(32, 8 if operator == "multipole-narrow" else 40, prefix=64)
+
+    def draw(*shape: int) -> Any:
+        return torch.zeros(*shape, dtype=dtype, requires_grad=True)
+
+    q, k, v = (draw(1, grid.tokens, 2, D) for _ in range(3))
+    windows: dict[str, Callable[[], Window]] = {
+        "local-disc": lambda: Window(radius=16),
+        "local-square": lambda: Window(kernel_size=7),
+        "local-dilated": lambda: Window(kernel_size=13, dilation=2),
+        "local-bias": lambda: Window(kernel_size=7, bias=torch.zeros(2, 13, 13, requires_grad=True)),
+        "local-pooled": lambda: Window(radius=8, pooled=(draw(1, 80, 2, D), draw(1, 80, 2, D))),
+    }
+    cells = {
+        "multipole": Cells(),
+        "multipole-far": Cells(exact=0),
+        "multipole-pool2": Cells(pool=2, spread=0.5),
+        "multipole-narrow": Cells(near=0),
+        "multipole-cell4": Cells(cell=4, exact=8),
+    }
+    specs = {
+        "rala": RALA(),
+        "agent": Agent(num_agents=49),
+        "window": HiLo(alpha=0.5, window_size=8),
+        "linear_local": LinearLocal(),
+        "hedgehog": LinFusion(feature_map="hedgehog"),
+    }
+    if operator in windows:
+        return local_attention(q, k, v, grid, windows[operator](), backend="triton")
+    if operator in cells:
+        return multipole_attention(q, k, v, grid, cells[operator], backend="triton")
+    if operator == "linear":
+        return linear_attention(q, k, v, backend="triton")
+    return specs[operator].build(Layer("", 2, D, "triton", 2 * D)).to(dtype)(q, k, v, grid)
+
+
+def jobs(given: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
+    """Return what to compile."""
+    for dtype in given.dtypes.split(","):
+        for D in map(int, given.dims.split(",")):
+            for operator in OPERATORS:
+                if given.only in f"{operator} {dtype} {D}":
+                    yield given.architecture, operator, dtype, D
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("architecture", choices=LIMITS)
+    parser.add_argument("--only", default="", help="operators, dtypes or channels whose row has this text")
+    parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--dims", default=",".join(map(str, DIMS)), help="channels of a head")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, help="a JSON file to write the rows to")
+    given = parser.parse_args()
+    limit, every, bad = LIMITS[given.architecture], [], 0
+    with ProcessPoolExecutor(given.jobs, max_tasks_per_child=1) as pool:
+        for job, rows in pool.map(compiled, jobs(given)):
+            for name, shared, warps, stages in rows or [("host", "launched nothing", 0, 0)]:
+                wrong = isinstance(shared, str) or shared > limit
+                bad += wrong
+                every.append(
+                    dict(call=" ".join(map(str, job[1:])), kernel=name, shared=shared, warps=warps, ok=not wrong)
+                )
+                if wrong or given.only:
+                    print("BAD" if wrong else "ok ", *job, name, shared, f"warps {warps} stages {stages}", flush=True)
+    print(f"{given.architecture}: {bad} of {len(every)} kernels do not compile or fit in {limit} bytes")
+    if given.out:
+        given.out.write_text(json.dumps(dict(architecture=given.architecture, limit=limit, rows=every), indent=1))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
