@@ -25,7 +25,7 @@ from vision_attn.conversion.state import (
 from vision_attn.estimation.model import aligned
 from vision_attn.graphs import Graphs, replaying
 from vision_attn.hosts import Host, find_host
-from vision_attn.hosts.selection import Specs, Where, assign, candidates_of, check_specs, select, targets_of
+from vision_attn.hosts.selection import Specs, Where, assign, candidates_of, check_specs, select, targets_of, unwrapped
 from vision_attn.kernels.backend import check_backend
 from vision_attn.processors.base import CHILD, AttnSpec
 
@@ -48,7 +48,7 @@ def convert(  # noqa: PLR0913, the one call that users make
     The model is changed only if everything fits.
 
     Args:
-        target: A diffusers pipeline, a diffusers UNet or DiT, or a timm vision transformer.
+        target: A diffusers pipeline, a diffusers UNet or DiT, or a timm vision transformer; or a list of models.
         spec: The processor, such as `Clear(radius=16)`; a sequence of them, which take turns from layer to layer; or a
             dictionary of them by pattern of layer names, `{"down_blocks.*": HiLo(), "*": Clear()}`: the first pattern
             that matches counts.
@@ -83,6 +83,7 @@ def convert(  # noqa: PLR0913, the one call that users make
         model_host = host or find_host(model)
         names = select(model, model_host.layer_names(model), where)
         plans.append(Plan(model, assign(spec, names), model_host, backend))
+    _refuse_unsynchronised(target, plans)
     for plan in plans:
         if grid is not None:
             fix_grid(plan.contexts, grid)
@@ -99,6 +100,23 @@ def _check(host: Any, backend: str) -> None:
     if host is not None and not isinstance(host, Host):
         raise TypeError(f"host must be a Host, got {host!r}")
     check_backend(backend)
+
+
+def _refuse_unsynchronised(target: Any, plans: list[Plan]) -> None:
+    """Refuse to add parameters to a model that is distributed already.
+
+    Raises:
+        ValueError: If `DistributedDataParallel` would not know parameters that are added now.
+    """
+    parts = getattr(target, "components", {"": target})
+    wrapped = [unwrapped(part) for part in parts.values() if isinstance(part, nn.parallel.DistributedDataParallel)]
+    for plan in plans:
+        added = sum(p.numel() for _, processor, _ in plan.layers for p in processor.parameters())
+        if added and any(plan.model is model for model in wrapped):
+            raise ValueError(
+                f"DistributedDataParallel would not synchronise the {added} parameters that are added to this "
+                f"{type(plan.model).__name__}: convert the model before it is wrapped"
+            )
 
 
 def refuse_converted(models: dict[str, nn.Module]) -> None:

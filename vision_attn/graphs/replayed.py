@@ -281,7 +281,7 @@ def disable(target: Any) -> None:
 
 def _models(target: Any) -> dict[str, nn.Module]:
     candidates = candidates_of(target)
-    if "" in candidates:
+    if isinstance(target, (nn.Module, list, tuple)):
         return candidates
     names = [*denoisers_of(target), *(name for name in candidates if name.startswith("controlnet"))]
     if not names:

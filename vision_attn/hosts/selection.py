@@ -57,17 +57,51 @@ def find_host(model: nn.Module) -> Host:
 
 
 def candidates_of(target: Any) -> dict[str, nn.Module]:
-    """Return the models of `target` by component name, '' for a model by itself; of a compiled model the one inside.
+    """Return the models of `target` by component name, '' for a model by itself.
+
+    Of a model that something wraps (`torch.compile`, `DataParallel`, `DistributedDataParallel`) it is the one inside.
+    Of a list of models, or of a component that holds several hosts (the ControlNets of a pipeline), it is each:
+    'controlnet.nets.0', 'controlnet.nets.1'.
 
     Raises:
         TypeError: If `target` is neither a model nor a pipeline.
     """
-    if isinstance(target, nn.Module):
-        return {"": getattr(target, "_orig_mod", target)}
-    parts = getattr(target, "components", None)
+    parts = {"": target} if isinstance(target, (nn.Module, list, tuple)) else getattr(target, "components", None)
     if isinstance(parts, dict):
-        return {name: getattr(part, "_orig_mod", part) for name, part in parts.items() if isinstance(part, nn.Module)}
+        found = {name: part for component, given in parts.items() for name, part in _held(component, given).items()}
+        if found or not isinstance(target, (list, tuple)):
+            return found
     raise TypeError(f"cannot convert a {type(target).__name__}: give a diffusers pipeline or model, or a timm model")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside of what `torch.compile`, `DataParallel` and `DistributedDataParallel` make of it."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def _held(name: str, part: Any) -> dict[str, nn.Module]:
+    """Return a component itself, or the models that it holds."""
+    if isinstance(part, (list, tuple)):
+        inside = dict(enumerate(part))
+    elif isinstance(part, nn.Module):
+        model = unwrapped(part)
+        nets = getattr(model, "nets", None)
+        if isinstance(model, (nn.ModuleList, nn.ModuleDict)):
+            inside = dict(model.named_children())
+        elif isinstance(nets, nn.ModuleList) and not is_known(model):
+            inside = {f"nets.{number}": net for number, net in enumerate(nets)}
+        else:
+            return {name: model}
+    else:
+        return {}
+    prefix = f"{name}." if name else ""
+    return {path: model for key, held in inside.items() for path, model in _held(f"{prefix}{key}", held).items()}
 
 
 def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
@@ -91,19 +125,20 @@ def targets_of(target: Any, components: tuple[str, ...] | None, host: Host | Non
         ValueError: If a component is missing, or nothing is there to convert.
     """
     candidates = candidates_of(target)
-    if "" in candidates:
+    if isinstance(target, (nn.Module, list, tuple)):
         if components:
             raise ValueError(f"components={components} is for a pipeline, but a {type(target).__name__} was given")
         chosen = candidates
     elif components is not None:
         if isinstance(components, str) or not components:
             raise ValueError(f"components must be a tuple of names such as ('unet', 'controlnet'), got {components!r}")
-        missing = [name for name in components if name not in candidates]
+        found = {given: [n for n in candidates if n == given or n.startswith(f"{given}.")] for given in components}
+        missing = [given for given, names in found.items() if not names]
         if missing:
             raise ValueError(f"no component {', '.join(missing)} in the pipeline, only {', '.join(candidates)}")
-        chosen = {name: candidates[name] for name in components}
+        chosen = {name: candidates[name] for names in found.values() for name in names}
     else:
-        denoisers = {name: model for name, model in candidates.items() if name in COMPONENTS}
+        denoisers = {name: model for name, model in candidates.items() if name.partition(".")[0] in COMPONENTS}
         chosen = {name: m for name, m in denoisers.items() if host is not None or is_known(m)} or denoisers
     if not chosen:
         parts = ", ".join(f"{name} ({type(model).__name__})" for name, model in candidates.items()) or "no models"
