@@ -6,10 +6,11 @@ pipeline, whatever the steps and the shift of its schedule are.
 """
 
 import copy
+import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -98,13 +99,12 @@ def unpacked(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
 
 
 def noise_level(scheduler: Any, timestep: Tensor | float) -> float:
-    """Return s at a timestep of the scheduler."""
-    time = float(timestep)
-    if hasattr(scheduler, "scale_noise"):
-        index = int((scheduler.timesteps.float() - time).abs().argmin())
-        return float(scheduler.sigmas[index])
-    alpha = float(scheduler.alphas_cumprod[min(int(time), len(scheduler.alphas_cumprod) - 1)])
-    return math.sqrt(1 - alpha) / (math.sqrt(alpha) + math.sqrt(1 - alpha))
+    """Return s at a timestep of the scheduler: what its own way of adding noise does there."""
+    times = scheduler.timesteps
+    nearest = times[int((times.float() - float(timestep)).abs().argmin())][None]
+    nothing, one = (torch.full((1, 1, 1, 1), value, device=times.device) for value in (0.0, 1.0))
+    noise, signal = (float(_noisy(scheduler, *mixed, nearest)) for mixed in ((nothing, one), (one, nothing)))
+    return noise / (noise + signal)
 
 
 def _noisy(scheduler: Any, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
@@ -117,29 +117,132 @@ def schedule_for(pipe: Any, level: float, steps: int, shift: float | None) -> di
     """Return the arguments of an image-to-image call that runs `steps` steps from a noise level on.
 
     Args:
-        pipe: The pipeline. If its scheduler is one of flow matching, it gets the static shift.
+        pipe: The pipeline. It gets a copy of its scheduler whose steps begin there: at a shift of flow matching, at
+            a largest sigma (Karras, exponential, beta), at an offset of evenly spaced timesteps.
         level: Noise level s to begin at.
         steps: Steps to run.
         shift: Shift of flow matching's schedule, None for other schedulers.
+
+    Raises:
+        ValueError: If the scheduler cannot begin within 2 % of `level`.
     """
-    if is_flow(pipe):
-        fixed = dict(use_dynamic_shifting=False, shift=shift)
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **fixed)
-        assert shift is not None
+    name, nearest = type(pipe.scheduler).__name__, math.inf
+    for starts in _starts(pipe.scheduler, level, steps, shift):
+        best = None
+        for start in starts:
+            _, begins = _beginning(start, steps)
+            if abs(begins - level) < abs(nearest - level):
+                nearest, best = begins, start
+            if abs(nearest - level) <= 1e-3 * level:
+                break
+        if best is not None and abs(nearest - level) <= 0.02 * level:
+            pipe.scheduler = best.scheduler
+            return best.call
+    why = f"the nearest that it has is {nearest:.3f}" if nearest < math.inf else "it cannot add noise at a step"
+    raise ValueError(
+        f"a {name} cannot begin at the noise level {level} with {steps} steps to go: {why}. Take another scheduler, "
+        "such as pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"
+    )
+
+
+class _Start(NamedTuple):
+    """A scheduler, and the arguments of a call that is to begin at some noise level."""
+
+    scheduler: Any
+    call: dict[str, Any]
+
+
+def _starts(scheduler: Any, level: float, steps: int, shift: float | None) -> Iterator[Iterable[_Start]]:
+    """Yield the ways in which a scheduler may begin at a noise level, the best first, each with some tries."""
+    config = scheduler.config
+    if hasattr(scheduler, "scale_noise") and shift is not None and _takes(scheduler, "sigmas"):
+        fixed = dict(use_dynamic_shifting=False, shift=shift, shift_terminal=None)
         first = level / (shift - (shift - 1) * level)  # before the shift
-        return dict(sigmas=list(np.linspace(first, first / steps, steps)), num_inference_steps=steps, strength=1.0)
-    alphas = pipe.scheduler.alphas_cumprod.double()
+        sigmas = list(np.linspace(first, first / steps, steps))
+        call = dict(sigmas=sigmas, num_inference_steps=steps, strength=1.0)
+        yield [_Start(type(scheduler).from_config(config, **fixed), call)]
+        return
+    if hasattr(scheduler, "scale_noise") or getattr(config, "use_flow_sigmas", False):
+        yield _shifted(scheduler, level, steps)
+        return
+    spaced = any(getattr(config, f"use_{kind}_sigmas", False) for kind in ("karras", "exponential", "beta"))
+    if spaced or ("sigma_max" in config and "timestep_spacing" not in config):
+        yield [_changed(scheduler, steps, steps, sigma_max=level / (1 - level))]
+    if getattr(scheduler, "alphas_cumprod", None) is None:
+        return
+    alphas = scheduler.alphas_cumprod.double()
     levels = (1 - alphas).sqrt() / (alphas.sqrt() + (1 - alphas).sqrt())
-    time = int((levels - level).abs().argmin()) + 1
-    estimate = max(steps, round(steps * len(levels) / time))
-    trial = copy.deepcopy(pipe.scheduler)
+    time = int((levels - level).abs().argmin())
+    middle = round(steps * len(levels) / (time + 1))
+    nearby = sorted({max(steps, middle + more) for more in range(-3, 5)})
+    totals = [total for total in nearby if total <= len(levels)]
+    even = {
+        key: False for key in config if key.startswith("use_") and key.endswith(("_sigmas", "_lambdas", "_shifting"))
+    }
+    even |= {"skip_prk_steps": True} if "skip_prk_steps" in config else {}
+    if "steps_offset" in config and "original_inference_steps" not in config:
+        yield (_offset(scheduler, time, steps, total, even) for total in totals)
+    if "lambda_min_clipped" in config:
+        clipped = math.log((1 - level) / level)
+        yield (_changed(scheduler, steps, steps, lambda_min_clipped=clipped + d, **even) for d in (0, -1e-3, 1e-3))
+    yield (_changed(scheduler, steps, total) for total in totals)
+    if "original_inference_steps" in config:
+        some = sorted({len(levels) // stride for stride in range(1, max(2, len(levels) // steps))})
+        pairs = [(origin, total) for origin in some for total in totals if total <= origin]
+        yield (_changed(scheduler, steps, total, original_inference_steps=origin) for origin, total in pairs)
 
-    def miss(total: int) -> float:
-        trial.set_timesteps(total)
-        return abs(noise_level(trial, trial.timesteps[(total - steps) * trial.order]) - level)
 
-    total = min(range(max(steps, estimate - 3), estimate + 4), key=miss)
-    return dict(num_inference_steps=total, strength=min(1.0, (steps + 1e-3) / total))
+def _takes(scheduler: Any, argument: str) -> bool:
+    return argument in inspect.signature(scheduler.set_timesteps).parameters
+
+
+def _changed(scheduler: Any, steps: int, total: int, **config: Any) -> _Start:
+    """Return a copy of a scheduler with other settings, which runs the last `steps` of `total` steps."""
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.register_to_config(**config)
+    return _Start(scheduler, dict(num_inference_steps=total, strength=min(1.0, (steps + 1e-3) / total)))
+
+
+def _offset(scheduler: Any, time: int, steps: int, total: int, even: dict[str, bool]) -> _Start:
+    """Return a scheduler whose timesteps are spaced evenly, and of whose last `steps` the first is `time`."""
+    start = _changed(scheduler, steps, total, timestep_spacing="leading", steps_offset=0, **even)
+    first, _ = _beginning(start, steps)
+    start.scheduler.register_to_config(steps_offset=max(0, time - round(first)))
+    return start
+
+
+def _shifted(scheduler: Any, level: float, steps: int) -> list[_Start]:
+    """Return flow-matching schedulers whose shifts put the first of the last steps at a level.
+
+    The first has the shift that is most like its own.
+    """
+    key = "flow_shift" if "flow_shift" in scheduler.config else "shift"
+    fixed = {"use_dynamic_shifting": False} if "use_dynamic_shifting" in scheduler.config else {}
+    found = []
+    for total in range(steps + 1, 6 * steps + 6):
+        plain = _changed(type(scheduler).from_config(scheduler.config, **{key: 1.0}, **fixed), steps, total)
+        _, sigma = _beginning(plain, steps)
+        if 0 < sigma < 1:
+            shift = level * (1 - sigma) / (sigma * (1 - level))
+            shifted = type(scheduler).from_config(scheduler.config, **{key: shift}, **fixed)
+            found.append((abs(math.log(shift / scheduler.config[key])), plain._replace(scheduler=shifted)))
+    return [start for _, start in sorted(found, key=lambda one: one[0])]
+
+
+def _beginning(start: _Start, steps: int) -> tuple[float, float]:
+    """Return the timestep and the noise level at which a call begins; the level is infinite if it cannot be made."""
+    scheduler = copy.deepcopy(start.scheduler)
+    total = start.call["num_inference_steps"]
+    try:
+        names = ("sigmas",) if "sigmas" in start.call else ("num_inference_steps",)
+        scheduler.set_timesteps(**{name: start.call[name] for name in names})
+        skipped = (total - steps) * scheduler.order
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(skipped)
+        time = scheduler.timesteps[skipped]
+        return float(time), noise_level(scheduler, time)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError):
+        return 0.0, math.inf
 
 
 class Redraw:
