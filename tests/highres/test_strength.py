@@ -31,7 +31,8 @@ REFUSED = {  # they add noise to no latents, or at no step
     "AmusedScheduler", "BlockRefinementScheduler", "DDIMInverseScheduler", "DDPMWuerstchenScheduler",
     "DiscreteDDIMScheduler", "EntropyBoundScheduler", "HeliosDMDScheduler", "HeliosScheduler", "IPNDMScheduler",
     "KarrasVeScheduler", "LTXEulerAncestralRFScheduler", "MiniMaxH3Scheduler", "PiflowScheduler",
-    "RFD4ProteinaScheduler", "RePaintScheduler", "SCMScheduler", "ScoreSdeVeScheduler", "UnCLIPScheduler", "VQDiffusionScheduler",
+    "RFD4ProteinaScheduler", "RePaintScheduler", "SCMScheduler", "ScoreSdeVeScheduler", "UnCLIPScheduler",
+    "VQDiffusionScheduler",
 }  # fmt: skip
 
 
