@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from vision_attn.bench.pipelines.attention import STOCK, WAYS
+from vision_attn.bench.quality.contenders import DEFAULT
+from vision_attn.bench.quality.fidelity import fidelity_lines
+from vision_attn.bench.run import find_entries
 
 ROOT = Path(__file__).parent.parent
 
@@ -84,7 +88,7 @@ def demo() -> str:
             row["training"],
             row["tokens"],
             f"{row['attended']:.1%}",
-            f"{row['seconds']:.1f}",
+            "-" if row["seconds"] is None else f"{row['seconds']:.1f}",
             "-" if row["psnr"] is None else f"{row['psnr']:.1f} dB",
         ]
         for row in stored("docs/demo.json")["rows"]
@@ -257,7 +261,60 @@ def highres() -> str:
     return table(head, rows)
 
 
+def fidelity(entry: str) -> list[dict[str, Any]]:
+    """Read the rows of a result of `bench quality`: of the H200, or else of a CPU; none if neither was stored."""
+    names = [f"bench/results/{entry}_{device}.json" for device in ("h200", "cpu")]
+    return next((stored(name)["rows"] for name in names if (ROOT / name).exists()), [])
+
+
+def fidelity_tables(entry: str) -> str:
+    """A table for each model of a result of `bench quality`; the default of multipole attention is bold."""
+    found, module = fidelity(entry), find_entries(entry)[0]
+    parts = []
+    for group in dict.fromkeys(row["group"] for row in found):
+        rows = [row for row in found if row["group"] == group]
+        lines = fidelity_lines(rows, module.MEASURES).replace(f"| {DEFAULT.name} |", f"| **{DEFAULT.name}** |")
+        parts += [f"**{group}**", lines]
+    return "\n\n".join(parts) or f"No result is stored yet: `vision-attn bench {entry}` measures it."
+
+
+def untrained() -> str:
+    """The README's table: how near the default of multipole attention stays, and CLEAR."""
+    rows = []
+    for entry, case, measure, title, form in UNTRAINED:
+        for row in (row for row in fidelity(entry) if row["case"] == case):
+            found = {c["name"]: c["quality"] for c in row["candidates"] if c["quality"]}
+            cells = [f"{found[name][measure]:{form}}" for name in ("clear r8", "clear r16", DEFAULT.name)]
+            rows.append([f"{row['group']}, {row['label']}", title, *cells])
+    return table(["model", "measure", "`Clear(radius=8)`", "`Clear(radius=16)`", "`Multipole()`"], rows)
+
+
+def choice() -> str:
+    """Rules for the choice of exact cells: a line for each, a column for each model."""
+    rows = stored("docs/multipole_choice.json")["rows"]
+    errors = {(row["rule"], row["source"]): f"{row['error']:.2g}" for row in rows}
+    sources = list(dict.fromkeys(row["source"] for row in rows))
+    rules = dict.fromkeys(row["rule"] for row in rows)
+    return table(
+        ["a cell's weight", *sources], [[rule, *(errors[rule, source] for source in sources)] for rule in rules]
+    )
+
+
+UNTRAINED = (
+    ("quality_teachers", "flux-128", "psnr_db", "PSNR of the pictures, dB", ".1f"),
+    ("quality_teachers", "flux-256", "psnr_db", "PSNR of the pictures, dB", ".1f"),
+    ("quality_teachers", "unet-256", "psnr_db", "PSNR of the pictures, dB", ".1f"),
+    ("quality_terrain", "terrain", "sigma_80", "error of the prediction at the highest noise", ".2g"),
+    ("quality_dinov2", "dinov2-518", "cosine", "cosine of the features", ".3f"),
+)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "untrained": untrained,
+    "quality_teachers": partial(fidelity_tables, "quality_teachers"),
+    "quality_dinov2": partial(fidelity_tables, "quality_dinov2"),
+    "quality_terrain": partial(fidelity_tables, "quality_terrain"),
+    "choice": choice,
     "speed": speed,
     "discs": discs,
     "squares": squares,
