@@ -132,6 +132,19 @@ def test_a_mode_around_the_model_sees_and_answers_attention_as_without_us(host_i
 
 
 @names
+def test_a_mode_around_a_compiled_model_answers_first(name: Any) -> None:
+    model = converted("vit", CLEAR)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for answer in (True, False):
+        with Counts(name, answer=answer), torch.no_grad():
+            got = compiled(**HOST["vit"].inputs(*SIZE, 2, TEXT))
+            want = run(HOST["vit"], model, *SIZE)
+        assert torch.equal(got, want)
+        assert torch.equal(got, expected("vit", CLEAR)) != answer
+
+
+@names
 def test_a_mode_inside_a_layer_answers_first(name: Any) -> None:
     """A hook that replaces `forward` runs inside our layer, and may enter a mode there (diffusers' layer skipping)."""
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vision_attn.conversion.doors import ATTENTION, LINEAR, Door
+from vision_attn.conversion.doors import ATTENTION, LINEAR, Below, Door
 from vision_attn.conversion.grids import Seen, backward_running
 from vision_attn.conversion.projections import Projections
 from vision_attn.conversion.state import LayerState
@@ -69,7 +69,7 @@ def _run(module: nn.Module, call: "Answers", run: Callable[..., Any], args: Any,
     """Run a layer's own code through the doors, or inside a mode where that does not reach its attention."""
     state = call.state
     if torch.compiler.is_compiling():
-        with _Answering(call):
+        with _answering(call):
             return run(*args, **kwargs)
     if not state.imported:
         modes = ATTENTION.here.modes
@@ -85,7 +85,7 @@ def _run(module: nn.Module, call: "Answers", run: Callable[..., Any], args: Any,
         if _may_skip(module):
             state.imported = first
             return output
-    with _Answering(call):
+    with _answering(call):
         output = run(*args, **kwargs)
     if call.reached:
         call.end()
@@ -258,6 +258,14 @@ class _Answering(TorchFunctionMode):
         if self.call.projections is not None and (func is F.linear or _is_behind(LINEAR, func)):
             return self.call.linear(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+class _AnsweringLast(Below, _Answering):
+    """The same below the modes that are active."""
+
+
+def _answering(call: Answers) -> TorchFunctionMode:
+    return (_AnsweringLast if torch._C._len_torch_function_stack() else _Answering)(call)
 
 
 def _is_behind(door: Door, func: Callable[..., Any]) -> bool:

@@ -133,14 +133,10 @@ class Door:
                 self._take()
 
 
-class _Last(TorchFunctionMode):
-    """Answers a function below all modes that are active: after them."""
+class Below(TorchFunctionMode):
+    """A mode that comes below those which are active, so that they answer before it."""
 
-    def __init__(self, function: Any, answer: Any) -> None:
-        super().__init__()
-        self.function, self.answer = function, answer
-
-    def __enter__(self) -> "_Last":
+    def __enter__(self) -> "Below":
         above = [torch.overrides._pop_mode() for _ in range(torch._C._len_torch_function_stack())]
         torch.overrides._push_mode(self)
         for mode in reversed(above):
@@ -151,6 +147,14 @@ class _Last(TorchFunctionMode):
         above = [torch.overrides._pop_mode() for _ in range(torch._C._len_torch_function_stack())]
         for mode in reversed(above[:-1]):
             torch.overrides._push_mode(mode)
+
+
+class _Last(Below):
+    """Answers one function."""
+
+    def __init__(self, function: Any, answer: Any) -> None:
+        super().__init__()
+        self.function, self.answer = function, answer
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
