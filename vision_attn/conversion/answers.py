@@ -142,13 +142,14 @@ class Answers:
     def through_doors(self, run: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """Run the layer's own code, whose calls come to `attend` and `linear`."""
         described = _describe(_processor_of(self.module))
-        linear = LINEAR.open(self.linear) if self.projections is not None else None
+        fused = self.projections is not None and self.projections.fused
+        linear = LINEAR.open(self.linear) if fused else None
         before = ATTENTION.open(self.attend)
         try:
             return run(*args, **kwargs)
         finally:
             ATTENTION.close(before)
-            if self.projections is not None:
+            if fused:
                 LINEAR.close(linear)
             if described is not None:
                 described.pop("__call__", None)

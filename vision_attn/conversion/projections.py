@@ -78,6 +78,11 @@ class Projections:
     def __exit__(self, *error: object) -> None:
         self.slot.running = self.before
 
+    @property
+    def fused(self) -> bool:
+        """Whether one layer projects to everything, so that its calls of `linear` must be looked at."""
+        return any(name in self.module._modules for name in _FUSED)
+
     def missing(self) -> list[str]:
         """Return the roles whose projection was not seen."""
         return sorted(set(self.residuals) - self.seen)

@@ -110,6 +110,7 @@ class ClearAttention(Processor):
     def __init__(self, spec: Clear, layer: Layer) -> None:
         super().__init__()
         self.spec, self.backend = spec, layer.backend
+        self.window = Window(radius=spec.radius)
         if spec.pool > 1:
             f = spec.pool
             self.spatial_weight = nn.Parameter(torch.full((1, 1, 1, f, 1, f, 1), 1 / f**2))
@@ -123,8 +124,10 @@ class ClearAttention(Processor):
             ValueError: If `pool` does not divide the grid.
         """
         self.spec.check(grid)
-        pooled = (self._pool(k, grid), self._pool(v, grid)) if self.spec.pool > 1 else None
-        window = Window(radius=self.spec.radius, pooled=pooled, cell=self.spec.pool if self.spec.counted else 0)
+        window = self.window
+        if self.spec.pool > 1:
+            pooled = self._pool(k, grid), self._pool(v, grid)
+            window = Window(radius=self.spec.radius, pooled=pooled, cell=self.spec.pool if self.spec.counted else 0)
         scale = self.spec.scale(q.shape[-1], grid, scale)
         return local_attention(q, k, v, grid, window, mask=mask, scale=scale, backend=self.backend)
 
