@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from vision_attn.bench.measure import Measurement
-from vision_attn.bench.overview import Must, add_speedups, judge, overview, speedup
+from vision_attn.bench.overview import Columns, Must, add_speedups, judge, overview, speedup
 from vision_attn.bench.pipelines.steps import PipelineCase
 from vision_attn.conversion.conversion import convert
 from vision_attn.processors import RALA, Agent, AttnSpec, Clear, HiLo, LinFusion, Multipole, Softmax
@@ -140,7 +140,7 @@ def _figures(samples: Sequence[float]) -> dict[str, Any]:
 
 def table(document: dict[str, Any], groups: Sequence[str] = ()) -> str:
     """Return a stored result as Markdown."""
-    columns = {
+    columns: Columns = {
         "host ms": lambda timed: f"{timed['median_ms']:.1f}",
         "best": lambda timed: f"{timed['min_ms']:.1f}",
         "of stock": lambda timed: "-" if timed.get("speedup") is None else f"{1 / timed['speedup']:.2f}x",
