@@ -163,3 +163,26 @@ def test_another_family_is_refused():
 def test_no_tensors_are_refused(checkpoint):
     with pytest.raises(ValueError, match="the checkpoint has no tensors"):
         FAMILIES["nat"].load(checkpoint)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "wrapped"])
+@pytest.mark.parametrize("family", ["nat", "dinat", "dinat_s"])
+def test_backbones_of_detectors(family, wrapped):
+    """The authors' detectors have `backbone.` before the names, a norm for each stage, no head, and much else."""
+    case = mechanism(f"{family}/m_open")
+    official = case["state_dict"]
+    detector = {f"backbone.{name}": t for name, t in official.items() if not name.startswith(("norm.", "head."))}
+    for stage in range(4):
+        for kind in ("weight", "bias"):
+            own = official[f"norm.{kind}"]
+            detector[f"backbone.norm{stage}.{kind}"] = own if stage == 3 else own[: len(own) >> (3 - stage)] + 1
+    detector |= {"neck.lateral_convs.0.conv.weight": torch.zeros(2, 2, 1, 1), "rpn_head.rpn_cls.bias": torch.zeros(3)}
+    given = {"meta": {"epoch": 12}, "state_dict": detector} if wrapped else detector
+    want, model = FAMILIES[family].recorded(case), FAMILIES[family].recorded(dict(case, state_dict=given))
+    for name, tensor in want.state_dict().items():
+        assert name.startswith("head.") or torch.equal(tensor, model.state_dict()[name])
+    x = case["inputs"]["x"]
+    assert torch.equal(model.forward_features(x), want.forward_features(x))
+    del detector["backbone.patch_embed.norm.weight"]
+    with pytest.raises(ValueError, match=r"patch_embed.norm.weight is missing"):
+        FAMILIES[family].recorded(dict(case, state_dict=detector))

@@ -1,4 +1,4 @@
-"""Reads the checkpoints of the NAT families in the authors' three layouts and in that of transformers."""
+"""Reads the checkpoints of the NAT families in the authors' four layouts and in that of transformers."""
 
 import re
 from collections.abc import Mapping
@@ -42,7 +42,8 @@ def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dic
     """Turn a checkpoint of any layout into one in the model's layout.
 
     Args:
-        checkpoint: Tensors by name as the authors, transformers or this package save them, or a wrapper around them.
+        checkpoint: Tensors by name as the authors (also in detectors), transformers or this package save them, or a
+            wrapper around them.
         model: The model that loads them.
 
     Returns:
@@ -51,7 +52,7 @@ def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dic
     Raises:
         ValueError: If the checkpoint is of another variant; the error names the first few differences.
     """
-    state_dict = unwrap(checkpoint)
+    state_dict = _of_detector(unwrap(checkpoint), model)
     if any(".layernorm_before." in name for name in state_dict):
         state_dict = _joined(rename(state_dict, TRANSFORMERS))
     else:
@@ -59,6 +60,22 @@ def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dic
     state_dict = {name: t for name, t in state_dict.items() if not name.endswith(".relative_position_index")}
     refuse_mismatch(state_dict, model)
     return state_dict
+
+
+def _of_detector(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return the backbone of a detector or of a segmentation model; other checkpoints are returned as they are.
+
+    It has a norm for each stage, `norm0` to `norm3`, where a classifier has one after the last stage, and no head: the
+    model keeps its own.
+    """
+    inside = {name.removeprefix("backbone."): t for name, t in state_dict.items() if name.startswith("backbone.")}
+    norms = sorted({int(found[1]) for name in inside if (found := re.match(r"norm(\d+)\.", name))})
+    if not norms:
+        return inside or state_dict
+    kept = {name: t for name, t in inside.items() if not re.match(r"norm\d+\.", name)}
+    for kind in ("weight", "bias"):
+        kept[f"norm.{kind}"] = inside[f"norm{norms[-1]}.{kind}"]
+    return kept | {name: t for name, t in model.state_dict().items() if name.startswith("head.")}
 
 
 def _joined(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
