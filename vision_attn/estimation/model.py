@@ -50,7 +50,7 @@ def estimate(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If the model or the device is unknown, no layer is selected, a processor does not fit its grid, or
-            the image is smaller than a token.
+            the image is smaller than a token or of a size that the model refuses.
     """
     check_specs(spec)
     check_device(device)
@@ -64,6 +64,7 @@ def estimate(
     rows: list[LayerEstimate] = []
     other = 0.0
     for model in models:
+        _refuse_size(model, host or find_host(model), (height, width), scale)
         rows += _rows_of(model, host, spec, where, (height, width), scale, device)
         other += _other_flops(model, host or find_host(model), (height // scale, width // scale))
     return Estimate(rows, other, _pays_from(models, host, spec, where, (height, width), scale, device))
@@ -192,6 +193,13 @@ def _rows_of(
             )
         )
     return rows
+
+
+def _refuse_size(model: nn.Module, host: Host, pixels: tuple[int, int], scale: int) -> None:
+    """Refuse an image of a size that the model refuses, unless it is smaller than a token (`_refuse_tiny`)."""
+    height, width = pixels
+    if min(pixels) >= scale and (why := host.refuses(model, height / scale, width / scale)):
+        raise ValueError(f"a {type(model).__name__} does not take an image of {height} x {width} pixels: {why}")
 
 
 def _refuse_tiny(

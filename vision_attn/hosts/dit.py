@@ -1,5 +1,6 @@
 """Diffusion transformers: where each keeps its image tokens, and how its forward tells their grid."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vision_attn.grid import Grid
-from vision_attn.hosts.host import Host, Timestep, grid_of_patches
+from vision_attn.hosts.host import Host, Timestep, grid_of_patches, not_whole, patch_grid
 
 
 def _patches(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
@@ -90,6 +91,39 @@ def _packed(model: nn.Module, layer: str, height: int, width: int) -> tuple[int,
     return height // 2, width // 2
 
 
+def _rounds(model: nn.Module, height: float, width: float) -> None:
+    """Take every size: the pipeline rounds it."""
+    return None
+
+
+def _no_square(model: Any, height: float, width: float) -> str | None:
+    rows, columns = patch_grid(model, "", int(height), int(width))
+    return not_whole(model, height, width) or (None if rows == columns else "DiT joins its patches to a square")
+
+
+def _whole_patches(model: Any, height: float, width: float) -> str | None:
+    patch = model.config.patch_size
+    return None if height % patch == width % patch == 0 else f"its sides must be multiples of {patch} latents"
+
+
+def _too_large(model: Any, height: float, width: float) -> str | None:
+    """Compare the patches of a side with the table of positions: its sides (SD3), or its tokens (AuraFlow)."""
+    most, patch = model.config.pos_embed_max_size, model.config.patch_size
+    if "Aura" in type(model).__name__:
+        most = math.isqrt(most)
+        if why := _whole_patches(model, height, width):
+            return why
+    large = max(height, width) // patch > most
+    return not_whole(model, height, width) or (f"its positions end at {most} patches a side" if large else None)
+
+
+def _beyond_axes(model: Any, height: float, width: float) -> str | None:
+    _, rows, columns = model.config.axes_lens
+    patch = model.config.patch_size
+    large = height // patch > rows or width // patch > columns
+    return _whole_patches(model, height, width) or (f"its positions end at {rows} x {columns}" if large else None)
+
+
 _THOUSAND, _ONE = Timestep("timestep", noise=1000), Timestep("timestep", noise=1)
 _FLUX_BLOCKS = (*_BLOCKS, "single_transformer_blocks.*.attn")
 
@@ -98,6 +132,7 @@ DITS = (
         models=("DiTTransformer2DModel",),
         layers=("transformer_blocks.*.attn1",),
         probe=_square_patches,
+        refuses=_no_square,
         timestep=_THOUSAND,
     ),
     Host(
@@ -114,6 +149,7 @@ DITS = (
         others="suffix",
         timestep=_THOUSAND,
         text=333,
+        refuses=_too_large,
     ),
     Host(
         models=("AuraFlowTransformer2DModel",),
@@ -122,6 +158,7 @@ DITS = (
         others="prefix",
         timestep=_ONE,
         text=264,
+        refuses=_too_large,
     ),
     Host(
         models=("CogView4Transformer2DModel",),
@@ -131,6 +168,7 @@ DITS = (
         mask_means_dense=True,  # its mask reaches the logits as an additive 0 / 1
         timestep=_THOUSAND,
         text=224,
+        refuses=_whole_patches,
     ),
     Host(
         models=("Lumina2Transformer2DModel",),
@@ -140,6 +178,7 @@ DITS = (
         mask_means_dense=True,  # texts of different lengths: the image starts elsewhere in each sample
         timestep=Timestep("timestep", noise=0, image=1),
         text=256,
+        refuses=_beyond_axes,
     ),
     Host(
         models=("FluxTransformer2DModel", "FluxControlNetModel"),
@@ -149,6 +188,7 @@ DITS = (
         reads="img_ids",
         timestep=_ONE,
         size=_packed,
+        refuses=_rounds,
         text=512,
     ),
     Host(
@@ -159,6 +199,7 @@ DITS = (
         reads="img_ids",
         timestep=_ONE,
         size=_packed,
+        refuses=_rounds,
         text=512,
     ),
     Host(
@@ -168,6 +209,7 @@ DITS = (
         others="prefix",
         timestep=_ONE,
         size=_packed,
+        refuses=_rounds,
         text=256,
     ),
     Host(
@@ -177,6 +219,7 @@ DITS = (
         others="suffix",
         timestep=Timestep("t", noise=0, image=1),
         size=_packed,
+        refuses=_rounds,
         text=128,
     ),
 )

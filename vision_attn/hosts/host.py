@@ -40,7 +40,8 @@ def _itself(part: nn.Module) -> nn.Module:
     return part
 
 
-def _patch_grid(model: Any, layer: str, height: int, width: int) -> tuple[int, int]:
+def patch_grid(model: Any, layer: str, height: int, width: int) -> tuple[int, int]:
+    """Return the grid of an input that is cut into patches of `config.patch_size`."""
     patch = getattr(getattr(model, "config", None), "patch_size", None)
     if not isinstance(patch, int):
         raise ValueError(f"a {type(model).__name__} does not tell its grid for an input of {height} x {width}")
@@ -49,6 +50,11 @@ def _patch_grid(model: Any, layer: str, height: int, width: int) -> tuple[int, i
 
 def _no_problem(model: nn.Module) -> None:
     return None
+
+
+def not_whole(model: Any, height: float, width: float) -> str | None:
+    """Return why a model does not take an input of this size: the pixels are not those of whole latents."""
+    return None if height == int(height) and width == int(width) else "pixels that make no whole latents"
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,8 @@ class Host:
         finest: Name of the model's argument whose last two axes are the finest grid, if grids differ by layer.
         size: `(model, layer, height, width) -> (height, width)`, the grid of a layer for an input of this size, for
             estimates; by default the size divided by the model's `config.patch_size`.
+        refuses: `(model, height, width) -> str | None`, why the model does not take an input of this size, in latents
+            or pixels that may be broken; for estimates.
         text: Tokens of a usual prompt, for estimates.
         problem: `model -> str | None`, why a model of these classes cannot be converted.
 
@@ -95,7 +103,8 @@ class Host:
     mask_means_dense: bool = False
     timestep: Timestep | None = None
     finest: str = ""
-    size: Callable[[nn.Module, str, int, int], tuple[int, int]] = _patch_grid
+    size: Callable[[nn.Module, str, int, int], tuple[int, int]] = patch_grid
+    refuses: Callable[[nn.Module, float, float], str | None] = not_whole
     text: int = 0
     problem: Callable[[nn.Module], str | None] = _no_problem
 

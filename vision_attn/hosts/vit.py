@@ -1,8 +1,10 @@
 """timm's vision transformers: class and register tokens first, then the patches in row-major order."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from vision_attn.grid import Grid
@@ -32,6 +34,18 @@ def _size(model: Any, layer: str, height: int, width: int) -> tuple[int, int]:
     return found
 
 
+def _refuses(model: Any, height: float, width: float) -> str | None:
+    """Ask the patch embedding, which refuses sizes by an assertion."""
+    embed = copy.deepcopy(model.patch_embed).to("meta")
+    first = next(module for module in embed.modules() if isinstance(module, nn.Conv2d))
+    image = torch.empty(1, first.in_channels, int(height), int(width), device="meta", dtype=first.weight.dtype)
+    try:
+        embed(image)
+    except AssertionError as error:
+        return str(error)
+    return None
+
+
 VITS = (
     Host(
         models=("VisionTransformer", "Eva"),
@@ -40,6 +54,7 @@ VITS = (
         probe=_grid,
         others="prefix",
         size=_size,
+        refuses=_refuses,
         problem=_problem,
     ),
 )
