@@ -1,8 +1,14 @@
 """FLUX's position ids decode to the right grid, also where bfloat16 merges rows and columns."""
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from tiny_hosts import HOST
 
+from vision_attn import Clear, convert
+from vision_attn.conversion.state import state_of
 from vision_attn.grid import Grid
 from vision_attn.hosts.dit import grid_of_ids
 
@@ -52,3 +58,24 @@ def test_ids_with_references_steps_or_a_batch(tensor, grid):
 )
 def test_ids_that_are_no_grid_give_the_reason(tensor):
     assert "are not those of a grid" in grid_of_ids(tensor)
+
+
+def test_a_buffer_that_is_refilled_behind_torch_is_read_again() -> None:
+    case = HOST["flux"]
+    model: Any = case.build()
+    convert(model, Clear(radius=2))
+    layer = model.transformer_blocks[0].attn
+    buffer = case.inputs(6, 8, 1, 7)["img_ids"].clone()
+    fill = (buffer.data.copy_, lambda new: np.copyto(buffer.numpy(), new.numpy()))
+    for number, (height, width) in enumerate(((6, 8), (8, 6), (4, 12), (12, 4))):
+        inputs = case.inputs(height, width, 1, 7)
+        version = buffer._version
+        fill[number % 2](inputs["img_ids"])
+        assert buffer._version == version  # PyTorch has counted no write
+        for _ in range(2):
+            with torch.no_grad():
+                output = model(**inputs | dict(img_ids=buffer)).sample
+            grid = state_of(layer).grid
+            assert grid is not None and (grid.height, grid.width) == (height, width)
+        with torch.no_grad():
+            assert torch.equal(output, model(**inputs).sample)

@@ -23,14 +23,21 @@ def _capturing() -> bool:
 
 
 class Seen:
-    """Remembers a tensor that was read, until it is freed or written to. It does not keep the tensor alive."""
+    """Remembers a tensor that was read, until it is freed or written to. It does not keep the tensor alive.
+
+    PyTorch does not count writes through `.data`, NumPy or kernels of others, so on a CPU the values are compared too.
+    On a GPU that would wait for all that runs there.
+    """
 
     def __init__(self, tensor: Tensor) -> None:
         self.reference, self.version = weakref.ref(tensor), self._version(tensor)
+        self.values = tensor.detach().clone() if tensor.device.type == "cpu" else None
 
     def is_of(self, tensor: Tensor | None) -> bool:
         """Whether `tensor` is the one remembered, unchanged."""
-        return tensor is not None and self.reference() is tensor and self.version == self._version(tensor) != -1
+        if tensor is None or self.reference() is not tensor or not self.version == self._version(tensor) != -1:
+            return False
+        return self.values is None or torch.equal(self.values, tensor)
 
     @staticmethod
     def _version(tensor: Tensor) -> int:

@@ -87,6 +87,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def _held(name: str, part: Any) -> dict[str, nn.Module]:
     """Return a component itself, or the models that it holds."""
+    inside: dict[Any, Any]
     if isinstance(part, (list, tuple)):
         inside = dict(enumerate(part))
     elif isinstance(part, nn.Module):
