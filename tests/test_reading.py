@@ -55,4 +55,4 @@ def test_a_training(tmp_path: Path) -> None:
         train(settings(tmp_path, run__steps=1, run__save_every=0))
     own = {name for name in files if name.split("/")[0] in ("distill", "conversion", "adapters", "highres")}
     assert own == listed("For a training")
-    assert len(own) <= 18
+    assert len(own) <= 17

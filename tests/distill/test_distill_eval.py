@@ -13,8 +13,8 @@ from vision_attn.demo import load_teacher
 from vision_attn.distill.cache import write_cache
 from vision_attn.distill.evaluate import Evaluation, read_truth
 from vision_attn.distill.measures import agreement, copies, kernel_distance, retrieval
-from vision_attn.highres.levels import unit_of
 from vision_attn.highres.positions import stretched_positions
+from vision_attn.highres.redraw import unit_of
 
 
 def test_copies_are_counted():

@@ -26,8 +26,8 @@ from vision_attn.distill.config import Config
 from vision_attn.distill.data import FORMAT, INDEX, read_index
 from vision_attn.distill.denoiser import Interface, denoiser_of, encode_images, interface_of, load_pipeline, record
 from vision_attn.distill.images import Item, find_items, nearest_size, to_pixels
-from vision_attn.highres.levels import unit_of
 from vision_attn.highres.positions import position_ids
+from vision_attn.highres.redraw import unit_of
 
 SKIPPED = "skipped.txt"
 _SHARD = re.compile(r"\d+x\d+-\d{5,}(-[0-9a-f]{16})?\.(safetensors|part)")

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from vision_attn._compat import ensure_torchvision
 from vision_attn.distill.config import ModelConfig
-from vision_attn.highres.levels import shift_at
-from vision_attn.highres.redraw import decode, encode, unpacked
+from vision_attn.highres.redraw import decode, encode, shift_at, unpacked
 from vision_attn.hosts.selection import targets_of
 
 EMOJI = "emoji:"

@@ -20,8 +20,8 @@ from vision_attn.distill.denoiser import denoiser_of, load_pipeline
 from vision_attn.distill.images import read_prompts
 from vision_attn.distill.losses import Noising, Outputs
 from vision_attn.distill.measures import agreement, copies, kernel_distance, retrieval
-from vision_attn.highres.levels import unit_of
 from vision_attn.highres.positions import stretched_positions
+from vision_attn.highres.redraw import unit_of
 
 _SAMPLES = 16  # of the cache, for the error of predictions
 

@@ -26,7 +26,20 @@ from vision_attn.conversion.state import is_converted
 from vision_attn.grid import Grid
 from vision_attn.highres.feed_forward import chunked_feed_forward
 from vision_attn.highres.positions import stretched_positions
-from vision_attn.highres.redraw import Redraw, decode, encode, image_to_image, is_flow, schedule_for, tiled, unpacked
+from vision_attn.highres.redraw import (
+    Redraw,
+    decode,
+    encode,
+    image_to_image,
+    is_flow,
+    native_side,
+    schedule_for,
+    shift_at,
+    tiled,
+    tokens_of,
+    unit_of,
+    unpacked,
+)
 from vision_attn.hosts.selection import denoisers_of
 from vision_attn.processors.base import AttnSpec
 from vision_attn.processors.clear import Clear
@@ -159,38 +172,6 @@ def _checked_strength(strength: Any) -> tuple[float, ...]:
     if not typed or not levels or not all(0 < s < 1 for s in levels):
         raise _refusal("strength must hold noise levels between 0 and 1, such as 0.3 or (0.6, 0.3)", strength, typed)
     return tuple(levels)
-
-
-def unit_of(pipe: Any) -> int:
-    """Return the number of pixels that height and width must be multiples of: two latents."""
-    return 2 * pipe.vae_scale_factor
-
-
-def native_side(pipe: Any) -> int:
-    """Return the side in pixels of the square that a pipeline was trained for."""
-    latents = getattr(pipe, "default_sample_size", None) or pipe.unet.config.sample_size
-    return int(latents) * pipe.vae_scale_factor
-
-
-def shift_at(pipe: Any, size: tuple[int, int], shift: float | str) -> float:
-    """Return the shift of flow matching's schedule at a size; for 'sqrt' the native one times the ratio of the sides.
-
-    FLUX's own dynamic shift is not bounded: at 64K tokens every level would begin at pure noise.
-    """
-    if not isinstance(shift, str):
-        return float(shift)
-    config, native = pipe.scheduler.config, native_side(pipe)
-    base = config.shift
-    if config.get("use_dynamic_shifting"):  # exp(mu) at the native size
-        tokens = (native // unit_of(pipe)) ** 2
-        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-        base = math.exp(config.base_shift + slope * (tokens - config.base_image_seq_len))
-    return base * max(1.0, math.sqrt(size[0] * size[1]) / native)
-
-
-def tokens_of(pipe: Any, size: tuple[int, int]) -> int:
-    """Return the number of image tokens at a size in pixels."""
-    return size[0] // unit_of(pipe) * (size[1] // unit_of(pipe))
 
 
 def refuse_taken(call: Mapping[str, Any]) -> None:

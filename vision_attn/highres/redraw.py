@@ -22,6 +22,38 @@ def is_flow(pipe: Any) -> bool:
     return hasattr(pipe.scheduler, "scale_noise")
 
 
+def unit_of(pipe: Any) -> int:
+    """Return the number of pixels that height and width must be multiples of: two latents."""
+    return 2 * pipe.vae_scale_factor
+
+
+def native_side(pipe: Any) -> int:
+    """Return the side in pixels of the square that a pipeline was trained for."""
+    latents = getattr(pipe, "default_sample_size", None) or pipe.unet.config.sample_size
+    return int(latents) * pipe.vae_scale_factor
+
+
+def shift_at(pipe: Any, size: tuple[int, int], shift: float | str) -> float:
+    """Return the shift of flow matching's schedule at a size; for 'sqrt' the native one times the ratio of the sides.
+
+    FLUX's own dynamic shift is not bounded: at 64K tokens every level would begin at pure noise.
+    """
+    if not isinstance(shift, str):
+        return float(shift)
+    config, native = pipe.scheduler.config, native_side(pipe)
+    base = config.shift
+    if config.get("use_dynamic_shifting"):  # exp(mu) at the native size
+        tokens = (native // unit_of(pipe)) ** 2
+        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+        base = math.exp(config.base_shift + slope * (tokens - config.base_image_seq_len))
+    return base * max(1.0, math.sqrt(size[0] * size[1]) / native)
+
+
+def tokens_of(pipe: Any, size: tuple[int, int]) -> int:
+    """Return the number of image tokens at a size in pixels."""
+    return size[0] // unit_of(pipe) * (size[1] // unit_of(pipe))
+
+
 def image_to_image(pipe: Any) -> Any:
     """Return an image-to-image pipeline with the components of `pipe`.
 
