@@ -9,6 +9,8 @@ from timm.layers import ClassifierHead, DropPath, LayerScale, Mlp, PatchEmbed, t
 from timm.models import checkpoint
 from torch import Tensor, nn
 
+from vision_attn.kernels.dense import dense_attention
+
 
 def patches(in_chans: int, dim: int, patch_size: int, *, norm: bool = True, **dd: Any) -> PatchEmbed:
     """Return the embedding of patches of images of any size in a map `[B, height, width, C]`."""
@@ -93,7 +95,9 @@ def refuse_heads(dim: int, num_heads: int) -> None:
 
 
 def attend_densely(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attend from each query `[B, N, H, D]` to every key; `kernels.dense` in a form that TorchScript compiles."""
+    """Attend from each query `[B, N, H, D]` to every key; what TorchScript compiles has first derivatives only."""
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return dense_attention(q, k, v)
     return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
