@@ -91,7 +91,7 @@ def attend_in_stripes(qkv: list[Tensor], weight: Tensor, bias: Tensor | None, si
     if cell == size:
         return add_depthwise(o, v, grid, weight, bias).flatten(2)
     o, v = (to_cells(t, grid, cell).flatten(0, 1) for t in (o, v))
-    o = add_depthwise(o, v, Grid(*cell), weight, bias).unflatten(0, (len(q), -1))
+    o = add_depthwise(o, v, Grid(*cell), weight, bias).unflatten(0, (q.shape[0], -1))
     return from_cells(o, grid, cell).flatten(2)
 
 

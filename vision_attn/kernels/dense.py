@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vision_attn.grid import Grid
-from vision_attn.kernels.backend import plain_gradients, transformed
+from vision_attn.kernels.backend import exporting, plain_gradients, transformed
 
 
 def dense_attention(
@@ -32,7 +32,7 @@ def dense_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if transformed():
+    if transformed() or (exporting() and torch.onnx.is_in_onnx_export()):  # ONNX takes the strides of the fused one
         return _plain(q, k, v, mask, scale).transpose(1, 2)
     learned = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, mask))
     traced = torch.compiler.is_compiling() or torch._C._get_tracing_state()  # which gives no second derivatives
@@ -109,8 +109,8 @@ def full_mask(mask: Tensor | None, grid: Grid, extra: int = 0) -> Tensor | None:
     """
     if mask is None:
         return None
-    whole = around(mask, mask.new_ones(len(mask), grid.image_tokens), grid)
-    return torch.cat([whole, mask.new_ones(len(mask), extra)], 1)[:, None, None]
+    whole = around(mask, mask.new_ones(mask.shape[0], grid.image_tokens), grid)
+    return torch.cat([whole, mask.new_ones(mask.shape[0], extra)], 1)[:, None, None]
 
 
 def outside(t: Tensor, grid: Grid) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from vision_attn._checks import check_int, check_number
 from vision_attn.grid import Grid
 from vision_attn.kernels.agent import Agents
+from vision_attn.kernels.backend import exporting
 from vision_attn.kernels.dense import around, dense_attention, full_mask, outside, with_dense_rows
 from vision_attn.processors.agent import attend_through
 from vision_attn.processors.base import AttnSpec, Layer, Moment, Processor, register
@@ -144,7 +145,11 @@ class AgentSDAttention(Processor):
 
     def _generator(self, q: Tensor, moment: Moment) -> torch.Generator | None:
         """Draw for even batches only, as the authors do: they expect the unconditional half in the same batch."""
-        if not self.spec.random or q.shape[0] % 2 or moment.generator is None:
+        if not self.spec.random or moment.generator is None:
+            return None
+        if exporting():
+            raise NotImplementedError("AgentSD(random=True) draws anew at each step, so export AgentSD(random=False)")
+        if q.shape[0] % 2:
             return None
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(

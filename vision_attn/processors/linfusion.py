@@ -178,4 +178,4 @@ def key_weight(mask: Tensor | None, grid: Grid, q: Tensor) -> Tensor | None:
     """Turn a key mask `[B, prefix + suffix]` into weights `[B, N, 1]` of all keys, in the dtype of q."""
     if mask is None:
         return None
-    return around(mask, mask.new_ones(len(mask), grid.image_tokens), grid)[..., None].to(q.dtype)
+    return around(mask, mask.new_ones(mask.shape[0], grid.image_tokens), grid)[..., None].to(q.dtype)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vision_attn.grid import Grid
+from vision_attn.kernels.backend import exporting
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ class Matching:
         y = torch.arange(rows, device=metric.device)[:, None] * height + inside // width
         x = torch.arange(columns, device=metric.device) * width + inside % width
         kept = (y * grid.width + x).flatten()
-        other = torch.ones(grid.image_tokens, dtype=torch.bool, device=metric.device)
-        other[kept] = False
-        others = other.nonzero()[:, 0]
+        n = grid.image_tokens
+        order = torch.arange(n, device=metric.device).index_add(0, kept, torch.full_like(kept, n))
+        others = order.argsort()[: n - len(kept)]  # those of `nonzero` would be of a number that export does not know
         best, partner = (metric[:, others] @ metric[:, kept].transpose(1, 2)).max(-1)
         order = best.argsort(dim=-1, descending=True)
         return cls(kept, others[order], partner.gather(1, order))
@@ -60,7 +61,11 @@ class Matching:
         rest = _take(t, self.others)
         kept = t[:, self.kept]
         index = self.partner[:, :merged, None, None].expand(-1, -1, *t.shape[2:])
-        kept = kept.scatter_reduce(1, index, rest[:, :merged], "mean", include_self=True)
+        if exporting():  # ONNX has no mean, and what PyTorch writes instead is silently another number
+            count = torch.ones_like(kept).scatter_add(1, index, torch.ones_like(rest[:, :merged]))
+            kept = kept.scatter_add(1, index, rest[:, :merged]) / count
+        else:
+            kept = kept.scatter_reduce(1, index, rest[:, :merged], "mean", include_self=True)
         return torch.cat([rest[:, merged:], kept], 1)
 
     def unmerge(self, t: Tensor, merged: int) -> Tensor:
@@ -68,7 +73,7 @@ class Matching:
         remaining = self.others.shape[1] - merged
         rest, kept = t[:, :remaining], t[:, remaining:]
         others = torch.cat([_take(kept, self.partner[:, :merged]), rest], 1)
-        places = torch.cat([self.others, self.kept.expand(len(t), -1)], 1)
+        places = torch.cat([self.others, self.kept.expand(t.shape[0], -1)], 1)
         return _take(torch.cat([others, kept], 1), places.argsort(1))
 
 

@@ -128,7 +128,7 @@ def _torch(
         bias = F.pad(bias, (0, direct.k.shape[1]))
     both = direct.mask
     if both is not None:
-        both = torch.cat([both.new_ones(len(both), a.shape[1]), both], 1)
+        both = torch.cat([both.new_ones(both.shape[0], a.shape[1]), both], 1)
     return dense_attention(q, keys, values, mask=_bias_and_mask(q, bias, both), scale=scale)
 
 

@@ -25,7 +25,7 @@ def agent_attention_triton(
         return _attend(q, a, gathered, agents.query_bias, None, A, [first, first])[0]
     both = direct.mask
     if both is not None:
-        both = torch.cat([both.new_ones(len(both), A), both], 1)
+        both = torch.cat([both.new_ones(both.shape[0], A), both], 1)
     keys, values = torch.cat([a, direct.k], 1), torch.cat([gathered, direct.v], 1)
     return _attend(q, keys, values, agents.query_bias, both, A, [first, scale])[0]
 

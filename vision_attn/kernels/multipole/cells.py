@@ -177,7 +177,8 @@ def _interactions(size: tuple[int, int], means: tuple[int, int], near: int, per_
     found = torch.where(there, mean_y * means[1] + mean_x, -1).flatten(2).flatten(0, 1)  # [cells, all]
     axes = [_met(n, m, near, per_cell) for n, m in zip(size, means, strict=True)]
     most = max([wide_y * wide_x - own_y * own_x for wide_y, own_y in axes[0] for wide_x, own_x in axes[1]])
-    order = (found < 0).long().argsort(dim=1, stable=True)[:, :most]
+    place = torch.arange(found.shape[1])
+    order = torch.where(found < 0, place + len(place), place).argsort(dim=1)[:, :most]  # ONNX has no stable sort
     return found.gather(1, order)
 
 

@@ -1,0 +1,13 @@
+"""Backbones in ONNX, with a batch of any size, equal themselves in PyTorch."""
+
+import pytest
+from backbone_families import FAMILIES, images
+from onnx_case import check_exported, needs_onnx
+
+ROWS = [pytest.param(name, marks=() if name == "nat_isotropic" else pytest.mark.slow) for name in FAMILIES]
+
+
+@needs_onnx
+@pytest.mark.parametrize("name", ROWS)
+def test_onnxruntime_equals_pytorch_where_it_is_installed(name):
+    check_exported(FAMILIES[name].build(), images(64, 64))
