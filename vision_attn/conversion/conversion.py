@@ -6,20 +6,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vision_attn._checks import check_int
 from vision_attn.adapters.adapter import Adapter, read_adapter, remove_adapter, write_adapter
 from vision_attn.conversion.plan import Plan, fix_grid, undo
 from vision_attn.conversion.state import (
     LayerState,
-    ModelState,
+    adapter_of,
+    base_name,
     is_converted,
     is_rerouted,
     model_state,
-    plain,
-    refuse_offloaded,
     state_of,
 )
 from vision_attn.estimation.model import aligned
@@ -406,7 +404,7 @@ class Conversion:
         root = Path(folder)
         places = {component: root / component if len(self.models) > 1 else root for component in self.models}
         for component, model in self._converted():
-            write_adapter(places[component], _adapter_of(model, component), _base_name(model))
+            write_adapter(places[component], adapter_of(model, component), base_name(model))
         if root not in places.values():
             remove_adapter(root)  # `load` would read an earlier adapter of one component first
 
@@ -419,49 +417,3 @@ class Conversion:
         done = sum(row.status == "rerouted" for row in table)
         specs = dict.fromkeys(str(state.spec) for _, _, state in self._rerouted())
         return f"{', '.join(specs)} on {len(table)} layers, {done} rerouted in the last forward"
-
-
-def _adapter_of(model: nn.Module, component: str) -> Adapter:
-    """Return what is to be saved of a converted model; LoRA layers have files of their own.
-
-    Raises:
-        ValueError: If projections were fused since the conversion, and trained; or if weights are offloaded.
-    """
-    state = model_state(model)
-    _refuse_fused(model, state)
-    layers: dict[str | None, AttnSpec] = {s.name: s.spec for s in map(state_of, filter(is_rerouted, model.modules()))}
-    changed = state.changed(model)
-    own = {plain(name): tensor for name, tensor in model.state_dict().items()}
-    kept = {name: tensor for name, tensor in own.items() if f".{CHILD}." in name or name in changed}
-    refuse_offloaded(kept)
-    return Adapter("", component, layers, kept, state.shared.min_tokens, type(model).__name__)
-
-
-def _base_name(model: nn.Module) -> str:
-    """Return the name of the model that was converted, '' if it does not say."""
-    config: Any = getattr(model, "config", None)
-    return getattr(config, "_name_or_path", "") or getattr(model, "pretrained_cfg", {}).get("architecture", "")
-
-
-def _refuse_fused(model: nn.Module, state: ModelState) -> None:
-    """Refuse projections that were fused since the conversion and changed after that."""
-    names: dict[str, Tensor] = {plain(name): parameter for name, parameter in model.named_parameters()}
-    known = {plain(name) for name in state.fingerprints}
-    for name, parameter in names.items():
-        layer, _, rest = name.rpartition(".to_")
-        role, _, kind = rest.partition(".")
-        if name in known or role not in _FUSED:
-            continue
-        parts = [names[f"{layer}.{part}.{kind}"] for part in _FUSED[role] if f"{layer}.{part}.{kind}" in names]
-        if not parts or not torch.equal(torch.cat(parts), parameter):
-            raise ValueError(
-                f"{name} was fused after the conversion and then trained, so it cannot be saved: call "
-                "unfuse_qkv_projections() before training, and fuse again afterwards"
-            )
-
-
-_FUSED = {
-    "qkv": ("to_q", "to_k", "to_v"),
-    "kv": ("to_k", "to_v"),
-    "added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
-}

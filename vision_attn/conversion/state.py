@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vision_attn.adapters.adapter import Adapter
 from vision_attn.conversion.grids import AwaitingBackward, GridContext
 from vision_attn.grid import Grid
 from vision_attn.hosts.host import Host
-from vision_attn.processors.base import AttnSpec, Processor
+from vision_attn.processors.base import CHILD, AttnSpec, Processor
 
 LAYER, _MODEL = "_vision_attn", "_vision_attn_model"  # attributes of a rerouted module, and of its model
 
@@ -107,7 +108,7 @@ class LayerState:
         replaced: Attributes of the module to put back on revert.
         grid: Grid of the last call over the grid.
         status: What became of that call.
-        padding: The mask that `rerouting.key_padding` checked last, with its grid and result.
+        padding: The mask that `key_padding` checked last, with its grid and result.
         decisions: What becomes of a call, by the grid that was found and the call's shapes.
         block: The tokens that entered the block, in this thread.
         block_input: The same for compiled layers, which all threads share.
@@ -289,3 +290,49 @@ def plain(name: str) -> str:
 def is_lora(name: str) -> bool:
     """Whether a parameter belongs to a LoRA, which is saved in files of its own."""
     return ".lora_" in name
+
+
+def adapter_of(model: nn.Module, component: str) -> Adapter:
+    """Return what is to be saved of a converted model; LoRA layers have files of their own.
+
+    Raises:
+        ValueError: If projections were fused since the conversion, and trained; or if weights are offloaded.
+    """
+    state = model_state(model)
+    _refuse_fused(model, state)
+    layers: dict[str | None, AttnSpec] = {s.name: s.spec for s in map(state_of, filter(is_rerouted, model.modules()))}
+    changed = state.changed(model)
+    own = {plain(name): tensor for name, tensor in model.state_dict().items()}
+    kept = {name: tensor for name, tensor in own.items() if f".{CHILD}." in name or name in changed}
+    refuse_offloaded(kept)
+    return Adapter("", component, layers, kept, state.shared.min_tokens, type(model).__name__)
+
+
+def base_name(model: nn.Module) -> str:
+    """Return the name of the model that was converted, '' if it does not say."""
+    config: Any = getattr(model, "config", None)
+    return getattr(config, "_name_or_path", "") or getattr(model, "pretrained_cfg", {}).get("architecture", "")
+
+
+def _refuse_fused(model: nn.Module, state: ModelState) -> None:
+    """Refuse projections that were fused since the conversion and changed after that."""
+    names: dict[str, Tensor] = {plain(name): parameter for name, parameter in model.named_parameters()}
+    known = {plain(name) for name in state.fingerprints}
+    for name, parameter in names.items():
+        layer, _, rest = name.rpartition(".to_")
+        role, _, kind = rest.partition(".")
+        if name in known or role not in _FUSED:
+            continue
+        parts = [names[f"{layer}.{part}.{kind}"] for part in _FUSED[role] if f"{layer}.{part}.{kind}" in names]
+        if not parts or not torch.equal(torch.cat(parts), parameter):
+            raise ValueError(
+                f"{name} was fused after the conversion and then trained, so it cannot be saved: call "
+                "unfuse_qkv_projections() before training, and fuse again afterwards"
+            )
+
+
+_FUSED = {
+    "qkv": ("to_q", "to_k", "to_v"),
+    "kv": ("to_k", "to_v"),
+    "added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels.multipole.means import masses
+from vision_attn.kernels.multipole.masses import masses
 from vision_attn.kernels.multipole.op import Call
 from vision_attn.kernels.multipole.tiles import (
     cell_tile,

@@ -1,7 +1,7 @@
 """Multipole attention in Triton: the inputs of a call, the operators, and their gradients.
 
-The kernels are in `means.py`, `choice.py`, `forward.py`, `backward.py` and `mean_gradients.py`; triton is imported when
-they first run.
+The kernels are in `means.py`, `choice.py`, `masses.py`, `forward.py`, `backward.py` and `mean_gradients.py`; triton is
+imported when they first run.
 """
 
 import math
