@@ -19,7 +19,7 @@ from vision_attn.bench.candidate import AbsentError, Candidate, Prepared
 from vision_attn.bench.local.problem import DENSE, LOCAL, UNDILATED, LocalProblem
 from vision_attn.grid import Grid
 from vision_attn.kernels.local import Window, local_attention
-from vision_attn.kernels.local.strips import window_start
+from vision_attn.kernels.local.plain import window_start
 
 Pair = tuple[int, int]
 

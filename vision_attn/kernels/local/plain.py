@@ -16,7 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vision_attn.kernels.local.strips import window_start
+
+def window_start(i: int, length: int, kernel_size: int) -> int:
+    """Return the first key of query `i` on an undilated axis: the window is moved inside, never shrunk."""
+    return min(max(i - kernel_size // 2, 0), length - kernel_size)
 
 
 @dataclass(frozen=True)
