@@ -286,3 +286,14 @@ def test_bad_arguments(row):
     arguments, message = BAD[row]
     with pytest.raises(ValueError, match=message):
         FAMILIES[row.split("-", maxsplit=1)[0]].build(**arguments)
+
+
+def test_forward_mode_equals_two_reverse_modes(family):
+    model = family.build().double()
+    x, t = images(64, 64, batch=1).double(), images(64, 64, batch=1).flip(3).double()
+    if family is FAMILIES["litv2"]:
+        with pytest.raises(NotImplementedError, match="grid_sampler"):  # PyTorch's own has reverse mode only
+            torch.func.jvp(model, (x,), (t,))
+        return
+    tangent = torch.func.jvp(model, (x,), (t,))[1]
+    torch.testing.assert_close(tangent, torch.autograd.functional.jvp(model, x, t)[1])
