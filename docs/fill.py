@@ -262,9 +262,9 @@ def highres() -> str:
 
 
 def fidelity(entry: str) -> list[dict[str, Any]]:
-    """Read the rows of a result of `bench quality`: of the H200, or else of a CPU; none if neither was stored."""
+    """Read the rows of a result of `bench quality`: of the H200 and of a CPU; none if neither was stored."""
     names = [f"bench/results/{entry}_{device}.json" for device in ("h200", "cpu")]
-    return next((stored(name)["rows"] for name in names if (ROOT / name).exists()), [])
+    return [row | dict(device=name[-8:-5]) for name in names if (ROOT / name).exists() for row in stored(name)["rows"]]
 
 
 def fidelity_tables(entry: str) -> str:
@@ -272,7 +272,8 @@ def fidelity_tables(entry: str) -> str:
     found, module = fidelity(entry), find_entries(entry)[0]
     parts = []
     for group in dict.fromkeys(row["group"] for row in found):
-        rows = [row for row in found if row["group"] == group]
+        device = next(row["device"] for row in found if row["group"] == group)
+        rows = [row for row in found if row["group"] == group and row["device"] == device]
         lines = fidelity_lines(rows, module.MEASURES).replace(f"| {DEFAULT.name} |", f"| **{DEFAULT.name}** |")
         parts += [f"**{group}**", lines]
     return "\n\n".join(parts) or f"No result is stored yet: `vision-attn bench {entry}` measures it."
@@ -284,6 +285,8 @@ def untrained() -> str:
     for entry, case, measure, title, form in UNTRAINED:
         for row in (row for row in fidelity(entry) if row["case"] == case):
             found = {c["name"]: c["quality"] for c in row["candidates"] if c["quality"]}
+            if DEFAULT.name not in found:
+                continue
             cells = [f"{found[name][measure]:{form}}" for name in ("clear r8", "clear r16", DEFAULT.name)]
             rows.append([f"{row['group']}, {row['label']}", title, *cells])
     return table(["model", "measure", "`Clear(radius=8)`", "`Clear(radius=16)`", "`Multipole()`"], rows)
