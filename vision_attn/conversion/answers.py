@@ -361,7 +361,8 @@ def _never_reached(state: LayerState, module: nn.Module) -> str:
         f"{state.name} never called scaled_dot_product_attention, so it was not rerouted.{how} Switch off what "
         "replaces it: sliced attention (disable_attention_slicing), xformers "
         "(disable_xformers_memory_efficient_attention), another attention backend (set_attention_backend('native')), "
-        "AttnProcessor (set_attn_processor(AttnProcessor2_0())), timm's fused_attn=False; or revert()"
+        "AttnProcessor (set_attn_processor(AttnProcessor2_0())), timm's fused_attn=False; leave out the layer "
+        "(where=); or revert()"
     )
 
 
@@ -396,7 +397,7 @@ def key_padding(attn_mask: Tensor, grid: Grid, state: LayerState) -> Tensor | No
     if attn_mask.dim() != 4 or attn_mask.shape[-2] != 1 or attn_mask.shape[-1] != grid.tokens:
         raise ValueError(
             f"{state.name}: cannot honour an attention mask of shape {tuple(attn_mask.shape)}: a mask must be key "
-            f"padding [B, 1, 1, {grid.tokens}] over tokens outside the grid"
+            f"padding [B, 1, 1, {grid.tokens}] over tokens outside the grid. Leave out the mask, or the layer (where=)"
         )
     if torch.compiler.is_compiling():
         seen, problem = _read(attn_mask, grid)
