@@ -10,7 +10,7 @@ from torch import nn
 
 from vision_attn._checks import check_int
 from vision_attn.adapters.adapter import Adapter, read_adapter, remove_adapter, write_adapter
-from vision_attn.conversion.plan import Plan, fix_grid, undo
+from vision_attn.conversion.plan import Plan, fix_grid, refuse_unsynchronised, undo
 from vision_attn.conversion.state import (
     LayerState,
     adapter_of,
@@ -23,7 +23,7 @@ from vision_attn.conversion.state import (
 from vision_attn.estimation.model import aligned
 from vision_attn.graphs import Graphs, replaying
 from vision_attn.hosts import Host, find_host
-from vision_attn.hosts.selection import Specs, Where, assign, candidates_of, check_specs, select, targets_of, unwrapped
+from vision_attn.hosts.selection import Specs, Where, assign, candidates_of, check_specs, select, targets_of
 from vision_attn.kernels.backend import check_backend
 from vision_attn.processors.base import CHILD, AttnSpec
 
@@ -81,7 +81,7 @@ def convert(  # noqa: PLR0913, the one call that users make
         model_host = host or find_host(model)
         names = select(model, model_host.layer_names(model), where)
         plans.append(Plan(model, assign(spec, names), model_host, backend))
-    _refuse_unsynchronised(target, plans)
+    refuse_unsynchronised(target, plans)
     for plan in plans:
         if grid is not None:
             fix_grid(plan.contexts, grid)
@@ -98,23 +98,6 @@ def _check(host: Any, backend: str) -> None:
     if host is not None and not isinstance(host, Host):
         raise TypeError(f"host must be a Host, got {host!r}")
     check_backend(backend)
-
-
-def _refuse_unsynchronised(target: Any, plans: list[Plan]) -> None:
-    """Refuse to add parameters to a model that is distributed already.
-
-    Raises:
-        ValueError: If `DistributedDataParallel` would not know parameters that are added now.
-    """
-    parts = getattr(target, "components", {"": target})
-    wrapped = [unwrapped(part) for part in parts.values() if isinstance(part, nn.parallel.DistributedDataParallel)]
-    for plan in plans:
-        added = sum(p.numel() for _, processor, _ in plan.layers for p in processor.parameters())
-        if added and any(plan.model is model for model in wrapped):
-            raise ValueError(
-                f"DistributedDataParallel would not synchronise the {added} parameters that are added to this "
-                f"{type(plan.model).__name__}: convert the model before it is wrapped"
-            )
 
 
 def refuse_converted(models: dict[str, nn.Module]) -> None:

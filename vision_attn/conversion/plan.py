@@ -35,6 +35,7 @@ from vision_attn.conversion.state import (
 from vision_attn.estimation.cost import break_even
 from vision_attn.grid import Grid
 from vision_attn.hosts.host import Host, heads_of, input_dim
+from vision_attn.hosts.selection import unwrapped
 from vision_attn.processors.base import CHILD, AttnSpec, Layer, Processor, model_name, stored_name
 
 _LAYERS = "_vision_attn_layers"  # attribute of a block: states of the layers that want its input
@@ -170,6 +171,23 @@ class Plan:
             if f".{CHILD}." not in name:
                 originals[name] = place.data
             place.data = tensor.to(place.device, place.dtype)
+
+
+def refuse_unsynchronised(target: Any, plans: Sequence[Plan]) -> None:
+    """Refuse to add parameters to a model that is distributed already.
+
+    Raises:
+        ValueError: If `DistributedDataParallel` would not know parameters that are added now.
+    """
+    parts = getattr(target, "components", {"": target})
+    wrapped = [unwrapped(part) for part in parts.values() if isinstance(part, nn.parallel.DistributedDataParallel)]
+    for plan in plans:
+        added = sum(p.numel() for _, processor, _ in plan.layers for p in processor.parameters())
+        if added and any(plan.model is model for model in wrapped):
+            raise ValueError(
+                f"DistributedDataParallel would not synchronise the {added} parameters that are added to this "
+                f"{type(plan.model).__name__}: convert the model before it is wrapped"
+            )
 
 
 def _like(processor: Processor, module: nn.Module) -> Processor:

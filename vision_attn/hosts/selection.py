@@ -93,7 +93,7 @@ def _held(name: str, part: Any) -> dict[str, nn.Module]:
     elif isinstance(part, nn.Module):
         model = unwrapped(part)
         nets = getattr(model, "nets", None)
-        if isinstance(model, (nn.ModuleList, nn.ModuleDict)):
+        if type(model) in (nn.ModuleList, nn.ModuleDict):
             inside = dict(model.named_children())
         elif isinstance(nets, nn.ModuleList) and not is_known(model):
             inside = {f"nets.{number}": net for number, net in enumerate(nets)}
