@@ -85,7 +85,7 @@ def test_a_case_is_stored_once_in_the_order_of_the_entry():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["kernel"], "unknown benchmark 'kernel': known are 'kernels'"),
+        (["kernel"], "unknown benchmark 'kernel': known are 'host', 'kernels'"),
         (["kernels", "--device", "tpu"], "device must be 'cpu' or 'cuda', got 'tpu'"),
         (["kernels", "--device", "cpu", "--only", "disk-*"], "unknown case 'disk-*': known are linear-64"),
         (["kernels", "--device", "cpu", "--candidates", "cudnn"], "unknown candidate 'cudnn': known are 'ours'"),

@@ -15,6 +15,7 @@ from vision_attn import LinFusion, load
 from vision_attn.adapters.published import export_linfusion
 from vision_attn.conversion.state import is_rerouted, state_of
 from vision_attn.grid import Grid
+from vision_attn.processors.base import CHILD
 
 
 def attention_outputs(unet, names):
@@ -108,7 +109,7 @@ def test_losses_and_gradients(name):
     parameters = dict(first.named_parameters())
     for key, norm in want["grad_norms_first"].items():
         ours = key.removeprefix("0.")
-        ours = f"vision_attn.{ours}" if ".to_q_." in key or ".to_k_." in key else ours
+        ours = f"{CHILD}.{ours}" if ".to_q_." in key or ".to_k_." in key else ours
         assert parameters[ours].grad.norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-6), key
     torch.testing.assert_close(first.to_q.weight.grad, io["loss.grad_first_to_q"], **TOLERANCE)
     torch.testing.assert_close(first.vision_attn.to_k_[0].weight.grad, io["loss.grad_first_to_k_0"], **TOLERANCE)

@@ -391,6 +391,12 @@ def rerouted_class(base: Any) -> type[nn.Module]:
     """
 
     class Rerouted(base):
+        @property
+        def vision_attn(self) -> Processor:
+            """The processor that answers; its name as a module is one that no pattern of others finds."""
+            processor: Any = self._modules[CHILD]
+            return processor
+
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             state: LayerState = self.__dict__[LAYER]
             if state.shared.bypassed:
