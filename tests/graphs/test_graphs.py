@@ -169,7 +169,7 @@ def drawn(value, name):
 @GPU
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("name", ["sd15-unet", "sdxl-unet", "flux", "sd3", "pixart"])
-def test_replays_are_bit_equal_to_eager_calls(name, spec):
+def test_replays_are_bit_equal_to_eager_calls_needs_a_gpu(name, spec):
     """Two sizes and two batches in turn, different inputs each time; earlier outputs stay as they are."""
     model = on_gpu(name, SPECS[spec])
     calls = [inputs_of(name, *size, 5, seed=n) for n, size in enumerate([(8, 8, 1), (12, 12, 1), (8, 8, 2)] * 4)]
@@ -183,7 +183,7 @@ def test_replays_are_bit_equal_to_eager_calls(name, spec):
 
 
 @GPU
-def test_the_moment_and_the_grid_choose_the_recording():
+def test_the_moment_and_the_grid_choose_the_recording_needs_a_gpu():
     model = on_gpu("flux", SPECS["schedule"])
     calls = []
     for grid in ((4, 6), (6, 4)):
@@ -198,7 +198,7 @@ def test_the_moment_and_the_grid_choose_the_recording():
 
 
 @GPU
-def test_adapters_switched_between_replays_are_seen():
+def test_adapters_switched_between_replays_are_seen_needs_a_gpu():
     model = add_lora(HOST["sd15-unet"].build()).to("cuda", torch.bfloat16)
     convert(model, Clear(radius=1))
     inputs, found = inputs_of("sd15-unet", 4, 4, 1, 5), graphs.enable(model)
@@ -232,7 +232,7 @@ def test_adapters_switched_between_replays_are_seen():
 
 
 @GPU
-def test_numbers_as_timesteps_are_no_kinds_of_their_own():
+def test_numbers_as_timesteps_are_no_kinds_of_their_own_needs_a_gpu():
     model = on_gpu("sd15-unet", Clear(radius=1))
     found = graphs.enable(model)
     inputs = inputs_of("sd15-unet", 4, 4, 1, 5)
@@ -243,7 +243,7 @@ def test_numbers_as_timesteps_are_no_kinds_of_their_own():
 
 
 @GPU
-def test_what_cannot_be_recorded_runs_eagerly_and_leaves_all_usable():
+def test_what_cannot_be_recorded_runs_eagerly_and_leaves_all_usable_needs_a_gpu():
     model = on_gpu("sd15-unet", None)
     inputs = inputs_of("sd15-unet", 4, 4, 1, 5)
     want = eager(model, inputs)
@@ -265,7 +265,7 @@ def test_what_cannot_be_recorded_runs_eagerly_and_leaves_all_usable():
 
 
 @GPU
-def test_threads_and_two_models_do_not_disturb_each_other():
+def test_threads_and_two_models_do_not_disturb_each_other_needs_a_gpu():
     models = [on_gpu("sd15-unet", Clear(radius=1)), on_gpu("flux", SPECS["multipole"])]
     calls = [[inputs_of(name, 8, 8, 1, 5, seed=n) for n in range(6)] for name in ("sd15-unet", "flux")]
     want = [[eager(m, i) for i in inputs] for m, inputs in zip(models, calls, strict=True)]
@@ -291,7 +291,7 @@ def test_threads_and_two_models_do_not_disturb_each_other():
 
 @GPU
 @pytest.mark.parametrize("name", ["sd", "sdxl", "flux", "sd-controlnet"])
-def test_a_pipeline_draws_the_same(name):
+def test_a_pipeline_draws_the_same_needs_a_gpu(name):
     case = PIPELINE[name]
     pipe = case.build().to("cuda")
     want = images_of(case, pipe, 64, 64)
