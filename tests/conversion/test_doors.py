@@ -131,6 +131,7 @@ def test_a_mode_around_the_model_sees_and_answers_attention_as_without_us(host_i
     assert set(Conversion.of(model).status.values()) == {"dense: a mode around the layer answered its attention"}
 
 
+@pytest.mark.slow
 @names
 def test_a_mode_around_a_compiled_model_answers_first(name: Any) -> None:
     model = converted("vit", CLEAR)

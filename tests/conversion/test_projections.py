@@ -226,6 +226,7 @@ def test_threads_do_not_see_each_others_projections() -> None:
     assert not failed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host_id, target", [("vit", "qkv"), ("flux", "to_q")])
 def test_compiled_with_an_adapter_that_was_added_last(host_id: str, target: str) -> None:
     models = []

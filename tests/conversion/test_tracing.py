@@ -62,6 +62,7 @@ def test_jit_trace_of_every_processor(spec: Any) -> None:
     torch.testing.assert_close(traced("vit", model, SIZE), run(HOST["vit"], model, *SIZE))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("name", ["nat_mini", "dinat_mini", "agent_deit_tiny", "litv2_small", "ravlt_tiny"])
 def test_jit_trace_of_backbones(name: str) -> None:

@@ -93,6 +93,7 @@ def test_every_scheduler_begins_at_the_strength(pipe: Any, scheduler: Any) -> No
     assert reached in (0, 8) or type(scheduler).__name__.startswith(hard)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, config",
     [

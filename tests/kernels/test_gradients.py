@@ -52,6 +52,7 @@ def test_gradients_of_each_sample_at_once_are_those_of_one_after_another(case, b
         torch.testing.assert_close(tuple(t[i] for t in ours), alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", OWN, ids=str)
 def test_transforms_compile(case):
     """They once lost the tangent without an error."""
