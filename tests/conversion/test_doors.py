@@ -255,3 +255,24 @@ def test_diffusers_reads_signatures_of_converted_layers_faster() -> None:
     output = run(HOST["sd15-unet"], model, *SIZE)
     torch.testing.assert_close(output, expected("sd15-unet", CLEAR))
     assert seen[0] and not all(seen) and "__call__" not in vars(processor)
+
+
+def test_a_processor_that_computes_attention_itself_runs_once():
+    """As diffusers' own test of processors has it: a second run would count twice."""
+
+    class Counting:
+        calls = 0
+
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+            self.calls += 1
+            return attn.to_out[0](hidden_states)
+
+    model, inputs = HOST["sd15-unet"].build(), HOST["sd15-unet"].inputs(4, 4, 1, 5)
+    processor = Counting()
+    model.set_attn_processor(processor)
+    want = model(**inputs)[0]
+    once, processor.calls = processor.calls, 0
+    conversion = convert(model, Softmax())
+    assert torch.equal(model(**inputs)[0], want)
+    assert processor.calls == once
+    assert set(conversion.status.values()) == {"dense: the host's own code computed it"}
