@@ -105,6 +105,28 @@ def test_a_conversion_has_graphs_in_a_block():
     assert "forward" not in vars(model)
 
 
+def test_a_block_leaves_what_was_enabled_before():
+    model = HOST["sd15-unet"].build()
+    conversion, outer = convert(model, Clear(radius=1)), graphs.enable(model)
+    with conversion.graphs():
+        pass
+    assert vars(model)["forward"] is outer.forwards[""] and outer.forwards[""].enabled
+
+
+def test_threads_run_an_eager_model_at_the_same_time():
+    """Each of two calls waits inside the forward until the other has come there too."""
+    model, inputs = HOST["sd15-unet"].build(), HOST["sd15-unet"].inputs(4, 4, 1, 5)
+    together = threading.Barrier(2, timeout=20)
+    model.conv_in.register_forward_pre_hook(lambda *args: together.wait() and None)
+    graphs.enable(model)
+    threads = [threading.Thread(target=eager, args=(model, inputs)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not together.broken
+
+
 @pytest.mark.slow
 def test_it_compiles_through():
     model, inputs = HOST["sd15-unet"].build(), HOST["sd15-unet"].inputs(4, 4, 1, 5)

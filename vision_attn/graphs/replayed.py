@@ -63,29 +63,36 @@ class Replayed:
         reason = _reason_now()
         if reason is None:
             with self._lock:
-                return self._recorded(args, kwargs)
-        self.reasons["surroundings"] = reason
-        return self.run(*args, **kwargs)
+                recording, leaves = self._recording_of(args, kwargs)
+                if recording is not None:
+                    return recording.replay(leaves)
+        else:
+            self.reasons["surroundings"] = reason
+        return self.run(*args, **kwargs)  # outside the lock: threads may run at the same time
 
-    def _recorded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _recording_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Recording | None, list[Any]]:
+        """Return the recording of a call, made now if this is the second of its kind, and the leaves of its arguments.
+
+        None if the call is to run eagerly.
+        """
         if self._watch is None or self._watch.changed():
             self._begin_anew()
         if self._reason is not None:
-            return self.run(*args, **kwargs)
+            return None, []
         leaves, tree = pytree.tree_flatten(self._moved(args, kwargs))
         reason = next((reason for leaf in leaves if (reason := _unfit(leaf))), None)
         if reason is not None:
             self.reasons["arguments"] = reason
-            return self.run(*args, **kwargs)
+            return None, []
         key = (tree, *map(_kind, leaves), settings(), *[other() for other in self._keys])
         recording = self.recordings.get(key)
         if recording is None and key in self._seen and key not in self.reasons:
             recording = self._record(key, leaves, tree)
         if recording is None:
             self._seen.add(key)
-            return self.run(*args, **kwargs)
-        self.recordings.move_to_end(key)
-        return recording.replay(leaves)
+        else:
+            self.recordings.move_to_end(key)
+        return recording, leaves
 
     def _record(self, key: Any, leaves: list[Any], tree: Any) -> Recording | None:
         if self._pool is None:
@@ -254,17 +261,18 @@ def enable(target: Any, *, most: int = 8) -> Graphs:
 
 @contextmanager
 def replaying(models: Mapping[str, nn.Module], most: int = 8) -> Iterator[Graphs]:
-    """Do `enable` inside a `with` block.
+    """Do `enable` inside a `with` block; what was enabled before it stays.
 
     Args:
         models: Models by component name.
         most: As for `enable`.
     """
+    before = {name for name, model in models.items() if _replayed(model) is not None}
     graphs = Graphs({name: enable(model, most=most).forwards[""] for name, model in models.items()})
     try:
         yield graphs
     finally:
-        graphs.disable()
+        Graphs({name: forward for name, forward in graphs.forwards.items() if name not in before}).disable()
 
 
 def disable(target: Any) -> None:
