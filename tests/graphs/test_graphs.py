@@ -287,19 +287,23 @@ def test_what_cannot_be_recorded_runs_eagerly_and_leaves_all_usable_needs_a_gpu(
 
 
 @GPU
-def test_threads_and_two_models_do_not_disturb_each_other_needs_a_gpu():
+@pytest.mark.parametrize("streams", ["one-stream", "own-streams"])
+def test_threads_and_two_models_do_not_disturb_each_other_needs_a_gpu(streams):
     models = [on_gpu("sd15-unet", Clear(radius=1)), on_gpu("flux", SPECS["multipole"])]
     calls = [[inputs_of(name, 8, 8, 1, 5, seed=n) for n in range(6)] for name in ("sd15-unet", "flux")]
     want = [[eager(m, i) for i in inputs] for m, inputs in zip(models, calls, strict=True)]
     for model in models:
         graphs.enable(model)
     errors = []
+    torch.cuda.synchronize()
 
     def work(model, inputs, expected):
         try:
-            for _ in range(3):
-                for one, right in zip(inputs, expected, strict=True):
-                    assert torch.equal(eager(model, one), right)
+            with torch.cuda.stream(torch.cuda.Stream() if streams == "own-streams" else None):
+                for _ in range(3):
+                    got = [eager(model, one) for one in inputs]  # nothing waits for the GPU in between
+                    for one, right in zip(got, expected, strict=True):
+                        assert torch.equal(one, right)
         except BaseException as error:
             errors.append(error)
 

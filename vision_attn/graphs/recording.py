@@ -18,10 +18,14 @@ class Recording:
         forward: What is recorded; it takes the leaves of the inputs.
         leaves: The inputs of the call; tensors are copied to memory of the graph, other values are kept as they are.
         pool: The memory that all recordings of a model share.
+
+    Attributes:
+        device: The GPU that it runs on.
+        bytes: The memory that it holds, inputs included.
     """
 
     def __init__(self, forward: Callable[[list[Any]], Any], leaves: list[Any], pool: Any) -> None:
-        device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cuda)
+        device = self.device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cuda)
         before = torch.cuda.memory_reserved(device)
         with torch.inference_mode(False), torch.no_grad():
             self._inputs = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]

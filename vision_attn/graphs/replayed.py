@@ -53,6 +53,7 @@ class Replayed:
         self._reason: str | None = None
         self._changes = 0  # since the last recording
         self._pool: Any = None
+        self._done: Any = None  # the last replay, on whatever stream
         self._lock = threading.RLock()
         self.enabled = True
 
@@ -65,7 +66,7 @@ class Replayed:
             with self._lock:
                 recording, leaves = self._recording_of(args, kwargs)
                 if recording is not None:
-                    return recording.replay(leaves)
+                    return self._replay(recording, leaves)
         else:
             self.reasons["surroundings"] = reason
         return self.run(*args, **kwargs)  # outside the lock: threads may run at the same time
@@ -93,6 +94,15 @@ class Replayed:
         else:
             self.recordings.move_to_end(key)
         return recording, leaves
+
+    def _replay(self, recording: Recording, leaves: list[Any]) -> Any:
+        """Replay after the last replay has ended: recordings share memory, and threads have their own streams."""
+        stream = torch.cuda.current_stream(recording.device)
+        if self._done is not None:
+            stream.wait_event(self._done)
+        output = recording.replay(leaves)
+        self._done = stream.record_event()
+        return output
 
     def _record(self, key: Any, leaves: list[Any], tree: Any) -> Recording | None:
         if self._pool is None:
