@@ -61,14 +61,17 @@ def test_error_is_within_the_budget(name, dtype):
 
 @interpreter
 @pytest.mark.parametrize("learned", [True, False], ids=["weights", "equal-weights"])
-@pytest.mark.parametrize(("spread", "scale"), [(0.0, 0.25), (0.5, 0.25), (1.0, -0.25)])
-def test_means_and_choice_are_those_of_plain_pytorch(learned, spread, scale):
+@pytest.mark.parametrize(
+    ("spread", "scale", "D"), [(0.0, 0.25, 16), (0.5, 0.25, 16), (1.0, -0.25, 16), (0.5, 0.1, 136)]
+)
+def test_means_and_choice_are_those_of_plain_pytorch(learned, spread, scale, D):
+    """Wide heads take the 20 cells in two tiles."""
     from vision_attn.kernels.multipole.cells import means_of
     from vision_attn.kernels.multipole.op import _choice, _means
     from vision_attn.kernels.multipole.pyramid import pyramid
 
-    grid = Grid(14, 18, prefix=3)
-    q, k, v = (draw(1, grid.tokens, 2, 16, seed=seed) for seed in range(3))
+    grid = Grid(16, 18, prefix=3)
+    q, k, v = (draw(1, grid.tokens, 2, D, seed=seed) for seed in range(3))
     weights = draw(2, 2, seed=5) if learned else None
     cells = Cells(cell=4, near=0, pool=2, exact=3, spread=spread, weights=weights)
     size = [grid.height, grid.width, grid.prefix, grid.suffix, 4, 0, 2]

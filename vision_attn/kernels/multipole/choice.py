@@ -53,7 +53,7 @@ def _choose(
     n = tl.arange(0, LEN)  # [LEN]
     # the best so far, each with its cell in the lower half; places that are not asked for hold what is never replaced
     none = tl.full([ROWS, EXACT_BLOCK], -(2**31), tl.int64) << 32  # [ROWS, EXACT_BLOCK]
-    best = tl.where((e < EXACT)[None, :], none + e[None, :], 2**62)  # [ROWS, EXACT_BLOCK]
+    best = tl.where((e < EXACT)[None, :], none + e[None, :], 2**63 - 1)  # [ROWS, EXACT_BLOCK]
     for j in tl.range(0, cells, LEN):
         column = j + n  # [LEN]
         inside = tl.minimum(column, cells - 1)  # [LEN]
