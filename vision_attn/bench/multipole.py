@@ -22,6 +22,7 @@ from vision_attn.processors.multipole import Multipole
 SAME, DISC, DENSE = "the same function", "a disc of radius 16", "dense attention"
 RADIUS = 16
 _WHOLE, _ROWS, _HEADS = 2000, 16, 2
+_OUTSTANDING = 16
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,23 @@ class MultipoleProblem:
         return replace(self, group="twin", grid=grid, heads=min(self.heads, 3), peers=(), backward=())
 
     def inputs(self, device: torch.device) -> Inputs:
-        """Draw q, k, v and the cotangent of o."""
+        """Draw q, k, v and the cotangent of o; some cells stand out, so that rounding does not decide which are exact."""
         shape = 1, self.grid.tokens, self.heads, self.head_dim
-        return Inputs.drawn(shape, getattr(torch, self.dtype), device)
+        inputs = Inputs.drawn(shape, getattr(torch, self.dtype), device)
+        if self.spec.exact:
+            self._make_some_stand_out(inputs)
+        return inputs
+
+    def _make_some_stand_out(self, inputs: Inputs) -> None:
+        """Move all queries, and the keys of up to 16 cells, each by its own share of that."""
+        (q, k, _), grid = inputs.tensors, self.grid
+        boxes = self.spec.cells().layout(grid, q.device).tokens[:-1].tolist()
+        places = torch.randperm(len(boxes), generator=torch.Generator().manual_seed(0))[:_OUTSTANDING].tolist()
+        q[:, grid.image] += 0.5
+        image = k[:, grid.image].unflatten(1, (grid.height, grid.width))
+        for place, share in zip(places, torch.linspace(0.2, 1.6, len(places)).tolist(), strict=True):
+            top, bottom, left, right = boxes[place]
+            image[:, top:bottom, left:right] += share
 
     def errors(self, computes: str, run: Callable[..., Tensor], inputs: Inputs, gradients: bool) -> dict[str, float]:
         """Check a candidate that computes one of `SAME`, `DISC`, `DENSE`; a long sequence at sampled rows."""
