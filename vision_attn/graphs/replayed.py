@@ -21,6 +21,7 @@ from vision_attn.hosts.selection import candidates_of, denoisers_of
 
 _LOG = logging.getLogger(__name__)
 _MANY = 4
+_RECORDING = threading.Lock()  # to begin and end a recording, the whole GPU is waited for: no other may be under way
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
@@ -115,11 +116,11 @@ class Replayed:
             return self.run(*args, **kwargs)
 
         try:
-            recording = Recording(forward, leaves, self._pool)
+            with _RECORDING:
+                recording = Recording(forward, leaves, self._pool)
         except Exception as error:  # an eager call follows, and raises what is really wrong
             self.reasons[key] = f"it cannot be recorded: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
             _LOG.warning("%s runs without a CUDA graph: %s", type(self.model).__name__, self.reasons[key])
-            torch.cuda.synchronize()
             return None
         self.recordings[key] = recording
         self._changes = 0
