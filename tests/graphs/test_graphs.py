@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from tiny_hosts import HOST
-from tiny_pipelines import PIPELINE, add_lora, build_flux, build_sd, build_sd_controlnet, images_of
+from tiny_pipelines import PIPELINE, add_lora, build_flux, build_sd, build_sd_controlnet
 
 import vision_attn.pipelines  # noqa: F401, pipelines get their set_attn_processor
 from vision_attn import Clear, LinFusion, Multipole, Schedule, Softmax, convert, graphs
@@ -169,6 +169,10 @@ def on_gpu(name, spec, dtype=torch.bfloat16):
     return model
 
 
+def on_cuda(inputs):
+    return {name: value.to("cuda") if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+
+
 def inputs_of(name, *sizes, seed=0):
     torch.manual_seed(seed)
     return drawn(HOST[name].inputs(*sizes), "")
@@ -309,9 +313,8 @@ def test_threads_and_two_models_do_not_disturb_each_other_needs_a_gpu(streams):
 @GPU
 @pytest.mark.parametrize("name", ["sd", "sdxl", "flux", "sd-controlnet"])
 def test_a_pipeline_draws_the_same_needs_a_gpu(name):
-    case = PIPELINE[name]
-    pipe = case.build().to("cuda")
-    want = images_of(case, pipe, 64, 64)
+    pipe, call = PIPELINE[name].build().to("cuda"), PIPELINE[name].call
+    want = pipe(**on_cuda(call(64, 64))).images
     graphs.enable(pipe)
     for _ in range(3):
-        assert (images_of(case, pipe, 64, 64) == want).all()
+        assert (pipe(**on_cuda(call(64, 64))).images == want).all()

@@ -194,8 +194,13 @@ class Answers:
                 f"ran none of {self.projections.missing()} that we know"
             )
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        more = () if self.moment is None else (self.moment,)
-        output = self.processor(q, k, v, grid, mask, scale, *more).transpose(1, 2)
+        if self.moment is not None:
+            output = self.processor(q, k, v, grid, mask, scale, self.moment)
+        elif torch.compiler.is_compiling():
+            output = self.processor(q, k, v, grid, mask, scale)
+        else:
+            output = state.tapes.call(self.processor, (q, k, v, grid, mask, scale), self.processor)
+        output = output.transpose(1, 2)
         self._note(grid, "rerouted")
         return output
 

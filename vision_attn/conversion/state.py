@@ -15,6 +15,7 @@ from vision_attn.adapters.adapter import Adapter
 from vision_attn.conversion.grids import AwaitingBackward, GridContext
 from vision_attn.grid import Grid
 from vision_attn.hosts.host import Host
+from vision_attn.kernels.tapes import Tapes
 from vision_attn.processors.base import CHILD, AttnSpec, Processor
 
 LAYER, _MODEL = "_vision_attn", "_vision_attn_model"  # attributes of a rerouted module, and of its model
@@ -110,6 +111,7 @@ class LayerState:
         status: What became of that call.
         padding: The mask that `key_padding` checked last, with its grid and result.
         decisions: What becomes of a call, by the grid that was found and the call's shapes.
+        tapes: The launches of the processor's calls.
         block: The tokens that entered the block, in this thread.
         block_input: The same for compiled layers, which all threads share.
         imported: Whether the host calls attention by a name that it imported, so that a mode must look for it; None if
@@ -128,6 +130,7 @@ class LayerState:
     status: str = "not run yet"
     padding: Any = None
     decisions: dict[Any, Any] = field(default_factory=dict)
+    tapes: Tapes = field(default_factory=Tapes)
     block: _Block = field(default_factory=_Block)
     block_input: torch.Tensor | None = None
     imported: bool | None = None
@@ -155,7 +158,7 @@ class LayerState:
         here.rerouted += status == "rerouted" or expected
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "padding": None, "block_input": None, "block": None, "decisions": {}}
+        return {**self.__dict__, "padding": None, "block_input": None, "block": None, "decisions": {}, "tapes": Tapes()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, block=_Block())

@@ -88,10 +88,11 @@ class Replayed:
             return None, []
         key = (tree, *map(_kind, leaves), settings(), *[other() for other in self._keys])
         recording = self.recordings.get(key)
-        if recording is None and key in self._seen and key not in self.reasons:
+        here = threading.get_ident(), key  # a thread's first call makes handles of libraries, which no graph may hold
+        if recording is None and here in self._seen and key not in self.reasons:
             recording = self._record(key, leaves, tree)
         if recording is None:
-            self._seen.add(key)
+            self._seen.add(here)
         else:
             self.recordings.move_to_end(key)
         return recording, leaves

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from vision_attn._checks import is_int
 from vision_attn.grid import Grid
+from vision_attn.kernels.tapes import Tapes, recorder
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # `torch.compile` of torch 2.11 cannot trace the question
@@ -107,13 +108,18 @@ class CustomOp:
         function: Of tensors, None and numbers.
         plain: The same in differentiable PyTorch. It takes over wherever the operator would have to be looked into. An
             operator without it raises an error there.
+        repeats: Whether its launches are repeated in inference: see `tapes.py`. It is for the operators of a forward:
+            all memory that a tape asks for lives until the end of the call.
 
     Attributes:
         registered: The operator of `torch.library`.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], plain: Callable[..., Any] | None = None) -> None:
+    def __init__(
+        self, name: str, function: Callable[..., Any], plain: Callable[..., Any] | None = None, repeats: bool = False
+    ) -> None:
         self._name, self._function, self._plain = name, function, plain
+        self._repeats, self._tapes = repeats, Tapes()
         self.registered = torch.library.custom_op(name, function, mutates_args=())
         self.register_fake, self.register_autograd = self.registered.register_fake, self.registered.register_autograd
         self.register_autograd(self._no_derivative)
@@ -132,7 +138,9 @@ class CustomOp:
                     f"{self._name} has no forward-mode derivative and runs neither under torch.func nor in ONNX: "
                     f"{_OTHERS}"
                 )
-        return self.registered(*args) if _watched(args) else self._function(*args)
+        if _watched(args):
+            return self.registered(*args)
+        return self._tapes.call(self._function, args) if self._repeats else self._function(*args)
 
     def register_gradient(self, gradient: Callable[..., tuple[Tensor, ...]]) -> None:
         """Register the gradients of an operator of one output that has a plain form, for the derivatives beyond them.
@@ -169,9 +177,11 @@ _PLAIN = (Tensor, nn.Parameter)
 _is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor  # by `is_grads_batched=True`
 
 
-def custom_op(name: str, plain: Callable[..., Any] | None = None) -> Callable[[Callable[..., Any]], CustomOp]:
+def custom_op(
+    name: str, plain: Callable[..., Any] | None = None, *, repeats: bool = False
+) -> Callable[[Callable[..., Any]], CustomOp]:
     """Return a decorator that makes a function of tensors and numbers a `CustomOp`."""
-    return lambda function: CustomOp(name, function, plain)
+    return lambda function: CustomOp(name, function, plain, repeats)
 
 
 def plain_gradients(plain: Callable[..., Tensor], args: Sequence[Any], do: Tensor) -> tuple[Tensor | None, ...]:
@@ -198,7 +208,7 @@ def _watched(args: tuple[Any, ...]) -> bool:
     """Whether autograd, a tracer, a mode or a subclass of tensors has to know of a call."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state():
         return True
-    if torch._C._len_torch_dispatch_stack():
+    if torch._C._len_torch_dispatch_stack() and recorder() is None:
         return True
     gradients, watched = torch.is_grad_enabled(), False
     for a in args:

@@ -74,10 +74,17 @@ class Processor(nn.Module, ABC):
         wants: Whether `at` must be called with the moment before each forward. The processor that it returns gets the
             moment as one more argument of `forward` if it wants it too.
         counts_calls: Whether what it computes depends on how often it was called, so no CUDA graph can replay it.
+        changes: How often an attribute was set, by which those see it who remember calls.
     """
 
     wants: bool = False
     counts_calls: bool = False
+    changes: int = 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name != "training":
+            self.__dict__["changes"] = self.changes + 1
 
     @abstractmethod
     def forward(

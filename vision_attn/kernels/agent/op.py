@@ -30,7 +30,7 @@ def agent_attention_triton(
     return _attend(q, keys, values, agents.query_bias, both, A, [first, scale])[0]
 
 
-@custom_op("vision_attn::few_triton")
+@custom_op("vision_attn::few_triton", repeats=True)
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, first: int, scales: Sequence[float]
 ) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ def hedgehog_triton(x: Tensor, weight: Tensor) -> Tensor:
     return _features(x, weight.float())
 
 
-@custom_op("vision_attn::hedgehog_triton")
+@custom_op("vision_attn::hedgehog_triton", repeats=True)
 def _features(x: Tensor, weight: Tensor) -> Tensor:
     """Features `[B, N, H, 2 D]`."""
     from vision_attn.kernels.hedgehog.forward import forward  # noqa: PLC0415

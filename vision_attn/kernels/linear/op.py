@@ -57,7 +57,7 @@ def _narrow(weight: Tensor) -> Tensor:
     return weight if weight.dtype in DTYPES else weight.float()
 
 
-@custom_op("vision_attn::linear_triton")
+@custom_op("vision_attn::linear_triton", repeats=True)
 def _linear(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, weight: Tensor | None,
     query: Tensor | None, map_: str, eps: float,
@@ -131,7 +131,7 @@ def _backward(ctx: Any, do: Tensor | None, *unused: object) -> tuple:
 _linear.register_autograd(_backward, setup_context=_save)
 
 
-@custom_op("vision_attn::feature_mean_triton")
+@custom_op("vision_attn::feature_mean_triton", repeats=True)
 def _mean(q: Tensor, weight: Tensor | None, map_: str) -> tuple[Tensor, Tensor]:
     """Mean `[B, H, F]` and sum of the weights `[B, H]`."""
     from vision_attn.kernels.linear.mean import feature_sums  # noqa: PLC0415

@@ -27,7 +27,7 @@ def linear_local_attention_triton(
     return _linear_local(*inner, *shared, mask, gate.float(), size, small, scale)
 
 
-@custom_op("vision_attn::linear_local_triton")
+@custom_op("vision_attn::linear_local_triton", repeats=True)
 def _linear_local(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, shared_k: Tensor | None, shared_v: Tensor | None,
     mask: Tensor | None, gate: Tensor, size: Sequence[int], cell: Sequence[int], scale: float,

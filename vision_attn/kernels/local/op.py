@@ -139,7 +139,7 @@ def _run(
     return _local(q, k, v, *pooled, window.bias, mask, size, *window.geometry(grid), scale)
 
 
-@custom_op("vision_attn::local_triton")
+@custom_op("vision_attn::local_triton", repeats=True)
 def _local(
     q: Tensor, k: Tensor, v: Tensor, pooled_k: Tensor | None, pooled_v: Tensor | None, bias: Tensor | None,
     mask: Tensor | None, size: Sequence[int], radius: float, kernel: Sequence[int], steps: Sequence[int], scale: float,

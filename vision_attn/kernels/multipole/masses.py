@@ -67,7 +67,8 @@ def _masses(
                 count -= tl.sum(tl.maximum(tall, 0) * tl.maximum(broad, 0), 1)
             value = tl.log2(tl.maximum(count, 1).to(tl.float32))  # [LEN]
             if MASS:
-                value += tl.load(mass + bh % heads * mass_levels + tl.minimum(level, mass_levels - 1)) * LOG2E
+                offset = tl.load(mass + bh % heads * mass_levels + tl.minimum(level, mass_levels - 1))
+                value += offset.to(tl.float32) * LOG2E
             value = tl.where(count > 0, value, HIDDEN)
             tl.store(found + ((bh.to(tl.int64) * cells + own) * tiles + i) * LEN + tl.arange(0, LEN), value)
 

@@ -52,7 +52,7 @@ def _sum_tokens(
             y, x = y0 + dy, x0 + dx
             weight = 1.0
             if WEIGHTS:
-                weight = tl.exp(tl.load(weights + dy * SIDE + dx))
+                weight = tl.exp(tl.load(weights + dy * SIDE + dx).to(tl.float32))
             if RAGGED:
                 there = (y < height) & (x < width)
                 weight = tl.where(there, weight, 0.0)
@@ -347,7 +347,7 @@ def _weight(weights, y, x, dy, dx, height, width, POOL: tl.constexpr, WEIGHTS: t
     """The weight of one token of finest means (y, x), before all are divided by their sum; 0 beyond the grid."""
     weight = tl.where((y * POOL + dy < height) & (x * POOL + dx < width), 1.0, 0.0)
     if WEIGHTS:
-        weight *= tl.exp(tl.load(weights + dy * POOL + dx))
+        weight *= tl.exp(tl.load(weights + dy * POOL + dx).to(tl.float32))
     return weight
 
 

@@ -133,7 +133,7 @@ def _run(
         bounds = None
     else:
         asks = bool(cells.spread and cells.exact) and cells.group == 1 and cells.chosen is None
-        *means, low, high = _means(k, v, None if weights is None else weights.detach().float(), size, asks)
+        *means, low, high = _means(k, v, None if weights is None else weights.detach(), size, asks)
         bounds = low, high
     chosen = None if cells.chosen is None else cells.chosen.sort(-1).values  # the kernels want those that are none last
     if chosen is None and (cells.group > 1 or bounds is None or not means[0].shape[1]):
@@ -145,7 +145,7 @@ def _run(
     return _multipole(q, k, v, *means, chosen.int(), cells.mass, mask, size, scale)
 
 
-@custom_op("vision_attn::multipole_triton_means")
+@custom_op("vision_attn::multipole_triton_means", repeats=True)
 def _means(
     k: Tensor, v: Tensor, weights: Tensor | None, size: Sequence[int], bounds: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -170,7 +170,7 @@ def _(
     return k.new_empty((B, M, H, D)), v.new_empty((B, M, H, D)), low, high
 
 
-@custom_op("vision_attn::multipole_triton_choice")
+@custom_op("vision_attn::multipole_triton_choice", repeats=True)
 def _choice(
     q: Tensor, means_k: Tensor, low: Tensor, high: Tensor, size: Sequence[int], exact: int, spread: float, scale: float
 ) -> Tensor:
@@ -218,7 +218,7 @@ def _backward_means(ctx: Any, d_means_k: Tensor, d_means_v: Tensor, *bounds: obj
 _means.register_autograd(_backward_means, setup_context=_save_means)
 
 
-@custom_op("vision_attn::multipole_triton")
+@custom_op("vision_attn::multipole_triton", repeats=True)
 def _multipole(
     q: Tensor, k: Tensor, v: Tensor, means_k: Tensor, means_v: Tensor, chosen: Tensor, mass: Tensor | None,
     mask: Tensor | None, size: Sequence[int], scale: float,
@@ -245,7 +245,8 @@ def _multipole_backward(
     """Gradients of q, k, v, means_k, means_v and mass; empty for what is None."""
     from vision_attn.kernels.multipole.backward import backward  # noqa: PLC0415
 
-    call = _call(q, k, v, means_k, means_v, chosen, mass, mask, size, scale)
+    wide = None if mass is None else mass.float()
+    call = _call(q, k, v, means_k, means_v, chosen, wide, mask, size, scale)
     dq, dk, dv, d_means_k, d_means_v, d_mass = backward(call, packed(do), dlse, o, lse)
     return dq, dk, dv, d_means_k, d_means_v, d_mass if mass is None else d_mass.to(mass.dtype)
 
@@ -278,7 +279,7 @@ def _call(
     q: Tensor, k: Tensor, v: Tensor, means_k: Tensor, means_v: Tensor, chosen: Tensor, mass: Tensor | None,
     mask: Tensor | None, size: Sequence[int], scale: float,
 ) -> Call:  # fmt: skip
-    mass = None if mass is None else mass.float().contiguous()
+    mass = None if mass is None else mass.contiguous()
     return Call(
         packed(q), packed(k), packed(v), packed(means_k), packed(means_v), chosen.contiguous(), mass,
         bytes_of_mask(mask), size, scale,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vision_attn.kernels.multipole.cells import count_levels
+from vision_attn.kernels.tapes import fixed
 from vision_attn.kernels.triton.launching import layout, next_power
 
 
@@ -124,7 +125,7 @@ def pyramid(size: Sequence[int]) -> Pyramid:
 @functools.lru_cache(maxsize=256)
 def _table(rows: Pyramid, device: torch.device) -> Tensor:
     entries = [(rows.first[n], rows.blocks(n)[1], *rows.means(n)) for n in range(rows.levels)]
-    return torch.tensor(entries, dtype=torch.int32, device=device).view(-1, 4)
+    return fixed(torch.tensor(entries, dtype=torch.int32, device=device).view(-1, 4))
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def _tile_rows(rows: Pyramid, tiles: MeanTiles, device: torch.device) -> Tensor:
         block_y, block_x = (y[:, None, None] >> (level + 1)) + down, (x[None, :, None] >> (level + 1)) + right
         found.append(rows.first[level] + (block_y * rows.blocks(level)[1] + block_x) * rows.block + inside)
     # from the CPU, so that nothing kept here is of the memory of a CUDA graph that is being captured
-    return torch.cat(found, 2).flatten(0, 1).int().to(device)
+    return fixed(torch.cat(found, 2).flatten(0, 1).int().to(device))
 
 
 @dataclass(frozen=True)

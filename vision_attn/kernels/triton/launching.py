@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vision_attn.kernels.backend import exporting, transformed
+from vision_attn.kernels.tapes import recorder
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LANES = 16  # rows of sums over tokens that no two threads share; they are added up once, at the end
@@ -184,8 +185,15 @@ class Kernel:
         return partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
-        with on_device_of(args[0]):
-            self.function[grid](*args, **named)
+        heard = recorder()
+        with on_device_of(args[0]) if heard is None else heard.paused():
+            compiled = self.function[grid](*args, **named)
+        if heard is not None:
+            tensors = [a for a in args if isinstance(a, Tensor)]
+            numbers = args[len(tensors) :]
+            if compiled is not None:
+                compiled = compiled, [*numbers, *(named[name] for name in self.function.arg_names[len(args) :])]
+            heard.launched(compiled, grid, tensors, lambda *others: self._launch(grid, *others, *numbers, **named))
 
 
 class Bound:
@@ -210,18 +218,21 @@ class Bound:
     def __call__(self, *tensors: Tensor, boxes: tuple[Any, ...] = ()) -> None:
         """Launch."""
         key = tuple([t.data_ptr() % 16 for t in tensors])
-        found = self._compiled.get(key)
-        with on_device_of(tensors[0]):
+        found, heard = self._compiled.get(key), recorder()
+        with on_device_of(tensors[0]) if heard is None else heard.paused():
             if found is None:
-                self._compile(key, (*tensors, *boxes, *self.numbers))
+                found = self._compile(key, (*tensors, *boxes, *self.numbers))
             else:
                 found[0][self.grid](*tensors, *boxes, *found[1])
+        if heard is not None:
+            heard.launched(found, self.grid, (*tensors, *boxes), self)
 
-    def _compile(self, key: tuple[int, ...], args: tuple[Any, ...]) -> None:
+    def _compile(self, key: tuple[int, ...], args: tuple[Any, ...]) -> tuple[Any, list[Any]] | None:
         compiled = self.function[self.grid](*args, **self.named)
         if compiled is not None:  # the interpreter compiles nothing
             names = self.function.arg_names[len(args) :]
             self._compiled[key] = compiled, [*self.numbers, *(self.named[name] for name in names)]
+        return self._compiled.get(key)
 
 
 def on_device_of(t: Tensor) -> AbstractContextManager[Any]:

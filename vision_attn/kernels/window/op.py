@@ -28,7 +28,7 @@ def window_attention_triton(
     return with_dense_rows(o, q, k, v, grid, mask=mask, scale=scale)
 
 
-@custom_op("vision_attn::window_triton")
+@custom_op("vision_attn::window_triton", repeats=True)
 def _window(
     q: Tensor, k: Tensor, v: Tensor, shared_k: Tensor | None, shared_v: Tensor | None, mask: Tensor | None,
     size: Sequence[int], cell: Sequence[int], scale: float,

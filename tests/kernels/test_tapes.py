@@ -1,0 +1,156 @@
+"""A repeated call launches what the recorded one did, on its own tensors; anything that could differ runs as ever.
+
+Without a GPU Triton's interpreter stands in for it: memory, views and parameters are the same there.
+"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from vision_attn.grid import Grid
+from vision_attn.kernels import tapes
+from vision_attn.processors import Clear, HiLo, LinFusion, Multipole, Neighborhood
+from vision_attn.processors.base import Layer
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [] if DEVICE == "cuda" else [pytest.mark.interpreter]
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+ROWS = {
+    "clear": (Clear(radius=2), Grid(6, 9, prefix=3)),
+    "multipole": (Multipole(cell=4, pool=2, near=0, exact=1), Grid(8, 8)),
+    "multipole-ragged": (Multipole(cell=4, pool=2, near=0, exact=1), Grid(9, 12, prefix=2)),
+    "neighborhood": (Neighborhood(kernel_size=3), Grid(8, 8)),
+    "linfusion": (LinFusion(), Grid(8, 8)),
+}
+
+
+@pytest.fixture(autouse=True)
+def inference(monkeypatch):
+    monkeypatch.setattr(tapes, "_DEVICES", (DEVICE,))
+    with torch.no_grad():
+        yield
+
+
+def built(name, dtype=torch.float32):
+    spec, grid = ROWS[name]
+    processor = spec.build(Layer("layer", 2, 16, backend="triton", dim=32)).to(DEVICE, dtype).eval()
+    for number, parameter in enumerate(processor.parameters()):
+        torch.nn.init.normal_(parameter, generator=torch.Generator(DEVICE).manual_seed(number), std=0.3)
+    return processor, grid
+
+
+def drawn(grid, seed, dtype=torch.float32):
+    draw = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(1, grid.tokens, 2, 16, generator=draw).to(DEVICE, dtype) for _ in range(3))
+    return q, k, v, grid, None, None
+
+
+def kept(found):
+    return [tape for tape in found.found.values() if tape]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ROWS)
+def test_repeats_are_bit_equal(name, dtype):
+    processor, grid = built(name, dtype)
+    found = tapes.Tapes()
+    calls = [drawn(grid, seed, dtype) for seed in range(4)]
+    want = [processor(*args) for args in calls]
+    got = [found.call(processor, args, processor) for args in calls]
+    assert len(kept(found)) == 1
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert len({t.data_ptr() for t in got}) == len(got)
+
+
+def test_views_of_one_memory_keep_their_roles():
+    processor, grid = built("clear")
+    found = tapes.Tapes()
+    for seed in range(4):
+        whole = torch.randn(1, grid.tokens, 2, 3, 16, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+        args = *whole.unbind(3), grid, None, None
+        assert torch.equal(found.call(processor, args, processor), processor(*args))
+    assert len(kept(found)) == 1
+
+
+def test_one_tensor_twice_is_not_recorded():
+    """Later calls of the same layouts may have two."""
+    processor, grid = built("clear")
+    found = tapes.Tapes()
+    for seed in range(4):
+        q, k, v, *rest = drawn(grid, seed)
+        args = (q, k, k, *rest) if seed < 2 else (q, k, v, *rest)
+        assert torch.equal(found.call(processor, args, processor), processor(*args))
+    assert not kept(found)
+
+
+CHANGES = {
+    "in place": lambda p: p.mass.add_(0.5),
+    "through data": lambda p: p.mass.data.mul_(-2),
+    "other memory": lambda p: setattr(p.mass, "data", p.mass.data * 3),
+    "another parameter": lambda p: setattr(p, "mass", torch.nn.Parameter(p.mass * 2 + 1)),
+    "behind the module's back": lambda p: p._parameters.update(mass=torch.nn.Parameter(p.mass * 2 + 1)),
+    "another dtype": lambda p: p.half(),
+    "attribute": lambda p: setattr(p, "spec", Multipole(cell=4, pool=2, near=0, exact=0)),
+    "hook": lambda p: p.register_forward_hook(lambda module, args, output: output * 2),
+    "forward": lambda p: setattr(p, "forward", lambda q, *args: q * 2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_processor_is_seen(change):
+    processor, grid = built("multipole")
+    found, args = tapes.Tapes(), drawn(grid, 0)
+    before = [found.call(processor, args, processor) for _ in range(3)][-1]
+    assert len(kept(found)) == 1
+    CHANGES[change](processor)
+    for _ in range(3):
+        now = found.call(processor, args, processor)
+        assert torch.equal(now, processor(*args))
+    assert not torch.equal(now, before) or change == "another dtype"
+
+
+def test_what_does_more_than_launch_is_not_recorded():
+    spec, grid = HiLo(), Grid(8, 8)
+    processor, found = spec.build(Layer("layer", 2, 16, backend="triton", dim=32)).to(DEVICE), tapes.Tapes()
+    for seed in range(4):
+        args = drawn(grid, seed)
+        assert torch.equal(found.call(processor, args, processor), processor(*args))
+    assert list(found.found.values()) == [False]
+
+
+def test_gradients_and_modes_run_as_ever():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    processor, grid = built("clear")
+    found, args = tapes.Tapes(), drawn(grid, 0)
+    with torch.enable_grad():
+        q = args[0].clone().requires_grad_()
+        for _ in range(3):
+            found.call(processor, (q, *args[1:]), processor).sum().backward()
+    with FlopCounterMode(display=False):
+        found.call(processor, args, processor)
+    assert not found.found
+    with torch.inference_mode():
+        for _ in range(3):
+            assert torch.equal(found.call(processor, args, processor), processor(*args))
+    assert len(kept(found)) == 1
+
+
+def test_a_converted_model_repeats_and_its_copies_begin_anew():
+    from tiny_hosts import HOST
+
+    from vision_attn import convert
+    from vision_attn.conversion.state import LAYER
+
+    model, inputs = HOST["sd15-unet"].build().to(DEVICE), HOST["sd15-unet"].inputs(4, 4, 1, 5)
+    inputs = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    convert(model, Clear(radius=1), backend="triton")
+    outputs = [model(**inputs)[0] for _ in range(4)]
+    assert all(torch.equal(o, outputs[0]) for o in outputs)
+    states = [vars(m)[LAYER] for m in model.modules() if LAYER in vars(m)]
+    assert states and all(kept(state.tapes) for state in states)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not any(vars(m)[LAYER].tapes.found for m in other.modules() if LAYER in vars(m))
+        assert torch.equal(other(**inputs)[0], outputs[0])

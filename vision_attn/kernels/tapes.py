@@ -1,0 +1,380 @@
+"""Repeats the launches of a call: at usual sizes Python's way to them takes longer than their work on the GPU.
+
+A call of inference is recorded at the second time. If all it does is to ask for memory and to launch kernels of ours,
+then calls on tensors of the same layouts launch the same again: on their own memory, but without asking anew what to
+launch. A call that does anything else runs as ever. Unlike a CUDA graph this copies nothing, and works inside one.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _modules
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_MOST = 64  # tapes kept of one function: shapes may come from a user's data
+_ALIGNMENT = 256  # bytes
+_EMPTY = (
+    torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default,
+    torch.ops.aten.empty_strided.default, torch.ops.aten.new_empty_strided.default,
+)  # fmt: skip
+_ZEROS = torch.ops.aten.new_zeros.default, torch.ops.aten.zeros.default
+_DEVICES = ("cuda",)  # tests add the CPU of the interpreter
+
+_here = threading.local()
+_fixed = WeakTensorKeyDictionary()
+
+
+def recorder() -> "Recorder | None":
+    """Return what listens to the calls of this thread."""
+    found: Recorder | None = getattr(_here, "recorder", None)
+    return found
+
+
+def fixed(t: Tensor) -> Tensor:
+    """Say that nobody ever writes to `t`, which outlives the call that reads it: a table. Returns it."""
+    _fixed[t] = True
+    return t
+
+
+class Tapes:
+    """The tapes of one function.
+
+    Attributes:
+        found: By all that a call's launches depend on, its tape; None before the second call, False if it has none.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[Any, Any] = {}
+
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], owner: nn.Module | None = None) -> Any:
+        """Call `function(*args)`, or repeat its launches.
+
+        Args:
+            function: Its result depends on nothing but its arguments, their values that are no tensors, and the
+                parameters and buffers of `owner`.
+            args: Its arguments; the first is a tensor.
+            owner: A module, if `function` runs it.
+        """
+        if not _can_repeat(args[0]) or (owner is not None and not _is_plain(owner)):
+            return function(*args)
+        about = None if owner is None else (owner, owner.training, getattr(owner, "changes", 0))
+        key = threading.get_ident(), about, *[_layout(a) for a in args]
+        tape = self.found.get(key)
+        if tape is None:
+            if key in self.found:
+                result, self.found[key] = _record(function, args, owner)
+                return result
+            if len(self.found) >= _MOST:
+                self.found.clear()
+            self.found[key] = None
+        elif tape:
+            if tape.valid():
+                return tape.repeat([a for a in args if isinstance(a, Tensor)])
+            del self.found[key]
+        return function(*args)
+
+
+def _can_repeat(t: Tensor) -> bool:
+    """Whether nothing of PyTorch has a part in calls of this moment."""
+    return (
+        t.device.type in _DEVICES
+        and not torch.is_grad_enabled()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and torch._C._get_tracing_state() is None
+        and not torch._C._are_functorch_transforms_active()
+        and (t.device.type == "cpu" or t.get_device() == torch.cuda.current_device())
+    )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a call of a module is its class's forward and nothing else."""
+    return not (
+        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+        or _modules._global_forward_hooks or _modules._global_forward_pre_hooks
+    )  # fmt: skip
+
+
+def _layout(a: Any) -> Any:
+    """Return all of an argument that launches depend on, but the address of a tensor."""
+    if type(a) is Tensor:
+        return a.dtype, a.shape, a.stride(), a.data_ptr() % 16, a.get_device()
+    if isinstance(a, Tensor):
+        return type(a), a.dtype, a.shape, a.stride(), a.data_ptr() % 16, a.get_device()
+    return tuple(a) if isinstance(a, list) else a
+
+
+class Recorder(TorchDispatchMode):
+    """Listens to a call: the memory that it asks for, what it launches, and whether it does anything else.
+
+    Args:
+        inputs: The tensors among its arguments.
+
+    Attributes:
+        allocated: The tensors that it made, and whether they begin as zeros.
+        launches: What it launched: the compiled kernel with the numbers after its tensors, the grid, the tensors and
+            boxes of them, and how to launch it anew.
+        other: The first thing that it did besides.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.allocated: list[tuple[Tensor, bool]] = []
+        self.launches: list[tuple[Any, tuple[int, ...], Sequence[Any], Callable[..., None]]] = []
+        self.other: str | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _EMPTY or func in _ZEROS:
+            self.allocated.append((result, func in _ZEROS))
+        elif not _is_view(func, args, result):
+            self.other = self.other or str(func)
+        return result
+
+    def __enter__(self) -> "Recorder":
+        _here.recorder = self
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        _here.recorder = None
+
+    @staticmethod
+    def paused() -> AbstractContextManager[Any]:
+        """Return a block that is not listened to; the call's GPU is the current one."""
+        context: AbstractContextManager[Any] = _disable_current_modes()
+        return context
+
+    def launched(
+        self, compiled: Any, grid: tuple[int, ...], tensors: Sequence[Any], again: Callable[..., None]
+    ) -> None:
+        """Note a launch.
+
+        Args:
+            compiled: The compiled kernel and its arguments after the tensors; None in the interpreter.
+            grid: Its programs.
+            tensors: Its tensors, then boxes of tensors.
+            again: Launches it on other ones.
+        """
+        self.launches.append((compiled, grid, tensors, again))
+
+
+def _is_view(func: Any, args: tuple[Any, ...], result: Any) -> bool:
+    """Whether an operator wrote nothing and returned memory of its first argument."""
+    results = result if isinstance(result, (tuple, list)) else (result,)
+    if func._schema.is_mutable or not args or not isinstance(args[0], Tensor):
+        return False
+    here = args[0].untyped_storage()._cdata
+    return all(isinstance(r, Tensor) and r.untyped_storage()._cdata == here for r in results)
+
+
+def _record(function: Callable[..., Any], args: tuple[Any, ...], owner: nn.Module | None) -> tuple[Any, "Tape | bool"]:
+    """Return the result of a call and its tape, False if it has none."""
+    if recorder() is not None:
+        return function(*args), False
+    inputs = [a for a in args if isinstance(a, Tensor)]
+    with Recorder(inputs) as heard:
+        result = function(*args)
+    return result, _tape_of(heard, result, owner) or False
+
+
+def _tape_of(heard: Recorder, result: Any, owner: nn.Module | None) -> "Tape | None":
+    """Return the tape of what was heard; None if it was more than launches."""
+    inputs, outputs = heard.inputs, list(result) if isinstance(result, tuple) else [result]
+    starts = [t.data_ptr() for t in inputs]
+    if heard.other is not None or len(set(starts)) < len(starts):
+        return None
+    numbers = [next((n for n, (a, _) in enumerate(heard.allocated) if a is o or _same(a, o)), None) for o in outputs]
+    if None in numbers or len(set(numbers)) < len(numbers):
+        return None
+    tape = Tape(isinstance(result, tuple), outputs[0].device)
+    bases = dict(zip(numbers, range(len(inputs), len(inputs) + len(outputs)), strict=True))
+    places = {}
+    for n, (t, zero) in enumerate(heard.allocated):
+        if n in bases:
+            places[n] = bases[n], 0
+            tape.outputs.append((tuple(t.shape), t.stride(), t.dtype, zero, numbers.index(n)))
+        elif zero:
+            places[n] = len(inputs) + len(outputs) + 1 + len(tape.zeros), 0
+            tape.zeros.append(t.numel() * t.element_size())
+        else:
+            places[n] = len(inputs) + len(outputs), tape.bytes
+            tape.bytes += math.ceil(t.numel() * t.element_size() / _ALIGNMENT) * _ALIGNMENT
+    tape.outputs.sort(key=lambda output: output[-1])
+    fixed_base = len(inputs) + len(outputs) + 1 + len(tape.zeros)
+
+    def place_of(t: Tensor) -> tuple[int, int] | None:
+        address, storage = t.data_ptr(), t.untyped_storage()._cdata
+        if not t.numel():
+            return fixed_base, address
+        if address in starts:
+            return starts.index(address), 0
+        within = [i for i, other in enumerate(inputs) if other.untyped_storage()._cdata == storage]
+        if within:  # views of several inputs in one memory cannot be told apart
+            return (within[0], address - starts[within[0]]) if len(within) == 1 else None
+        for n, (made, _) in enumerate(heard.allocated):
+            if made.untyped_storage()._cdata == storage:
+                return places[n][0], places[n][1] + address - made.data_ptr()
+        return (fixed_base, address) if tape.keep(t, owner) else None
+
+    for compiled, grid, tensors, again in heard.launches:
+        step = Step(compiled, grid, again)
+        for number, t in enumerate(tensors):
+            place = place_of(_tensor_of(t))
+            if place is None:
+                return None
+            step.put(number, t, place)
+        tape.steps.append(step)
+    return tape
+
+
+def _same(a: Tensor, b: Any) -> bool:
+    return (
+        isinstance(b, Tensor) and a.untyped_storage()._cdata == b.untyped_storage()._cdata
+        and a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+    )  # fmt: skip
+
+
+def _tensor_of(t: Any) -> Tensor:
+    """Return the tensor of a kernel's argument: itself, or that of a box, which may be shifted."""
+    base = t if isinstance(t, Tensor) else t.base
+    return base if isinstance(base, Tensor) else base.tensor
+
+
+class _Address:
+    """Stands for the tensor of a box."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self.value = dtype, 0
+
+    def data_ptr(self) -> int:
+        """Return the address."""
+        return self.value
+
+
+class Step:
+    """One launch of a tape.
+
+    Args:
+        compiled: The compiled kernel and its arguments after the tensors; None in the interpreter.
+        grid: Its programs.
+        again: Launches the kernel on tensors.
+    """
+
+    def __init__(self, compiled: Any, grid: tuple[int, ...], again: Callable[..., None]) -> None:
+        self._grid, self._again = (*grid, 1, 1)[:3], again
+        self._kernel, rest = compiled or (None, ())
+        self._rest = list(rest)
+        self._args: list[Any] = []
+        self._places: list[tuple[int, int, int]] = []
+        self._boxes: list[tuple[_Address, int, int]] = []
+
+    def put(self, number: int, t: Any, place: tuple[int, int]) -> None:
+        """Give the next argument: a tensor or a box of one, and which memory it lies in, how far from its start."""
+        base, offset = place
+        if isinstance(t, Tensor):
+            self._args.append(t if self._kernel is None else 0)
+            self._places.append((number, base, offset))
+            return
+        address = _Address(t.base.dtype)
+        offset += t.base.data_ptr() - _tensor_of(t).data_ptr()
+        self._args.append(type(t)(address, t.shape, t.strides, t.block_shape))
+        self._boxes.append((address, base, offset))
+
+    def run(self, bases: Sequence[int], stream: int) -> None:
+        """Launch on memory at the addresses `bases`."""
+        kernel, args = self._kernel, self._args.copy()
+        if kernel is None:
+            for number, base, offset in self._places:
+                args[number] = _at(bases[base] + offset, args[number])
+            self._again(*args)
+            return
+        for number, base, offset in self._places:
+            args[number] = bases[base] + offset
+        for address, base, offset in self._boxes:
+            address.value = bases[base] + offset
+        kernel.run(
+            *self._grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *args, *self._rest
+        )  # fmt: skip
+
+
+def _at(address: int, like: Tensor) -> Tensor:
+    """Return a tensor like another one at an address of the CPU."""
+    import ctypes  # noqa: PLC0415
+
+    span = sum((n - 1) * s for n, s in zip(like.shape, like.stride(), strict=True)) + 1 if like.numel() else 0
+    if not span:
+        return like
+    memory = (ctypes.c_byte * (span * like.element_size())).from_address(address)
+    return torch.frombuffer(memory, dtype=like.dtype).as_strided(like.shape, like.stride())
+
+
+@dataclass
+class Tape:
+    """The launches of a call.
+
+    Attributes:
+        many: Whether the call returns a tuple.
+        device: Where it runs.
+        steps: The launches.
+        outputs: Shape, strides, dtype of each tensor that is returned, whether it begins as zeros, and its number.
+        zeros: Bytes of each further memory that begins as zeros.
+        bytes: All other memory that is asked for.
+        kept: Parameters: where each is kept, by what name, itself, and its address.
+        tables: Tensors that nobody writes to.
+    """
+
+    many: bool
+    device: torch.device
+    steps: list[Step] = field(default_factory=list)
+    outputs: list[tuple[Any, ...]] = field(default_factory=list)
+    zeros: list[int] = field(default_factory=list)
+    bytes: int = 0
+    kept: list[tuple[dict[str, Any], str, Tensor, int]] = field(default_factory=list)
+    tables: list[Tensor] = field(default_factory=list)
+
+    def keep(self, t: Tensor, owner: nn.Module | None) -> bool:
+        """Whether the memory of `t` is that of a parameter or buffer of `owner`, or of a table."""
+        if t in _fixed:
+            self.tables.append(t)
+            return True
+        for module in () if owner is None else owner.modules():
+            for among in (module._parameters, module._buffers):
+                for name, found in among.items():
+                    if found is not None and found.untyped_storage()._cdata == t.untyped_storage()._cdata:
+                        self.kept.append((among, name, found, found.data_ptr()))
+                        return True
+        return False
+
+    def valid(self) -> bool:
+        """Whether all parameters are where they were."""
+        return all(among.get(name) is t and t.data_ptr() == address for among, name, t, address in self.kept)
+
+    def repeat(self, inputs: Sequence[Tensor]) -> Any:
+        """Launch anew on other inputs and new memory; returns what the call returned."""
+        device = self.device
+        outputs = [
+            (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=device).as_strided(shape, strides)
+            if zero
+            else torch.empty_strided(shape, strides, dtype=dtype, device=device)
+            for shape, strides, dtype, zero, _ in self.outputs
+        ]
+        more = [torch.empty(self.bytes, dtype=torch.uint8, device=device)]
+        more += [torch.zeros(count, dtype=torch.uint8, device=device) for count in self.zeros]
+        bases = [t.data_ptr() for t in (*inputs, *outputs, *more)]
+        bases.append(0)
+        stream = 0 if device.type == "cpu" else torch._C._cuda_getCurrentRawStream(device.index)
+        for step in self.steps:
+            step.run(bases, stream)
+        return tuple(outputs) if self.many else outputs[0]
