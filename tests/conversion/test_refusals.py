@@ -21,14 +21,6 @@ from untouched import assert_untouched, state
 from vision_attn import Clear, Conversion, Neighborhood, Softmax, convert, load
 from vision_attn.processors import Schedule, make_spec
 
-
-@pytest.fixture(autouse=True)
-def _native_attention():
-    """Take back `set_attention_backend`, which sets the backend of the whole process too."""
-    yield
-    HOST["flux"].build().set_attention_backend("native")
-
-
 SPECS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "radius-0": (lambda: Clear(radius=0), ValueError, "radius must be above 0, got 0"),
     "counted": (lambda: Clear(counted=True), ValueError, "give pool, the side of their cells"),
@@ -93,7 +85,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception
     "sliced": (
         prepared("sd15-unet", lambda m: m.set_attention_slice("max")), {}, ValueError, "disable_attention_slicing",
     ),
-    "flex": (prepared("flux", lambda m: m.set_attention_backend("flex")), {}, ValueError, "set_attention_backend"),
 }  # fmt: skip
 
 
@@ -171,8 +162,6 @@ FAILS: dict[str, tuple[str, Any, Callable[[Any], Any], Callable[[Any], Any], dic
                RuntimeError, rf"down_blocks\.0.*attn1 {NEVER}Sliced.*disable_attention_slicing"),
     "plain": ("sd15-unet", Clear(2), replace_processor, lambda m: m.set_attn_processor(AttnProcessor2_0()), {},
               RuntimeError, rf"mid_block.*attn1 {NEVER}PlainAttention"),
-    "flex": ("flux", Clear(2), lambda m: m.set_attention_backend("flex"), lambda m: m.set_attention_backend("native"),
-             {}, RuntimeError, rf"transformer_blocks\.0\.attn {NEVER}set_attention_backend\(.native"),
     "unfused": ("vit", Clear(2), lambda m: fuse(m, False), lambda m: fuse(m, True), {},
                 RuntimeError, rf"blocks\.1\.attn {NEVER}fused_attn=False"),
     "dropout": ("vit", Clear(2), lambda m: drop(m, 0.1), lambda m: drop(m, 0.0), {},

@@ -1,13 +1,13 @@
-"""One forward of a converted layer: which calls of `scaled_dot_product_attention` its processor answers, and how.
+"""One forward of a converted layer: which calls of attention its processor answers, and how.
 
-A call is answered if queries and keys both are the layer's whole token sequence, and the grid in it is known. Every
-other call goes through. What is decided from shapes is remembered with the layer.
+They are calls of `scaled_dot_product_attention`, and of the attention backends of diffusers. A call is answered if
+queries and keys both are the layer's whole token sequence, and the grid in it is known. Every other call goes through.
+What is decided from shapes is remembered with the layer.
 """
 
 import functools
 import inspect
 import logging
-import math
 import types
 from collections.abc import Callable
 from typing import Any
@@ -17,16 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vision_attn.conversion.doors import ATTENTION, LINEAR, Below, Door
-from vision_attn.conversion.grids import Seen, backward_running
+from vision_attn.conversion.doors import ATTENTION, LINEAR, Below, Door, backend_door, backend_of, by_backend
+from vision_attn.conversion.grids import backward_running
+from vision_attn.conversion.masks import key_padding
 from vision_attn.conversion.projections import Projections
-from vision_attn.conversion.state import LayerState
+from vision_attn.conversion.state import MASKED, LayerState
 from vision_attn.grid import Grid
 from vision_attn.processors.base import CHILD, Moment, Processor
 from vision_attn.processors.softmax import Softmax, SoftmaxAttention
 
 _log = logging.getLogger(__name__)
-_MASKED = "dense: the attention mask says that the grid lies elsewhere in each sample"
 _MODE = "dense: a mode around the layer answered its attention"
 _MOST = 64  # decisions that a layer remembers
 
@@ -51,9 +51,12 @@ def answered(module: nn.Module, state: LayerState, run: Callable[..., Any], args
             "the grid: trace the model inside Conversion.bypassed() for the host's own attention, or use "
             "torch.jit.trace or torch.export. For features timm has forward_intermediates()"
         )
-    if getattr(_processor_of(module), "_parallel_config", None) is not None:
+    processor = _processor_of(module)
+    if getattr(processor, "_parallel_config", None) is not None:
         raise ValueError(f"{state.name} runs with context parallelism, which cuts the grid: revert() first")
-    call = Answers(module, state, kwargs.get("attention_mask") is not None)
+    call = Answers(module, state, kwargs.get("attention_mask") is not None, processor)
+    if call.backend is not None:
+        run = functools.partial(_with_backend, call, run)
     if call.projections is None:
         return _run(module, call, run, args, kwargs)
     if torch.compiler.is_compiling():  # Dynamo takes one `with` block around code that has others
@@ -99,6 +102,22 @@ def _run(module: nn.Module, call: "Answers", run: Callable[..., Any], args: Any,
     return output
 
 
+def _with_backend(call: "Answers", run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a layer's own code, whose calls of its attention backend are answered too."""
+    if torch.compiler.is_compiling():  # the calls come to PyTorch's attention, where a mode answers them
+        processor = call.stock
+        before, processor._attention_backend = processor._attention_backend, "native"
+        output = run(*args, **kwargs)
+        processor._attention_backend = before
+        return output
+    door = backend_door(call.backend)
+    answer = door.open(functools.partial(call.dispatched, door.through))
+    try:
+        return run(*args, **kwargs)
+    finally:
+        door.close(answer)
+
+
 def _processor_of(module: nn.Module) -> Any:
     """Return diffusers' processor of a layer, None if it has none."""
     return vars(module).get("processor") or module._modules.get("processor")
@@ -120,12 +139,18 @@ class Answers:
         module: The layer.
         state: Its state.
         masked: Whether the forward was given an attention mask.
+        stock: diffusers' processor of the layer, None if it has none.
+
+    Attributes:
+        backend: The attention backend of diffusers that the layer calls, None for PyTorch's own.
     """
 
-    __slots__ = ("_across", "_noted", "module", "moment", "processor", "projections", "reached", "state")
+    __slots__ = (
+        "_across", "_noted", "backend", "module", "moment", "processor", "projections", "reached", "state", "stock",
+    )  # fmt: skip
 
-    def __init__(self, module: nn.Module, state: LayerState, masked: bool) -> None:
-        self.module, self.state = module, state
+    def __init__(self, module: nn.Module, state: LayerState, masked: bool, stock: Any) -> None:
+        self.module, self.state, self.stock, self.backend = module, state, stock, backend_of(stock)
         self.reached = self._noted = False
         self._across = ""
         processor: Any = module._modules[CHILD]
@@ -142,7 +167,7 @@ class Answers:
 
     def through_doors(self, run: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """Run the layer's own code, whose calls come to `attend` and `linear`."""
-        described = _describe(_processor_of(self.module))
+        described = _describe(self.stock)
         fused = self.projections is not None and self.projections.fused
         linear = LINEAR.open(self.linear) if fused else None
         before = ATTENTION.open(self.attend)
@@ -172,50 +197,79 @@ class Answers:
         enable_gqa: bool = False,
     ) -> Tensor:
         """Answer one call of `scaled_dot_product_attention` on `[B, H, N, D]` tensors."""
-        self.reached = True
-        state = self.state
-        grid = self._grid_of(query, key, attn_mask)
-        unchanged = grid is not None and isinstance(self.processor, SoftmaxAttention)
-        if grid is None or unchanged:
-            if unchanged:
-                self._note(grid, "rerouted")
+        grid = self._grid_of(query.dim(), query.shape[-2], key.shape[-2], attn_mask is not None)
+        if grid is None:
             own: Any = F.scaled_dot_product_attention if torch.compiler.is_compiling() else ATTENTION.through
+            if self.backend is not None and torch.compiler.is_compiling():
+                own = functools.partial(by_backend, self.backend)
             return own(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return self._processed(grid, q, k, v, attn_mask, dropout_p, is_causal, scale).transpose(1, 2)
+
+    def dispatched(self, through: Callable[..., Tensor], **call: Any) -> Tensor:
+        """Answer one call of an attention backend on `[B, N, H, D]` tensors; `through` is the backend itself."""
+        query, key, value, attn_mask = call["query"], call["key"], call["value"], call.get("attn_mask")
+        here = ATTENTION.here
+        before, here.answer = here.answer, None  # some backends, and all processors, call PyTorch's attention
+        try:
+            grid = self._grid_of(query.dim(), query.shape[1], key.shape[1], attn_mask is not None)
+            if grid is None:
+                return through(**call)
+            if isinstance(attn_mask, Tensor) and attn_mask.shape == key.shape[:2]:
+                attn_mask = attn_mask[:, None, None]
+            here.answer = functools.partial(_rows, through, call, grid)
+            rest = (call.get("dropout_p", 0.0), call.get("is_causal", False), call.get("scale"))
+            return self._processed(grid, query, key, value, attn_mask, *rest)
+        finally:
+            here.answer = before
+
+    def _processed(
+        self,
+        grid: Grid,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None,
+        dropout_p: float,
+        is_causal: bool,
+        scale: float | None,
+    ) -> Tensor:
+        """Let the processor attend over `[B, N, H, D]` tensors."""
+        state = self.state
         if dropout_p or is_causal:
             what = f"attention dropout {dropout_p}" if dropout_p else "a causal mask"
             raise ValueError(f"{state.name}: {what} cannot be rerouted: switch it off, or leave out the layer (where=)")
-        if enable_gqa and query.shape[1] != key.shape[1]:
-            key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
-        query, key, value = _autocast(query, key, value)
+        if q.shape[2] != k.shape[2]:  # grouped queries
+            k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (k, v))
+        q, k, v = _autocast(q, k, v)
         mask = None if attn_mask is None else key_padding(attn_mask, grid, state)
         if self.projections is not None and not torch.compiler.is_compiling() and self.projections.missing():
             raise RuntimeError(
                 f"{state.name}: {state.spec} adds to the input of projections, but this {type(self.module).__name__} "
                 f"ran none of {self.projections.missing()} that we know"
             )
-        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if self.moment is not None:
             output = self.processor(q, k, v, grid, mask, scale, self.moment)
-        elif torch.compiler.is_compiling():
+        elif torch.compiler.is_compiling() or self.backend is not None:  # whose launches no tape would hold
             output = self.processor(q, k, v, grid, mask, scale)
         else:
             output = state.tapes.call(self.processor, (q, k, v, grid, mask, scale), self.processor)
-        output = output.transpose(1, 2)
         self._note(grid, "rerouted")
         return output
 
-    def _grid_of(self, query: Tensor, key: Tensor, attn_mask: Tensor | None) -> Grid | None:
-        """Return the grid of a call to answer; None lets the call through."""
+    def _grid_of(self, dim: int, tokens: int, keys: int, masked: bool) -> Grid | None:
+        """Return the grid of a call that the processor is to answer; None lets the call through."""
+        self.reached = True
         state, context = self.state, self.state.context
-        tokens, keys, masked = query.shape[-2], key.shape[-2], attn_mask is not None
+        unchanged = isinstance(self.processor, SoftmaxAttention)
         if torch.compiler.is_compiling():
-            if query.dim() != 4 or tokens != keys:
+            if dim != 4 or tokens != keys or unchanged:
                 return None
             return _decision(state, context.locate(tokens), masked)[0]
-        if query.dim() != 4 or tokens != keys:
+        if dim != 4 or tokens != keys:
             self._across = (
                 f"{int(keys)} keys for {int(tokens)} queries (shared attention)"
-                if query.dim() == 4
+                if dim == 4
                 else "queries without an axis of heads"
             )
             return None
@@ -232,9 +286,12 @@ class Answers:
             grid, placed, reason = decided
         if grid is None:
             self._note(placed, reason, expected=placed is not None)
-            if reason is _MASKED and not state.shared.warned:
+            if reason is MASKED and not state.shared.warned:
                 state.shared.warned = True
                 _log.warning("%s runs %s", state.name, reason)
+        elif unchanged:
+            self._note(grid, "rerouted")
+            return None
         return grid
 
     def _note(self, grid: Grid | None, status: str, *, expected: bool = False) -> None:
@@ -245,6 +302,16 @@ class Answers:
         """Say why no call was over the layer's tokens, if none was."""
         if not self._noted and self._across:
             self.state.note(None, f"dense: {self._across}, so where the grid lies is not known")
+
+
+def _rows(through: Callable[..., Tensor], call: dict[str, Any], grid: Grid, *tensors: Tensor, **more: Any) -> Tensor:
+    """Answer a processor's own call of attention: by the backend, if tokens outside the grid attend to all tokens."""
+    q, k, v = (t.transpose(1, 2) for t in tensors)
+    if more.get("attn_mask") is None and q.shape[1] == grid.tokens - grid.image_tokens and k.shape[1] == grid.tokens:
+        mask = {"attn_mask": None} if "attn_mask" in call else {}
+        return through(**{**call, **mask, "query": q, "key": k, "value": v, "scale": more["scale"]}).transpose(1, 2)
+    own: Tensor = ATTENTION.through(*tensors, **more)
+    return own
 
 
 class _Answering(TorchFunctionMode):
@@ -333,7 +400,7 @@ def _moment_of(state: LayerState) -> Moment:
 def _adds_residuals(state: LayerState, masked: bool) -> bool:
     """Whether the projections of the forward that begins get what the processor adds to their input."""
     context, name = state.context, (state.name, "residuals")
-    adds = dense_reason(state, context.known(), masked) is None
+    adds = state.dense_reason(context.known(), masked) is None
     if torch.compiler.is_compiling():
         return adds
     if backward_running() != -1 and not state.shared.here.running:
@@ -346,7 +413,7 @@ def _adds_residuals(state: LayerState, masked: bool) -> bool:
 
 def _decision(state: LayerState, found: Grid | str, masked: bool) -> tuple[Grid | None, Grid | None, str]:
     """Return the grid to answer over, None to let a call through; the grid that is known; and why it goes through."""
-    reason = dense_reason(state, found, masked)
+    reason = state.dense_reason(found, masked)
     placed = found if isinstance(found, Grid) else None
     return placed if reason is None else None, placed, reason or ""
 
@@ -366,73 +433,7 @@ def _never_reached(state: LayerState, module: nn.Module) -> str:
     return (
         f"{state.name} never called scaled_dot_product_attention, so it was not rerouted.{how} Switch off what "
         "replaces it: sliced attention (disable_attention_slicing), xformers "
-        "(disable_xformers_memory_efficient_attention), another attention backend (set_attention_backend('native')), "
+        "(disable_xformers_memory_efficient_attention), "
         "AttnProcessor (set_attn_processor(AttnProcessor2_0())), timm's fused_attn=False; leave out the layer "
         "(where=); or revert()"
     )
-
-
-def dense_reason(state: LayerState, found: Grid | str, masked: bool) -> str | None:
-    """Return why a layer runs the host's own attention over what its context found; None if it is rerouted."""
-    if isinstance(found, str):
-        return f"dense: {found}"
-    if masked and state.mask_means_dense:
-        return _MASKED
-    if found.image_tokens < state.shared.min_tokens:
-        return f"dense: {found.image_tokens} tokens are below min_tokens={state.shared.min_tokens}"
-    if found.image_tokens < state.break_even:
-        least = "never faster" if state.break_even == math.inf else f"faster from {state.break_even:.0f} tokens on"
-        return f"dense: {state.spec} is {least}, and there are {found.image_tokens}"
-    return None
-
-
-def key_padding(attn_mask: Tensor, grid: Grid, state: LayerState) -> Tensor | None:
-    """Turn a mask of `scaled_dot_product_attention` into one over prefix and suffix keys.
-
-    Args:
-        attn_mask: Bool (True is seen) or additive (0 is seen, -1000 or less is hidden), broadcasts to `[B, H, N, N]`.
-        grid: Where the image tokens lie.
-        state: The layer, for its name and for the mask that it checked last.
-
-    Returns:
-        Bool `[B or 1, prefix + suffix]`, or None if every key is seen.
-
-    Raises:
-        ValueError: If the mask depends on query or head, hides grid tokens, or biases the logits.
-    """
-    if attn_mask.dim() != 4 or attn_mask.shape[-2] != 1 or attn_mask.shape[-1] != grid.tokens:
-        raise ValueError(
-            f"{state.name}: cannot honour an attention mask of shape {tuple(attn_mask.shape)}: a mask must be key "
-            f"padding [B, 1, 1, {grid.tokens}] over tokens outside the grid. Leave out the mask, or the layer (where=)"
-        )
-    if torch.compiler.is_compiling():
-        seen, problem = _read(attn_mask, grid)
-        torch._assert_async(~problem.any(), f"{state.name}: the attention mask is not key padding outside the grid")
-        return seen if grid.prefix + grid.suffix else None
-    if state.padding is not None:
-        last, known, result = state.padding
-        if last.is_of(attn_mask) and known == grid:
-            return result
-    seen, problem = _read(attn_mask, grid)
-    by_head, hides_grid, biases, hides = torch.cat([problem, ~seen.all()[None]]).tolist()
-    for found, what in ((by_head, "differs by head"), (hides_grid, "hides grid tokens"), (biases, "biases the logits")):
-        if found:
-            raise ValueError(
-                f"{state.name}: cannot honour an attention mask that {what}: a mask must be key padding over tokens "
-                "outside the grid. Leave out the mask, or the layer (where=)"
-            )
-    result = seen if hides else None
-    state.padding = (Seen(attn_mask), grid, result)
-    return result
-
-
-_HIDDEN = -1e3  # an additive mask hides a key with this or less
-
-
-def _read(attn_mask: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Return the mask `[B, prefix + suffix]` and three flags: differs by head, hides the grid, biases the logits."""
-    keys = attn_mask[:, 0, 0]
-    seen = keys if keys.dtype == torch.bool else keys > _HIDDEN
-    biases = torch.zeros_like(seen) if keys.dtype == torch.bool else seen & (keys != 0)
-    flags = [(attn_mask != attn_mask[:, :1]).any(), ~seen[:, grid.image].all(), biases.any()]
-    return torch.cat([seen[:, : grid.prefix], seen[:, grid.image.stop :]], 1), torch.stack(flags)

@@ -1,11 +1,12 @@
-"""Doors: two functions of `torch.nn.functional` that the layer which runs answers, for one Python call each.
+"""Doors: functions that a host looks up when it calls them, and that the layer which runs answers instead.
 
-A host looks the function up in `torch.nn.functional` whenever it calls it. While the forward of a converted layer runs,
-the attribute there is ours; the function asks which layer runs in its own thread, and goes on to what was there before
-if none does. A `TorchFunctionMode` could do the same without touching the attribute, but it sees each of the 20 to 60
-calls of a layer, and that took a quarter of a step's host time.
+They are two functions of `torch.nn.functional`, and the attention backends in the dictionary of diffusers' dispatcher.
+While the forward of a converted layer runs, the function in such a place is ours; it asks which layer runs in its own
+thread, and goes on to what was there before if none does. A `TorchFunctionMode` could do the same for those of PyTorch
+without touching the place, but it sees each of the 20 to 60 calls of a layer, and that took a quarter of a step's host
+time.
 
-The attribute belongs to the whole process, so that this is the one state outside objects. It is ours only between the
+The places belong to the whole process, so that this is the one state outside objects. One is ours only between the
 first layer that begins, in any thread, and the last one that ends, by an error too: convert, revert, copies and
 pickles have nothing to keep in order, code that is compiled, scripted or traced between forwards finds PyTorch as it
 is, and a function that somebody else put there (SageAttention) answers what layers leave to the host.
@@ -15,12 +16,15 @@ function with the attribute, or with what they imported long ago. Dynamo inlines
 that it compiles the layer enters `Answering`, a mode, and no door is open.
 """
 
+import functools
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.overrides import TorchFunctionMode, handle_torch_function
 
 Answer = Callable[..., Any]
@@ -41,26 +45,28 @@ class _Here(threading.local):
 
 
 class Door:
-    """A function of `torch.nn.functional` that the layer which runs may answer.
+    """A function that the layer which runs may answer.
 
     Args:
-        name: Name of the function.
+        place: Where others look it up.
+        name: Under which key.
+        builtin: What stands there.
+        overridable: Whether a `TorchFunctionMode` sees its calls.
 
     Attributes:
-        builtin: PyTorch's function.
         front: The function that stands there while a layer runs.
         here: The state of this thread.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name, self.here = name, _Here()
-        self.builtin = self._behind = getattr(torch._C._nn, name)
+    def __init__(self, place: dict[str, Any], name: str, builtin: Any, *, overridable: bool = True) -> None:
+        self.place, self.name, self.here = place, name, _Here()
+        self.builtin = self._behind = builtin
         self._inside, self._lock = 0, threading.Lock()
 
         def front(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():  # another thread's door, seen while this one compiles
                 return self.builtin(*args, **kwargs)
-            if torch._C._len_torch_function_stack() and self._behind is self.builtin:
+            if torch._C._len_torch_function_stack() and overridable and self._behind is self.builtin:
                 return self._after_modes(args, kwargs)
             here = self.here
             answer = here.answer
@@ -72,8 +78,8 @@ class Door:
             finally:
                 here.answer = answer
 
-        front.__name__, front.__qualname__, front.__doc__ = name, name, self.builtin.__doc__
-        front.__module__ = F.__name__
+        front.__name__, front.__qualname__, front.__doc__ = name, name, builtin.__doc__
+        front.__module__ = place.get("__name__", builtin.__module__)
         self.front = front
 
     def open(self, answer: Answer) -> Answer | None:
@@ -93,14 +99,14 @@ class Door:
                 self._give_back()
 
     def _take(self) -> None:
-        found = getattr(F, self.name)
+        found = self.place[self.name]
         if found is not self.front:
             self._behind = found
-            setattr(F, self.name, self.front)
+            self.place[self.name] = self.front
 
     def _give_back(self) -> None:
-        if getattr(F, self.name) is self.front:  # else somebody has replaced it meanwhile, and keeps it
-            setattr(F, self.name, self._behind)
+        if self.place[self.name] is self.front:  # else somebody has replaced it meanwhile, and keeps it
+            self.place[self.name] = self._behind
         self._behind = self.builtin
 
     def through(self, *args: Any, **kwargs: Any) -> Any:
@@ -122,7 +128,7 @@ class Door:
             if alone:
                 self._give_back()
         if not alone:  # other threads need the door open, so the function is what the attribute holds
-            return handle_torch_function(getattr(F, self.name), (*args, *kwargs.values()), *args, **kwargs)
+            return handle_torch_function(self.place[self.name], (*args, *kwargs.values()), *args, **kwargs)
         self.here.answer = None
         try:
             with _Last(self.builtin, answer):
@@ -162,4 +168,36 @@ class _Last(Below):
         return (self.answer if func is self.function else func)(*args, **kwargs or {})
 
 
-ATTENTION, LINEAR = Door("scaled_dot_product_attention"), Door("linear")
+ATTENTION, LINEAR = (
+    Door(vars(F), name, getattr(torch._C._nn, name)) for name in ("scaled_dot_product_attention", "linear")
+)
+
+
+def backend_of(processor: Any) -> Any:
+    """Return the attention backend that a processor of diffusers calls, None if it calls none.
+
+    PyTorch's own do not count: they end in `scaled_dot_product_attention`, which has a door.
+    """
+    backend = getattr(processor, "_attention_backend", "native")
+    if backend is None:
+        backend = sys.modules[_DISPATCH]._AttentionBackendRegistry._active_backend
+    return None if backend in _PYTORCH else backend
+
+
+_DISPATCH = "diffusers.models.attention_dispatch"
+_PYTORCH = ("native", *(f"_native_{kind}" for kind in ("flash", "cudnn", "efficient", "math")))
+
+
+@functools.cache
+def backend_door(backend: Any) -> Door:
+    """Return the door of an attention backend."""
+    backends = sys.modules[_DISPATCH]._AttentionBackendRegistry._backends
+    return Door(backends, backend, backends[backend], overridable=False)
+
+
+def by_backend(backend: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Call an attention backend as `scaled_dot_product_attention` is called, on `[B, H, N, D]` tensors."""
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    dispatch = sys.modules[_DISPATCH].dispatch_attention_fn
+    output: Tensor = dispatch(q, k, v, *args, **kwargs, backend=backend)
+    return output.transpose(1, 2)

@@ -7,7 +7,6 @@ module gets a subclass of its own class whose `__call__` runs the original one, 
 
 import functools
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -200,19 +199,13 @@ def _like(processor: Processor, module: nn.Module) -> Processor:
 
 
 def _refuse_other_attention(name: str, module: nn.Module) -> None:
-    """Refuse a module that is known not to call `scaled_dot_product_attention`, or to cut the sequence.
+    """Refuse a module that is known not to call attention that we can answer, or to cut the sequence.
 
     Raises:
         ValueError: If it is one; the error says what to switch off.
     """
     processor: Any = getattr(module, "processor", None)
     kind = type(processor).__name__
-    backend = _attention_backend(processor)
-    if backend is not None and "native" not in backend:
-        raise ValueError(
-            f"{name} runs the attention backend {backend!r}, not scaled_dot_product_attention: call "
-            "model.set_attention_backend('native') first"
-        )
     if getattr(processor, "_parallel_config", None) is not None:
         raise ValueError(f"{name} runs with context parallelism, which cuts the grid: it is not supported")
     for sign, cure in (
@@ -221,16 +214,6 @@ def _refuse_other_attention(name: str, module: nn.Module) -> None:
     ):
         if kind.startswith(sign):
             raise ValueError(f"{name} runs {kind}, not scaled_dot_product_attention: call {cure}() first")
-
-
-def _attention_backend(processor: Any) -> str | None:
-    """Return the backend that diffusers' dispatcher will choose for a processor; None if it does not use one."""
-    if not hasattr(processor, "_attention_backend"):
-        return None
-    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
-    registry = getattr(dispatch, "_AttentionBackendRegistry", None)
-    backend = processor._attention_backend or getattr(registry, "_active_backend", None)
-    return None if backend is None else str(getattr(backend, "value", backend))
 
 
 def mark(model: nn.Module, shared: Shared, host: Host, contexts: list[GridContext]) -> None:

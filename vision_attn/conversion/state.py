@@ -3,6 +3,7 @@
 All state lives on the host's modules, without closures: copies, pickles and saved models take it along.
 """
 
+import math
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from vision_attn.hosts.host import Host
 from vision_attn.kernels.tapes import Tapes
 from vision_attn.processors.base import CHILD, AttnSpec, Processor
 
+MASKED = "dense: the attention mask says that the grid lies elsewhere in each sample"
 LAYER, _MODEL = "_vision_attn", "_vision_attn_model"  # attributes of a rerouted module, and of its model
 
 
@@ -156,6 +158,19 @@ class LayerState:
         here = self.shared.here
         here.ran += 1
         here.rerouted += status == "rerouted" or expected
+
+    def dense_reason(self, found: Grid | str, masked: bool) -> str | None:
+        """Return why the layer runs the host's own attention over what its context found; None if it is rerouted."""
+        if isinstance(found, str):
+            return f"dense: {found}"
+        if masked and self.mask_means_dense:
+            return MASKED
+        if found.image_tokens < self.shared.min_tokens:
+            return f"dense: {found.image_tokens} tokens are below min_tokens={self.shared.min_tokens}"
+        if found.image_tokens < self.break_even:
+            least = "never faster" if self.break_even == math.inf else f"faster from {self.break_even:.0f} tokens on"
+            return f"dense: {self.spec} is {least}, and there are {found.image_tokens}"
+        return None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "padding": None, "block_input": None, "block": None, "decisions": {}, "tapes": Tapes()}
