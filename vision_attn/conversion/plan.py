@@ -23,7 +23,9 @@ from vision_attn.conversion.state import (
     LayerState,
     ModelState,
     Shared,
+    computing_dtype,
     forget,
+    is_quantised,
     is_rerouted,
     model_state,
     plain,
@@ -95,7 +97,7 @@ class Plan:
                 layer = Layer(name, *heads, backend, input_dim(module))
                 processor = layer_spec.build(layer).train(module.training)
                 state = LayerState(name, heads[0], layer_spec, context, self.shared, host.mask_means_dense)
-                self.layers.append((module, _like(processor, module), state))
+                self.layers.append((module, _like(processor, module, model), state))
 
     @property
     def contexts(self) -> list[GridContext]:
@@ -134,7 +136,7 @@ class Plan:
 
         Raises:
             ValueError: If a tensor has no place or another shape, or a new parameter has no tensor (the first eight
-                are named); or if there are tensors for projections that are fused.
+                are named); or if there are tensors for projections that are fused or quantised.
         """
         new = {
             f"{state.name}.{CHILD}.{name}": parameter
@@ -147,6 +149,12 @@ class Plan:
                 raise ValueError(
                     f"{source} has {projections[0]}, but the projections of {state.name} are fused: call "
                     "unfuse_qkv_projections() first, and fuse them again afterwards"
+                )
+        for name, parameter in self.model.named_parameters():
+            if plain(name) in tensors and is_quantised(parameter):
+                raise ValueError(
+                    f"{source} has {plain(name)}, which is quantised in this {type(self.model).__name__}: load the "
+                    "adapter into the model as it was, and quantise that"
                 )
         places = {**{plain(name): tensor for name, tensor in self.model.state_dict().items()}, **new}
         wrong = [f"missing: {stored_name(name)}" for name in new if name not in tensors]
@@ -189,12 +197,12 @@ def refuse_unsynchronised(target: Any, plans: Sequence[Plan]) -> None:
             )
 
 
-def _like(processor: Processor, module: nn.Module) -> Processor:
-    """Put a processor where its module is, in the dtype of the module's first floating parameter."""
-    parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
+def _like(processor: Processor, module: nn.Module, model: nn.Module) -> Processor:
+    """Put a processor where its module is, in the dtype that the module computes in, or else its model."""
+    parameter = next(module.parameters(), None)
     if parameter is None:
         return processor
-    dtype = parameter.dtype if parameter.itemsize >= 2 else None  # 8-bit weights are not computed in their dtype
+    dtype = computing_dtype(module) or computing_dtype(model)
     return processor.to(dtype=dtype) if parameter.is_meta else processor.to(parameter.device, dtype)
 
 
@@ -228,7 +236,7 @@ def undo(model: nn.Module) -> None:
     """Put a converted model back as it was.
 
     Raises:
-        ValueError: If weights that `load` replaced are fused into others, or offloaded.
+        ValueError: If weights that `load` replaced are fused into others, offloaded or quantised.
     """
     state = model_state(model)
     places = _places(model, state.originals)
@@ -250,7 +258,7 @@ def _places(model: nn.Module, originals: Mapping[str, Tensor]) -> dict[str, Tens
     """Return the tensors whose data `load` replaced, as they are now: hooks put new ones in their places.
 
     Raises:
-        ValueError: If they are fused into others, or offloaded; the error says what to call first.
+        ValueError: If they are fused into others, offloaded or quantised; the error says what to do.
     """
     for name, module in model.named_modules():
         for sign, what, cure in _COPIES:
@@ -261,6 +269,9 @@ def _places(model: nn.Module, originals: Mapping[str, Tensor]) -> dict[str, Tens
     now: dict[str, Tensor] = {plain(name): tensor for name, tensor in model.named_parameters()}
     now |= dict(model.named_buffers())
     refuse_offloaded({name: now[name] for name in originals})
+    for name in originals:
+        if is_quantised(now[name]):
+            raise ValueError(f"{name} came with the adapter and was quantised since, so it cannot be put back")
     return now
 
 

@@ -183,17 +183,20 @@ class LayerState:
 class Fingerprint:
     """Tells whether a parameter was written to: its version, and at most 2047 of its values, spread evenly.
 
-    The version counts writes, but not those through `.data`; a copy of the model has versions of its own.
+    The version counts writes, but not those through `.data`; a copy of the model has versions of its own. Quantised
+    weights do not learn, and libraries pack them anew when they first run, so they have no fingerprint.
     """
 
     version: int | None
     sample: Tensor | None
+    quantised: bool = False
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Fingerprint":
         """Take the fingerprint of a parameter."""
-        if tensor.is_meta:
-            return cls(None, None)
+        quantised = is_quantised(tensor)
+        if tensor.is_meta or quantised:
+            return cls(None, None, quantised)
         flat = tensor.detach().flatten()
         version = None if tensor.is_inference() else tensor._version
         return cls(version, flat[:: max(1, flat.numel() // 1024)].to("cpu", copy=True))
@@ -207,10 +210,29 @@ class Fingerprint:
         return written or not torch.equal(self.sample.to(now.sample.dtype), now.sample)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"version": None, "sample": self.sample}
+        return {"version": None, "sample": self.sample, "quantised": self.quantised}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+
+
+def is_quantised(tensor: Tensor) -> bool:
+    """Whether a parameter holds codes of weights: integers, or a class of tensors that a library has for them."""
+    plain = type(tensor) in (nn.Parameter, Tensor) or hasattr(tensor, "placements")  # which a shard has
+    return not (plain and tensor.is_floating_point())
+
+
+def computing_dtype(module: nn.Module) -> torch.dtype | None:
+    """Return the dtype in which a module computes, as its first layer that is not quantised tells; None if all are."""
+    for part in module.modules():
+        casting = getattr(getattr(part, "_diffusers_hook", None), "hooks", {}).get("layerwise_casting")
+        if casting is not None:
+            dtype: torch.dtype = casting.compute_dtype
+            return dtype
+        for parameter in part.parameters(recurse=False):
+            if not is_quantised(parameter) and parameter.itemsize >= 2:
+                return parameter.dtype
+    return None
 
 
 @dataclass
@@ -247,11 +269,17 @@ class ModelState:
         """Return the names of the model's own parameters that were written to or replaced since conversion.
 
         Raises:
-            ValueError: If a parameter was offloaded since, so that nobody can tell.
+            ValueError: If a parameter was offloaded or quantised since, so that nobody can tell.
         """
         names = {plain(name): parameter for name, parameter in model.named_parameters()}
         known = {plain(name): print_ for name, print_ in self.fingerprints.items() if not is_lora(name)}
         refuse_offloaded({n: names[n] for n, print_ in known.items() if n in names and print_.sample is not None})
+        for name, print_ in known.items():
+            if name in names and is_quantised(names[name]) != print_.quantised:
+                raise ValueError(
+                    f"{name} was {'quantised' if not print_.quantised else 'dequantised'} since the conversion, so "
+                    "whether it was trained is not known: save before that, or convert after it"
+                )
         written = {name for name, print_ in known.items() if name in names and print_.differs(names[name])}
         return written | (self.originals.keys() & names.keys())
 
