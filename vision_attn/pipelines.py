@@ -15,7 +15,7 @@ from typing import Any
 from vision_attn._compat import ensure_torchvision
 from vision_attn.conversion.conversion import Conversion, convert
 from vision_attn.conversion.state import is_converted
-from vision_attn.graphs import disable, enable
+from vision_attn.graphs import disable, enable, replayed_of
 from vision_attn.hosts.selection import candidates_of, denoisers_of
 from vision_attn.processors import AttnSpec, make_spec
 
@@ -50,7 +50,15 @@ def set_attn_processor(pipe: Any, processor: Any, **options: Any) -> Conversion 
     graphs = options.pop("graphs", None)
     if graphs is not None and not isinstance(graphs, bool):
         raise TypeError(f"graphs must be True or False, got {graphs!r}")
-    conversion = _set(pipe, processor, options)
+    enabled = None
+    if graphs and not any(replayed_of(model) for model in candidates_of(pipe).values()):
+        enabled = enable(pipe)  # first, because `only_if_faster` looks for it
+    try:
+        conversion = _set(pipe, processor, options)
+    except Exception:
+        if enabled is not None:
+            enabled.disable()
+        raise
     if graphs is not None:
         (enable if graphs else disable)(pipe)
     return conversion

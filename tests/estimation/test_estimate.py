@@ -13,11 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vision_attn import Clear, HiLo, LinFusion, Neighborhood, Softmax, convert, estimate
 from vision_attn.conversion.state import is_rerouted, state_of
-from vision_attn.estimation.cost import MACHINES, break_even, seconds
+from vision_attn.estimation.cost import CPU, H200, Machine, seconds
+from vision_attn.estimation.step import Attending, Denoiser, Step
 from vision_attn.grid import Grid
-from vision_attn.hosts import find_host
+from vision_attn.hosts import Host, find_host
 from vision_attn.kernels.local import Window
-from vision_attn.processors import Layer, Schedule
+from vision_attn.processors import AttnSpec, Layer, Schedule
 
 
 def scale_of(case: HostCase) -> int:
@@ -88,21 +89,73 @@ def test_shares_and_break_even_have_the_right_order() -> None:
     assert small.pays_from == large.pays_from is not None
     assert estimate(model, Clear(math.inf), height=512, width=512).pays_from is None
     at = small.pays_from[0]
-    rows = estimate(model, Clear(8), height=at, width=at, device="cuda").layers
-    assert sum(row.seconds for row in rows) < sum(row.dense_seconds for row in rows)
-    rows = estimate(model, Clear(8), height=at // 2, width=at // 2, device="cuda").layers
-    assert sum(row.seconds for row in rows) >= sum(row.dense_seconds for row in rows)
+    for side, faster in ((at, True), (at // 2, False)):
+        step = estimate(model, Clear(8), height=side, width=side, device="cuda").step
+        assert (step.seconds(step.names) < step.seconds()) == faster
     assert "faster from" in str(small) and "transformer_blocks.0.attn" in str(small)
 
 
+class Gridless(torch.nn.Module):
+    """A model of one wide layer over a grid that only its forward tells."""
+
+    def __init__(self, heads: int = 24, head_dim: int = 128, blocks: int = 1) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            for block in range(blocks):
+                attn = torch.nn.Module()
+                attn.num_heads, attn.head_dim = heads, head_dim
+                attn.qkv = torch.nn.Linear(heads * head_dim, heads * head_dim)
+                self.add_module(f"block{block}", torch.nn.ModuleDict(dict(attn=attn)))
+
+
+def break_even(spec: AttnSpec, machine: Machine, text: int = 0, **sizes: int) -> float:
+    """Return the tokens from which on a processor pays in a layer alone: the host does nothing else."""
+    model = Gridless(**sizes)
+    others = "prefix" if text else "none"
+    host = Host(layers=("block*.attn",), probe=lambda module, inputs: "", others=others, text=text)
+    return Denoiser(model, host).break_even({"block0.attn": spec}, machine, 2)["block0.attn"]
+
+
 def test_break_even_of_processors() -> None:
-    layer = Layer("", 24, 128, dim=3072)
-    disc, larger = (break_even(Clear(radius), layer, 512, "cuda", 2) for radius in (8, 32))
-    assert disc is not None and larger is not None and disc < larger
-    assert break_even(LinFusion(mid_dim=-1), layer, 512, "cuda", 2) is not None
-    assert break_even(Neighborhood(7), layer, 0, "cpu", 4) is not None
-    assert break_even(Clear(radius=math.inf), layer, 0, "cuda", 2) is None
-    assert break_even(HiLo(), layer, 0, "cuda", 2) is not None
+    disc, larger = (break_even(Clear(radius), H200, 512) for radius in (8, 32))
+    assert disc < larger < math.inf
+    assert break_even(LinFusion(mid_dim=-1), H200, 512) < math.inf
+    assert break_even(Neighborhood(7), CPU, head_dim=64) < math.inf
+    assert break_even(Clear(radius=math.inf), H200) == math.inf
+    assert break_even(HiLo(), H200, 512) < math.inf
+
+
+def test_a_slow_host_or_a_fast_device_makes_a_conversion_pay_later() -> None:
+    usual = break_even(Clear(8), H200, 512)
+    slow, fast = (
+        break_even(Clear(8), replace(H200, **changes), 512)
+        for changes in (dict(host=1e-3), dict(dense=6e15, narrow=6e15))
+    )
+    assert usual < slow < math.inf and usual < fast < math.inf
+
+
+def test_a_step_that_waits_for_the_host_gains_nothing_but_in_a_graph() -> None:
+    layers = tuple(Attending(f"{n}", Grid(64, 64), dense=4e-4, converted=1e-4, host=5e-5) for n in range(10))
+    step = Step(layers, linear=5e-3, convolutions=0.0, other=1e-3, host=2e-2)
+    assert step.device == pytest.approx(1e-2) and step.seconds() == pytest.approx(2e-2)
+    assert step.faster() == frozenset() and step.faster(graphs=True) == step.names
+    assert step.seconds(step.names) == pytest.approx(2.05e-2)
+    assert step.seconds(step.names, graphs=True) == pytest.approx(7e-3)
+    large = step.times(4)  # the device has four times as much to do, the host has not
+    assert large.faster() == large.names and large.seconds(large.names) == pytest.approx(2.8e-2)
+
+
+def test_layers_are_converted_as_long_as_the_step_becomes_shorter() -> None:
+    """The host has 3 ms to spare: those layers are converted that save most for its time."""
+    good = [Attending(f"good{n}", Grid(64, 64), dense=1e-3, converted=2e-4, host=5e-4) for n in range(6)]
+    poor = [Attending(f"poor{n}", Grid(32, 32), dense=1e-4, converted=5e-5, host=5e-4) for n in range(6)]
+    worse = [Attending("worse", Grid(8, 8), dense=1e-5, converted=5e-5)]
+    step = Step((*poor, *worse, *good), linear=1e-3, convolutions=0.0, other=0.0, host=4e-3)
+    chosen = step.faster()
+    assert chosen == {layer.name for layer in good}
+    every = [frozenset(names) for names in ((), step.names, [layer.name for layer in poor])]
+    assert all(step.seconds(chosen) < step.seconds(names) for names in every)
+    assert step.faster(graphs=True) == {layer.name for layer in (*good, *poor)}
 
 
 def test_a_schedule_costs_what_its_stages_do() -> None:
@@ -112,13 +165,15 @@ def test_a_schedule_costs_what_its_stages_do() -> None:
         lambda spec: spec.flops(grid, layer),
         lambda spec: spec.passes,
         lambda spec: spec.attended(grid),
-        lambda spec: seconds(spec, grid, layer, MACHINES["cuda"], 2),
+        lambda spec: spec.products(grid, layer),
+        lambda spec: spec.calls,
+        lambda spec: seconds(spec, grid, layer, H200, 2),
     ):
         assert of(whole) == pytest.approx(of(linear))
         assert of(half) == pytest.approx(0.25 * of(Softmax()) + 0.75 * of(linear))
-    assert break_even(whole, layer, 512, "cuda", 2) == break_even(linear, layer, 512, "cuda", 2) is not None
-    assert break_even(half, layer, 512, "cuda", 2) is not None
-    assert break_even(Schedule(((1.0, Softmax()),)), layer, 512, "cuda", 2) is None
+    assert break_even(whole, H200, 512) == break_even(linear, H200, 512) < math.inf
+    assert break_even(half, H200, 512) < math.inf
+    assert break_even(Schedule(((1.0, Softmax()),)), H200, 512) == math.inf
     model = HOST["flux"].build()
     found, exact = (estimate(model, spec, height=4096, width=4096, device="cuda") for spec in (whole, linear))
     assert found.converted_share == pytest.approx(exact.converted_share) and found.pays_from == exact.pays_from

@@ -21,7 +21,7 @@ from vision_attn.conversion.state import (
     state_of,
 )
 from vision_attn.estimation.model import aligned
-from vision_attn.graphs import Graphs, replaying
+from vision_attn.graphs import Graphs, replayed_of, replaying
 from vision_attn.hosts import Host, find_host
 from vision_attn.hosts.selection import Specs, Where, assign, candidates_of, check_specs, select, targets_of
 from vision_attn.kernels.backend import check_backend
@@ -58,9 +58,10 @@ def convert(  # noqa: PLR0913, the one call that users make
         host: For a model that is not known: which modules are its self-attention, and where the grid is.
         components: Names of the components of a pipeline to convert; by default `unet`, `transformer`,
             `transformer_2` and `prior`, as far as the pipeline has them.
-        only_if_faster: Layers run their own attention on grids where that is faster, and their status says so. The
-            measured rates of `estimate` decide, for the device that the model is on now, so `Conversion.save` does
-            not keep this.
+        only_if_faster: Layers run their own attention on grids where a step is as fast with it, and their status says
+            so. The rates of `estimate` decide, for batch 1 on the device that the model is on now, so
+            `Conversion.save` does not keep this. The time of the host counts, unless the model's CUDA graphs are
+            enabled already.
         replace: Replace an earlier conversion, which stays if this one is refused.
 
     Returns:
@@ -87,7 +88,7 @@ def convert(  # noqa: PLR0913, the one call that users make
             fix_grid(plan.contexts, grid)
     for plan in plans:
         if only_if_faster:
-            plan.break_even()
+            plan.break_even(graphs=replayed_of(plan.model) is not None)
         if is_converted(plan.model):
             undo(plan.model)
         plan.apply(min_tokens)

@@ -33,7 +33,7 @@ from vision_attn.conversion.state import (
     remember,
     state_of,
 )
-from vision_attn.estimation.cost import break_even
+from vision_attn.estimation.model import break_even
 from vision_attn.grid import Grid
 from vision_attn.hosts.host import Host, heads_of, input_dim
 from vision_attn.hosts.selection import unwrapped
@@ -104,13 +104,12 @@ class Plan:
         """Where the layers find their grids."""
         return [context for _, context in self.watched]
 
-    def break_even(self) -> None:
-        """Leave each layer to the host's own attention on grids where that is faster."""
-        parameter = next(self.model.parameters())
-        for module, _, state in self.layers:
-            layer = Layer("", *heads_of(state.name, module), dim=input_dim(module))
-            found = break_even(state.spec, layer, self.host.text, parameter.device.type, parameter.element_size())
-            state.break_even = math.inf if found is None else found
+    def break_even(self, *, graphs: bool) -> None:
+        """Leave each layer to the host's own attention where a step is as fast with it; see `break_even`."""
+        specs = {state.name: state.spec for _, _, state in self.layers}
+        found = break_even(self.model, self.host, specs, graphs=graphs)
+        for _, _, state in self.layers:
+            state.break_even = found[state.name]
 
     def apply(self, min_tokens: int) -> None:
         """Change the model."""

@@ -1,6 +1,5 @@
-"""When a processor pays: times of its attention and of dense attention, from operations, bytes and measured rates."""
+"""What one attention costs: seconds of a device from operations, bytes and rates, and seconds of the host."""
 
-import functools
 from dataclasses import dataclass
 
 from vision_attn.grid import Grid
@@ -8,54 +7,85 @@ from vision_attn.processors.base import AttnSpec, Layer
 from vision_attn.processors.schedule import Schedule
 from vision_attn.processors.softmax import Softmax
 
-_SIDES = (*range(4, 64, 4), *range(64, 257, 16), *range(288, 1025, 32))
+_REROUTING = 3.0  # operations that it takes the host to bring a call of attention to a processor
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates that attention reaches on a kind of device.
+    """Rates that attention and its surroundings reach on a device, and on the host that calls it.
 
     Attributes:
-        dense: Operations per second of dense attention.
-        other: Needed operations per second of other attention, whose tiles also compute operations nobody needs.
+        name: The device, for tables.
+        dense: Operations per second of dense attention with 128 channels a head.
+        narrow: The same with 64 channels a head.
+        other: Operations per second of our kernels with 128 channels a head.
+        spare: Keys that a tile holds in addition to those that a token needs.
+        fill: Kernels fill up the channels of a head to a multiple of this.
+        products: Operations per second of products of tokens with weights.
         bandwidth: Bytes per second.
-        overhead: Seconds that each call of other attention takes in addition.
+        launch: Seconds of the device that each operation takes at least.
+        overhead: Seconds of the device that each call of other attention takes in addition.
+        host: Seconds of the host for each operation of a model, Python included; 0 if the host is the device.
+        source: Where the rates come from: 'measured', or whose they are instead.
     """
 
+    name: str
     dense: float
+    narrow: float
     other: float
+    spare: float
+    fill: int
+    products: float
     bandwidth: float
+    launch: float
     overhead: float
+    host: float
+    source: str
+
+    def share(self, head_dim: int) -> float:
+        """Return what is left of a rate with 128 channels a head for heads of other channels."""
+        filled = self.fill * -(-head_dim // self.fill)
+        return head_dim / filled * (self.narrow / self.dense if filled <= 64 else 1.0)
 
 
-MACHINES = {
-    # H200, bf16, D=128, torch 2.11, triton 3.6: bench/results/kernels_local_h200.json
-    "cuda": Machine(dense=6.1e14, other=3.2e14, bandwidth=4.2e12, overhead=2e-5),
-    # one core of the CI machine, fp32, D=64, torch 2.13
-    "cpu": Machine(dense=6e10, other=1.7e10, bandwidth=4e9, overhead=1e-3),
-}
-
-
-def machine_of(device: str) -> Machine:
-    """Return the rates of a kind of device; those of a GPU if its own were not measured."""
-    return MACHINES.get(device.partition(":")[0], MACHINES["cuda"])
-
-
-def check_device(device: str | None) -> None:
-    """Refuse the name of a device whose rates are not known.
-
-    Raises:
-        ValueError: If it is neither 'cuda' nor 'cpu', with or without a number.
-    """
-    if device is not None and device.partition(":")[0] not in MACHINES:
-        raise ValueError(f"device must be {' or '.join(map(repr, MACHINES))}, whose rates are known, got {device!r}")
+# bf16, torch 2.11, triton 3.6: bench/results/kernels_local_h200.json, kernels_linear_h200.json. The host's rate is that
+# of steps at native sizes, where the GPU waits for it.
+H200 = Machine(
+    "NVIDIA H200",
+    dense=6.1e14,
+    narrow=4.65e14,
+    other=3.75e14,
+    spare=300,
+    fill=64,
+    products=6.2e14,
+    bandwidth=4.2e12,
+    launch=2e-6,
+    overhead=0.0,
+    host=1e-5,
+    source="stored rates of an H200",
+)
+# one core of the CI machine, fp32, D=64, torch 2.13
+CPU = Machine(
+    "a CPU core",
+    dense=6e10,
+    narrow=6e10,
+    other=1.7e10,
+    spare=0,
+    fill=16,
+    products=6e10,
+    bandwidth=4e9,
+    launch=1e-5,
+    overhead=1e-3,
+    host=0.0,
+    source="stored rates of one CPU core",
+)
 
 
 def seconds(spec: AttnSpec, grid: Grid, layer: Layer, machine: Machine, itemsize: int) -> float:
-    """Estimate the time of one attention over one sequence; for a schedule, the mean over the denoising.
+    """Estimate the time that the device needs for one attention over one sequence.
 
     Args:
-        spec: The processor.
+        spec: The processor; for a schedule it is the mean over the denoising.
         grid: The sequence.
         layer: The layer; its name is not used.
         machine: The rates.
@@ -69,40 +99,25 @@ def seconds(spec: AttnSpec, grid: Grid, layer: Layer, machine: Machine, itemsize
     """
     if isinstance(spec, Schedule):
         return sum(share * seconds(stage, grid, layer, machine, itemsize) for share, stage in spec.shares)
-    dense = isinstance(spec, Softmax)
-    work = spec.flops(grid, layer) / (machine.dense if dense else machine.other)
+    products = spec.products(grid, layer)
+    work, extra = spec.flops(grid, layer) - products, 0.0
+    rate = machine.dense
+    if not isinstance(spec, Softmax):
+        work += 4 * grid.tokens * machine.spare * layer.num_heads * layer.head_dim
+        rate, extra = machine.other, machine.overhead
+    work = work / (rate * machine.share(layer.head_dim)) + products / machine.products
     moved = spec.passes * least_bytes(grid, layer, itemsize) / machine.bandwidth
     # a machine computes and moves data at the same time, so the longer of the two counts
-    return max(work, moved) + (0 if dense else machine.overhead)
+    return max(work, moved) + spec.calls * machine.launch + extra
+
+
+def host_seconds(spec: AttnSpec, machine: Machine) -> float:
+    """Return how much longer than dense attention a converted layer keeps the host; for a schedule, in the mean."""
+    if isinstance(spec, Softmax):
+        return _REROUTING * machine.host
+    return (_REROUTING + spec.calls - Softmax().calls) * machine.host
 
 
 def least_bytes(grid: Grid, layer: Layer, itemsize: int) -> int:
     """Return the bytes of q, k, v and o."""
     return 4 * grid.tokens * layer.num_heads * layer.head_dim * itemsize
-
-
-@functools.cache
-def break_even(spec: AttnSpec, layer: Layer, outside: int, device: str, itemsize: int) -> int | None:
-    """Return the number of grid tokens from which on a processor is faster than dense attention, on square grids.
-
-    Args:
-        spec: The processor.
-        layer: The layer. Give it no name, so that equal layers are worked out once.
-        outside: Tokens outside the grid.
-        device: Kind of device, 'cuda' or 'cpu'.
-        itemsize: Bytes of one element of q.
-
-    Returns:
-        Tokens of the grid; None if the processor is never faster, up to 1024 x 1024.
-    """
-    machine, found = machine_of(device), None
-    for side in reversed(_SIDES):
-        grid = Grid(side, side, prefix=outside)
-        try:
-            ours = seconds(spec, grid, layer, machine, itemsize)
-        except ValueError:  # the spec does not fit this grid
-            continue
-        if ours >= seconds(Softmax(), grid, layer, machine, itemsize):
-            break
-        found = side * side
-    return found

@@ -1,17 +1,20 @@
 """`estimate`: what a conversion would need and save at an image size, before anything is converted."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import add
 from typing import Any
 
 from torch import nn
 
-from vision_attn.estimation.cost import check_device, least_bytes, machine_of, seconds
+from vision_attn.estimation.cost import Machine, least_bytes
+from vision_attn.estimation.rates import check_device, machine_of
+from vision_attn.estimation.step import Attending, Denoiser, Step
 from vision_attn.grid import Grid
 from vision_attn.hosts import Host, find_host
-from vision_attn.hosts.host import heads_of, input_dim
 from vision_attn.hosts.selection import Specs, Where, assign, check_specs, select, targets_of
-from vision_attn.processors.base import AttnSpec, Layer
+from vision_attn.processors.base import AttnSpec
 from vision_attn.processors.softmax import Softmax
 
 _SIDES = (*range(64, 1025, 64), *range(1280, 16385, 256))  # pixels of the shorter side that `_pays_from` tries
@@ -30,8 +33,9 @@ def estimate(
 ) -> "Estimate":
     """Estimate what `convert(target, spec)` needs and saves, without converting or running anything.
 
-    Operations are counted. Times are estimated from rates that were measured on one H200 and one CPU core; they decide
-    from which size on the conversion pays.
+    Operations are counted. Times are estimated from rates: those of this GPU, which are measured once in at most 3
+    seconds and kept in the user's cache folder; those of an H200 where there is none; those of a CPU core on a CPU. A
+    step takes as long as the GPU or the host needs, whichever is longer.
 
     Args:
         target: A diffusers pipeline, a diffusers UNet or DiT, or a timm vision transformer.
@@ -56,18 +60,62 @@ def estimate(
     check_device(device)
     if min(height, width) < 1:
         raise ValueError(f"height and width must be positive numbers of pixels, got {height} x {width}")
+    denoisers, scale = read(target, host, vae_scale_factor)
+    chosen = [(denoiser, specs_of(denoiser, spec, where)) for denoiser in denoisers]
+    rows: list[LayerEstimate] = []
+    other, steps = 0.0, []
+    for denoiser, specs in chosen:
+        size = input_size(denoiser, (height, width), scale)
+        machine, itemsize = _machine_of(denoiser, device)
+        step = denoiser.step(size, specs, machine, itemsize)
+        rows += [_row(denoiser, layer, specs.get(layer.name, Softmax()), itemsize) for layer in step.layers]
+        other += denoiser.other_flops(size)
+        steps.append(step)
+    return Estimate(rows, other, _pays_from(chosen, (height, width), scale, device), functools.reduce(add, steps))
+
+
+def read(target: Any, host: Host | None, vae_scale_factor: int | None) -> tuple[list[Denoiser], int]:
+    """Return the models of a target that attend over a grid, and the pixels of their input's latents.
+
+    Args:
+        target: As for `estimate`.
+        host: As for `estimate`.
+        vae_scale_factor: As for `estimate`.
+
+    Raises:
+        TypeError: If `target` is neither a model nor a pipeline.
+        ValueError: If it has no model that is known.
+    """
     models = list(targets_of(target, None, host).values())
     scale = vae_scale_factor
     if scale is None:
         scale = getattr(target, "vae_scale_factor", 8 if hasattr(models[0], "config") else 1)
     assert scale is not None
-    rows: list[LayerEstimate] = []
-    other = 0.0
-    for model in models:
-        _refuse_size(model, host or find_host(model), (height, width), scale)
-        rows += _rows_of(model, host, spec, where, (height, width), scale, device)
-        other += _other_flops(model, host or find_host(model), (height // scale, width // scale))
-    return Estimate(rows, other, _pays_from(models, host, spec, where, (height, width), scale, device))
+    return [Denoiser(model, host or find_host(model)) for model in models], scale
+
+
+def specs_of(denoiser: Denoiser, spec: Specs, where: Where = None) -> dict[str, AttnSpec]:
+    """Return the spec of each layer that is selected, as `convert` does."""
+    return assign(spec, select(denoiser.model, denoiser.names, where))
+
+
+def break_even(model: nn.Module, host: Host, specs: Mapping[str, AttnSpec], *, graphs: bool) -> dict[str, float]:
+    """Return for each converted layer the tokens of its grid from which on a step is faster, infinity for never.
+
+    Args:
+        model: The model, where it runs.
+        host: How its layers and their grids are found.
+        specs: The processor of each converted layer.
+        graphs: Whether the model replays from CUDA graphs, so that the time of the host does not count.
+    """
+    denoiser = Denoiser(model, host)
+    return denoiser.break_even(specs, *_machine_of(denoiser, None), graphs=graphs)
+
+
+def _machine_of(denoiser: Denoiser, device: str | None) -> tuple[Machine, int]:
+    """Return the rates, and the bytes of an element."""
+    parameter = next(denoiser.model.parameters())
+    return machine_of(device or str(parameter.device), parameter.dtype), parameter.element_size()
 
 
 @dataclass(frozen=True)
@@ -82,8 +130,9 @@ class LayerEstimate:
         flops: Operations that the processor needs.
         attended: Mean share of the tokens that one token attends to.
         bytes: Bytes of q, k, v and o.
-        dense_seconds: Estimated time of dense attention.
-        seconds: Estimated time of the processor.
+        dense_seconds: Estimated time that the device needs for dense attention.
+        seconds: Estimated time that it needs for the processor.
+        host_seconds: Estimated time that a conversion of the layer costs the host, where it is not the device.
     """
 
     name: str
@@ -95,6 +144,7 @@ class LayerEstimate:
     bytes: int
     dense_seconds: float
     seconds: float
+    host_seconds: float
 
 
 @dataclass(frozen=True)
@@ -106,11 +156,13 @@ class Estimate:
         other_flops: Operations of the model's linear layers in blocks that attend, and of its convolutions.
         pays_from: The (height, width) in pixels, of the given shape, from which on the conversion is faster; None if it
             never is.
+        step: Estimated seconds of a step, of the device and of the host.
     """
 
     layers: list[LayerEstimate]
     other_flops: float
     pays_from: tuple[int, int] | None
+    step: Step
 
     @property
     def tokens(self) -> int:
@@ -158,96 +210,59 @@ def aligned(cells: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
 
-def _rows_of(
-    model: nn.Module,
-    host: Host | None,
-    spec: Specs,
-    where: Where,
-    pixels: tuple[int, int],
-    scale: int,
-    device: str | None,
-) -> list[LayerEstimate]:
-    """Estimate each layer of one model."""
-    model_host, size = host or find_host(model), (pixels[0] // scale, pixels[1] // scale)
-    names = model_host.layer_names(model)
-    specs = assign(spec, select(model, names, where))
-    _refuse_tiny(model, model_host, names, pixels, size)
-    parameter = next(model.parameters())
-    machine, itemsize = machine_of(device or parameter.device.type), parameter.element_size()
-    rows = []
-    for name in names:
-        module = model.get_submodule(name)
-        layer = Layer("", *heads_of(name, module), dim=input_dim(module))
-        grid, own = model_host.grid_at(model, name, *size), specs.get(name, Softmax())
-        rows.append(
-            LayerEstimate(
-                name,
-                own,
-                grid,
-                Softmax().flops(grid, layer),
-                own.flops(grid, layer),
-                own.attended(grid),
-                least_bytes(grid, layer, itemsize),
-                seconds(Softmax(), grid, layer, machine, itemsize),
-                seconds(own, grid, layer, machine, itemsize),
-            )
-        )
-    return rows
+def _row(denoiser: Denoiser, layer: Attending, spec: AttnSpec, itemsize: int) -> LayerEstimate:
+    """Return what one layer needs."""
+    grid, about = layer.grid, denoiser.layers[layer.name]
+    return LayerEstimate(
+        layer.name,
+        spec,
+        grid,
+        Softmax().flops(grid, about),
+        spec.flops(grid, about),
+        spec.attended(grid),
+        least_bytes(grid, about, itemsize),
+        layer.dense,
+        layer.converted,
+        layer.host,
+    )
 
 
-def _refuse_size(model: nn.Module, host: Host, pixels: tuple[int, int], scale: int) -> None:
-    """Refuse an image of a size that the model refuses, unless it is smaller than a token (`_refuse_tiny`)."""
-    height, width = pixels
+def input_size(denoiser: Denoiser, pixels: tuple[int, int], scale: int) -> tuple[int, int]:
+    """Return the size of a model's input for an image.
+
+    Raises:
+        ValueError: If the model refuses an image of this size, or some layer has no token.
+    """
+    model, host, (height, width) = denoiser.model, denoiser.host, pixels
     if min(pixels) >= scale and (why := host.refuses(model, height / scale, width / scale)):
         raise ValueError(f"a {type(model).__name__} does not take an image of {height} x {width} pixels: {why}")
-
-
-def _refuse_tiny(
-    model: nn.Module, host: Host, names: list[str], pixels: tuple[int, int], size: tuple[int, int]
-) -> None:
-    """Refuse an image that has no token in some layer."""
-    for name in names:
+    size = height // scale, width // scale
+    for name in denoiser.names:
         if min(size) < 1 or min(host.size(model, name, *size)) < 1:
-            height, width = pixels
             raise ValueError(
                 f"an image of {height} x {width} pixels is smaller than a token of {name}: give a larger one"
             )
-
-
-def _other_flops(model: nn.Module, host: Host, size: tuple[int, int]) -> float:
-    """Return twice the weights times the tokens, for linear layers in blocks that attend and for convolutions."""
-    tokens = {name: host.grid_at(model, name, *size).tokens for name in host.layer_names(model)}
-    blocks = {name.rpartition(".")[0]: count for name, count in tokens.items()}
-    total = 0.0
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            total += 2 * module.weight.numel() * host.positions(model, name, *size)
-        elif isinstance(module, nn.Linear) and "norm" not in name:
-            block = next((count for block, count in blocks.items() if name.startswith(f"{block}.")), 0)
-            total += 2 * module.weight.numel() * block
-    return total
+    return size
 
 
 def _pays_from(
-    models: list[nn.Module],
-    host: Host | None,
-    spec: Specs,
-    where: Where,
-    size: tuple[int, int],
-    scale: int,
-    device: str | None,
+    chosen: Sequence[tuple[Denoiser, dict[str, AttnSpec]]], size: tuple[int, int], scale: int, device: str | None
 ) -> tuple[int, int] | None:
     """Return the smallest size of the same shape that pays: try sizes from large to small until dense is faster."""
-    found = None
+    found, rates = None, [_machine_of(denoiser, device) for denoiser, _ in chosen]
     for short in reversed(_SIDES):
         height, width = (round(short * side / min(size) / 64) * 64 for side in size)
         try:
-            rows = [
-                row for model in models for row in _rows_of(model, host, spec, where, (height, width), scale, device)
-            ]
-        except ValueError:  # a processor does not fit
+            step = functools.reduce(
+                add,
+                (
+                    denoiser.step(input_size(denoiser, (height, width), scale), specs, *rate)
+                    for (denoiser, specs), rate in zip(chosen, rates, strict=True)
+                ),
+            )
+        except ValueError:  # a processor or the model does not fit
             continue
-        if sum(row.seconds for row in rows) >= sum(row.dense_seconds for row in rows):
+        if step.seconds(step.names) >= step.seconds():
             break
         found = (height, width)
     return found

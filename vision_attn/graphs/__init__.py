@@ -9,6 +9,6 @@ It works for converted and for unconverted models. A call whose recording would 
 says why: training, hooks (offloading and caches of diffusers put them on), and models that are not on a GPU.
 """
 
-from vision_attn.graphs.replayed import Graphs, disable, enable, replaying
+from vision_attn.graphs.replayed import Graphs, disable, enable, replayed_of, replaying
 
-__all__ = ["Graphs", "disable", "enable", "replaying"]
+__all__ = ["Graphs", "disable", "enable", "replayed_of", "replaying"]

@@ -262,7 +262,7 @@ def enable(target: Any, *, most: int = 8) -> Graphs:
     check_int("most", most, 1)
     found = {}
     for name, model in _models(target).items():
-        now = _replayed(model)
+        now = replayed_of(model)
         if now is None:
             now = Replayed(model, most)
             model.forward = now
@@ -279,7 +279,7 @@ def replaying(models: Mapping[str, nn.Module], most: int = 8) -> Iterator[Graphs
         models: Models by component name.
         most: As for `enable`.
     """
-    before = {name for name, model in models.items() if _replayed(model) is not None}
+    before = {name for name, model in models.items() if replayed_of(model) is not None}
     graphs = Graphs({name: enable(model, most=most).forwards[""] for name, model in models.items()})
     try:
         yield graphs
@@ -294,7 +294,7 @@ def disable(target: Any) -> None:
         TypeError: If `target` is neither a model nor a pipeline.
     """
     for model in candidates_of(target).values():
-        forward = _replayed(model)
+        forward = replayed_of(model)
         if forward is not None:
             _take_off(forward)
 
@@ -309,7 +309,8 @@ def _models(target: Any) -> dict[str, nn.Module]:
     return {name: candidates[name] for name in names}
 
 
-def _replayed(model: nn.Module) -> Replayed | None:
+def replayed_of(model: nn.Module) -> Replayed | None:
+    """Return the forward that replays a model's graphs; None if they are not enabled."""
     for name in ("forward", "_old_forward"):
         if isinstance(vars(model).get(name), Replayed):
             return vars(model)[name]

@@ -72,6 +72,16 @@ class Agent(AttnSpec):
         seen = grid.image_tokens * (agents + outside) + agents * grid.tokens + outside * grid.tokens
         return min(1.0, seen / grid.tokens**2)
 
+    @property
+    def passes(self) -> float:
+        """Many, because pooling the queries to a few agents keeps most of a GPU waiting."""
+        return 40.0
+
+    @property
+    def calls(self) -> float:
+        """Pooling, two kernels and their merge; the biases are resized at each call."""
+        return 11.0 + 20.0 * self.biases + 3.0 * self.dwc
+
 
 class AgentAttention(Processor):
     """`agent_attention` with agents pooled from the grid's queries."""

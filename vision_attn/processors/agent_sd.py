@@ -89,6 +89,11 @@ class AgentSD(AttnSpec):
         through = 2 * kept * agents + kept * outside if self.has_agents(kept, agents) else kept * (kept + outside)
         return min(1.0, (through + outside * grid.tokens) / grid.tokens**2)
 
+    @property
+    def calls(self) -> float:
+        """Matching and merging are many small operations of PyTorch."""
+        return 75.0
+
     def counts(self, grid: Grid) -> tuple[int, int]:
         """Return how many grid tokens remain, and how many agents there are."""
         n = grid.image_tokens

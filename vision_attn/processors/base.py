@@ -164,10 +164,19 @@ class AttnSpec(ABC):
         """Return the floating point operations that the attention needs for one sequence, without projections."""
         return 4 * grid.tokens**2 * self.attended(grid) * layer.num_heads * layer.head_dim
 
+    def products(self, grid: Grid, layer: Layer) -> float:
+        """Return those of `flops` that are products of tokens with weights, which run faster than attention does."""
+        return 0.0
+
     @property
     def passes(self) -> float:
         """How often q, k, v and o go through memory, in units of one read or write of each of them."""
         return 1.0
+
+    @property
+    def calls(self) -> float:
+        """About how many operations the host calls for one attention; a kernel of Triton counts as two."""
+        return 8.0
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,11 @@ class Clear(AttnSpec):
         cells = grid.image_tokens // self.pool**2 if self.pool > 1 else 0
         return Window(radius=self.radius).share(grid) + grid.image_tokens * cells / grid.tokens**2
 
+    @property
+    def calls(self) -> float:
+        """One kernel, and pooling if there is any."""
+        return 3.0 if self.pool == 1 else 15.0
+
     def check(self, grid: Grid) -> None:
         """Refuse a grid that `pool` does not divide.
 

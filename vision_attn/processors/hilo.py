@@ -62,6 +62,11 @@ class HiLo(AttnSpec):
         seen = grid.image_tokens * (share * low + (1 - share) * high) + outside * grid.tokens
         return seen / grid.tokens**2
 
+    @property
+    def calls(self) -> float:
+        """A kernel of windows, and pooling, dense attention and joining in PyTorch."""
+        return 20.0
+
 
 class HiLoAttention(Processor):
     """`window_attention` on the first heads, dense attention over pooled keys on the last."""

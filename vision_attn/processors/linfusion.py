@@ -74,6 +74,10 @@ class LinFusion(AttnSpec):
         sums = 4 * features * layer.head_dim + (4 * layer.head_dim if features == 2 else 0)
         return grid.tokens * (sums * layer.num_heads * layer.head_dim + 8 * self.width(layer) * (layer.dim or 0))
 
+    def products(self, grid: Grid, layer: Layer) -> float:
+        """Return the operations of the residual networks."""
+        return grid.tokens * 8.0 * self.width(layer) * (layer.dim or 0)
+
     def width(self, layer: Layer) -> int:
         """Return the width of f in a layer, 0 if there is no f."""
         if self.mid_dim == -1 or layer.dim is None:
@@ -84,6 +88,11 @@ class LinFusion(AttnSpec):
     def passes(self) -> float:
         """Two for the sums; Hedgehog's features are written and read too."""
         return 2.0 if self.feature_map == "elu" else 4.0
+
+    @property
+    def calls(self) -> float:
+        """Kernels of the sums and of the features, and the layers of both residual networks."""
+        return (6.0 if self.feature_map == "elu" else 12.0) + (10.0 if self.mid_dim != -1 else 0.0)
 
 
 class _Affine(nn.Module):

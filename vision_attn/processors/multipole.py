@@ -123,6 +123,11 @@ class Multipole(AttnSpec):
         """Means and the choice read q, k and v once more."""
         return 2.0
 
+    @property
+    def calls(self) -> float:
+        """Kernels of the means, of the choice and of the attention itself."""
+        return 15.0 if self.exact else 10.0
+
 
 def _near(side: int, cell: int, near: int, unit: int = 1) -> float:
     """Units of `unit` tokens along a side within `near` cells of a token's own, in the mean over the tokens."""

@@ -59,6 +59,11 @@ class Neighborhood(AttnSpec):
         self.window.check(grid)
         return self.window.share(grid)
 
+    @property
+    def calls(self) -> float:
+        """One kernel."""
+        return 3.0
+
 
 class NeighborhoodAttention(Processor):
     """`local_attention` over a square window."""

@@ -60,7 +60,12 @@ class RALA(AttnSpec):
     @property
     def passes(self) -> float:
         """Two for the sums, and the mean of q before them, and the gate and the convolution after them."""
-        return 3.5
+        return 9.0
+
+    @property
+    def calls(self) -> float:
+        """Kernels of the mean and of the sums, the gate and the convolution."""
+        return 20.0 if self.kernel_size else 16.0
 
 
 class RALAAttention(Processor):

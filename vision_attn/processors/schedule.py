@@ -59,6 +59,15 @@ class Schedule(AttnSpec):
         """The mean over the denoising of the stages' passes."""
         return sum(share * spec.passes for share, spec in self.shares)
 
+    def products(self, grid: Grid, layer: Layer) -> float:
+        """Return the mean over the denoising of the stages' products with weights."""
+        return sum(share * spec.products(grid, layer) for share, spec in self.shares)
+
+    @property
+    def calls(self) -> float:
+        """The mean over the denoising of the stages' calls."""
+        return sum(share * spec.calls for share, spec in self.shares)
+
 
 class ScheduledAttention(Processor):
     """Holds the processors of all stages, and returns the one for the moment."""

@@ -27,6 +27,11 @@ class Softmax(AttnSpec):
         """Return 1.0."""
         return 1.0
 
+    @property
+    def calls(self) -> float:
+        """The host's own."""
+        return 2.0
+
 
 class SoftmaxAttention(Processor):
     """`scaled_dot_product_attention` over all tokens."""

@@ -20,7 +20,8 @@ from vision_attn.bench.pipelines.architectures import ARCHITECTURES, Architectur
 from vision_attn.bench.pipelines.attention import STOCK, WAYS, Way
 from vision_attn.bench.timing import PeakMemory
 from vision_attn.conversion.conversion import Conversion
-from vision_attn.estimation.cost import machine_of, seconds
+from vision_attn.estimation.cost import seconds
+from vision_attn.estimation.rates import machine_of
 from vision_attn.graphs import replaying
 from vision_attn.grid import Grid
 from vision_attn.hosts import find_host
