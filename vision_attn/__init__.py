@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vision_attn.conversion import Conversion, convert, load, use_grid
-    from vision_attn.estimation import estimate
+    from vision_attn.estimation import advise, estimate
     from vision_attn.grid import Grid
     from vision_attn.highres import Options, generate_highres
     from vision_attn.hosts import Host
@@ -27,7 +27,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "conversion": ("Conversion", "convert", "load", "use_grid"),
-    "estimation": ("estimate",),
+    "estimation": ("advise", "estimate"),
     "grid": ("Grid",),
     "highres": ("Options", "generate_highres"),
     "hosts": ("Host",),
@@ -63,6 +63,7 @@ __all__ = [
     "Options",
     "Schedule",
     "Softmax",
+    "advise",
     "convert",
     "estimate",
     "generate_highres",

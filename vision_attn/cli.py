@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--token", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="token of the picture; the middle one by default"
     )
     inspect.set_defaults(run=_inspect)
+    _add_advise(commands)
     _add_generate(commands)
     _add_gallery(commands)
     bench = commands.add_parser("bench", help="check and time operators beside their peers, or show stored results")
@@ -64,6 +65,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"vision-attn: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _add_advise(commands: Any) -> None:
+    advise = commands.add_parser("advise", help="say whether a conversion helps at a size, and what else does")
+    advise.add_argument("model", help="folder or hub name of a diffusers pipeline or model, or a timm model's name")
+    advise.add_argument("--height", type=int, required=True, help="height of the image in pixels")
+    advise.add_argument("--width", type=int, required=True, help="width of the image in pixels")
+    advise.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="device to estimate times for")
+    advise.add_argument("--batch", type=int, default=1, help="pictures at once; guidance doubles them")
+    advise.add_argument(
+        "--measure", action="store_true", help="load a pipeline or timm model on the GPU, and time a step there"
+    )
+    advise.set_defaults(run=_advise)
+
+
+def _advise(options: argparse.Namespace) -> None:
+    from vision_attn.demo.loading import component_of, load_running, load_target  # noqa: PLC0415
+    from vision_attn.estimation import advise  # noqa: PLC0415
+
+    load = load_running if options.measure else load_target
+    device = None if options.measure else options.device
+    found = advise(load(options.model), options.height, options.width, device=device, batch=options.batch)
+    print(found.of_pipeline(component_of(options.model)))
 
 
 def _add_generate(commands: Any) -> None:

@@ -136,7 +136,7 @@ def test_a_slow_host_or_a_fast_device_makes_a_conversion_pay_later() -> None:
 
 def test_a_step_that_waits_for_the_host_gains_nothing_but_in_a_graph() -> None:
     layers = tuple(Attending(f"{n}", Grid(64, 64), dense=4e-4, converted=1e-4, host=5e-5) for n in range(10))
-    step = Step(layers, linear=5e-3, convolutions=0.0, other=1e-3, host=2e-2)
+    step = Step(layers, projections=1e-3, linear=4e-3, convolutions=0.0, other=1e-3, host=2e-2)
     assert step.device == pytest.approx(1e-2) and step.seconds() == pytest.approx(2e-2)
     assert step.faster() == frozenset() and step.faster(graphs=True) == step.names
     assert step.seconds(step.names) == pytest.approx(2.05e-2)
@@ -150,7 +150,7 @@ def test_layers_are_converted_as_long_as_the_step_becomes_shorter() -> None:
     good = [Attending(f"good{n}", Grid(64, 64), dense=1e-3, converted=2e-4, host=5e-4) for n in range(6)]
     poor = [Attending(f"poor{n}", Grid(32, 32), dense=1e-4, converted=5e-5, host=5e-4) for n in range(6)]
     worse = [Attending("worse", Grid(8, 8), dense=1e-5, converted=5e-5)]
-    step = Step((*poor, *worse, *good), linear=1e-3, convolutions=0.0, other=0.0, host=4e-3)
+    step = Step((*poor, *worse, *good), projections=0.0, linear=1e-3, convolutions=0.0, other=0.0, host=4e-3)
     chosen = step.faster()
     assert chosen == {layer.name for layer in good}
     every = [frozenset(names) for names in ((), step.names, [layer.name for layer in poor])]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from vision_attn.demo import TEACHERS, load_teacher
+from vision_attn.hosts.selection import COMPONENTS
 
 # The teachers' names in commands that take any pipeline.
 EMOJI = {"emoji" if name == "base" else f"emoji-{name}": name for name in TEACHERS}
@@ -85,6 +86,29 @@ def load_target(name: str) -> Any:
     raise ValueError(
         f"{name} is neither a folder with model_index.json or config.json, nor a timm model, nor a name on the hub"
     )
+
+
+def load_running(name: str) -> Any:
+    """Load a pipeline or a timm model on the GPU, with its weights, as for `load_target`.
+
+    Raises:
+        ValueError: If there is no such pipeline or model, or no GPU.
+    """
+    _check_device("cuda")
+    import timm  # noqa: PLC0415
+
+    if timm.is_model(name):
+        return load_target(name).eval().to("cuda", torch.bfloat16)
+    return load_pipeline(name, device="cuda")
+
+
+def component_of(name: str) -> str | None:
+    """Return which component of a pipeline `load_target` loads; None if the name is not that of a pipeline."""
+    index = Path(name) / "model_index.json"
+    if not index.exists():
+        return None
+    parts = json.loads(index.read_text())
+    return next((part for part in COMPONENTS if part in parts or (index.parent / part).is_dir()), None)
 
 
 def _denoiser(folder: Path) -> Any:

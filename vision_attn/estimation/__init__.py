@@ -1,5 +1,6 @@
-"""What a conversion would cost and save: `estimate`, the measured rates behind it, and what `inspect` prints."""
+"""What a conversion would cost and save: `estimate` and `advise`, the measured rates, and what `inspect` prints."""
 
+from vision_attn.estimation.advising import advise
 from vision_attn.estimation.model import estimate
 
-__all__ = ["estimate"]
+__all__ = ["advise", "estimate"]

@@ -89,6 +89,12 @@ class Installed:
         """Whether a CUDA graph is being recorded."""
         return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
+    def eight_bits(self, device: torch.device) -> bool:
+        """Whether a device computes with 8-bit floats; an H200, which stands for a GPU that is not here, does."""
+        if device.type != "cuda" or not self.any() or torch.version.hip is not None:
+            return device.type == "cuda"
+        return torch.cuda.get_device_capability(device) >= (8, 9)
+
     def measured(self, gpu: torch.device, dtype: torch.dtype) -> Machine:
         """Time a GPU."""
         return measure(self.name(gpu), probes(gpu, dtype), GpuClock(gpu))

@@ -16,6 +16,7 @@ from vision_attn.hosts.host import Host, heads_of, input_dim
 from vision_attn.processors.base import AttnSpec, Layer
 from vision_attn.processors.softmax import Softmax
 
+PARTS = ("projections", "linear", "convolutions", "other")  # of the device's time beside attention over grids
 _OPERATIONS = 5.5  # that a module without modules in it costs the host, with what lies around it
 _TOKENS = (*range(4, 64, 4), *range(64, 257, 16), *range(288, 1025, 32))  # sides of the largest grid that are tried
 # how often the input and output of a layer go through memory, with norms, activations and sums around it; and how much
@@ -48,13 +49,15 @@ class Step:
 
     Attributes:
         layers: All layers that attend over a grid.
-        linear: Of the device, in linear layers.
+        projections: Of the device, in linear layers of attention modules.
+        linear: Of the device, in other linear layers, those of MLPs.
         convolutions: Of the device, in convolutions.
         other: Of the device, in everything else: norms, activations, sums.
         host: Of the host, in the model without a conversion; 0 if the host is the device.
     """
 
     layers: tuple[Attending, ...]
+    projections: float
     linear: float
     convolutions: float
     other: float
@@ -74,7 +77,7 @@ class Step:
     @property
     def device(self) -> float:
         """Of the device, without a conversion."""
-        return self.attention + self.linear + self.convolutions + self.other
+        return self.attention + sum(getattr(self, part) for part in PARTS)
 
     def device_with(self, names: frozenset[str]) -> float:
         """Return the seconds of the device if these layers are converted."""
@@ -118,7 +121,7 @@ class Step:
     def times(self, batch: int) -> "Step":
         """Return the step of a larger batch: the device has more to do, the host has not."""
         layers = (replace(layer, dense=batch * layer.dense, converted=batch * layer.converted) for layer in self.layers)
-        device = {name: batch * getattr(self, name) for name in ("linear", "convolutions", "other")}
+        device = {part: batch * getattr(self, part) for part in PARTS}
         return replace(self, layers=tuple(layers), **device)
 
 
@@ -146,19 +149,20 @@ class Denoiser:
             name: Layer("", *heads_of(name, modules[name]), dim=input_dim(modules[name])) for name in self.names
         }
         blocks = {name.rpartition(".")[0]: name for name in self.names}
-        self._leaves = sum(not module._modules for module in modules.values())
-        self._linear: list[tuple[str, int, int]] = []  # a layer with as many tokens, weights, channels in and out
-        self._convolutions: list[tuple[str, int, int]] = []  # the module, weights, channels in and out
+        leaves = [module for module in modules.values() if not module._modules]
+        self._leaves = sum(not isinstance(module, nn.Identity) for module in leaves)
+        # kind, the module or a layer with as many tokens, weights, channels in and out
+        self._products: list[tuple[str, str, int, int]] = []
         for name, module in modules.items():
+            kind = part_of(name, modules)
             if isinstance(module, nn.Conv2d):
                 channels = module.in_channels + module.out_channels
-                self._convolutions.append((name, module.weight.numel(), channels))
+                self._products.append((kind, name, module.weight.numel(), channels))
             elif isinstance(module, nn.Linear) and "norm" not in name:
                 block = next((blocks[outer] for outer in _outer(name) if outer in blocks), None)
                 if block is not None:
-                    channels = module.in_features + module.out_features
                     weights = module.in_features * module.out_features  # quantised ones are stored in fewer numbers
-                    self._linear.append((block, weights, channels))
+                    self._products.append((kind, block, weights, module.in_features + module.out_features))
 
     def grids(self, size: tuple[int, int]) -> dict[str, Grid]:
         """Return the sequence of each layer for an input of a size, in latents or pixels."""
@@ -166,7 +170,7 @@ class Denoiser:
 
     def other_flops(self, size: tuple[int, int]) -> float:
         """Return twice the weights times the tokens, for linear layers in blocks that attend and for convolutions."""
-        return sum(2.0 * weights * places for _, weights, _, places in self._products(size))
+        return sum(2.0 * weights * places for _, weights, _, places in self._at(size))
 
     def step(self, size: tuple[int, int], specs: Mapping[str, AttnSpec], machine: Machine, itemsize: int) -> Step:
         """Return the step for an input of a size, batch 1.
@@ -180,8 +184,8 @@ class Denoiser:
         Raises:
             ValueError: If a processor does not fit its grid.
         """
-        parts = dict(linear=0.0, convolutions=0.0, other=self._leaves * _OPERATIONS * machine.launch)
-        for kind, weights, channels, places in self._products(size):
+        parts = dict.fromkeys(PARTS, 0.0) | dict(other=self._leaves * _OPERATIONS * machine.launch)
+        for kind, weights, channels, places in self._at(size):
             work = 2 * weights * places / machine.products
             moved = channels * places * itemsize / machine.bandwidth
             conv = kind == "convolutions"
@@ -201,13 +205,13 @@ class Denoiser:
             layers.append(Attending(name, grid, dense, converted, host if spec is not None else 0.0))
         return Step(tuple(layers), **parts, host=self._leaves * _OPERATIONS * machine.host)
 
-    def _products(self, size: tuple[int, int]) -> Iterator[tuple[str, int, int, int]]:
+    def _at(self, size: tuple[int, int]) -> Iterator[tuple[str, int, int, int]]:
         """Yield the kind of each linear layer and convolution, its weights, channels and places."""
         tokens = {name: grid.tokens for name, grid in self.grids(size).items()}
-        for block, weights, channels in self._linear:
-            yield "linear", weights, channels, tokens[block]
-        for name, weights, channels in self._convolutions:
-            yield "convolutions", weights, channels, self.host.positions(self.model, name, *size)
+        for kind, name, weights, channels in self._products:
+            conv = kind == "convolutions"
+            places = self.host.positions(self.model, name, *size) if conv else tokens[name]
+            yield kind, weights, channels, places
 
     def break_even(
         self, specs: Mapping[str, AttnSpec], machine: Machine, itemsize: int, *, graphs: bool = False
@@ -245,6 +249,16 @@ class Denoiser:
         large = 4096
         unit = max(1, large // max(max(grid.height, grid.width) for grid in self.grids((large, large)).values()))
         return [(side * unit, side * unit) for side in _TOKENS]
+
+
+def part_of(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """Return to which of `PARTS` the time of a module belongs, given all modules of its model by name."""
+    if isinstance(modules[name], nn.Conv2d):
+        return "convolutions"
+    if not isinstance(modules[name], nn.Linear):
+        return "other"
+    attends = any(hasattr(modules[outer], sign) for outer in _outer(name) for sign in ("heads", "num_heads"))
+    return "projections" if attends else "linear"
 
 
 def _as_given(model: nn.Module, layer: str, height: int, width: int) -> tuple[int, int]:
