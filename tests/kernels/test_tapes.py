@@ -26,6 +26,9 @@ ROWS = {
 }
 
 
+QUICK = ("clear", "linfusion") if DEVICE == "cpu" else tuple(ROWS)
+
+
 @pytest.fixture(autouse=True)
 def inference(monkeypatch):
     monkeypatch.setattr(tapes, "_DEVICES", (DEVICE,))
@@ -51,8 +54,15 @@ def kept(found):
     return [tape for tape in found.found.values() if tape]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=[] if name in QUICK and dtype is torch.float32 else [pytest.mark.slow])
+        for name in ROWS
+        for dtype in DTYPES
+    ],
+    ids=str,
+)
 def test_repeats_are_bit_equal(name, dtype):
     processor, grid = built(name, dtype)
     found = tapes.Tapes()
@@ -98,7 +108,9 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "change", [pytest.param(c, marks=[] if c in ("attribute", "other memory") else [pytest.mark.slow]) for c in CHANGES]
+)
 def test_a_changed_processor_is_seen(change):
     processor, grid = built("multipole")
     found, args = tapes.Tapes(), drawn(grid, 0)
@@ -138,6 +150,7 @@ def test_gradients_and_modes_run_as_ever():
     assert len(kept(found)) == 1
 
 
+@pytest.mark.slow
 def test_a_converted_model_repeats_and_its_copies_begin_anew():
     from tiny_hosts import HOST
 
@@ -154,3 +167,14 @@ def test_a_converted_model_repeats_and_its_copies_begin_anew():
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert not any(vars(m)[LAYER].tapes.found for m in other.modules() if LAYER in vars(m))
         assert torch.equal(other(**inputs)[0], outputs[0])
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter has no compiled kernels")
+def test_launches_are_taken_apart_needs_a_gpu():
+    """Triton's launcher is built as `direct.py` knows it; where it is not, launches go the slower public way."""
+    processor, grid = built("clear", torch.bfloat16)
+    found = tapes.Tapes()
+    for seed in range(3):
+        found.call(processor, drawn(grid, seed, torch.bfloat16), processor)
+    (tape,) = kept(found)
+    assert all("_taken_apart" in step._launch.__qualname__ for step in tape.steps)

@@ -90,7 +90,7 @@ class MultipoleProblem:
         return replace(self, group="twin", grid=grid, heads=min(self.heads, 3), peers=(), backward=())
 
     def inputs(self, device: torch.device) -> Inputs:
-        """Draw q, k, v and the cotangent of o; some cells stand out, so that rounding does not decide which are exact."""
+        """Draw q, k, v and the cotangent of o; some cells stand out, so that no rounding decides which are exact."""
         shape = 1, self.grid.tokens, self.heads, self.head_dim
         inputs = Inputs.drawn(shape, getattr(torch, self.dtype), device)
         if self.spec.exact:

@@ -18,6 +18,8 @@ from torch.nn.modules import module as _modules
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from vision_attn.kernels.triton.direct import Box, launcher_of
+
 _MOST = 64  # tapes kept of one function: shapes may come from a user's data
 _ALIGNMENT = 256  # bytes
 _EMPTY = (
@@ -90,7 +92,7 @@ def _can_repeat(t: Tensor) -> bool:
         and not torch._C._len_torch_function_stack()
         and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
-        and (t.device.type == "cpu" or t.get_device() == torch.cuda.current_device())
+        and (t.device.type == "cpu" or t.get_device() == torch._C._cuda_getDevice())
     )
 
 
@@ -203,8 +205,10 @@ def _tape_of(heard: Recorder, result: Any, owner: nn.Module | None) -> "Tape | N
     places = {}
     for n, (t, zero) in enumerate(heard.allocated):
         if n in bases:
+            if zero:
+                return None
             places[n] = bases[n], 0
-            tape.outputs.append((tuple(t.shape), t.stride(), t.dtype, zero, numbers.index(n)))
+            tape.outputs.append((tuple(t.shape), t.stride(), t.dtype, numbers.index(n)))
         elif zero:
             places[n] = len(inputs) + len(outputs) + 1 + len(tape.zeros), 0
             tape.zeros.append(t.numel() * t.element_size())
@@ -229,13 +233,11 @@ def _tape_of(heard: Recorder, result: Any, owner: nn.Module | None) -> "Tape | N
         return (fixed_base, address) if tape.keep(t, owner) else None
 
     for compiled, grid, tensors, again in heard.launches:
-        step = Step(compiled, grid, again)
-        for number, t in enumerate(tensors):
-            place = place_of(_tensor_of(t))
-            if place is None:
-                return None
-            step.put(number, t, place)
-        tape.steps.append(step)
+        found = [place_of(_tensor_of(t)) for t in tensors]
+        step_places = [place for place in found if place is not None]
+        if len(step_places) < len(found):
+            return None
+        tape.steps.append(Step(compiled, grid, again, tensors, step_places))
     return tape
 
 
@@ -252,17 +254,6 @@ def _tensor_of(t: Any) -> Tensor:
     return base if isinstance(base, Tensor) else base.tensor
 
 
-class _Address:
-    """Stands for the tensor of a box."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype, self.value = dtype, 0
-
-    def data_ptr(self) -> int:
-        """Return the address."""
-        return self.value
-
-
 class Step:
     """One launch of a tape.
 
@@ -270,43 +261,41 @@ class Step:
         compiled: The compiled kernel and its arguments after the tensors; None in the interpreter.
         grid: Its programs.
         again: Launches the kernel on tensors.
+        tensors: Its tensors, then boxes of tensors.
+        places: Which memory each of them lies in, and how far from its start.
     """
 
-    def __init__(self, compiled: Any, grid: tuple[int, ...], again: Callable[..., None]) -> None:
-        self._grid, self._again = (*grid, 1, 1)[:3], again
-        self._kernel, rest = compiled or (None, ())
-        self._rest = list(rest)
-        self._args: list[Any] = []
-        self._places: list[tuple[int, int, int]] = []
-        self._boxes: list[tuple[_Address, int, int]] = []
-
-    def put(self, number: int, t: Any, place: tuple[int, int]) -> None:
-        """Give the next argument: a tensor or a box of one, and which memory it lies in, how far from its start."""
-        base, offset = place
-        if isinstance(t, Tensor):
-            self._args.append(t if self._kernel is None else 0)
-            self._places.append((number, base, offset))
+    def __init__(
+        self, compiled: Any, grid: tuple[int, ...], again: Callable[..., None], tensors: Sequence[Any],
+        places: Sequence[tuple[int, int]],
+    ) -> None:  # fmt: skip
+        self._again = None if compiled is not None else again
+        self._like, self._places, self._boxes = tensors if compiled is None else (), [], []
+        if compiled is None:
+            self._places = [(number, *place) for number, place in enumerate(places)]
             return
-        address = _Address(t.base.dtype)
-        offset += t.base.data_ptr() - _tensor_of(t).data_ptr()
-        self._args.append(type(t)(address, t.shape, t.strides, t.block_shape))
-        self._boxes.append((address, base, offset))
+        kernel, rest = compiled
+        args = [t.data_ptr() if isinstance(t, Tensor) else Box(t) for t in tensors]
+        launcher = launcher_of(kernel, (*grid, 1, 1)[:3], [*args, *rest])
+        self._values, self._launch = launcher.values, launcher.launch
+        for position, arg, t, (base, offset) in zip(launcher.position, args, tensors, places, strict=False):
+            if isinstance(arg, Box):
+                shift = t.base.data_ptr() - _tensor_of(t).data_ptr()
+                self._boxes.append((position, arg, base, offset + shift))
+            else:
+                self._places.append((position, base, offset))
 
     def run(self, bases: Sequence[int], stream: int) -> None:
         """Launch on memory at the addresses `bases`."""
-        kernel, args = self._kernel, self._args.copy()
-        if kernel is None:
-            for number, base, offset in self._places:
-                args[number] = _at(bases[base] + offset, args[number])
-            self._again(*args)
+        if self._again is not None:
+            self._again(*[_at(bases[base] + offset, self._like[number]) for number, base, offset in self._places])
             return
-        for number, base, offset in self._places:
-            args[number] = bases[base] + offset
-        for address, base, offset in self._boxes:
-            address.value = bases[base] + offset
-        kernel.run(
-            *self._grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *args, *self._rest
-        )  # fmt: skip
+        values = self._values.copy()
+        for position, base, offset in self._places:
+            values[position] = bases[base] + offset
+        for position, box, base, offset in self._boxes:
+            values[position] = box.at(bases[base] + offset)
+        self._launch(stream, values)
 
 
 def _at(address: int, like: Tensor) -> Tensor:
@@ -328,7 +317,7 @@ class Tape:
         many: Whether the call returns a tuple.
         device: Where it runs.
         steps: The launches.
-        outputs: Shape, strides, dtype of each tensor that is returned, whether it begins as zeros, and its number.
+        outputs: Shape, strides, dtype and number of each tensor that is returned.
         zeros: Bytes of each further memory that begins as zeros.
         bytes: All other memory that is asked for.
         kept: Parameters: where each is kept, by what name, itself, and its address.
@@ -365,12 +354,9 @@ class Tape:
         """Launch anew on other inputs and new memory; returns what the call returned."""
         device = self.device
         outputs = [
-            (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=device).as_strided(shape, strides)
-            if zero
-            else torch.empty_strided(shape, strides, dtype=dtype, device=device)
-            for shape, strides, dtype, zero, _ in self.outputs
+            torch.empty_strided(shape, strides, dtype=dtype, device=device) for shape, strides, dtype, _ in self.outputs
         ]
-        more = [torch.empty(self.bytes, dtype=torch.uint8, device=device)]
+        more = [torch.empty(self.bytes, dtype=torch.uint8, device=device)] if self.bytes else [inputs[0]]
         more += [torch.zeros(count, dtype=torch.uint8, device=device) for count in self.zeros]
         bases = [t.data_ptr() for t in (*inputs, *outputs, *more)]
         bases.append(0)
