@@ -41,7 +41,8 @@ def test_what_a_step_is_made_of() -> None:
     small, large = (advise(wide_vit(), pixels, pixels, device="cuda") for pixels in (512, 4096))
     assert small.attention_share < 0.2 and large.attention_share > 0.8
     text = str(large)
-    assert "VisionTransformer, 4096 x 4096 pixels, on " in text and "Times of the model are estimated;" in text
+    assert text.startswith("VisionTransformer, 4096 x 4096 pixels, on ") and ": all times are estimated, with " in text
+    assert ": the step of the model is measured, the rest is estimated, " in str(replace(large, about="measured"))
     for part in ("attention over the grid", "projections of attention", "(MLP)", "convolutions", "the host", "a step"):
         assert part in text
     stock = large.stock
@@ -314,3 +315,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_bad_input_of_the_command(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["advise", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_step_on_a_gpu_is_measured_needs_a_gpu() -> None:
+    model = timm.create_model("vit_base_patch16_224", dynamic_img_size=True).eval().to("cuda", torch.bfloat16)
+    small, large = (advise(model, pixels, pixels) for pixels in (512, 2048))
+    for found in (small, large):
+        assert found.about == "measured" and found.machine.source == "measured"
+        assert found.stock.host > 0 and min(getattr(found.stock, part) for part in PARTS) > 0
+    assert small.attention_share < large.attention_share
+    exec(str(large).splitlines()[-1], dict(model=model))
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, 2048, 2048, device="cuda", dtype=torch.bfloat16)).isfinite().all()

@@ -12,9 +12,10 @@ from tiny_pipelines import PIPELINE
 from torch.utils.flop_counter import FlopCounterMode
 
 from vision_attn import Clear, HiLo, LinFusion, Neighborhood, Softmax, convert, estimate
-from vision_attn.conversion.state import is_rerouted, state_of
+from vision_attn.conversion.state import is_converted, is_rerouted, state_of
 from vision_attn.estimation.cost import CPU, H200, Machine, seconds
 from vision_attn.estimation.step import Attending, Denoiser, Step
+from vision_attn.graphs import enable, replayed_of
 from vision_attn.grid import Grid
 from vision_attn.hosts import Host, find_host
 from vision_attn.kernels.local import Window
@@ -193,6 +194,35 @@ def test_layers_below_the_break_even_are_left_alone() -> None:
     conversion.revert()
     convert(model, Clear(math.inf), only_if_faster=True)
     assert torch.equal(run(case, model, 48, 48), before)
+
+
+def test_graphs_that_are_enabled_first_leave_the_host_out() -> None:
+    """On the meta device the rates are those of an H200, whose host limits so small a model."""
+    found = []
+    for graphs in (False, True):
+        model = HOST["sd15-unet"].build().to("meta")
+        if graphs:
+            enable(model)
+        convert(model, Clear(3), only_if_faster=True)
+        found.append({state_of(m).name: state_of(m).break_even for m in model.modules() if is_rerouted(m)})
+    eager, replayed = found
+    assert eager.keys() == replayed.keys() and all(replayed[name] < eager[name] for name in eager)
+
+
+def test_a_refused_processor_leaves_graphs_as_they_were() -> None:
+    import vision_attn.pipelines  # noqa: F401
+
+    for before in (False, True):
+        pipe = PIPELINE["sd"].build()
+        if before:
+            enable(pipe)
+        with pytest.raises(TypeError, match="has no field diameter"):
+            pipe.set_attn_processor("clear", diameter=3, graphs=True)
+        assert (replayed_of(pipe.unet) is not None) == before
+    pipe.set_attn_processor("clear", radius=3, graphs=True, only_if_faster=True)
+    assert replayed_of(pipe.unet) is not None and is_converted(pipe.unet)
+    pipe.set_attn_processor("clear", radius=3, graphs=False)
+    assert replayed_of(pipe.unet) is None
 
 
 def test_sizes_of_a_pipeline_are_in_pixels() -> None:

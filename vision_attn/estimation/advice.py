@@ -122,10 +122,6 @@ class Advice:
         return f"import vision_attn.graphs; {enable}; {convert}" if graphs else f"import vision_attn; {convert}"
 
     @property
-    def _rates(self) -> str:
-        return "measured rates of this GPU" if self.machine.source == "measured" else f"the {self.machine.source}"
-
-    @property
     def _target(self) -> str:
         return "pipe" if self.pipeline else "model"
 
@@ -159,11 +155,10 @@ class Advice:
 
     def __str__(self) -> str:
         stock, whole = self.stock, self.stock.seconds()
-        lines = [
-            f"{self.title}, on {self.machine.name}",
-            f"Times of the model are {self.about}; all others are estimated from {self._rates}.",
-            "",
-        ]
+        rates = "measured rates of this GPU" if self.machine.source == "measured" else f"the {self.machine.source}"
+        start = "the step of the model is measured, the rest is estimated"
+        source = start if self.about == "measured" else f"all times are {self.about}"
+        lines = [f"{self.title}, on {self.machine.name}: {source}, with {rates}", ""]
         cells = [("a step of the model as it is", "ms", "share")]
         parts = {"attention over the grid": stock.attention}
         parts |= {text: value for part, text in _PARTS.items() if (value := getattr(stock, part))}

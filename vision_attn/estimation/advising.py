@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from vision_attn._checks import check_int
+from vision_attn.estimation import rates
 from vision_attn.estimation.advice import Advice
 from vision_attn.estimation.model import input_size, read
 from vision_attn.estimation.profile import Profile, profile, wait
-from vision_attn.estimation.rates import INSTALLED, check_device, machine_of
+from vision_attn.estimation.rates import check_device, machine_of
 from vision_attn.estimation.step import Denoiser, Step
 from vision_attn.processors import Schedule, Softmax, registrations
 from vision_attn.processors.base import CHILD, AttnSpec
@@ -68,15 +69,15 @@ def advise(
     sizes = [input_size(denoiser, (height, width), scale) for denoiser in denoisers]
     parameter = next(denoisers[0].model.parameters())
     where = torch.device(device) if device is not None else parameter.device
-    dtype = parameter.dtype if parameter.device.type == where.type else torch.bfloat16
+    known = parameter.device.type == where.type and parameter.dtype.itemsize > 1  # weights of 8 bits compute in 16
+    dtype = parameter.dtype if known else torch.bfloat16
     machine = machine_of(str(where), dtype)
-    size = min(dtype.itemsize, 2) if machine.host else dtype.itemsize
 
     def step_with(specs: Mapping[str, AttnSpec] | AttnSpec) -> Step:
         parts = []
         for denoiser, at in zip(denoisers, sizes, strict=True):
             chosen = dict.fromkeys(denoiser.names, specs) if isinstance(specs, AttnSpec) else specs
-            parts.append(denoiser.step(at, chosen, machine, size).times(batch))
+            parts.append(denoiser.step(at, chosen, machine, dtype.itemsize).times(batch))
         return functools.reduce(add, parts)
 
     found, vae, about = None, None, "estimated"
@@ -98,7 +99,7 @@ def advise(
         pipeline=not isinstance(target, (nn.Module, list, tuple)),
         component=_component(target, denoisers[0].model),
         cached=hasattr(denoisers[0].model, "enable_cache"),
-        eight_bits=INSTALLED.eight_bits(where),
+        eight_bits=rates.INSTALLED.eight_bits(where),
         vae=vae,
     )
 

@@ -115,7 +115,8 @@ def break_even(model: nn.Module, host: Host, specs: Mapping[str, AttnSpec], *, g
 def _machine_of(denoiser: Denoiser, device: str | None) -> tuple[Machine, int]:
     """Return the rates, and the bytes of an element."""
     parameter = next(denoiser.model.parameters())
-    return machine_of(device or str(parameter.device), parameter.dtype), parameter.element_size()
+    size = max(parameter.element_size(), 2)  # weights of 8 bits compute in 16
+    return machine_of(device or str(parameter.device), parameter.dtype), size
 
 
 @dataclass(frozen=True)
