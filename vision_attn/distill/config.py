@@ -23,6 +23,8 @@ class ModelConfig:
         base: Folder or hub name of a diffusers pipeline, or 'emoji:' and the name of a teacher that comes with this
             package, such as 'emoji:base'.
         dtype: Dtype of the frozen weights. What is trained is always float32.
+        quantisation: How the denoiser's frozen weights are kept: in 'int8' or 'float8' of torchao, or in 'nf4' of
+            bitsandbytes, which needs a GPU.
         variant: Variant of the weight files, such as 'fp16'.
         revision: Branch, tag or commit of the hub repository.
         guidance: Guidance for models that take it as an input (FLUX.1-dev). Other models train without guidance.
@@ -30,6 +32,7 @@ class ModelConfig:
 
     base: str
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantisation: Literal["int8", "float8", "nf4"] | None = None
     variant: str | None = None
     revision: str | None = None
     guidance: float = 3.5
@@ -302,6 +305,11 @@ class Config:
             wanted = "bf16" if self.model.dtype == "bfloat16" else "fp16"
             raise ValueError(
                 f"run.precision must be '{wanted}' with model.dtype '{self.model.dtype}': what trains is float32"
+            )
+        if self.model.quantisation and (self.student.trainable == "attention" or self.run.export):
+            raise ValueError(
+                "model.quantisation: quantised projections are not trained, and not exported: student.trainable must "
+                f"be 'new' or 'lora', got {self.student.trainable!r}, and run.export left out"
             )
 
 

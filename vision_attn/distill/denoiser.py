@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from vision_attn._compat import ensure_torchvision
+from vision_attn.conversion.state import computing_dtype
 from vision_attn.distill.config import ModelConfig
 from vision_attn.highres.redraw import decode, encode, shift_at, unpacked
-from vision_attn.hosts.selection import targets_of
+from vision_attn.hosts.selection import COMPONENTS, targets_of
 
 EMOJI = "emoji:"
 _PROMPT_PARTS = ("text_encoder", "tokenizer", "image_encoder", "feature_extractor", "safety_checker")
@@ -29,7 +30,7 @@ def load_pipeline(config: ModelConfig, *, prompts: bool = True) -> Any:
         prompts: Whether prompts will be encoded. If not, text encoders are not loaded.
 
     Raises:
-        ValueError: If the package has no teacher of that name.
+        ValueError: If the package has no teacher of that name, or a library is missing.
         OSError: If there is no such folder or repository.
     """
     ensure_torchvision()
@@ -37,23 +38,49 @@ def load_pipeline(config: ModelConfig, *, prompts: bool = True) -> Any:
     if config.base.startswith(EMOJI):
         from vision_attn.demo import load_teacher  # noqa: PLC0415, with diffusers
 
+        if config.quantisation == "nf4":
+            raise ValueError(f"model.quantisation: {config.base} is no folder that diffusers could load in 4 bits")
         pipe = load_teacher(config.base.removeprefix(EMOJI))
         pipe = pipe if dtype == torch.float32 else pipe.to(dtype)
     else:
         from diffusers import DiffusionPipeline  # noqa: PLC0415, diffusers is optional
 
         where = {"revision": config.revision} if config.revision else {}
-        kind = {"variant": config.variant} if config.variant else {}
+        kind: dict[str, Any] = {"variant": config.variant} if config.variant else {}
+        if config.quantisation == "nf4":
+            kind["quantization_config"] = _nf4(DiffusionPipeline.load_config(config.base, **where), dtype)
         absent: dict[str, None] = {}
         if not prompts:
             index = DiffusionPipeline.load_config(config.base, **where)
             absent = {name: None for name in index if name.startswith(_PROMPT_PARTS)}
         pipe = DiffusionPipeline.from_pretrained(config.base, torch_dtype=dtype, **where, **kind, **absent)
+    if config.quantisation in _TORCHAO:
+        _quantise(denoiser_of(pipe)[1], config.quantisation)
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
     return pipe
+
+
+_TORCHAO = {"int8": "Int8WeightOnlyConfig", "float8": "Float8WeightOnlyConfig"}
+
+
+def _quantise(model: nn.Module, name: str) -> None:
+    """Quantise the linear layers of a model by torchao."""
+    try:
+        from torchao import quantization  # noqa: PLC0415, optional
+    except ImportError as error:
+        raise ValueError(f"model.quantisation: '{name}' needs torchao (pip install torchao): {error}") from None
+    quantization.quantize_(model, getattr(quantization, _TORCHAO[name])())
+
+
+def _nf4(components: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """Return diffusers' setting that loads the denoiser of a pipeline in 4 bits."""
+    from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig  # noqa: PLC0415, optional
+
+    codes = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return PipelineQuantizationConfig(quant_mapping={name: codes for name in COMPONENTS if name in components})
 
 
 def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
@@ -252,7 +279,7 @@ def sample(
     else:
         scheduler.set_timesteps(num_inference_steps)
     latents = noise * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else noise
-    dtype = next(model.parameters()).dtype if hasattr(model, "parameters") else noise.dtype
+    dtype = computing_dtype(model) if isinstance(model, nn.Module) else noise.dtype
     with torch.no_grad():
         for time in scheduler.timesteps:
             scaled = latents if flow else scheduler.scale_model_input(latents, time)

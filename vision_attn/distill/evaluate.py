@@ -20,6 +20,7 @@ from vision_attn.distill.denoiser import denoiser_of, load_pipeline
 from vision_attn.distill.images import read_prompts
 from vision_attn.distill.losses import Noising, Outputs
 from vision_attn.distill.measures import agreement, copies, kernel_distance, retrieval
+from vision_attn.distill.student import load_lora
 from vision_attn.highres.positions import stretched_positions
 from vision_attn.highres.redraw import unit_of
 
@@ -43,6 +44,7 @@ def evaluate(config: Config, *, device: str = "cpu") -> dict[str, Any]:
     evaluation = Evaluation(config, pipe)
     teacher = evaluation.draw("teacher")
     load(pipe, adapter)
+    load_lora(denoiser_of(pipe)[1], adapter)
     student = evaluation.draw("student")
     report = {
         "adapter": str(adapter),

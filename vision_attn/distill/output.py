@@ -294,13 +294,14 @@ def _save(config: Config, student: Student) -> None:
     dtype = getattr(torch, config.run.save_dtype)
     before = {name: parameter.data for name, parameter in student.parameters.items()}
     try:
-        if config.student.trainable == "lora":
-            merge_lora(student.model)
+        lora: Any = None if config.student.trainable != "lora" or merge_lora(student.model) else student.model
         for parameter in student.parameters.values():
             parameter.data = parameter.data.to(dtype)
         part = folder.with_suffix(".part")
         shutil.rmtree(part, ignore_errors=True)
         student.conversion.save(part)
+        if lora is not None:
+            lora.save_lora_adapter(part)
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
         if config.run.export == "clear":

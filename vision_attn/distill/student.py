@@ -5,6 +5,7 @@ import fnmatch
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from vision_attn.adapters.published import check_clear, check_linfusion
 from vision_attn.conversion.conversion import Conversion, convert, load
-from vision_attn.conversion.state import model_state
+from vision_attn.conversion.state import computing_dtype, is_quantised, model_state
 from vision_attn.distill.config import Config, StudentConfig
 from vision_attn.distill.denoiser import denoiser_of
 from vision_attn.processors.base import CHILD
@@ -24,6 +25,7 @@ _ROLES = {
     "out": ("to_out.0", "to_out"),
 }
 _FUSED = ("to_qkv", "qkv", "to_qkv_mlp_proj")
+_LORA = "pytorch_lora_weights.safetensors"  # diffusers' name
 
 
 @dataclass
@@ -92,11 +94,13 @@ def make_student(config: Config, pipe: Any) -> Student:
         FileNotFoundError: If there is no such adapter.
     """
     name, model = denoiser_of(pipe)
-    dtype = next(model.parameters()).dtype
+    dtype = computing_dtype(model) or torch.float32
     student = config.student
     needs_copy = student.trainable == "attention"
     teacher = copy.deepcopy(model).requires_grad_(False).eval() if needs_copy else None
     if student.adapter is not None:
+        if (Path(student.adapter) / _LORA).exists():
+            raise ValueError(f"student.adapter: {student.adapter} has LoRA layers beside it, which would be left out")
         conversion = load(pipe, student.adapter, spec=student.spec())
     else:
         options: dict[str, Any] = {"where": student.where, "min_tokens": student.min_tokens}
@@ -126,7 +130,7 @@ def choose_trainables(conversion: Conversion, student: StudentConfig) -> dict[st
     """Freeze the model except for the parameters that are trained; return these by name, in float32.
 
     Raises:
-        ValueError: If there are none, or projections cannot be told apart.
+        ValueError: If there are none, or projections are quantised or cannot be told apart.
     """
     model = _model_of(conversion)
     model.requires_grad_(False)
@@ -135,7 +139,9 @@ def choose_trainables(conversion: Conversion, student: StudentConfig) -> dict[st
     for parameter in conversion.parameters():
         parameter.requires_grad_(True)
     if student.trainable == "attention":
-        for _, projection in _projections(conversion, student.projections):
+        for name, projection in _projections(conversion, student.projections):
+            if is_quantised(projection.weight):  # type: ignore[arg-type]
+                raise ValueError(f"{name} is quantised: student.trainable must be 'new' or 'lora'")
             projection.requires_grad_(True)
     chosen = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not chosen:
@@ -186,12 +192,22 @@ def _add_lora(conversion: Conversion, student: StudentConfig) -> None:
     inject_adapter_in_model(lora, _model_of(conversion))
 
 
-def merge_lora(model: nn.Module) -> None:
-    """Add LoRA layers into the weights and take them out."""
+def load_lora(model: Any, folder: Path) -> None:
+    """Load the LoRA layers that lie beside an adapter, if there are any."""
+    if (folder / _LORA).exists():
+        model.load_lora_adapter(folder, weight_name=_LORA, prefix=None)
+
+
+def merge_lora(model: nn.Module) -> bool:
+    """Add LoRA layers into the weights and take them out; return False, with nothing done, if these are quantised."""
+    weights = [layer.get_base_layer().weight for _, layer in _lora_layers(model)]
+    if any(is_quantised(weight) or weight.itemsize < 2 for weight in weights):
+        return False
     for name, layer in _lora_layers(model):
         layer.merge()
         outer, _, own = name.rpartition(".")
         setattr(model.get_submodule(outer), own, layer.get_base_layer())
+    return True
 
 
 @contextmanager
