@@ -107,7 +107,9 @@ def one_process(tmp_path: Path) -> Any:
 
 def test_distributed_models(one_process: Any) -> None:
     model = HOST["vit"].build()
-    for wrapped in (nn.parallel.DistributedDataParallel(model), nn.DataParallel(model), torch.compile(model)):
+    wrappers = nn.parallel.DistributedDataParallel(model), nn.DataParallel(model), torch.compile(model)
+    model.cpu()  # where there is a GPU, DataParallel has moved it
+    for wrapped in wrappers:
         conversion = convert(wrapped, CLEAR)
         assert list(conversion.models.values()) == [model]
         assert torch.equal(run(HOST["vit"], model, *SIZE), expected("vit", CLEAR))
