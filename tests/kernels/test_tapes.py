@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 
+from vision_attn.conversion import answers
 from vision_attn.grid import Grid
 from vision_attn.kernels import tapes
 from vision_attn.processors import Clear, HiLo, LinFusion, Multipole, Neighborhood
@@ -31,7 +32,8 @@ QUICK = ("clear", "linfusion") if DEVICE == "cpu" else tuple(ROWS)
 
 @pytest.fixture(autouse=True)
 def inference(monkeypatch):
-    monkeypatch.setattr(tapes, "_DEVICES", (DEVICE,))
+    monkeypatch.setattr(tapes, "DEVICES", (DEVICE,))
+    monkeypatch.setattr(answers, "DEVICES", (DEVICE,))
     with torch.no_grad():
         yield
 
@@ -51,7 +53,7 @@ def drawn(grid, seed, dtype=torch.float32):
 
 
 def kept(found):
-    return [tape for tape in found.found.values() if tape]
+    return [tape for tape in found.values() if tape]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +131,7 @@ def test_what_does_more_than_launch_is_not_recorded():
     for seed in range(4):
         args = drawn(grid, seed)
         assert torch.equal(found.call(processor, args, processor), processor(*args))
-    assert list(found.found.values()) == [False]
+    assert list(found.values()) == [False]
 
 
 def test_gradients_and_modes_run_as_ever():
@@ -143,7 +145,7 @@ def test_gradients_and_modes_run_as_ever():
             found.call(processor, (q, *args[1:]), processor).sum().backward()
     with FlopCounterMode(display=False):
         found.call(processor, args, processor)
-    assert not found.found
+    assert not found
     with torch.inference_mode():
         for _ in range(3):
             assert torch.equal(found.call(processor, args, processor), processor(*args))
@@ -165,7 +167,7 @@ def test_a_converted_model_repeats_and_its_copies_begin_anew():
     states = [vars(m)[LAYER] for m in model.modules() if LAYER in vars(m)]
     assert states and all(kept(state.tapes) for state in states)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert not any(vars(m)[LAYER].tapes.found for m in other.modules() if LAYER in vars(m))
+        assert not any(vars(m)[LAYER].tapes for m in other.modules() if LAYER in vars(m))
         assert torch.equal(other(**inputs)[0], outputs[0])
 
 

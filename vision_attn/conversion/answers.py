@@ -23,6 +23,7 @@ from vision_attn.conversion.masks import key_padding
 from vision_attn.conversion.projections import Projections
 from vision_attn.conversion.state import MASKED, LayerState
 from vision_attn.grid import Grid
+from vision_attn.kernels.tapes import DEVICES
 from vision_attn.processors.base import CHILD, Moment, Processor
 from vision_attn.processors.softmax import Softmax, SoftmaxAttention
 
@@ -250,7 +251,7 @@ class Answers:
             )
         if self.moment is not None:
             output = self.processor(q, k, v, grid, mask, scale, self.moment)
-        elif torch.compiler.is_compiling() or self.backend is not None:  # whose launches no tape would hold
+        elif torch.compiler.is_compiling() or self.backend is not None or q.device.type not in DEVICES:
             output = self.processor(q, k, v, grid, mask, scale)
         else:
             output = state.tapes.call(self.processor, (q, k, v, grid, mask, scale), self.processor)

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from vision_attn._checks import is_int
 from vision_attn.grid import Grid
-from vision_attn.kernels.tapes import Tapes, recorder
+from vision_attn.kernels.tapes import HERE, Tapes
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # `torch.compile` of torch 2.11 cannot trace the question
@@ -208,7 +208,7 @@ def _watched(args: tuple[Any, ...]) -> bool:
     """Whether autograd, a tracer, a mode or a subclass of tensors has to know of a call."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state():
         return True
-    if torch._C._len_torch_dispatch_stack() and recorder() is None:
+    if torch._C._len_torch_dispatch_stack() and HERE.recorder is None:
         return True
     gradients, watched = torch.is_grad_enabled(), False
     for a in args:

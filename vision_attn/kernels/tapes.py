@@ -27,16 +27,17 @@ _EMPTY = (
     torch.ops.aten.empty_strided.default, torch.ops.aten.new_empty_strided.default,
 )  # fmt: skip
 _ZEROS = torch.ops.aten.new_zeros.default, torch.ops.aten.zeros.default
-_DEVICES = ("cuda",)  # tests add the CPU of the interpreter
-
-_here = threading.local()
+DEVICES = ("cuda",)  # tests add the CPU of the interpreter
 _fixed = WeakTensorKeyDictionary()
 
 
-def recorder() -> "Recorder | None":
-    """Return what listens to the calls of this thread."""
-    found: Recorder | None = getattr(_here, "recorder", None)
-    return found
+class _Here(threading.local):
+    """What listens to the calls of this thread."""
+
+    recorder: "Recorder | None" = None
+
+
+HERE = _Here()
 
 
 def fixed(t: Tensor) -> Tensor:
@@ -45,15 +46,8 @@ def fixed(t: Tensor) -> Tensor:
     return t
 
 
-class Tapes:
-    """The tapes of one function.
-
-    Attributes:
-        found: By all that a call's launches depend on, its tape; None before the second call, False if it has none.
-    """
-
-    def __init__(self) -> None:
-        self.found: dict[Any, Any] = {}
+class Tapes(dict[Any, Any]):
+    """Tapes of a function by all that its launches depend on: None before the second call, False if there is none."""
 
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], owner: nn.Module | None = None) -> Any:
         """Call `function(*args)`, or repeat its launches.
@@ -68,25 +62,25 @@ class Tapes:
             return function(*args)
         about = None if owner is None else (owner, owner.training, getattr(owner, "changes", 0))
         key = threading.get_ident(), about, *[_layout(a) for a in args]
-        tape = self.found.get(key)
+        tape = self.get(key)
         if tape is None:
-            if key in self.found:
-                result, self.found[key] = _record(function, args, owner)
+            if key in self:
+                result, self[key] = _record(function, args, owner)
                 return result
-            if len(self.found) >= _MOST:
-                self.found.clear()
-            self.found[key] = None
+            if len(self) >= _MOST:
+                self.clear()
+            self[key] = None
         elif tape:
             if tape.valid():
                 return tape.repeat([a for a in args if isinstance(a, Tensor)])
-            del self.found[key]
+            del self[key]
         return function(*args)
 
 
 def _can_repeat(t: Tensor) -> bool:
     """Whether nothing of PyTorch has a part in calls of this moment."""
     return (
-        t.device.type in _DEVICES
+        t.device.type in DEVICES
         and not torch.is_grad_enabled()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
@@ -144,13 +138,13 @@ class Recorder(TorchDispatchMode):
         return result
 
     def __enter__(self) -> "Recorder":
-        _here.recorder = self
+        HERE.recorder = self
         super().__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
-        _here.recorder = None
+        HERE.recorder = None
 
     @staticmethod
     def paused() -> AbstractContextManager[Any]:
@@ -183,7 +177,7 @@ def _is_view(func: Any, args: tuple[Any, ...], result: Any) -> bool:
 
 def _record(function: Callable[..., Any], args: tuple[Any, ...], owner: nn.Module | None) -> tuple[Any, "Tape | bool"]:
     """Return the result of a call and its tape, False if it has none."""
-    if recorder() is not None:
+    if HERE.recorder is not None:
         return function(*args), False
     inputs = [a for a in args if isinstance(a, Tensor)]
     with Recorder(inputs) as heard:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vision_attn.kernels.backend import exporting, transformed
-from vision_attn.kernels.tapes import recorder
+from vision_attn.kernels.tapes import HERE
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LANES = 16  # rows of sums over tokens that no two threads share; they are added up once, at the end
@@ -185,7 +185,7 @@ class Kernel:
         return partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
-        heard = recorder()
+        heard = HERE.recorder
         with on_device_of(args[0]) if heard is None else heard.paused():
             compiled = self.function[grid](*args, **named)
         if heard is not None:
@@ -218,7 +218,7 @@ class Bound:
     def __call__(self, *tensors: Tensor, boxes: tuple[Any, ...] = ()) -> None:
         """Launch."""
         key = tuple([t.data_ptr() % 16 for t in tensors])
-        found, heard = self._compiled.get(key), recorder()
+        found, heard = self._compiled.get(key), HERE.recorder
         with on_device_of(tensors[0]) if heard is None else heard.paused():
             if found is None:
                 found = self._compile(key, (*tensors, *boxes, *self.numbers))
