@@ -14,7 +14,7 @@ from tiny_pipelines import PIPELINE
 from torch import nn
 from untouched import assert_untouched, state
 
-from vision_attn import Clear, Multipole, advise, convert
+from vision_attn import Clear, Multipole, advise, convert, estimate
 from vision_attn.cli import main
 from vision_attn.conversion.state import is_converted
 from vision_attn.demo import load_teacher
@@ -24,7 +24,7 @@ from vision_attn.estimation.cost import CPU, H200
 from vision_attn.estimation.model import read
 from vision_attn.estimation.profile import Profile, profile
 from vision_attn.estimation.step import PARTS, Attending, Step
-from vision_attn.graphs import replayed_of
+from vision_attn.graphs import enable, replayed_of
 from vision_attn.grid import Grid
 from vision_attn.processors import REGISTRY, AttnSpec
 
@@ -159,6 +159,16 @@ def test_the_recommended_line_runs_as_printed(kind: str, found: str, converted: 
     assert (replayed_of(pipe.transformer) is not None) == graphed
 
 
+def test_an_offloaded_model_has_the_rates_of_where_it_runs() -> None:
+    import accelerate
+
+    pipe = PIPELINE["sd"].build()
+    assert advise(pipe, 64, 64).machine == CPU
+    accelerate.cpu_offload_with_hook(pipe.unet, execution_device=torch.device("meta"))
+    assert advise(pipe, 64, 64).machine == H200 == advise(pipe, 64, 64, device="cuda").machine
+    assert estimate(pipe, Clear(3), height=64, width=64).step.host > 0
+
+
 @pytest.mark.parametrize("host_id", ["sd15-unet", "flux", "vit", "pixart"])
 def test_advice_leaves_the_model_as_it_was(host_id: str) -> None:
     model = HOST[host_id].build()
@@ -276,10 +286,14 @@ def test_bad_input_is_refused(arguments: dict[str, Any], error: type[Exception],
         advise(HOST["sd15-unet"].build(), **(dict(height=64, width=64) | arguments))
 
 
-def test_a_converted_model_is_refused() -> None:
+def test_a_model_that_is_not_as_its_makers_wrote_it_is_refused() -> None:
     model = HOST["vit"].build()
     convert(model, Clear(2))
     with pytest.raises(ValueError, match=r"this VisionTransformer is converted: revert\(\) the conversion first"):
+        advise(model, 64, 64)
+    model = HOST["vit"].build()
+    enable(model)
+    with pytest.raises(ValueError, match=r"this VisionTransformer replays from CUDA graphs: .*disable\(\) it first"):
         advise(model, 64, 64)
     with pytest.raises(TypeError, match="cannot convert a int"):
         advise(3, 64, 64)

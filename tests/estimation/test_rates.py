@@ -22,7 +22,7 @@ from vision_attn.kernels.linear import linear_attention  # noqa: F401, registere
 
 KEY = Key("NVIDIA A100", "12080", "2.11.0", "3.6.0", "0.1.0", "bfloat16")
 A100 = replace(
-    H200, name="NVIDIA A100", dense=2.1e14, narrow=1.8e14, other=1.5e14, products=2.5e14, bandwidth=1.5e12, host=2e-5,
+    H200, name="NVIDIA A100", dense=2.1e14, narrow=1.8e14, other=1.5e14, products=2.5e14, bandwidth=1.5e12, host=9e-6,
     source="measured",
 )  # fmt: skip
 
@@ -95,7 +95,7 @@ def test_every_rate_of_a_machine_is_found() -> None:
     clock = Virtual(A100)
     found = measure("NVIDIA A100", probes(torch.device("cpu"), torch.bfloat16), clock)
     assert {name: pytest.approx(value) for name, value in asdict(A100).items()} == asdict(found)
-    assert clock.timed[0] == "dense" and len(clock.timed) == len(set(clock.timed)) == 6
+    assert clock.timed[:2] == ["host", "dense"] and len(clock.timed) == len(set(clock.timed)) == 6
 
 
 @pytest.mark.parametrize("first_s", [0.2, 0.7, 2.0])
@@ -108,6 +108,12 @@ def test_probes_end_in_time(first_s: float) -> None:
     assert bool(left_out) == (first_s > 0.5)
     for rate in left_out:
         assert getattr(found, rate) == pytest.approx(getattr(H200, rate) * A100.dense / H200.dense)
+
+
+def test_on_a_slow_host_nothing_is_compiled() -> None:
+    clock = Virtual(replace(A100, host=4e-5), first_s=0.1)
+    assert measure("", probes(torch.device("cpu"), torch.bfloat16), clock).source == "measured"
+    assert "other" not in clock.timed and len(clock.timed) == 5
 
 
 def test_one_probe_that_fails_leaves_the_others(caplog: pytest.LogCaptureFixture) -> None:

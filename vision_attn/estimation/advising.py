@@ -18,7 +18,7 @@ from vision_attn.estimation.advice import Advice
 from vision_attn.estimation.model import input_size, read
 from vision_attn.estimation.profile import Profile, profile, wait
 from vision_attn.estimation.rates import check_device, machine_of
-from vision_attn.estimation.step import Denoiser, Step
+from vision_attn.estimation.step import Denoiser, Step, device_of
 from vision_attn.processors import Schedule, Softmax, registrations
 from vision_attn.processors.base import CHILD, AttnSpec
 
@@ -41,8 +41,7 @@ def advise(
     GPU of this machine or for an H200. What processors and the rest would gain is always estimated.
 
     Args:
-        target: A diffusers pipeline, a diffusers UNet or DiT, or a timm vision transformer; as its makers attend, not
-            converted.
+        target: A diffusers pipeline, a diffusers UNet or DiT, or a timm vision transformer, not converted.
         height: Height of the image in pixels.
         width: Width of the image in pixels.
         step: Runs the model once, if it is on a GPU and not a pipeline that draws from a prompt, or a timm model. The
@@ -56,7 +55,7 @@ def advise(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If the model or the device is unknown, the model is converted, or it refuses the size.
+        ValueError: If the model or the device is unknown, the model is converted or in graphs, or it refuses the size.
     """
     check_device(device)
     check_int("batch", batch, 1, "a number of pictures")
@@ -64,12 +63,12 @@ def advise(
         check_int(name, value, 1, "a number of pixels")
     denoisers, scale = read(target, None, vae_scale_factor)
     for denoiser in denoisers:
-        if any(CHILD in module._modules for module in denoiser.model.modules()):
-            raise ValueError(f"this {type(denoiser.model).__name__} is converted: revert() the conversion first")
+        _refuse_changed(denoiser.model)
     sizes = [input_size(denoiser, (height, width), scale) for denoiser in denoisers]
     parameter = next(denoisers[0].model.parameters())
-    where = torch.device(device) if device is not None else parameter.device
-    known = parameter.device.type == where.type and parameter.dtype.itemsize > 1  # weights of 8 bits compute in 16
+    runs = device_of(denoisers[0].model)
+    where = torch.device(device) if device is not None else runs
+    known = runs.type == where.type and parameter.dtype.itemsize > 1  # weights of 8 bits compute in 16
     dtype = parameter.dtype if known else torch.bfloat16
     machine = machine_of(str(where), dtype)
 
@@ -81,7 +80,7 @@ def advise(
         return functools.reduce(add, parts)
 
     found, vae, about = None, None, "estimated"
-    if where.type == "cuda" and parameter.is_cuda:
+    if where.type == runs.type == "cuda":
         found, vae, about = timed(target, denoisers, (height, width), sizes[0], step)
     stock = step_with({})
     rows: list[tuple[AttnSpec, Step | None, str]] = []
@@ -104,6 +103,19 @@ def advise(
     )
 
 
+def _refuse_changed(model: nn.Module) -> None:
+    """Refuse a model that does not run as its makers wrote it.
+
+    Raises:
+        ValueError: If it is converted or replays; the error says what to call first.
+    """
+    name = type(model).__name__
+    if any(CHILD in module._modules for module in model.modules()):
+        raise ValueError(f"this {name} is converted: revert() the conversion first")
+    if type(vars(model).get("forward")).__module__.startswith("vision_attn."):
+        raise ValueError(f"this {name} replays from CUDA graphs: vision_attn.graphs.disable() it first")
+
+
 def timed(
     target: Any,
     denoisers: list[Denoiser],
@@ -123,11 +135,11 @@ def timed(
     Returns:
         The profile; the seconds of the VAE, if there is one; and 'measured', or 'estimated' and why.
     """
-    parameter = next(denoisers[0].model.parameters())
+    device = device_of(denoisers[0].model)
     try:
-        run = step or _run_of(target, denoisers, pixels, parameter)
-        with torch.random.fork_rng([parameter.device] if parameter.is_cuda else []):  # the program's own stay
-            found = profile([denoiser.model for denoiser in denoisers], run, parameter.device)
+        run = step or _run_of(target, denoisers, pixels, next(denoisers[0].model.parameters()))
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the program's own numbers stay
+            found = profile([denoiser.model for denoiser in denoisers], run, device)
             return found, _vae_seconds(target, size), "measured"
     except Exception as error:  # whatever it is: an estimate is still of use
         why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -10,7 +10,7 @@ from torch import nn
 
 from vision_attn.estimation.cost import Machine, least_bytes
 from vision_attn.estimation.rates import check_device, machine_of
-from vision_attn.estimation.step import Attending, Denoiser, Step
+from vision_attn.estimation.step import Attending, Denoiser, Step, device_of
 from vision_attn.grid import Grid
 from vision_attn.hosts import Host, find_host
 from vision_attn.hosts.selection import Specs, Where, assign, check_specs, select, targets_of
@@ -116,7 +116,7 @@ def _machine_of(denoiser: Denoiser, device: str | None) -> tuple[Machine, int]:
     """Return the rates, and the bytes of an element."""
     parameter = next(denoiser.model.parameters())
     size = max(parameter.element_size(), 2)  # weights of 8 bits compute in 16
-    return machine_of(device or str(parameter.device), parameter.dtype), size
+    return machine_of(device or str(device_of(denoiser.model)), parameter.dtype), size
 
 
 @dataclass(frozen=True)

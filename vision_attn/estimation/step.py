@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from vision_attn.estimation.cost import Machine, host_seconds, seconds
@@ -249,6 +250,12 @@ class Denoiser:
         large = 4096
         unit = max(1, large // max(max(grid.height, grid.width) for grid in self.grids((large, large)).values()))
         return [(side * unit, side * unit) for side in _TOKENS]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model runs, also if a hook of accelerate keeps its weights elsewhere."""
+    device = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    return next(model.parameters()).device if device is None else torch.device(device)
 
 
 def part_of(name: str, modules: Mapping[str, nn.Module]) -> str:
