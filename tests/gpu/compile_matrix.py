@@ -67,45 +67,51 @@ class Driver:
         return torch.device("cpu")
 
 
-def compiled(job: tuple[str, str, str, int]) -> tuple[tuple[str, str, str, int], list[tuple[str, Any, int, int]]]:
-    """Return the job, and of each kernel it would launch: name, bytes of shared memory or error, warps, stages."""
-    architecture, operator, dtype, D = job
+ROWS: list[tuple[str, Any, int, int]] = []  # of the job that this process is at
+
+
+def prepare(architecture: str) -> None:
+    """Make this process one that compiles for a GPU, and launches nothing."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     driver.set_active(Driver(architecture))
-    rows: list[tuple[str, Any, int, int]] = []
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> Any:
-        try:
-            kernel = run(self, *args, grid=grid, warmup=True, **named)
-        except Exception as error:  # a compiler may fail in any way: that is a result
-            rows.append((self.fn.__name__, f"{type(error).__name__}: {str(error).strip()[-400:]}", 0, 0))
-        else:
-            rows.append(
-                (self.fn.__name__, kernel.metadata.shared, kernel.metadata.num_warps, kernel.metadata.num_stages)
-            )
+        kernel = run(self, *args, grid=grid, warmup=True, **named)
+        if not warmup:  # a launch, not one that is tried
+            about = kernel.metadata
+            ROWS.append((self.fn.__name__, about.shared, about.num_warps, about.num_stages))
+        return kernel if warmup else None
 
     JITFunction.run = compile_only
-    import torch
-
     import vision_attn.kernels
-    from vision_attn.kernels.triton import launching
+    from vision_attn.kernels import launches
 
     for module in pkgutil.walk_packages(vision_attn.kernels.__path__, "vision_attn.kernels."):
-        importlib.import_module(module.name)
-    launching.hopper = lambda t: architecture in ("sm_90", "sm_100", "sm_120")
-    for name in list(sys.modules):
-        if name.startswith("vision_attn.kernels") and hasattr(sys.modules[name], "hopper"):
-            sys.modules[name].hopper = launching.hopper  # type: ignore[attr-defined]
+        importlib.import_module(module.name)  # before the interpreter is asked for
+    os.environ["VISION_ATTN_LAUNCHES"] = os.devnull  # the tables of the package alone
+    launches.target_of = lambda device: launches.Target(architecture, LIMITS[architecture], 84)
     os.environ["TRITON_INTERPRET"] = "1"  # lets tensors of the CPU through; Triton itself has read it already
+
+
+def compiled(job: tuple[str, str, int]) -> tuple[tuple[str, str, int], list[tuple[str, Any, int, int]]]:
+    """Return the job, and of each kernel it would launch: name, bytes of shared memory or error, warps, stages."""
+    operator, dtype, D = job
+    import torch
+
+    from vision_attn.kernels.backend import LaunchError
+
+    ROWS.clear()
     try:
         output = _call(operator, getattr(torch, dtype), D)
         output.sum().backward()
-    except Exception as error:
-        rows.append(("host", f"{type(error).__name__}: {str(error).strip()[:200]}", 0, 0))
-    return job, rows
+    except LaunchError as error:
+        ROWS.append(("host" if "not compile" in str(error) else "refused", str(error), 0, 0))
+    except Exception as error:  # a compiler may fail in any way: that is a result
+        ROWS.append(("host", f"{type(error).__name__}: {str(error).strip()[:200]}", 0, 0))
+    return job, list(ROWS)
 
 
 def _call(operator: str, dtype: Any, D: int) -> Any:
@@ -155,13 +161,13 @@ def _call(operator: str, dtype: Any, D: int) -> Any:
     return specs[operator].build(Layer("", 2, D, "triton", 2 * D)).to(dtype)(q, k, v, grid)
 
 
-def jobs(given: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
+def jobs(given: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
     """Return what to compile."""
     for dtype in given.dtypes.split(","):
         for D in map(int, given.dims.split(",")):
             for operator in OPERATORS:
                 if given.only in f"{operator} {dtype} {D}":
-                    yield given.architecture, operator, dtype, D
+                    yield operator, dtype, D
 
 
 def main() -> int:
@@ -173,18 +179,22 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="a JSON file to write the rows to")
     given = parser.parse_args()
-    limit, every, bad = LIMITS[given.architecture], [], 0
-    with ProcessPoolExecutor(given.jobs, max_tasks_per_child=1) as pool:
+    limit, every, bad, refused = LIMITS[given.architecture], [], 0, 0
+    with ProcessPoolExecutor(given.jobs, initializer=prepare, initargs=(given.architecture,)) as pool:
         for job, rows in pool.map(compiled, jobs(given)):
             for name, shared, warps, stages in rows or [("host", "launched nothing", 0, 0)]:
-                wrong = isinstance(shared, str) or shared > limit
+                wrong = name != "refused" and (isinstance(shared, str) or shared > limit)
                 bad += wrong
-                every.append(
-                    dict(call=" ".join(map(str, job[1:])), kernel=name, shared=shared, warps=warps, ok=not wrong)
-                )
-                if wrong or given.only:
-                    print("BAD" if wrong else "ok ", *job, name, shared, f"warps {warps} stages {stages}", flush=True)
-    print(f"{given.architecture}: {bad} of {len(every)} kernels do not compile or fit in {limit} bytes")
+                refused += name == "refused"
+                every.append(dict(call=" ".join(map(str, job)), kernel=name, shared=shared, warps=warps, ok=not wrong))
+                if wrong or given.only or name == "refused":
+                    sign = "BAD" if wrong else "no " if name == "refused" else "ok "
+                    about = f"warps {warps} stages {stages}"
+                    print(sign, given.architecture, *job, name, shared, about, flush=True)
+    print(
+        f"{given.architecture}: {bad} of {len(every)} kernels do not compile or fit in {limit} bytes; {refused} calls "
+        f"are refused before a launch"
+    )
     if given.out:
         given.out.write_text(json.dumps(dict(architecture=given.architecture, limit=limit, rows=every), indent=1))
     return 1 if bad else 0

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
+from vision_attn.kernels import launches
 from vision_attn.kernels.backend import custom_op
 from vision_attn.kernels.triton import launching as triton_launching
 from vision_attn.kernels.triton.launching import Bound, Kernel, hopper, layout, planned
@@ -83,7 +84,8 @@ def test_a_launch_takes_place_on_the_device_of_its_tensors(bound, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device", Device)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
-    where, seen = SimpleNamespace(get_device=lambda: 1, data_ptr=lambda: 0), []
+    device = torch.device("cpu")
+    where, seen = SimpleNamespace(get_device=lambda: 1, data_ptr=lambda: 0, device=device), []
 
     class Function:
         arg_names = ("a",)
@@ -127,24 +129,28 @@ def test_a_layout_keeps_no_tensor():
 
 
 @pytest.mark.parametrize(
-    ("major", "hip", "expected"), [(9, None, True), (10, None, True), (8, None, False), (9, "6.4", False)]
+    ("architecture", "expected"),
+    [("sm_90", True), ("sm_100", True), ("sm_120", True), ("sm_89", False), ("gfx942", False), ("interpreter", False)],
 )
-def test_which_gpus_have_tma(major, hip, expected, monkeypatch):
-    monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(triton_launching, "_properties", lambda device: SimpleNamespace(major=major))
-    assert hopper(SimpleNamespace(is_cuda=True, device="cuda:0")) == expected
+def test_which_gpus_have_tma(architecture, expected, monkeypatch):
+    monkeypatch.setattr(launches, "target_of", lambda device: launches.Target(architecture, 2**16, 80))
+    assert hopper(torch.zeros(1)) == expected
+
+
+def test_without_a_gpu_there_is_no_tma():
     assert not hopper(torch.zeros(1))
 
 
 def test_which_tensors_tma_can_load(monkeypatch):
+    rows = pytest.importorskip("vision_attn.kernels.triton.rows", reason="Triton is not installed")
     whole, one = torch.zeros(2, 6, 3, 8), torch.zeros(1, 6, 1, 8)
-    assert not triton_launching.uses_boxes([whole])  # not on a GPU
-    monkeypatch.setattr(triton_launching, "hopper", lambda t: True)
-    assert triton_launching.uses_boxes([whole, whole.transpose(1, 2), whole[:, 1:], one.expand(1, 6, 1, 8)])
+    assert not rows.uses_boxes([whole])  # not on a GPU
+    monkeypatch.setattr(rows, "hopper", lambda t: True)
+    assert rows.uses_boxes([whole, whole.transpose(1, 2), whole[:, 1:], one.expand(1, 6, 1, 8)])
     shifted = torch.zeros(2 * 6 * 3 * 8 + 1)[1:].view(2, 6, 3, 8)
     odd = torch.zeros(2, 6, 3, 9)[..., :8]
     for refused in (shifted, odd, one.expand(2, 6, 1, 8)):
-        assert not triton_launching.uses_boxes([whole, refused])
+        assert not rows.uses_boxes([whole, refused])
 
 
 @pytest.fixture

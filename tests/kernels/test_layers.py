@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 KERNELS = Path(__file__).parents[2] / "vision_attn" / "kernels"
-SHARED = ("triton", "backend", "dense")
+SHARED = ("triton", "launches", "backend", "dense")
 
 
 def imports(path):

@@ -68,7 +68,7 @@ SLOW_TILED = [(case, BOTH[(i + 1) % 2]) for i, case in enumerate(LINEAR) if case
 )
 def test_tiles_that_tma_loads(case, dtype, monkeypatch):
     from vision_attn.kernels.linear import forward as linear_forward
-    from vision_attn.kernels.triton.launching import Box
+    from vision_attn.kernels.triton.rows import Box
 
     made = []
     monkeypatch.setattr(linear_forward, "uses_boxes", lambda tensors: True)

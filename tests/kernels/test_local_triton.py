@@ -69,7 +69,7 @@ def test_a_table_of_biases_is_near_or_read_where_it_lies(near, monkeypatch):
 def boxes(monkeypatch):
     """Fetch tiles through TMA descriptors, as on Hopper."""
     from vision_attn.kernels.local import tiles
-    from vision_attn.kernels.triton.launching import Shifted
+    from vision_attn.kernels.triton.rows import Shifted
 
     tiles.plan_queries.forget()
     tiles.plan_keys.forget()

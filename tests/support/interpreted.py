@@ -6,16 +6,25 @@ in the interpreter, and the tuned launches are checked on a GPU: `tests/gpu/`.
 """
 
 import importlib
-import math
 import os
 from dataclasses import replace
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_SIZES = (2, 4)  # bytes of an element
 
 
 def _module(name):
     return importlib.import_module(f"vision_attn.kernels.{name}")
+
+
+def take(monkeypatch, **taken):
+    """Take a launch for each named kernel instead of the tables'; `linear__state` is 'linear.state'."""
+    launches, launching = _module("launches"), _module("triton.launching")
+    tables, sizes = launches.tables, (2, 4)
+    rows = {
+        name.replace("__", "."): [launches.Row(size, 1024, launch) for size in sizes] for name, launch in taken.items()
+    }
+    monkeypatch.setattr(launches, "tables", lambda architecture: (launches.Table(rows), *tables(architecture)))
+    launching.forget()
 
 
 def small_tiles(monkeypatch):
@@ -28,42 +37,31 @@ def small_tiles(monkeypatch):
 
 def local_tiles(monkeypatch):
     """Take tiles of 8 x 16 queries and 8 x 8 keys for local attention."""
-    tiles = _module("local.tiles").Tiles((8, 16), (8, 8), 1, 1)
-    for name in ("forward", "backward", "key_gradients"):
-        monkeypatch.setattr(_module(f"local.{name}"), "_CONFIGS", {(size, 256, math.inf): tiles for size in _SIZES})
+    queries, keys = (8, 16), (8, 8)
+    launch = _module("launches").Launch
+    of_queries, of_keys = launch(queries, keys, 1), launch(keys, queries, 1)
+    take(monkeypatch, local__forward=of_queries, local__queries=of_queries, local__keys=of_keys)
 
 
 def linear_tiles(monkeypatch, length, programs=1, boxes=False):
     """Take tiles of `length` tokens for linear attention; `boxes` where TMA can load."""
-    forward, backward, mean = (_module(f"linear.{name}") for name in ("forward", "backward", "mean"))
-    for plan in (forward._plan_state, forward._plan_merge, forward._plan_output):
-        plan.forget()
-    for plan in (backward._plan_queries, backward._plan_keys):
-        plan.forget()
-    launch = _module("triton.launching").Launch(length, 1, 1, programs)
+    launch = _module("launches").Launch(walk=(length,), warps=1, programs=programs)
     launch = replace(launch, boxes=launch if boxes else None)
-    table = {(size, 256, 256): launch for size in _SIZES}
-    for name in ("_STATE", "_HEAVY_STATE", "_OUTPUT", "_SCALED_OUTPUT"):
-        monkeypatch.setattr(forward, name, table)
-    for name in ("_QUERIES", "_KEYS"):
-        monkeypatch.setattr(backward, name, table)
-    monkeypatch.setattr(mean, "_MEAN", {256: launch})
+    names = "state", "heavy_state", "output", "scaled_output", "queries", "keys", "mean"
+    take(monkeypatch, **{f"linear__{name}": launch for name in names})
 
 
 def pair_tiles(monkeypatch, length):
     """Take tiles of `length` tokens for agent attention, and for the shared keys of windows."""
-    launching = _module("triton.launching")
-    table = {(size, 256): launching.Blocks(length, launching.Launch(length, 1, 1, 1)) for size in _SIZES}
-    for module, name in (("agent.forward", "_FORWARD"), ("agent.backward", "_QUERIES"), ("triton.pairs", "_KEYS")):
-        monkeypatch.setattr(_module(module), name, table)
+    launch = _module("launches").Launch((length,), (length,), 1)
+    take(monkeypatch, agent__forward=launch, agent__queries=launch, pairs__keys=launch)
 
 
 def cell_tiles(monkeypatch, slots, features=64):
     """Take tiles of `slots` slots for window and linear-local attention, and some features at a time."""
-    for module, name in (("window.forward", "_FORWARD"), ("window.backward", "_QUERIES"), ("window.backward", "_KEYS")):
-        monkeypatch.setattr(_module(module), name, {(size, 256): (slots, 1) for size in _SIZES})
-    table = {(size, 256): (slots, 1, 1, features) for size in _SIZES}
-    monkeypatch.setattr(_module("linear_local.forward"), "_FORWARD", table)
+    launch = _module("launches").Launch((slots,), warps=1, features=features)
+    names = "window__forward", "window__queries", "window__keys", "linear_local__forward"
+    take(monkeypatch, **dict.fromkeys(names, launch))
 
 
 def auto_is_triton(monkeypatch):

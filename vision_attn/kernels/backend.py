@@ -8,6 +8,7 @@ everything else - second and forward-mode derivatives, `torch.func`, export - it
 """
 
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -23,9 +24,15 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # `torch.compile` of torch 2.11 cannot trace the question
 _AUTOCAST = {device: torch.amp.is_autocast_available(device) for device in ("cpu", "cuda", "xpu", "mps", "meta")}
 
+_logger = logging.getLogger(__name__)
+
 P = ParamSpec("P")
 R = TypeVar("R")
 PerAxis = int | tuple[int, int]
+
+
+class LaunchError(RuntimeError):
+    """No launch of a Triton kernel fits the GPU; it is raised before anything runs."""
 
 
 class Implementation(NamedTuple):
@@ -63,11 +70,30 @@ def pick(operator: str, backend: str, implementations: Mapping[str, Implementati
         if chosen.reasons:
             raise ValueError(f"{operator} with backend={backend!r}: {'; '.join(chosen.reasons)}")
         return chosen.run
-    for name, implementation in implementations.items():
-        if name != "reference" and not implementation.reasons:
-            return implementation.run
+    able = [i.run for name, i in implementations.items() if name != "reference" and not i.reasons]
+    if able:
+        return able[0] if len(able) == 1 else _or_next(operator, *able[:2])
     refusals = "; ".join(f"{name}: {', '.join(i.reasons)}" for name, i in implementations.items() if i.reasons)
     raise ValueError(f"no backend of {operator} can run: {refusals}")
+
+
+def _or_next(operator: str, run: Callable[..., Any], following: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `run`, or `following` where no launch of `run` fits the GPU, with a warning once."""
+
+    def either(*args: Any) -> Any:
+        try:
+            return run(*args)
+        except LaunchError as error:
+            warn(f"{operator} runs without Triton: {error}")
+            return following(*args)
+
+    return either
+
+
+@functools.cache
+def warn(message: str) -> None:
+    """Warn, once a message."""
+    _logger.warning(message)
 
 
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:

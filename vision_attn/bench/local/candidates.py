@@ -179,15 +179,16 @@ def triton_pairs(
     grid: Grid, window: Window, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
 ) -> int:
     """Count the pairs that the Triton forward computes for q of `shape` [B, N, H, D], with the tiles it chooses."""
-    from vision_attn.kernels.local.forward import _CONFIGS, _forward  # noqa: PLC0415
     from vision_attn.kernels.local.op import Call  # noqa: PLC0415
-    from vision_attn.kernels.local.tiles import config, plan_queries  # noqa: PLC0415
+    from vision_attn.kernels.local.queries import _forward  # noqa: PLC0415
+    from vision_attn.kernels.local.tiles import grid_tiles, plan_queries  # noqa: PLC0415
 
     q = torch.empty(1, dtype=dtype, device=device).expand(shape)
     size = grid.height, grid.width, grid.prefix, grid.suffix
     call = Call(q, q, q, None, None, None, None, size, *window.geometry(grid), 1.0)
-    tiles = config(call, _CONFIGS)
-    M, LEN = math.prod(tiles.queries), math.prod(tiles.keys)
-    part = plan_queries(call, _forward, tiles).launch.named["part_length"]
-    inside = tile_pairs(grid, window, tiles.queries, tiles.keys)
-    return shape[0] * shape[2] * (inside + outside_pairs(grid, call.tiles(tiles.queries), M, LEN, part))
+    plan = plan_queries(call, _forward, "local.forward")
+    queries, keys = grid_tiles(plan.tiles)
+    outside = outside_pairs(
+        grid, call.tiles(queries), plan.tiles.rows, plan.tiles.length, plan.launch.named["part_length"]
+    )
+    return shape[0] * shape[2] * (tile_pairs(grid, window, queries, keys) + outside)

@@ -14,20 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels.triton.launching import Blocks, Kernel, Launch, added, strides_of
+from vision_attn.kernels.triton.launching import Kernel, added, strides_of
 from vision_attn.kernels.triton.pairs import Pairs, key_gradients, logits_of
 from vision_attn.kernels.triton.rows import ds_of, head_of, load_rows_below, own_head, program_of, store_rows_below
-
-# Not tuned: chosen offline by registers and shared memory for sm_90 with triton 3.7.1.
-# Keys: bytes of an element, channels at most. `rows` are the tokens that a program owns.
-_QUERIES: dict[tuple[int, int], Blocks] = {
-    (2, 64): Blocks(64, Launch(64, 4, 2, 4)),
-    (2, 128): Blocks(64, Launch(32, 4, 2, 2)),
-    (2, 256): Blocks(32, Launch(32, 8, 1, 1)),
-    (4, 64): Blocks(32, Launch(32, 4, 1, 4)),
-    (4, 128): Blocks(16, Launch(16, 4, 1, 2)),
-    (4, 256): Blocks(16, Launch(16, 8, 1, 1)),
-}
 
 
 @Kernel
@@ -88,8 +77,12 @@ def backward(pairs: Pairs, do: Tensor, o: Tensor, lse: Tensor) -> tuple[Tensor, 
     if not q.numel():
         return q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), added(dbias, dbias.dtype)
     delta = torch.empty_like(lse)
-    programs, parts, named = pairs.launch(_QUERIES, q.shape[1], k.shape[1])
+    inputs, strides = (q, k, v, o, do, lse, delta), strides_of(q, k, v, do)
+    programs, parts, named = pairs.launch(
+        "agent.queries", _query_gradients, lambda parts: (*inputs, wide if parts > 1 else q.dtype, dbias, *strides),
+        q.shape[1], k.shape[1],
+    )  # fmt: skip
     dq = q.new_empty((parts, *q.shape), dtype=wide if parts > 1 else q.dtype)
-    _query_gradients[(programs,)](q, k, v, o, do, lse, delta, dq, dbias, *strides_of(q, k, v, do), **named)
+    _query_gradients[(programs,)](*inputs, dq, dbias, *strides, **named)
     dk, dv = key_gradients(pairs, do, lse, delta)
     return added(dq, q.dtype), dk, dv, added(dbias, q.dtype if bias is None else bias.dtype)

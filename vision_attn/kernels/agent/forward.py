@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels.triton.launching import Blocks, Kernel, Launch, block_of, strides_of
+from vision_attn.kernels.triton.launching import Kernel, block_of, strides_of
 from vision_attn.kernels.triton.pairs import Pairs, logits_of
 from vision_attn.kernels.triton.rows import (
     HIDDEN,
@@ -29,17 +29,6 @@ from vision_attn.kernels.triton.rows import (
     store_rows_below,
     update_softmax,
 )
-
-# Not tuned: chosen offline by registers and shared memory for sm_90 with triton 3.7.1.
-# Keys: bytes of an element, channels at most. `rows` are the tokens that a program owns.
-_FORWARD: dict[tuple[int, int], Blocks] = {
-    (2, 64): Blocks(64, Launch(64, 4, 3, 4)),
-    (2, 128): Blocks(64, Launch(64, 4, 2, 2)),
-    (2, 256): Blocks(64, Launch(32, 8, 2, 1)),
-    (4, 64): Blocks(32, Launch(32, 4, 2, 4)),
-    (4, 128): Blocks(32, Launch(32, 4, 2, 2)),
-    (4, 256): Blocks(16, Launch(16, 8, 1, 1)),
-}
 
 
 @Kernel
@@ -123,11 +112,15 @@ def forward(pairs: Pairs) -> tuple[Tensor, Tensor]:
     o, lse = q.new_empty(q.shape), q.new_empty((B, H, N), dtype=torch.float32)
     if not o.numel():
         return o, lse
-    programs, parts, named = pairs.launch(_FORWARD, N, k.shape[1])
+    inputs, strides = (q, k, v, o, lse), strides_of(q, k, v)
+    programs, parts, named = pairs.launch(
+        "agent.forward", _attend, lambda parts: (*inputs, lse.dtype if parts > 1 else o, lse, *strides), N, k.shape[1],
+        split=True,
+    )  # fmt: skip
     part_o, part_lse = o, lse
     if parts > 1:
         part_o, part_lse = (lse.new_empty((parts, B, H, N, *rest)) for rest in ((D,), ()))
-    _attend[(programs,)](q, k, v, o, lse, part_o, part_lse, *strides_of(q, k, v), SPLIT=parts > 1, **named)
+    _attend[(programs,)](*inputs, part_o, part_lse, *strides, **named)
     if parts > 1:
         _join[(math.ceil(N / 16), B * H)](
             part_o, part_lse, o, lse, parts, N, H, B * H, ROWS=16, D=D, BLOCK_D=block_of(D), num_warps=4

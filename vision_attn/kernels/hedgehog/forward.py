@@ -3,22 +3,16 @@
 # ruff: noqa: ANN001, ANN202  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vision_attn.kernels.hedgehog.op import LEAST
-from vision_attn.kernels.triton.launching import Kernel, Launch, block_of, choice, cut, strides_of
+from vision_attn.kernels.launches import Launch
+from vision_attn.kernels.triton.launching import Kernel, block_of, cut, launch_of, strides_of, thrice
 from vision_attn.kernels.triton.rows import LOG2E, head_of, load_rows_below, own_head, program_of, store_rows_below
-
-# 16 bits found on one H200 with torch 2.11.0 and triton 3.6.0, float32 chosen by registers and shared memory.
-# Keys: bytes of an element, channels at most.
-_LAUNCHES: dict[tuple[int, int], Launch] = {
-    (2, 64): Launch(64, 4, 3, 8),
-    (2, 128): Launch(64, 4, 1, 2),
-    (4, 64): Launch(64, 4, 1, 4),
-    (4, 128): Launch(64, 8, 1, 1),
-}
 
 
 @triton.jit
@@ -33,7 +27,7 @@ def _softmax(y, there, LEAST: tl.constexpr):
 @triton.jit
 def _features(
     x, weight, o, x_b, x_n, x_h, tokens, heads, batch_heads, length, ROWS: tl.constexpr, STAGES: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, LEAST: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, LEAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Features of a part of one head's tokens.
 
@@ -63,7 +57,7 @@ def _features(
         if NARROW:
             y = tl.dot(x_rows, low, tl.dot(x_rows, high)) * factor  # [ROWS, BLOCK_D]
         else:
-            y = tl.dot(x_rows, matrix, input_precision="tf32x3") * factor  # [ROWS, BLOCK_D]
+            y = tl.dot(x_rows, matrix, input_precision=PRECISION) * factor  # [ROWS, BLOCK_D]
         store_rows_below(o, row, stop, heads * 2 * D, 0, _softmax(y, there, LEAST), D, BLOCK_D)
         store_rows_below(o + D, row, stop, heads * 2 * D, 0, _softmax(-y, there, LEAST), D, BLOCK_D)
 
@@ -74,10 +68,17 @@ def forward(x: Tensor, weight: Tensor) -> Tensor:
     o = x.new_empty((B, N, H, 2 * D))
     if not o.numel():
         return o
-    launch = choice(x, _LAUNCHES)
+    args = x, weight, o, *strides_of(x), N, H, B * H
+
+    def named(launch: Launch) -> dict[str, Any]:
+        return dict(
+            ROWS=launch.length, STAGES=launch.stages, D=D, BLOCK_D=block_of(D), LEAST=LEAST, PRECISION=thrice(x),
+            num_warps=launch.warps,
+        )  # fmt: skip
+
+    launch = launch_of(
+        "hedgehog.features", x, (), lambda launch: _features.needs(*args, length=launch.length, **named(launch))
+    )
     parts, length = cut(N, B * H, launch, x, least=1)
-    _features[(parts * B * H,)](
-        x, weight, o, *strides_of(x), N, H, B * H, length, ROWS=launch.length, STAGES=launch.stages, D=D,
-        BLOCK_D=block_of(D), LEAST=LEAST, num_warps=launch.warps,
-    )  # fmt: skip
+    _features[(parts * B * H,)](*args, length, **named(launch))
     return o

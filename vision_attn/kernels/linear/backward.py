@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels.linear.forward import Call, config, loading, merged, state_parts
+from vision_attn.kernels.launches import Launch
+from vision_attn.kernels.linear.forward import Call, fitting_plan, loading, merged, state_parts
 from vision_attn.kernels.linear.tiles import (
     centred,
     column,
@@ -32,8 +33,9 @@ from vision_attn.kernels.linear.tiles import (
     turned,
     weighed,
 )
-from vision_attn.kernels.triton.launching import LANES, Bound, Kernel, Launch, Plan, cut, planned, unit_strides_of
+from vision_attn.kernels.triton.launching import LANES, Bound, Kernel, cut, planned, unit_strides_of
 from vision_attn.kernels.triton.rows import (
+    Plan,
     head_of,
     load_rows_below,
     load_tile_below,
@@ -44,24 +46,6 @@ from vision_attn.kernels.triton.rows import (
     unit_of,
 )
 
-# 16 bits up to 128 channels: tuned on an H200 with triton 3.6; else chosen by registers and shared memory.
-# Keys: bytes of an element, channels of the features and of the values at most.
-_QUERIES: dict[tuple[int, int, int], Launch] = {
-    (2, 64, 64): Launch(64, 4, 3, 4, Launch(64, 4, 3, 4)),
-    (2, 128, 128): Launch(64, 4, 2, 4, Launch(64, 4, 3, 4)),
-    (2, 256, 256): Launch(16, 8, 1, 4),
-    (4, 64, 64): Launch(32, 8, 2, 2),
-    (4, 128, 128): Launch(32, 8, 1, 1),
-    (4, 256, 256): Launch(16, 8, 1, 4),
-}
-_KEYS: dict[tuple[int, int, int], Launch] = {
-    (2, 64, 64): Launch(64, 4, 2, 8, Launch(64, 4, 4, 6)),
-    (2, 128, 128): Launch(64, 4, 3, 2),
-    (2, 256, 256): Launch(16, 8, 1, 4),
-    (4, 64, 64): Launch(32, 8, 2, 4),
-    (4, 128, 128): Launch(32, 8, 1, 4),
-    (4, 256, 256): Launch(16, 8, 1, 4),
-}
 _FUSED = 64 * 64  # elements of a state that the program of a query's gradient can hold
 
 
@@ -272,12 +256,22 @@ def _key_gradients(
         tl.store(part_query + 2 * F, tl.zeros([BLOCK_F], tl.float32) + tl.sum(rest, 0), mask=f < F)
 
 
+def _fused(call: Call) -> bool:
+    """Whether the program of a query's gradient holds the state's gradient too."""
+    return call.blocks[0] * call.v.shape[-1] <= _FUSED
+
+
 @planned
-def _plan_queries(call: Call, launch: Launch, do: Tensor) -> tuple[Plan, bool]:
-    """Plan a launch of `_query_gradients`, and tell whether it holds the state's gradient too."""
+def _plan_queries(call: Call, do: Tensor) -> Plan:
+    q, made = call.q, torch.float32
+    tensors = q, do, made, made, *call.rotary()[:2], q.dtype, *[made] * 5
+    return fitting_plan(call, "linear.queries", lambda launch: _plan_query_launch(call, launch, do), tensors, (q, do))
+
+
+def _plan_query_launch(call: Call, launch: Launch, do: Tensor) -> Plan:
     q, constants = call.q, call.constants()
     B, N, H, _ = q.shape
-    fused = constants["BLOCK_F"] * do.shape[-1] <= _FUSED
+    fused = _fused(call)
     launch, boxes = loading(launch, (q, do), (constants["BLOCK_F"], constants["BLOCK_D"]))
     parts, length = cut(N, B * H, launch, q, least=4 if fused else 1)
     named = dict(
@@ -285,11 +279,23 @@ def _plan_queries(call: Call, launch: Launch, do: Tensor) -> tuple[Plan, bool]:
         STAGES=launch.stages, LANES=LANES, num_warps=launch.warps, **constants,
     )  # fmt: skip
     numbers = *unit_strides_of(q, do), call.rotary()[2], N, H, B * H, length, call.eps, call.floor
-    return Plan(Bound(_query_gradients, (parts * B * H,), numbers, named), parts, boxes), fused
+    return Plan(Bound(_query_gradients, (parts * B * H,), numbers, named), parts, boxes, launch)
 
 
 @planned
-def _plan_keys(call: Call, launch: Launch, weight_gradient: bool) -> Plan:
+def _plan_keys(call: Call, state: torch.dtype, weight_gradient: bool) -> Plan:
+    """Plan a launch of `_key_gradients`; `state` is the dtype of the state's gradient."""
+    k, v, made, weight = call.k, call.v, torch.float32, call.weight
+    tensors = (
+        k, v, made if weight is None else weight, made, *call.rotary()[:2], state, *[made] * 5, k.dtype, v.dtype,
+        k.dtype if weight is None else weight.dtype, made,
+    )  # fmt: skip
+    return fitting_plan(
+        call, "linear.keys", lambda launch: _plan_key_launch(call, launch, weight_gradient), tensors, (k, v)
+    )
+
+
+def _plan_key_launch(call: Call, launch: Launch, weight_gradient: bool) -> Plan:
     k, v, weight, constants = call.k, call.v, call.weight, call.constants()
     B, M, H, _ = k.shape
     launch, boxes = loading(launch, (k, v), (constants["BLOCK_F"], constants["BLOCK_D"]))
@@ -301,7 +307,7 @@ def _plan_keys(call: Call, launch: Launch, weight_gradient: bool) -> Plan:
     )  # fmt: skip
     w = (0, 0, 0) if weight is None else weight.stride()
     numbers = *unit_strides_of(k, v), *w, call.rotary()[2], M, H, B * H, length
-    return Plan(Bound(_key_gradients, (parts * B * H,), numbers, named), parts, boxes)
+    return Plan(Bound(_key_gradients, (parts * B * H,), numbers, named), parts, boxes, launch)
 
 
 def backward(
@@ -322,7 +328,7 @@ def backward(
     if call.scaled:  # float16 cannot hold sums over all queries
         size = dstate.abs().amax((2, 3)).clamp_(min=1e-30)
         dstate = (dstate / size[:, :, None, None]).to(q.dtype)
-    plan = _plan_keys(call, config(call, _KEYS), weight_gradient)
+    plan = _plan_keys(call, dstate.dtype, weight_gradient)
     part_query = norm.new_empty((plan.parts, B, H, 3, F)) if call.query is not None else norm
     plan.run(
         k, v, norm if weight is None else weight, norm if call.query is None else call.query, *call.rotary()[:2],
@@ -341,7 +347,7 @@ def _state_gradients(
     """Fill dq and the means of the state; return dS, y `[B, H, F]`, and eps times the sum of delta / den `[B, H]`."""
     q = call.q
     B, N, H, F = q.shape
-    plan, fused = _plan_queries(call, config(call, _QUERIES), do)
+    plan, fused = _plan_queries(call, do), _fused(call)
     part, factors, inverses, kappa = norm, norm, norm, norm
     if fused:
         part = norm.new_empty((plan.parts, B, H, F * do.shape[-1] + F))

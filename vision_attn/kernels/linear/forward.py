@@ -8,7 +8,7 @@ parts in a fixed order (see `tiles.py`); the third reads q once and writes o onc
 # mypy: disable-error-code="no-untyped-def"
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vision_attn.kernels.launches import Launch, fitting
 from vision_attn.kernels.linear.tiles import (
     LOWEST,
     await_previous,
@@ -34,10 +35,7 @@ from vision_attn.kernels.linear.tiles import (
 from vision_attn.kernels.triton.launching import (
     LANES,
     Bound,
-    Box,
     Kernel,
-    Launch,
-    Plan,
     block_of,
     cut,
     dependent,
@@ -45,43 +43,25 @@ from vision_attn.kernels.triton.launching import (
     layout,
     planned,
     precision_of,
-    sequence_box,
+    roomless,
+    tensor_memory,
     unit_strides_of,
-    uses_boxes,
 )
 from vision_attn.kernels.triton.rows import (
     NO_KEY,
+    Box,
+    Plan,
     head_of,
     load_rows_below,
     load_tile_below,
     own_head,
     program_of,
+    sequence_box,
     store_rows_below,
     unit_head_of,
     unit_of,
+    uses_boxes,
 )
-
-# 16 bits up to 128 channels: tuned on an H200 with triton 3.6; else chosen by registers and shared memory.
-# Keys: bytes of an element, channels of the features and of the values at most.
-_STATE: dict[tuple[int, int, int], Launch] = {
-    (2, 64, 64): Launch(64, 4, 2, 5, Launch(64, 4, 3, 2)),
-    (2, 128, 128): Launch(64, 4, 3, 2, Launch(64, 4, 3, 2)),
-    (2, 256, 256): Launch(64, 8, 2, 1),
-    (4, 64, 64): Launch(32, 4, 3, 4),
-    (4, 128, 128): Launch(32, 8, 2, 2),
-    (4, 256, 256): Launch(32, 8, 2, 1),
-}
-# float16 (`Call.scaled`) and a global query
-_HEAVY_STATE = _STATE | {(2, 64, 64): Launch(64, 4, 3, 4, Launch(64, 4, 3, 4))}
-_OUTPUT: dict[tuple[int, int, int], Launch] = {
-    (2, 64, 64): Launch(64, 4, 1, 4),
-    (2, 128, 128): Launch(64, 4, 1, 2),
-    (2, 256, 256): Launch(64, 8, 2, 4),
-    (4, 64, 64): Launch(32, 4, 2, 12),
-    (4, 128, 128): Launch(32, 4, 2, 8),
-    (4, 256, 256): Launch(32, 8, 1, 4),
-}
-_SCALED_OUTPUT = _OUTPUT | {(2, 64, 64): Launch(64, 4, 1, 4, Launch(64, 4, 3, 4))}
 
 
 @dataclass(frozen=True)
@@ -120,6 +100,8 @@ class Call:
         f, d = block_of(self.k.shape[-1]), block_of(self.v.shape[-1])
         # a program's part of the state must fit in registers and shared memory
         most = (64 if f > 128 else 128) if self.q.element_size() == 2 else 4096 // max(f, 64)
+        if f > 128 and roomless(self.q):
+            most = max(16, most // 2)
         return f, d, min(d, most)
 
     def rotary(self) -> tuple[Any, Any, int]:
@@ -135,14 +117,19 @@ class Call:
         )  # fmt: skip
 
 
-def config(call: Call, table: dict[tuple[int, int, int], Launch]) -> Launch:
-    """Return the first entry that fits dtype and channels, without the pipeline where the rotation is loaded too."""
+def fitting_plan(call: Call, name: str, plan: Callable[[Launch], Plan], tensors: Sequence[Any], boxed: Any) -> Plan:
+    """Return the plan of the launch that fits; a dtype stands for a tensor that is yet to be made."""
     f, d, _ = call.blocks
-    size = call.q.element_size()
-    launch = next(c for (b, most_f, most_d), c in table.items() if b == size and f <= most_f and d <= most_d)
-    if call.cos is None:
-        return launch
-    return replace(launch, length=launch.length if f <= 64 else min(launch.length, 32), stages=1, boxes=None)
+
+    def attempt(launch: Launch) -> tuple[Plan, int]:
+        return plan(launch).needs(*tensors, boxed=boxed)
+
+    def without_pipeline(launch: Launch) -> Launch:
+        return replace(launch, walk=launch.walk if f <= 64 else (min(launch.length, 32),), stages=1, boxes=None)
+
+    # where the rotation is loaded too, there is no room for a pipeline
+    adjust = None if call.cos is None else without_pipeline
+    return fitting(name, call.q, attempt, channels=max(f, d), adjust=adjust)
 
 
 @Kernel
@@ -152,8 +139,8 @@ def _state(
     k_b, k_n, k_h, v_b, v_n, v_h, w_b, w_n, w_h, cos_n, tokens, heads, batch_heads, length,
     WEIGHT: tl.constexpr, SUM_WEIGHT: tl.constexpr, GLOBAL: tl.constexpr, SCALED: tl.constexpr,
     OVERLAP: tl.constexpr, TMA: tl.constexpr, LEN: tl.constexpr, STAGES: tl.constexpr, LANES: tl.constexpr,
-    MAP: tl.constexpr, ROTARY: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    PRODUCTS: tl.constexpr, MAP: tl.constexpr, ROTARY: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sum r phi(k) v^T and phi(k) over a part of the keys, each weighed.
 
@@ -161,7 +148,8 @@ def _state(
     and sum_weight, which weighs the second sum once more, `[B, tokens, H]` with strides `w_`; query `[B, H, F]`; cos,
     sin `[tokens, F]`.
     Outputs: part_sums `[parts, B, H, F * D + F]`; part_top `[parts, B, H, 2]`, maximum and total of the query's logits.
-    Launch: blocks of `BLOCK_D` values, parts of `length` keys, in steps of `LEN`.
+    Launch: blocks of `BLOCK_D` values, parts of `length` keys, in steps of `LEN`; sums of features by `PRODUCTS` where
+    they may be.
     """
     D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     b, h, bh, block, part = program_of(heads, batch_heads, D_BLOCKS)
@@ -169,7 +157,7 @@ def _state(
     weight, sum_weight = head_of(weight, b, h, w_b, w_h), head_of(sum_weight, b, h, w_b, w_h)
     f = tl.arange(0, BLOCK_F)  # [BLOCK_F]
     g = tl.load(query + bh * F + f, mask=f < F, other=0.0) if GLOBAL else 0.0  # [BLOCK_F]
-    ALIKE: tl.constexpr = v.dtype.element_ty != tl.float32 and not ROTARY
+    ALIKE: tl.constexpr = PRODUCTS and v.dtype.element_ty != tl.float32 and not ROTARY
     acc = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)  # [BLOCK_F, BLOCK_D]
     sums = tl.zeros([LANES, BLOCK_F], tl.float32)  # [LANES, BLOCK_F]
     columns = tl.zeros([BLOCK_F, LANES], tl.float32)  # [BLOCK_F, LANES]
@@ -216,7 +204,7 @@ def _state(
             columns += feature_sums(low, other, SUM_WEIGHT, SCALED, LANES) * most
         else:
             if not ROTARY:
-                plain = low.to(tl.float32)
+                plain = low.to(tl.float32) * most
             if SUM_WEIGHT:
                 plain *= other[:, None]
             sums += lane_sums(plain, LANES)
@@ -341,10 +329,22 @@ def loading(launch: Launch, tensors: Sequence[Tensor], blocks: Sequence[int]) ->
 
 
 @planned
-def _plan_state(
+def _plan_state(call: Call, k: Tensor, v: Tensor, weight: Tensor | None, summed: bool, asked: bool) -> Plan:
+    """Plan a launch of `_state`; `summed` and `asked` are whether there is a second weight and a global query."""
+    made = torch.float32
+    w = made if weight is None else weight
+    tensors = k, v, w, made if summed else w, made, *call.rotary()[:2], made, made
+    name = "linear.heavy_state" if call.scaled or asked else "linear.state"
+
+    def plan(launch: Launch) -> Plan:
+        return _plan_state_launch(call, launch, k, v, weight, summed, asked)
+
+    return fitting_plan(call, name, plan, tensors, (k, v))
+
+
+def _plan_state_launch(
     call: Call, launch: Launch, k: Tensor, v: Tensor, weight: Tensor | None, summed: bool, asked: bool
 ) -> Plan:
-    """Plan a launch of `_state`; `summed` and `asked` are whether there is a second weight and a global query."""
     B, M, H, _ = k.shape
     constants = call.constants()
     blocks = math.ceil(v.shape[-1] / constants["BLOCK_D"])
@@ -354,14 +354,22 @@ def _plan_state(
     named = dict(
         WEIGHT=weight is not None, SUM_WEIGHT=summed, GLOBAL=asked, SCALED=call.scaled, OVERLAP=hopper(k),
         TMA=boxes[0] is not None, LEN=launch.length, STAGES=launch.stages, LANES=LANES, num_warps=launch.warps,
-        **constants,
+        # triton 3.6 cannot schedule two products of one left side in tensor memory
+        PRODUCTS=not tensor_memory(k), **constants,
     )  # fmt: skip
     numbers = *unit_strides_of(k, v), *w, call.rotary()[2], M, H, B * H, length
-    return Plan(Bound(_state, (parts * blocks * B * H,), numbers, named), parts, boxes)
+    return Plan(Bound(_state, (parts * blocks * B * H,), numbers, named), parts, boxes, launch)
 
 
 @planned
-def _plan_output(call: Call, launch: Launch) -> Plan:
+def _plan_output(call: Call) -> Plan:
+    q, made = call.q, torch.float32
+    tensors = q, made, made, *call.rotary()[:2], q.dtype
+    name = "linear.scaled_output" if call.scaled else "linear.output"
+    return fitting_plan(call, name, lambda launch: _plan_output_launch(call, launch), tensors, (q,))
+
+
+def _plan_output_launch(call: Call, launch: Launch) -> Plan:
     B, N, H, _ = call.q.shape
     constants = call.constants()
     blocks = math.ceil(call.v.shape[-1] / constants["BLOCK_D"])
@@ -372,7 +380,7 @@ def _plan_output(call: Call, launch: Launch) -> Plan:
         **constants, **dependent(call.q),
     )  # fmt: skip
     numbers = *unit_strides_of(call.q), call.rotary()[2], N, H, B * H, length, call.eps, call.floor
-    return Plan(Bound(_output, (parts * blocks * B * H,), numbers, named), parts, boxes)
+    return Plan(Bound(_output, (parts * blocks * B * H,), numbers, named), parts, boxes, launch)
 
 
 @planned
@@ -390,8 +398,7 @@ def state_parts(
 ) -> tuple[Tensor, Tensor | None]:
     """Return state and norm of parts `[parts, B, H, F * D + F]`; for `query` maximum and total `[parts, B, H, 2]`."""
     B, _, H, F = k.shape
-    launch = config(call, _HEAVY_STATE if call.scaled or query is not None else _STATE)
-    plan = _plan_state(call, launch, k, v, weight, sum_weight is not None, query is not None)
+    plan = _plan_state(call, k, v, weight, sum_weight is not None, query is not None)
     part = k.new_empty((plan.parts, B, H, F * v.shape[-1] + F), dtype=torch.float32)
     part_top = None if query is None else part.new_empty((plan.parts, B, H, 2))
     w = part if weight is None else weight
@@ -427,6 +434,6 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     part, part_top = state_parts(call, k, v, call.weight, None, call.query)
     factor = 1.0 / k.shape[1] if call.query is None else 1.0
     state, norm, tops = merged(call, part, part_top, torch.float32, factor)
-    plan = _plan_output(call, config(call, _SCALED_OUTPUT if call.scaled else _OUTPUT))
+    plan = _plan_output(call)
     plan.run(q, state, norm, *call.rotary()[:2], o, boxed=(q,))
     return o, state, norm, tops

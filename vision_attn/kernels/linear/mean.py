@@ -6,13 +6,16 @@ m = sum_i w_i phi(q_i) / sum_i w_i
 # ruff: noqa: ANN001, ANN202  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from vision_attn.kernels.launches import Launch
 from vision_attn.kernels.linear.tiles import lane_sums, mapped, slope
-from vision_attn.kernels.triton.launching import LANES, Kernel, Launch, block_of, cut, unit_strides_of
+from vision_attn.kernels.triton.launching import LANES, Kernel, block_of, cut, launch_of, unit_strides_of
 from vision_attn.kernels.triton.rows import (
     head_of,
     load_rows_below,
@@ -22,9 +25,6 @@ from vision_attn.kernels.triton.rows import (
     unit_head_of,
     unit_of,
 )
-
-# By channels at most. Up to 128: tuned on an H200 with triton 3.6.
-_MEAN: dict[int, Launch] = {64: Launch(64, 4, 3, 4), 128: Launch(64, 4, 3, 4), 256: Launch(16, 4, 3, 8)}
 
 
 @Kernel
@@ -119,22 +119,37 @@ def _sums_gradient(
         store_rows_below(dq, row, stop, heads * F, 0, dq_rows, F, BLOCK_F)
 
 
+def _launch(
+    q: Tensor, kernel: Kernel, tensors: tuple[Any, ...], weight: Tensor | None, **more: Any
+) -> tuple[Launch, tuple[Any, ...], dict[str, Any]]:
+    """Return the launch that fits, the numbers after the tensors but for the length of a part, and all by name."""
+    B, N, H, F = q.shape
+    numbers = *unit_strides_of(q), *((0, 0, 0) if weight is None else weight.stride()), N, H, B * H
+    more |= dict(WEIGHT=weight is not None, F=F, BLOCK_F=block_of(F))
+
+    def named(launch: Launch) -> dict[str, Any]:
+        return dict(LEN=launch.length, STAGES=launch.stages, num_warps=launch.warps, **more)
+
+    constants = kernel, None if weight is None else weight.dtype, *more.values()
+    launch = launch_of(
+        "linear.mean", q, constants,
+        lambda launch: kernel.needs(*tensors, *numbers, length=launch.length, **named(launch)),
+    )  # fmt: skip
+    return launch, numbers, named(launch)
+
+
 def feature_sums(q: Tensor, weight: Tensor | None, map_: str) -> tuple[Tensor, Tensor]:
     """Return the mean `[B, H, F]` and the sum of the weights `[B, H]`, in float32; `weight` is `[B, N, H]`."""
     B, N, H, F = q.shape
-    block = block_of(F)
-    launch = next(c for most, c in _MEAN.items() if block <= most)
     if not q.numel():
         return q.new_zeros((B, H, F), dtype=torch.float32), q.new_zeros((B, H), dtype=torch.float32)
+    inputs, made = (q, q if weight is None else weight), torch.float32
+    launch, numbers, named = _launch(q, _sums, (*inputs, made, made), weight, LANES=LANES, MAP=map_)
     parts, length = cut(N, B * H, launch, q, least=4)
     part, totals = (q.new_empty((parts, B, H, *rest), dtype=torch.float32) for rest in ((F,), ()))
-    _sums[(parts * B * H,)](
-        q, q if weight is None else weight, part, totals, *unit_strides_of(q),
-        *((0, 0, 0) if weight is None else weight.stride()), N, H, B * H, length, WEIGHT=weight is not None,
-        LEN=launch.length, STAGES=launch.stages, LANES=LANES, MAP=map_, F=F, BLOCK_F=block, num_warps=launch.warps,
-    )  # fmt: skip
+    _sums[(parts * B * H,)](*inputs, part, totals, *numbers, length, **named)
     mean, total = part.new_empty((B, H, F)), part.new_empty((B, H))
-    _mean[(B * H,)](part, totals, mean, total, parts, B * H, PARTS=64, F=F, BLOCK_F=block, num_warps=8)
+    _mean[(B * H,)](part, totals, mean, total, parts, B * H, PARTS=64, F=F, BLOCK_F=block_of(F), num_warps=8)
     return mean, total
 
 
@@ -142,18 +157,13 @@ def feature_sums_gradient(
     q: Tensor, weight: Tensor | None, mean: Tensor, total: Tensor, dmean: Tensor, map_: str, weight_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of q and of the weights; the latter is empty if it is not wanted."""
-    B, N, H, F = q.shape
-    block = block_of(F)
-    launch = next(c for most, c in _MEAN.items() if block <= most)
+    B, N, H, _ = q.shape
     dq = q.new_empty(q.shape)
     dweight = q.new_empty((B, N, H) if weight_gradient else (0,), dtype=q.dtype if weight is None else weight.dtype)
     if not q.numel():
         return dq, dweight
+    tensors = q, q if weight is None else weight, mean, total, dmean.contiguous(), dq, dweight
+    launch, numbers, named = _launch(q, _sums_gradient, tensors, weight, MAP=map_, WEIGHT_GRADIENT=weight_gradient)
     parts, length = cut(N, B * H, launch, q, least=1)
-    _sums_gradient[(parts * B * H,)](
-        q, q if weight is None else weight, mean, total, dmean.contiguous(), dq, dweight, *unit_strides_of(q),
-        *((0, 0, 0) if weight is None else weight.stride()), N, H, B * H, length, WEIGHT=weight is not None,
-        WEIGHT_GRADIENT=weight_gradient, LEN=launch.length, STAGES=launch.stages, MAP=map_, F=F, BLOCK_F=block,
-        num_warps=launch.warps,
-    )  # fmt: skip
+    _sums_gradient[(parts * B * H,)](*tensors, *numbers, length, **named)
     return dq, dweight

@@ -8,13 +8,17 @@ own keys away where it adds their softmax part.
 # ruff: noqa: ANN001, ANN202, E741  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from vision_attn.kernels.launches import Launch
 from vision_attn.kernels.linear import linear_state
 from vision_attn.kernels.triton.cells import Cells, cell_logits, first_slot, meet_shared, slots_of
-from vision_attn.kernels.triton.launching import Kernel, block_of, choice, strides_of
+from vision_attn.kernels.triton.launching import Kernel, block_of, precision_of, strides_of, thrice
 from vision_attn.kernels.triton.rows import (
     NO_KEY,
     START,
@@ -26,18 +30,6 @@ from vision_attn.kernels.triton.rows import (
     update_softmax,
 )
 
-# Up to 128 channels of 16 bits found on one H200 with torch 2.11.0 and triton 3.6.0, the others chosen by registers and
-# shared memory. Keys: bytes of an element, channels at most. Slots of a tile, warps, pipeline stages, features that are
-# multiplied at a time.
-_FORWARD: dict[tuple[int, int], tuple[int, int, int, int]] = {
-    (2, 64): (64, 4, 1, 64),
-    (2, 128): (64, 4, 1, 32),
-    (2, 256): (32, 8, 2, 64),
-    (4, 64): (16, 4, 2, 64),
-    (4, 128): (16, 8, 2, 64),
-    (4, 256): (16, 8, 2, 64),
-}
-
 
 @Kernel
 @triton.jit
@@ -46,7 +38,7 @@ def _forward(
     sk, sv, sk_b, sk_n, sk_h, sv_b, sv_n, sv_h, mask, mask_b, outside, height, width, cell_h, cell_w, heads,
     batch_heads, scale, SHARED: tl.constexpr, MASK: tl.constexpr, FAR: tl.constexpr, SLOTS: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, F: tl.constexpr,
-    BLOCK_F: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_F: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Output of a tile of queries; without `FAR` the window is the whole grid.
 
@@ -61,8 +53,6 @@ def _forward(
     cell, row = slots_of(block * ROWS, height, width, cell_h, cell_w, SLOTS, ROWS)  # [ROWS]
     k, v = head_of(k, b, h, k_b, k_h), head_of(v, b, h, v_b, v_h)
     a, b_ = head_of(a, b, h, a_b, a_h), head_of(b_, b, h, b_b, b_h)
-    # TF32 holds 16-bit features exactly, and their products with sums twice as well as 16 bits would
-    WIDE: tl.constexpr = "tf32x3" if v.dtype.element_ty == tl.float32 else "tf32"
     q_rows = load_rows_below(head_of(q, b, h, q_b, q_h), row, tokens, q_n, 0, D, BLOCK_D)  # [ROWS, BLOCK_D]
     m = tl.full([ROWS], START, tl.float32)  # [ROWS]
     l = tl.zeros([ROWS], tl.float32)  # [ROWS]
@@ -112,10 +102,14 @@ def forward(call: Cells, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
     if not o.numel():
         return o
     state, norm = linear_state(b, v)
-    rows, warps, stages, features = choice(q, _FORWARD)
-    programs, named = call.launch(rows, warps)
-    _forward[(programs,)](
-        q, k, v, a, b, state, norm, gate, o, *strides_of(q, k, v, a, b), **call.shared(), **named, FAR=call.count > 1,
-        F=F, BLOCK_F=min(block_of(F), features), num_stages=stages,
-    )  # fmt: skip
+    args, shared = (q, k, v, a, b, state, norm, gate, o, *strides_of(q, k, v, a, b)), call.shared()
+
+    # TF32 holds 16-bit features exactly, and their products with sums twice as well as 16 bits would
+    wide = thrice(q) if q.dtype == torch.float32 else precision_of(q)
+
+    def more(launch: Launch) -> dict[str, Any]:
+        return dict(FAR=call.count > 1, F=F, BLOCK_F=min(block_of(F), launch.features), WIDE=wide, **shared)
+
+    programs, named = call.launch("linear_local.forward", _forward, args, more, (F, call.count > 1))
+    _forward[(programs,)](*args, **named)
     return o

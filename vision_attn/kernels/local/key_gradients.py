@@ -14,18 +14,18 @@ over all rows of the grid first, as two matrix products a row, and adds up the d
 # mypy: disable-error-code="no-untyped-def"
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels.local.op import PRECISION, Call
+from vision_attn.kernels.launches import Launch
+from vision_attn.kernels.local.op import Call
 from vision_attn.kernels.local.tiles import (
-    Tiles,
     bias_of,
     bias_table,
-    config,
     coordinates,
     grid_lane,
     grid_program,
@@ -38,7 +38,7 @@ from vision_attn.kernels.local.tiles import (
     window_start,
     windowed,
 )
-from vision_attn.kernels.triton.launching import Kernel, block_of, strides_of
+from vision_attn.kernels.triton.launching import Kernel, block_of, launch_of, strides_of, thrice
 from vision_attn.kernels.triton.rows import (
     HIDDEN,
     LOG2E,
@@ -52,19 +52,6 @@ from vision_attn.kernels.triton.rows import (
     splits,
     store_rows,
 )
-
-# Found on one H200 with torch 2.11.0 and triton 3.6.0.
-_CONFIGS: dict[tuple[int, int, float], Tiles] = {
-    (2, 64, 12): Tiles((4, 8), (8, 8), 4, 3),
-    (2, 64, math.inf): Tiles((8, 8), (8, 8), 4, 3),
-    (2, 128, 14): Tiles((4, 8), (8, 8), 4, 3),
-    (2, 128, math.inf): Tiles((8, 8), (8, 8), 4, 2),
-    (2, 256, math.inf): Tiles((4, 8), (4, 8), 4, 1),
-    (4, 64, math.inf): Tiles((4, 8), (4, 8), 4, 2),
-    (4, 128, math.inf): Tiles((4, 8), (4, 8), 4, 1),
-    (4, 256, math.inf): Tiles((4, 8), (4, 4), 4, 1),
-}
-_COLUMNS = 32  # of a tile of the grid whose bias is learnt
 
 
 @triton.jit
@@ -310,8 +297,7 @@ def key_gradients(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> tuple[T
     """Return the gradients of k, v, pooled_k and pooled_v; empty for what is None."""
     q, k, v = call.q, call.k, call.v
     B, _, H, D = q.shape
-    tiles = config(call, _CONFIGS)
-    plan = plan_keys(call, _key_gradients, tiles, do)
+    plan = plan_keys(call, _key_gradients, "local.keys", do)
     dk, dv = q.new_empty(q.shape), q.new_empty(q.shape)
     part_dkv = q.new_empty((plan.parts, 2, B, call.outside, H, D), dtype=torch.float32) if plan.parts > 1 else lse
     plan.run(
@@ -321,10 +307,10 @@ def key_gradients(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> tuple[T
     if plan.parts > 1:
         for t, rows in zip((dk, dv), part_dkv.sum(0), strict=True):
             call.put_outside(t, rows)
-    return dk, dv, *_pooled(call, tiles, do, lse, delta)
+    return dk, dv, *_pooled(call, do, lse, delta)
 
 
-def _pooled(call: Call, tiles: Tiles, do: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+def _pooled(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     q, k, v = call.q, call.pooled_k, call.pooled_v
     if k is None or v is None:
         return q.new_empty(0), q.new_empty(0)
@@ -333,14 +319,25 @@ def _pooled(call: Call, tiles: Tiles, do: Tensor, lse: Tensor, delta: Tensor) ->
     pooled, image = k.shape[1], height * width
     if not pooled:
         return q.new_empty(k.shape), q.new_empty(v.shape)
-    M, LEN = math.prod(tiles.keys), math.prod(tiles.queries)
-    blocks = math.ceil(pooled / M)
-    parts, length = splits(call.q, B * H * blocks, image, 0, LEN)
-    part_dkv = q.new_empty((parts, 2, B, pooled, H, D), dtype=torch.float32)
-    _pooled_gradients[(blocks, parts, B * H)](
-        q, do, k, v, part_dkv, lse, delta, *strides_of(q, do, k, v), N, H, B, prefix, image, pooled, call.scale, length,
-        M, LEN, D, call.block_d, PRECISION, num_warps=tiles.warps, num_stages=tiles.stages,
+
+    def numbers(launch: Launch) -> dict[str, Any]:
+        _, length = splits(q, B * H * math.ceil(pooled / launch.rows), image, 0, launch.length)
+        return dict(
+            part_length=length, M=launch.rows, LEN=launch.length, num_warps=launch.warps, num_stages=launch.stages
+        )
+
+    rest = *strides_of(q, do, k, v), N, H, B, prefix, image, pooled, call.scale
+    more = dict(D=D, BLOCK_D=call.block_d, PRECISION=thrice(q))
+    launch = launch_of(
+        "local.keys", q, ("pooled",), columns=call.span,
+        needs=lambda launch: _pooled_gradients.needs(
+            q, do, k, v, torch.float32, lse, delta, *rest, **numbers(launch), **more
+        ),
     )  # fmt: skip
+    blocks = math.ceil(pooled / launch.rows)
+    parts, _ = splits(q, B * H * blocks, image, 0, launch.length)
+    part_dkv = q.new_empty((parts, 2, B, pooled, H, D), dtype=torch.float32)
+    _pooled_gradients[(blocks, parts, B * H)](q, do, k, v, part_dkv, lse, delta, *rest, **numbers(launch), **more)
     dk, dv = part_dkv.sum(0).to(q.dtype).unbind(0)
     return dk.clone(), dv.clone()
 
@@ -351,11 +348,17 @@ def bias_gradient(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     q, k, v, bias = call.q, call.k, call.v, call.bias
     B, N, H, D = q.shape
     height, width, prefix, _ = call.size
-    tiles = math.ceil(math.ceil(width / call.steps[1]) / _COLUMNS)
-    part_bias = q.new_empty((tiles, *bias.shape), dtype=torch.float32)
-    _bias_gradient[(tiles, bias.shape[1], H)](
-        q, k, v, do, lse, delta, bias, part_bias, *strides_of(q, k, v, do), N, H, B, prefix, height, width,
-        *call.kernel, *call.steps, call.scale, WIDE=_COLUMNS, BLOCK_K=block_of(bias.shape[2]), BIAS=call.bias_block,
-        D=D, BLOCK_D=call.block_d, PRECISION="ieee", num_warps=4, num_stages=1,
+    numbers = *strides_of(q, k, v, do), N, H, B, prefix, height, width, *call.kernel, *call.steps, call.scale
+    more = dict(BLOCK_K=block_of(bias.shape[2]), BIAS=call.bias_block, D=D, BLOCK_D=call.block_d, PRECISION="ieee")
+
+    def of(launch: Launch) -> dict[str, Any]:
+        return dict(WIDE=launch.rows, num_warps=launch.warps, num_stages=launch.stages, **more)
+
+    launch = launch_of(
+        "local.bias", q, (bias.dtype, more["BLOCK_K"], call.bias_block),
+        lambda launch: _bias_gradient.needs(q, k, v, do, lse, delta, bias, torch.float32, *numbers, **of(launch)),
     )  # fmt: skip
+    tiles = math.ceil(math.ceil(width / call.steps[1]) / launch.rows)
+    part_bias = q.new_empty((tiles, *bias.shape), dtype=torch.float32)
+    _bias_gradient[(tiles, bias.shape[1], H)](q, k, v, do, lse, delta, bias, part_bias, *numbers, **of(launch))
     return part_bias.sum(0).to(bias.dtype)

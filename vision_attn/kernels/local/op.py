@@ -1,6 +1,6 @@
 """Local attention in Triton: the inputs of a call, the operator, and its gradient.
 
-The kernels are in `forward.py`, `backward.py` and `key_gradients.py`; triton is imported when they first run.
+The kernels are in `queries.py` and `key_gradients.py`; triton is imported when they first run.
 """
 
 import math
@@ -20,12 +20,11 @@ from vision_attn.kernels.triton.launching import (
     layout,
     next_power,
     packed,
+    thrice,
 )
 
 if TYPE_CHECKING:
     from vision_attn.kernels.local import Window
-
-PRECISION = "tf32x3"  # three TF32 products keep float32's accuracy on tensor cores; other dtypes ignore it
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class Call:
             N=self.q.shape[1], heads=self.q.shape[2], prefix=prefix, height=height, width=width, outside=self.outside,
             limit=float(self.limit) if disc else 0.0, reach=math.isqrt(self.limit) if disc else 0,
             KY=self.kernel[0], KX=self.kernel[1], step_y=self.steps[0], step_x=self.steps[1],
-            scale=self.scale, DISC=disc, D=self.q.shape[-1], BLOCK_D=self.block_d, PRECISION=PRECISION,
+            scale=self.scale, DISC=disc, D=self.q.shape[-1], BLOCK_D=self.block_d, PRECISION=thrice(self.q),
         )  # fmt: skip
 
     def tiles(self, tile: tuple[int, int]) -> int:
@@ -148,7 +147,7 @@ def _local(
 
     In base 2 the backward takes it as it is: rounded twice, large logits would lose what float32 has.
     """
-    from vision_attn.kernels.local.forward import forward  # noqa: PLC0415
+    from vision_attn.kernels.local.queries import forward  # noqa: PLC0415
 
     if scale <= 0:  # hidden logits must stay the lowest after scaling
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
@@ -168,7 +167,7 @@ def _local_backward(
     kernel: Sequence[int], steps: Sequence[int], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, pooled_k, pooled_v and bias; empty for what is None."""
-    from vision_attn.kernels.local.backward import backward  # noqa: PLC0415
+    from vision_attn.kernels.local.queries import backward  # noqa: PLC0415
 
     call = _call(q, k, v, pooled_k, pooled_v, bias, mask, size, radius, kernel, steps, scale)
     dq, dk, dv, pooled_dk, pooled_dv, dbias = backward(call, packed(do), dlse, o, lse)

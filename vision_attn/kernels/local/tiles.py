@@ -14,27 +14,28 @@ column: all coordinates here are those of a sub-grid. Kernels pass three tuples 
 # mypy: disable-error-code="no-untyped-def"
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from vision_attn.kernels.launches import Launch, fitting
 from vision_attn.kernels.local.op import Call
-from vision_attn.kernels.triton.launching import (
-    Bound,
+from vision_attn.kernels.triton.launching import Bound, Kernel, planned, strides_of
+from vision_attn.kernels.triton.rows import (
+    LOG2E,
     Box,
-    Kernel,
     Plan,
     box_strides,
-    planned,
+    load_rows,
     sequence_box,
-    strides_of,
+    splits,
+    unit_of,
     uses_boxes,
 )
-from vision_attn.kernels.triton.rows import LOG2E, load_rows, splits, unit_of
 
 OUTSIDE = tl.constexpr(1e20)
 SPREAD = tl.constexpr(8589934592.0)  # 2^33
@@ -42,47 +43,47 @@ BIAS_NEAR = tl.constexpr(4096)  # entries of a table of relative biases that sha
 FAR = tl.constexpr(1048576.0)  # a coordinate that no disc reaches; (FAR * SPREAD)^2 is finite
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """A launch: query tile and key tile as (rows, columns), warps, pipeline stages."""
-
-    queries: tuple[int, int]
-    keys: tuple[int, int]
-    warps: int
-    stages: int
-
-
-def config(call: Call, table: Mapping[tuple[int, int, float], Tiles]) -> Tiles:
-    """Return the first entry that fits; keys are bytes of an element, channels at most, window columns at most."""
-    size = call.q.element_size()
-    return next(t for (b, d, span), t in table.items() if b == size and call.block_d <= d and call.span <= span)
-
-
 @planned
-def plan_queries(call: Call, kernel: Kernel, tiles: Tiles, *others: Tensor) -> Plan:
+def plan_queries(call: Call, kernel: Kernel, name: str, *others: Tensor) -> Plan:
     """Plan a launch whose programs own queries and walk keys; `others` are tensors of the launch beside the call's."""
     pooled = 0 if call.pooled_k is None else call.pooled_k.shape[1]
-    pooled_k, pooled_v = (call.k, call.v) if call.pooled_k is None else (call.pooled_k, call.pooled_v)
+    pooled_k = call.k if call.pooled_k is None else call.pooled_k
+    pooled_v = call.v if call.pooled_v is None else call.pooled_v
     strided = call.q, call.k, call.v, *others, pooled_k, pooled_v
+    made = call.q.dtype, *[torch.float32] * 3
     more = dict(pooled=pooled, POOLED=pooled > 0)
-    return _plan(call, kernel, tiles, (tiles.queries, tiles.keys), (call.k, call.v), strided, more)
+    return _plan(call, kernel, name, (call.k, call.v), strided, made, False, more)
 
 
 @planned
-def plan_keys(call: Call, kernel: Kernel, tiles: Tiles, do: Tensor) -> Plan:
+def plan_keys(call: Call, kernel: Kernel, name: str, do: Tensor) -> Plan:
     """Plan a launch whose programs own keys and walk queries and the output's gradient."""
-    return _plan(call, kernel, tiles, (tiles.keys, tiles.queries), (call.q, do), (call.q, call.k, call.v, do), {})
+    made = *[call.q.dtype] * 2, *[torch.float32] * 3
+    return _plan(call, kernel, name, (call.q, do), (call.q, call.k, call.v, do), made, True, {})
 
 
 def _plan(
-    call: Call, kernel: Kernel, tiles: Tiles, order: Sequence[tuple[int, int]], walked: Sequence[Tensor],
-    strided: Sequence[Any], more: dict[str, Any],
+    call: Call, kernel: Kernel, name: str, walked: tuple[Tensor, Tensor], strided: Sequence[Tensor],
+    made: Sequence[torch.dtype], owns_keys: bool, more: dict[str, Any],
 ) -> Plan:  # fmt: skip
-    """Plan a launch; `order` is the tile that a program owns and the one that it walks by."""
+    """Plan the launch that fits, of tensors with strides and others that are yet to be `made`."""
+    every = *strided, *made, *(torch.float32 if t is None else t for t in (call.bias, call.mask))
+
+    def attempt(launch: Launch) -> tuple[Plan, int]:
+        return _plan_launch(call, kernel, launch, walked, strided, owns_keys, more).needs(*every, boxed=walked * 2)
+
+    return fitting(name, call.q, attempt, channels=call.block_d, columns=call.span)
+
+
+def _plan_launch(
+    call: Call, kernel: Kernel, launch: Launch, walked: Sequence[Tensor], strided: Sequence[Tensor], owns_keys: bool,
+    more: dict[str, Any],
+) -> Plan:  # fmt: skip
     B, N, H, _ = call.q.shape
     _, _, prefix, suffix = call.size
-    own, other = order
-    M, LEN = math.prod(own), math.prod(other)
+    own, other = grid_tiles(launch)
+    queries, keys = (other, own) if owns_keys else (own, other)
+    M, LEN = launch.rows, launch.length
     blocks = B * H * math.ceil(call.outside / M)
     grid_programs = B * H * call.tiles(own)
     parts, length = splits(call.q, blocks, N, grid_programs * call.work(own), LEN)
@@ -95,12 +96,19 @@ def _plan(
     named = dict(
         mask_b=0 if call.mask is None else call.mask.stride(0) * (call.mask.shape[0] > 1), batch=B,
         row_programs=blocks * parts, part_length=length, together=call.together,
-        TALL=tiles.queries[0], WIDE=tiles.queries[1], KEY_TALL=tiles.keys[0], KEY_WIDE=tiles.keys[1],
+        TALL=queries[0], WIDE=queries[1], KEY_TALL=keys[0], KEY_WIDE=keys[1],
         MASK=call.mask is not None, BIAS=call.bias_block, PREFIX=prefix > 0, SUFFIX=suffix > 0,
         RAGGED_PREFIX=prefix % LEN > 0, RAGGED_N=N % LEN > 0, PARTS=parts, TMA=tma,
-        num_warps=tiles.warps, num_stages=tiles.stages, **call.numbers(), **more,
+        num_warps=launch.warps, num_stages=launch.stages, **call.numbers(), **more,
     )  # fmt: skip
-    return Plan(Bound(kernel, (blocks * parts + grid_programs,), strides_of(*strided), named), parts, tuple(boxes))
+    bound = Bound(kernel, (blocks * parts + grid_programs,), strides_of(*strided), named)
+    return Plan(bound, parts, tuple(boxes), launch)
+
+
+def grid_tiles(launch: Launch) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the own and the walked tile as rows and columns."""
+    (tall, wide), (other_tall, other_wide) = launch.own, launch.walk
+    return (tall, wide), (other_tall, other_wide)
 
 
 def grid_box(t: Tensor, size: Sequence[int], steps: Sequence[int], tile: tuple[int, int], block_d: int) -> Box:

@@ -21,7 +21,6 @@ from vision_attn.kernels.multipole.masses import masses
 from vision_attn.kernels.multipole.mean_gradients import add_dkv, fill_means
 from vision_attn.kernels.multipole.op import Call
 from vision_attn.kernels.multipole.tiles import (
-    LAUNCHES,
     cell_tile,
     exact_count,
     exact_tile,
@@ -32,7 +31,7 @@ from vision_attn.kernels.multipole.tiles import (
     plan_queries,
     tile_tokens,
 )
-from vision_attn.kernels.triton.launching import Kernel, choice
+from vision_attn.kernels.triton.launching import Kernel
 from vision_attn.kernels.triton.rows import (
     HIDDEN,
     LOG2E,
@@ -292,13 +291,13 @@ def _dq(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     q, k, v = call.q, call.k, call.v
     B, _, H, D = q.shape
     dq = q.new_empty(q.shape)
-    launch = choice(q, LAUNCHES)
-    plan = plan_queries(call, _query_gradients, launch, do)
+    plan = plan_queries(call, _query_gradients, "multipole.gradients", do)
+    tiles = call.tiles(plan.tiles.length)
     part_dq = q.new_empty((plan.parts, B, call.outside, H, D), dtype=torch.float32) if plan.parts > 1 else lse
     plan.run(
         q, k, v, do, call.means_k, call.means_v, dq, lse, delta, part_dq, call.chosen,
-        masses(call.chosen, call.mass, call.size, call.tiles(launch.length)), lse if call.mask is None else call.mask,
-        call.pyramid.tile_rows(call.tiles(launch.length), q.device), boxed=(k, v, k, v, call.means_k, call.means_v),
+        masses(call.chosen, call.mass, call.size, tiles), lse if call.mask is None else call.mask,
+        call.pyramid.tile_rows(tiles, q.device), boxed=(k, v, k, v, call.means_k, call.means_v),
     )  # fmt: skip
     if plan.parts > 1:
         _put_outside(call, dq, part_dq.sum(0))
@@ -309,7 +308,7 @@ def _dkv(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Te
     q, k, v = call.q, call.k, call.v
     B, _, H, D = q.shape
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    plan = plan_keys(call, _key_gradients, choice(q, LAUNCHES), do)
+    plan = plan_keys(call, _key_gradients, "multipole.gradients", do)
     part_dkv = q.new_empty((plan.parts, 2, B, call.outside, H, D), dtype=torch.float32) if plan.parts > 1 else lse
     listed, starts = _choosers(call.chosen)
     plan.run(

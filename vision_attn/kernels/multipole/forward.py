@@ -26,7 +26,7 @@ from vision_attn.kernels.multipole.tiles import (
     plan_queries,
     tile_tokens,
 )
-from vision_attn.kernels.triton.launching import Kernel, Launch, choice
+from vision_attn.kernels.triton.launching import Kernel
 from vision_attn.kernels.triton.rows import (
     HIDDEN,
     LOG2E,
@@ -42,15 +42,6 @@ from vision_attn.kernels.triton.rows import (
     store_rows,
     update_raw,
 )
-
-_LAUNCHES: dict[tuple[int, int], Launch] = {
-    (2, 64): Launch(64, 4, 2, 2),
-    (2, 128): Launch(64, 4, 3, 2),
-    (2, 256): Launch(32, 4, 2, 1),
-    (4, 64): Launch(32, 4, 2, 1),
-    (4, 128): Launch(32, 4, 2, 1),
-    (4, 256): Launch(32, 4, 1, 1),
-}
 
 
 @Kernel
@@ -165,16 +156,16 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     lse = q.new_empty((B, H, N), dtype=torch.float32)
     if not o.numel():
         return o, lse
-    launch = choice(q, _LAUNCHES)
-    plan = plan_queries(call, _forward, launch)
+    plan = plan_queries(call, _forward, "multipole.forward")
+    tiles = call.tiles(plan.tiles.length)
     part_o = part_lse = lse
     if plan.parts > 1:
         part_o = q.new_empty((plan.parts, B, H, call.outside, D), dtype=torch.float32)
         part_lse = q.new_empty((plan.parts, B, H, call.outside), dtype=torch.float32)
     plan.run(
         q, k, v, call.means_k, call.means_v, o, lse, part_o, part_lse, call.chosen,
-        masses(call.chosen, call.mass, call.size, call.tiles(launch.length)), lse if call.mask is None else call.mask,
-        call.pyramid.tile_rows(call.tiles(launch.length), q.device), boxed=(k, v, k, v, call.means_k, call.means_v),
+        masses(call.chosen, call.mass, call.size, tiles), lse if call.mask is None else call.mask,
+        call.pyramid.tile_rows(tiles, q.device), boxed=(k, v, k, v, call.means_k, call.means_v),
     )  # fmt: skip
     if plan.parts > 1:
         merge_outside(part_o, part_lse, o, lse, call.size[2])

@@ -9,15 +9,17 @@ cells; so all programs of all levels meet about as many queries, and their parts
 # mypy: disable-error-code="no-untyped-def"
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels.multipole.op import PRECISION, Call
-from vision_attn.kernels.multipole.tiles import LAUNCHES, cell_tile, grid_boxes, inner_tile, mean_row, tile_tokens
-from vision_attn.kernels.triton.launching import Kernel, choice, next_power, strides_of
+from vision_attn.kernels.launches import Launch
+from vision_attn.kernels.multipole.op import Call
+from vision_attn.kernels.multipole.tiles import cell_tile, grid_boxes, inner_tile, mean_row, tile_tokens
+from vision_attn.kernels.triton.launching import Kernel, launch_of, layout, next_power, strides_of, thrice
 from vision_attn.kernels.triton.rows import HIDDEN, LOG2E, head_of, load_rows, store_rows
 
 
@@ -134,9 +136,34 @@ def fill_means(d_means: list[Tensor], d_mass: Tensor, call: Call, do: Tensor, ls
     q = call.q
     B, N, H, D = q.shape
     height, width, prefix, _, cell, near, _ = call.size
-    rows, T, launch = call.pyramid, call.tile, choice(q, LAUNCHES)
-    side = (4 if rows.per_cell == 1 else 8) if call.block_d * q.element_size() <= 256 else 4
-    boxes, tma = grid_boxes(call, do)
+    rows, exact = call.pyramid, call.chosen.shape[3]
+    if not rows.levels:
+        return
+    mass = lse if call.mass is None else call.mass
+    strides = *strides_of(q, do, call.means_k, call.means_v), N, H, B, prefix, height, width, cell, near, *rows.cells
+    more = dict(
+        EXACT=exact, EXACT_BLOCK=next_power(max(1, exact)), PER_CELL=rows.per_cell, BLOCK=rows.block, D=D,
+        BLOCK_D=call.block_d, MASS=call.mass is not None, PRECISION=thrice(q),
+    )  # fmt: skip
+
+    def of(launch: Launch) -> tuple[int, tuple[Any, Any], dict[str, Any]]:
+        """Return the side of a square of means, boxes of q and do, and arguments by name."""
+        T = call.tile(launch)
+        side = min(*launch.own, (4 if rows.per_cell == 1 else 8) if call.block_d * q.element_size() <= 256 else 4)
+        boxes, tma = grid_boxes(call, do, T)
+        named = dict(T=T, SPLIT=call.split(T), SIDE=side, TMA=tma, num_warps=launch.warps, num_stages=launch.stages)
+        return side, boxes, named
+
+    def needs(launch: Launch) -> int:
+        _, boxes, named = of(launch)
+        made, counts = [lse.dtype] * 3, (2,) * 10  # the counts of a level are no matter
+        return _mean_gradients.needs(
+            q, do, call.means_k, call.means_v, *made, lse, delta, call.chosen, mass, *boxes, *strides, call.scale,
+            *counts, **named, **more,
+        )  # fmt: skip
+
+    constants = cell, *more.values(), layout(q), layout(do)
+    side, boxes, named = of(launch_of("multipole.gradients", q, ("means", *constants), needs))
     for level in range(rows.levels):
         (down, across), first, size = rows.means(level), rows.first[level], rows.first[level + 1] - rows.first[level]
         tiles, parts = (math.ceil(down / side), math.ceil(across / side)), 4**level
@@ -144,15 +171,10 @@ def fill_means(d_means: list[Tensor], d_mass: Tensor, call: Call, do: Tensor, ls
         dk, dv = (new((parts, B, size, H, D), dtype=torch.float32) for _ in range(2))
         part_mass = lse if call.mass is None else lse.new_empty((parts, tiles[0] * tiles[1], B, H))
         _mean_gradients[(tiles[0] * tiles[1], parts, B * H)](
-            q, do, call.means_k, call.means_v, dk, dv, part_mass, lse, delta, call.chosen,
-            lse if call.mass is None else call.mass, *boxes,
-            *strides_of(q, do, call.means_k, call.means_v), N, H, B, prefix, height, width, cell, near, *rows.cells,
+            q, do, call.means_k, call.means_v, dk, dv, part_mass, lse, delta, call.chosen, mass, *boxes, *strides,
             call.scale, level, first, size, rows.blocks(level)[1], down, across,
             *(math.ceil(n / (1 << level)) for n in rows.cells), tiles[1],
-            1 if call.mass is None else call.mass.shape[1], T=T, SPLIT=call.split, EXACT=call.chosen.shape[3],
-            EXACT_BLOCK=next_power(max(1, call.chosen.shape[3])), SIDE=side, PER_CELL=rows.per_cell, BLOCK=rows.block,
-            D=D, BLOCK_D=call.block_d, MASS=call.mass is not None, TMA=tma, PRECISION=PRECISION,
-            num_warps=launch.warps, num_stages=launch.stages,
+            1 if call.mass is None else call.mass.shape[1], **named, **more,
         )  # fmt: skip
         for whole, part in zip(d_means, (dk, dv), strict=True):
             whole[:, first : first + size] = part.sum(0)

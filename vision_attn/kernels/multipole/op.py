@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vision_attn.grid import Grid
 from vision_attn.kernels.backend import custom_op
+from vision_attn.kernels.launches import Launch
 from vision_attn.kernels.multipole.cells import Cells, choose_cells, means_of
 from vision_attn.kernels.multipole.pyramid import MeanTiles, Pyramid, pyramid
 from vision_attn.kernels.triton.launching import (
@@ -25,8 +26,6 @@ from vision_attn.kernels.triton.launching import (
     next_power,
     packed,
 )
-
-PRECISION = "tf32x3"  # three TF32 products keep float32's accuracy on tensor cores; other dtypes ignore it
 
 
 @dataclass(frozen=True)
@@ -78,27 +77,23 @@ class Call:
         """Tokens outside the grid."""
         return self.size[2] + self.size[3]
 
-    @property
-    def tile(self) -> int:
-        """Side of a tile of tokens: a cell is cut into as few of at most 8 x 8 as hold it, 4 x 4 of wide float32."""
-        most = 4 if self.q.element_size() == 4 and self.block_d > 128 else 8
-        return min(most, next_power(self.size[4]))
+    def tile(self, launch: Launch) -> int:
+        """Return the side of a tile of tokens: a cell is cut into as few as hold it."""
+        return min(*launch.own, next_power(self.size[4]))
 
-    @property
-    def split(self) -> int:
-        """Tiles along the side of a cell."""
-        return math.ceil(self.size[4] / self.tile)
+    def split(self, tile: int) -> int:
+        """Return the tiles along the side of a cell."""
+        return math.ceil(self.size[4] / tile)
 
     @property
     def alike(self) -> bool:
         """Whether the means have one mass in all heads."""
         return self.chosen.shape[3] == 0 and self.mass is None
 
-    @property
-    def ragged(self) -> bool:
-        """Whether some tile is not full."""
+    def ragged(self, tile: int) -> bool:
+        """Return whether some tile is not full."""
         height, width, _, _, cell, *_ = self.size
-        return cell % self.tile > 0 or height % cell > 0 or width % cell > 0
+        return cell % tile > 0 or height % cell > 0 or width % cell > 0
 
     @property
     def together(self) -> int:

@@ -10,47 +10,43 @@ the queries of one tile. Kernels pass one tuple around:
 # ruff: noqa: ANN001, ANN202
 # mypy: disable-error-code="no-untyped-def"
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels.multipole.op import PRECISION, Call
-from vision_attn.kernels.triton.launching import (
-    Bound,
-    Box,
-    Kernel,
-    Launch,
-    Plan,
-    box_strides,
-    next_power,
-    planned,
-    sequence_box,
-    strides_of,
-    uses_boxes,
-)
-from vision_attn.kernels.triton.rows import load_rows, splits
-
-# Of the gradients. Keys: bytes of an element, channels at most.
-LAUNCHES: dict[tuple[int, int], Launch] = {
-    (2, 64): Launch(64, 4, 2, 2),
-    (2, 128): Launch(64, 4, 2, 2),
-    (2, 256): Launch(32, 4, 2, 1),
-    (4, 64): Launch(32, 4, 2, 1),
-    (4, 128): Launch(32, 4, 1, 1),
-    (4, 256): Launch(16, 4, 1, 1),
-}
+from vision_attn.kernels.launches import Launch, fitting
+from vision_attn.kernels.multipole.op import Call
+from vision_attn.kernels.triton.launching import Bound, Kernel, next_power, planned, strides_of, thrice
+from vision_attn.kernels.triton.rows import Box, Plan, box_strides, load_rows, sequence_box, splits, uses_boxes
 
 
 @planned
-def plan_queries(call: Call, kernel: Kernel, launch: Launch, *others: Tensor) -> Plan:
+def plan_queries(call: Call, kernel: Kernel, name: str, *others: Tensor) -> Plan:
     """Plan a launch whose programs own queries; `others` are tensors of the launch beside the call's."""
+    made = torch.float32
+    tensors = (
+        call.q, call.k, call.v, *others, call.means_k, call.means_v, call.q.dtype, made, made, made, call.chosen, made,
+        made if call.mask is None else call.mask, torch.int32,
+    )  # fmt: skip
+
+    def attempt(launch: Launch) -> tuple[Plan, int]:
+        plan = _plan_queries_launch(call, kernel, launch, others)
+        return plan.needs(*tensors, boxed=(call.k, call.v, call.k, call.v, call.means_k, call.means_v))
+
+    return fitting(name, call.q, attempt, channels=call.block_d)
+
+
+def _plan_queries_launch(call: Call, kernel: Kernel, launch: Launch, others: Sequence[Tensor]) -> Plan:
     B, N, H, D = call.q.shape
     height, width, prefix, suffix, cell, near, _ = call.size
-    T, C, tiles = call.tile, call.count, call.tiles(launch.length)
+    T, C, tiles = call.tile(launch), call.count, call.tiles(launch.length)
+    split = call.split(T)
     M, LEN = T * T, launch.length
-    grid_programs = B * H * C * call.split**2
+    grid_programs = B * H * C * split**2
     blocks = B * H * -(-call.outside // M)
     met = (2 * near + 1) ** 2 * cell**2 + call.chosen.shape[3] * cell**2 + tiles.count * tiles.length + call.outside
     parts, length = splits(call.q, blocks, N, grid_programs * met, LEN)
@@ -67,23 +63,35 @@ def plan_queries(call: Call, kernel: Kernel, launch: Launch, *others: Tensor) ->
         prefix=prefix, height=height, width=width, outside=call.outside, cell=cell, near=near,
         rows=call.pyramid.cells[0], columns=call.pyramid.cells[1], means=call.means_k.shape[1], tiles=tiles.count,
         scale=call.scale, row_programs=blocks * parts, part_length=length,
-        together=call.together, T=T, SPLIT=call.split, EXACT=call.chosen.shape[3],
+        together=call.together, T=T, SPLIT=split, EXACT=call.chosen.shape[3],
         EXACT_BLOCK=next_power(max(1, call.chosen.shape[3])), LEN=LEN, MEANS=tiles.length, D=D, BLOCK_D=call.block_d,
         MASK=call.mask is not None, ALIKE=call.alike, PREFIX=prefix > 0, SUFFIX=suffix > 0,
-        RAGGED=call.ragged, RAGGED_PREFIX=prefix % LEN > 0, RAGGED_N=N % LEN > 0, PARTS=parts, TMA=tma,
-        PRECISION=PRECISION, num_warps=launch.warps, num_stages=launch.stages,
+        RAGGED=call.ragged(T), RAGGED_PREFIX=prefix % LEN > 0, RAGGED_N=N % LEN > 0, PARTS=parts, TMA=tma,
+        PRECISION=thrice(call.q), num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     strides = strides_of(call.q, call.k, call.v, *others, call.means_k, call.means_v)
-    return Plan(Bound(kernel, (blocks * parts + grid_programs,), strides, numbers), parts, tuple(boxes))
+    return Plan(Bound(kernel, (blocks * parts + grid_programs,), strides, numbers), parts, tuple(boxes), launch)
 
 
 @planned
-def plan_keys(call: Call, kernel: Kernel, launch: Launch, do: Tensor) -> Plan:
+def plan_keys(call: Call, kernel: Kernel, name: str, do: Tensor) -> Plan:
     """Plan a launch whose programs own keys and walk queries and the output's gradient."""
+    q, k, v, made = call.q, call.k, call.v, torch.float32
+    mask = made if call.mask is None else call.mask
+    tensors = q, k, v, do, k.dtype, v.dtype, made, made, made, torch.int32, torch.int32, mask
+
+    def attempt(launch: Launch) -> tuple[Plan, int]:
+        return _plan_keys_launch(call, kernel, launch, do).needs(*tensors, boxed=(q, do, q, do))
+
+    return fitting(name, q, attempt, channels=call.block_d)
+
+
+def _plan_keys_launch(call: Call, kernel: Kernel, launch: Launch, do: Tensor) -> Plan:
     B, N, H, D = call.q.shape
     height, width, prefix, suffix, cell, near, _ = call.size
-    T, C, exact = call.tile, call.count, call.chosen.shape[3]
-    grid_programs = B * H * C * call.split**2
+    T, C, exact = call.tile(launch), call.count, call.chosen.shape[3]
+    split = call.split(T)
+    grid_programs = B * H * C * split**2
     blocks = B * H * -(-call.outside // (T * T))
     met = ((2 * near + 1) ** 2 + exact) * cell**2 + call.outside
     parts, length = splits(call.q, blocks, N, grid_programs * met, launch.length)
@@ -97,19 +105,19 @@ def plan_keys(call: Call, kernel: Kernel, launch: Launch, do: Tensor) -> Plan:
         mask_b=0 if call.mask is None else call.mask.stride(0) * (call.mask.shape[0] > 1), N=N, heads=H, batch=B,
         prefix=prefix, height=height, width=width, outside=call.outside, cell=cell, near=near,
         rows=call.pyramid.cells[0], columns=call.pyramid.cells[1], scale=call.scale, row_programs=blocks * parts,
-        part_length=length, together=call.together, T=T, SPLIT=call.split, EXACT=exact, LEN=launch.length, D=D,
-        BLOCK_D=call.block_d, MASK=call.mask is not None, PREFIX=prefix > 0, SUFFIX=suffix > 0, RAGGED=call.ragged,
-        PARTS=parts, TMA=tma, PRECISION=PRECISION, num_warps=launch.warps, num_stages=launch.stages,
+        part_length=length, together=call.together, T=T, SPLIT=split, EXACT=exact, LEN=launch.length, D=D,
+        BLOCK_D=call.block_d, MASK=call.mask is not None, PREFIX=prefix > 0, SUFFIX=suffix > 0, RAGGED=call.ragged(T),
+        PARTS=parts, TMA=tma, PRECISION=thrice(call.q), num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     strides = strides_of(call.q, call.k, call.v, do)
-    return Plan(Bound(kernel, (blocks * parts + grid_programs,), strides, numbers), parts, tuple(boxes))
+    return Plan(Bound(kernel, (blocks * parts + grid_programs,), strides, numbers), parts, tuple(boxes), launch)
 
 
-def grid_boxes(call: Call, do: Tensor) -> tuple[tuple[Any, Any], bool]:
+def grid_boxes(call: Call, do: Tensor, tile: int) -> tuple[tuple[Any, Any], bool]:
     """Return tiles of the grid's q and do for TMA, and whether it can fetch them; else the tensors."""
     if not uses_boxes((call.q, do)):
         return (call.q, do), False
-    q_box, do_box = (grid_box(t, call.size, call.tile, call.block_d).of(t) for t in (call.q, do))
+    q_box, do_box = (grid_box(t, call.size, tile, call.block_d).of(t) for t in (call.q, do))
     return (q_box, do_box), True
 
 

@@ -9,7 +9,7 @@ come after those of the cell, in the same softmax.
 # mypy: disable-error-code="no-untyped-def"
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels.triton.launching import block_of, bytes_of_mask, next_power, packed, precision_of
+from vision_attn.kernels.launches import Launch
+from vision_attn.kernels.triton.launching import (
+    Kernel,
+    block_of,
+    bytes_of_mask,
+    launch_of,
+    next_power,
+    packed,
+    precision_of,
+)
 from vision_attn.kernels.triton.pairs import logits_of
 from vision_attn.kernels.triton.rows import HIDDEN, LOG2E, load_rows_below, update_softmax
 
@@ -59,15 +68,32 @@ class Cells:
         tensors = dict(sk=k, sv=v, mask=self.q if mask is None else mask)
         return dict(**tensors, **k_strides, **v_strides, mask_b=mask_b, outside=E, SHARED=E > 0, MASK=mask is not None)
 
-    def launch(self, rows: int, warps: int) -> tuple[int, dict[str, Any]]:
-        """Plan a launch whose programs own `rows` slots: programs, and the geometry by the names of arguments."""
+    def launch(
+        self, name: str, kernel: Kernel, args: Sequence[Any], more: Callable[[Launch], dict[str, Any]] = lambda _: {},
+        constants: tuple[Any, ...] = (),
+    ) -> tuple[int, dict[str, Any]]:  # fmt: skip
+        """Plan a launch whose programs own slots: programs, and the geometry by the names of arguments.
+
+        Args:
+            name: Operator and kernel.
+            kernel: The kernel.
+            args: Its arguments in order; a dtype stands for a tensor that is yet to be made.
+            more: Takes a launch and returns further arguments by name.
+            constants: What of these the kernel is compiled for.
+        """
         B, _, H, D = self.q.shape
-        named = dict(
-            height=self.size[0], width=self.size[1], cell_h=self.cell[0], cell_w=self.cell[1], heads=H,
-            batch_heads=B * H, scale=self.scale, SLOTS=self.slots, ROWS=rows, TILES=max(1, self.slots // rows), D=D,
-            BLOCK_D=block_of(D), PRECISION=precision_of(self.q), num_warps=warps,
-        )  # fmt: skip
-        return math.ceil(self.count * self.slots / rows) * B * H, named
+
+        def named(launch: Launch) -> dict[str, Any]:
+            return dict(
+                height=self.size[0], width=self.size[1], cell_h=self.cell[0], cell_w=self.cell[1], heads=H,
+                batch_heads=B * H, scale=self.scale, SLOTS=self.slots, ROWS=launch.rows,
+                TILES=max(1, self.slots // launch.rows), D=D, BLOCK_D=block_of(D), PRECISION=precision_of(self.q),
+                num_warps=launch.warps, num_stages=launch.stages, **more(launch),
+            )  # fmt: skip
+
+        about = self.slots, self.shared_k is None, self.mask is None, *constants
+        launch = launch_of(name, self.q, about, lambda launch: kernel.needs(*args, **named(launch)))
+        return math.ceil(self.count * self.slots / launch.rows) * B * H, named(launch)
 
 
 def cells_of(

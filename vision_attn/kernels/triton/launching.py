@@ -5,23 +5,29 @@ first run. Launches take place on the GPU of their tensors, and calls alike shar
 """
 
 import importlib.util
+import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import cache, lru_cache, partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vision_attn.kernels.backend import exporting, transformed
+from vision_attn.kernels import launches
+from vision_attn.kernels.backend import LaunchError, exporting, transformed
+from vision_attn.kernels.launches import Launch
 from vision_attn.kernels.tapes import HERE
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LANES = 16  # rows of sums over tokens that no two threads share; they are added up once, at the end
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+_SLOW = 0.5  # seconds of compiling that are worth a line
+_logger = logging.getLogger(__name__)
 _MOST = 4096  # plans kept of one kind: shapes may come from a user's data
 
 
@@ -107,30 +113,6 @@ def unit_strides_of(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(found)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """Tokens of a tile, warps, pipeline stages, programs on one multiprocessor; `boxes` is taken where TMA can load."""
-
-    length: int
-    warps: int
-    stages: int
-    programs: int
-    boxes: "Launch | None" = None
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Tokens that a program owns, and the launch over the tokens that it walks."""
-
-    rows: int
-    launch: Launch
-
-
-def choice(q: Tensor, table: Mapping[tuple[int, int], Any]) -> Any:
-    """Return the first entry that fits; keys are bytes of an element, and channels at most."""
-    return next(c for (b, d), c in table.items() if b == q.element_size() and block_of(q.shape[-1]) <= d)
-
-
 def next_power(n: int) -> int:
     """Return the next power of two; triton's own takes ten times as long, and every call of an operator needs it."""
     return 1 << (n - 1).bit_length()
@@ -141,11 +123,19 @@ def block_of(channels: int) -> int:
     return max(16, next_power(channels))
 
 
+def thrice(t: Tensor) -> str:
+    """Return the precision of products that keeps float32's accuracy on tensor cores: three in TF32, if there are any.
+
+    Products of 16 bits ignore it.
+    """
+    return "ieee" if launches.target_of(t.device).amd else "tf32x3"
+
+
 def precision_of(t: Tensor) -> str:
-    """Return the precision of products: three in TF32 keep float32's accuracy up to 128 channels; 16 bits ignore it."""
+    """Return the precision of products: `thrice` up to 128 channels; 16 bits ignore it."""
     if t.dtype != torch.float32:
-        return "tf32"
-    return "tf32x3" if t.shape[-1] <= 128 else "ieee"
+        return "ieee" if launches.target_of(t.device).amd else "tf32"
+    return thrice(t) if t.shape[-1] <= 128 else "ieee"
 
 
 def cut(tokens: int, programs: int, launch: Launch, t: Tensor, *, least: int, fill: bool = True) -> tuple[int, int]:
@@ -187,13 +177,69 @@ class Kernel:
     def _launch(self, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
         heard = HERE.recorder
         with on_device_of(args[0]) if heard is None else heard.paused():
-            compiled = self.function[grid](*args, **named)
+            compiled = self.run(grid, *args, **named)
         if heard is not None:
             tensors = [a for a in args if isinstance(a, Tensor)]
             numbers = args[len(tensors) :]
             if compiled is not None:
                 compiled = compiled, [*numbers, *(named[name] for name in self.function.arg_names[len(args) :])]
             heard.launched(compiled, grid, tensors, lambda *others: self._launch(grid, *others, *numbers, **named))
+
+    def run(self, grid: tuple[int, ...], *args: Any, **named: Any) -> Any:
+        """Launch on the current GPU; return the compiled kernel.
+
+        Raises:
+            LaunchError: If the kernel does not fit or compile, where it was never asked for what it `needs`.
+        """
+        try:
+            return self.function[grid](*args, **named)
+        except Exception as error:
+            if type(error).__name__ not in ("OutOfResources", "CompilationError"):  # Triton's, not imported here
+                raise
+            raise LaunchError(f"{self.name} does not fit or compile: {_short(error)}") from error
+
+    def needs(self, *args: Any, **named: Any) -> int:
+        """Compile for some arguments and return the bytes of shared memory that a block takes.
+
+        A dtype stands for a tensor that is yet to be made.
+
+        Raises:
+            LaunchError: If the kernel does not compile.
+        """
+        if not hasattr(self.function, "device_caches"):  # the interpreter has no memory of a block
+            return 0
+        start = time.perf_counter()
+        with on_device_of(args[0]):
+            _announce()
+            try:
+                compiled = self.function.warmup(*args, grid=(1,), **named)
+            except Exception as error:  # the compiler of a GPU may fail in any way
+                raise LaunchError(f"{self.name} does not compile: {_short(error)}") from error
+        seconds = time.perf_counter() - start
+        if seconds > _SLOW:
+            _logger.info("%s was compiled in %.1f s", self.name, seconds)
+        # beyond the columns of tensor memory that there are, no shared memory helps
+        return compiled.metadata.shared if (getattr(compiled.metadata, "tmem_size", 0) or 0) <= 512 else sys.maxsize
+
+    @property
+    def name(self) -> str:
+        """Where it stands: 'local.queries._forward'."""
+        function = getattr(self.function, "fn", self.function)
+        return f"{function.__module__.removeprefix('vision_attn.kernels.')}.{function.__name__}"
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()[-300:]}"
+
+
+@cache
+def _announce() -> None:
+    """Say once that kernels are compiled."""
+    _logger.info(
+        "Triton compiles kernels for this GPU: some seconds each, at their first call. They are kept in %s for later "
+        "processes; `vision-attn warm` compiles them ahead",
+        os.environ.get("TRITON_CACHE_DIR", "~/.triton/cache"),
+    )
 
 
 class Bound:
@@ -212,7 +258,8 @@ class Bound:
     def __init__(
         self, kernel: Kernel, grid: tuple[int, ...], numbers: tuple[float, ...], named: Mapping[str, Any]
     ) -> None:
-        self.function, self.grid, self.numbers, self.named = kernel.function, (*grid, 1, 1)[:3], numbers, named
+        self.kernel, self.function = kernel, kernel.function
+        self.grid, self.numbers, self.named = (*grid, 1, 1)[:3], numbers, named
         self._compiled: dict[tuple[int, ...], tuple[Any, list[Any]]] = {}
 
     def __call__(self, *tensors: Tensor, boxes: tuple[Any, ...] = ()) -> None:
@@ -227,8 +274,15 @@ class Bound:
         if heard is not None:
             heard.launched(found, self.grid, (*tensors, *boxes), self)
 
+    def needs(self, *tensors: Any, boxes: tuple[Any, ...] = ()) -> int:
+        """Compile, and return the bytes of shared memory that a block takes: see `Kernel.needs`."""
+        return self.kernel.needs(*tensors, *boxes, *self.numbers, **self.named)
+
     def _compile(self, key: tuple[int, ...], args: tuple[Any, ...]) -> tuple[Any, list[Any]] | None:
-        compiled = self.function[self.grid](*args, **self.named)
+        shared, most = self.kernel.needs(*args, **self.named), launches.target_of(args[0].device).shared
+        if shared > most:
+            raise LaunchError(f"{self.kernel.name} takes {shared} bytes of shared memory, a block has {most}")
+        compiled = self.kernel.run(self.grid, *args, **self.named)
         if compiled is not None:  # the interpreter compiles nothing
             names = self.function.arg_names[len(args) :]
             self._compiled[key] = compiled, [*self.numbers, *(self.named[name] for name in names)]
@@ -246,17 +300,22 @@ _NOTHING = nullcontext()
 
 def multiprocessors(t: Tensor) -> int:
     """Return the number of the GPU's multiprocessors; in the interpreter, that of an H200."""
-    return _properties(t.device).multi_processor_count if t.is_cuda else 132
+    return launches.target_of(t.device).multiprocessors
 
 
 def hopper(t: Tensor) -> bool:
     """Whether `t` is on a Hopper or later GPU: TMA fetches tiles, and a launch may start before the last one ends."""
-    return t.is_cuda and torch.version.hip is None and _properties(t.device).major >= 9
+    return launches.target_of(t.device).tma
 
 
-@cache
-def _properties(device: torch.device) -> Any:
-    return torch.cuda.get_device_properties(device)
+def roomless(t: Tensor) -> bool:
+    """Whether a block of the GPU of `t` has less shared memory than an A100's."""
+    return launches.target_of(t.device).shared < 2**17
+
+
+def tensor_memory(t: Tensor) -> bool:
+    """Whether `t` is on a GPU that sums products in tensor memory: Blackwell of data centres."""
+    return launches.target_of(t.device).tensor_memory
 
 
 def dependent(t: Tensor) -> dict[str, bool]:
@@ -280,92 +339,57 @@ def planned(plan: Callable[..., Any]) -> Callable[..., Any]:
         if found is None:
             if len(plans) >= _MOST:
                 plans.clear()
-            found = plans[key] = plan(call, *others)
+            try:
+                found = plan(call, *others)
+            except LaunchError as error:
+                found = LaunchError(*error.args)  # without the frames, which hold tensors
+            plans[key] = found
+        if type(found) is LaunchError:
+            raise LaunchError(*found.args)
         return found
 
+    _plans.append(plans)
     remembered.forget = plans.clear  # type: ignore[attr-defined]
     return remembered
 
 
-@dataclass(frozen=True)
-class Shifted:
-    """The address `elements` after the start of a tensor, before it if negative. TMA only counts from it."""
-
-    tensor: Tensor
-    elements: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The tensor's."""
-        return self.tensor.dtype
-
-    def data_ptr(self) -> int:
-        """Return the address."""
-        return self.tensor.data_ptr() + self.elements * self.tensor.element_size()
+_plans: list[dict[tuple[Any, ...], Any]] = []
+_fits: dict[tuple[Any, ...], Launch | LaunchError] = {}
+_plans.append(_fits)
 
 
-@dataclass(frozen=True)
-class Box:
-    """Tiles of a tensor that TMA fetches: where the first starts, and the lengths, strides and tile of each axis.
-
-    TMA takes no registers, and what lies beyond a tensor reads as zero.
-    """
-
-    first: int
-    shape: list[int]
-    strides: list[int]
-    tile: list[int]
-
-    def of(self, t: Tensor) -> Any:
-        """Return the descriptor of tensor `t`."""
-        base: Any = Shifted(t, self.first) if self.first else t
-        return _descriptor()(base, self.shape, self.strides, self.tile)
-
-
-@cache
-def _descriptor() -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: PLC0415
-
-    return TensorDescriptor
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A launch without its tensors.
+def launch_of(
+    name: str, t: Tensor, constants: tuple[Any, ...], needs: Callable[[Launch], int], *, columns: float = 0
+) -> Launch:
+    """Return the launch of a kernel that is not planned: see `launches.fitting`.
 
     Args:
-        launch: The kernel with its numbers.
-        parts: Into how many parts its long loops are cut.
-        boxes: Tiles of tensors; None where they are read by their strides.
+        name: Operator and kernel.
+        t: A tensor on the GPU, of the dtype and the channels of the call.
+        constants: All else that the kernel is compiled for.
+        needs: Takes a launch and returns the bytes of shared memory that it takes, see `Kernel.needs`.
+        columns: Columns of a window.
+
+    Raises:
+        LaunchError: If none fits.
     """
-
-    launch: Bound
-    parts: int
-    boxes: tuple[Box | None, ...]
-
-    def run(self, *tensors: Tensor, boxed: tuple[Tensor, ...]) -> None:
-        """Launch; `boxed` has a tensor for each of the boxes."""
-        boxes = tuple([t if box is None else box.of(t) for t, box in zip(boxed, self.boxes, strict=True)])
-        self.launch(*tensors, boxes=boxes)
-
-
-def uses_boxes(tensors: Sequence[Tensor]) -> bool:
-    """Whether TMA can fetch tiles of these `[B, N, H, D]` tensors: Hopper or later, and 16-byte strides."""
-    return hopper(tensors[0]) and all(boxable(t) for t in tensors)
-
-
-def boxable(t: Tensor) -> bool:
-    """Whether the strides of `t` suit TMA."""
-    size = t.element_size()
-    outer = zip(t.shape[:3], t.stride()[:3], strict=True)
-    return t.data_ptr() % 16 == 0 and all(s > 0 and s * size % 16 == 0 for n, s in outer if n > 1)
+    key = name, t.device, t.dtype, t.shape[-1], constants, columns
+    found = _fits.get(key)
+    if found is None:
+        try:
+            found = launches.fitting(
+                name, t, lambda launch: (launch, needs(launch)), channels=block_of(t.shape[-1]), columns=columns
+            )
+        except LaunchError as error:
+            found = LaunchError(*error.args)
+        _fits[key] = found
+    if type(found) is LaunchError:
+        raise LaunchError(*found.args)
+    return found  # type: ignore[return-value]
 
 
-def sequence_box(t: Tensor, length: int, block_d: int) -> Box:
-    """Return boxes of `length` tokens of one head of `[B, N, H, D]`."""
-    return Box(0, list(t.shape), box_strides(t), [1, length, 1, block_d])
-
-
-def box_strides(t: Tensor) -> list[int]:
-    """Return strides; that of an axis of one element is free, and TMA wants a multiple of 16 bytes."""
-    return [s if n > 1 else 16 * t.shape[-1] for n, s in zip(t.shape[:3], t.stride()[:3], strict=True)] + [1]
+def forget() -> None:
+    """Plan every launch anew, from tables that are read anew."""
+    for plans in _plans:
+        plans.clear()
+    launches.forget()

@@ -9,6 +9,7 @@ Here are the inputs of a call, the logits, and the launch for the gradients of k
 # mypy: disable-error-code="no-untyped-def"
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vision_attn.kernels.launches import Launch
 from vision_attn.kernels.triton.launching import (
-    Blocks,
     Kernel,
-    Launch,
     added,
     block_of,
-    choice,
     cut,
+    launch_of,
     precision_of,
     strides_of,
 )
@@ -37,17 +37,6 @@ from vision_attn.kernels.triton.rows import (
     program_of,
     store_rows_below,
 )
-
-# Not tuned: chosen offline by registers and shared memory for sm_90 with triton 3.7.1.
-# Keys: bytes of an element, channels at most. `rows` are the tokens that a program owns.
-_KEYS: dict[tuple[int, int], Blocks] = {
-    (2, 64): Blocks(64, Launch(64, 4, 2, 4)),
-    (2, 128): Blocks(64, Launch(32, 8, 1, 2)),  # pipelined, triton 3.6 gives wrong gradients of k at 256 agents
-    (2, 256): Blocks(32, Launch(32, 8, 1, 1)),
-    (4, 64): Blocks(32, Launch(32, 4, 1, 4)),
-    (4, 128): Blocks(16, Launch(16, 4, 1, 2)),
-    (4, 256): Blocks(16, Launch(16, 8, 1, 1)),
-}
 
 
 @dataclass(frozen=True)
@@ -74,17 +63,40 @@ class Pairs:
             BIAS=bias is not None, MASK=mask is not None, D=D, BLOCK_D=block_of(D), PRECISION=precision_of(self.q),
         )  # fmt: skip
 
-    def launch(self, table: dict[tuple[int, int], Blocks], owned: int, walked: int) -> tuple[int, int, dict[str, Any]]:
-        """Plan a launch whose programs own some tokens and walk others: programs, parts, and arguments by name."""
-        tile = choice(self.q, table)
-        blocks = math.ceil(owned / tile.rows)
-        batch_heads = self.q.shape[0] * self.q.shape[2]
-        parts, length = cut(walked, batch_heads * blocks, tile.launch, self.q, least=4, fill=False)
-        named = dict(
-            blocks=blocks, length=length, ROWS=tile.rows, LEN=tile.launch.length, STAGES=tile.launch.stages,
-            num_warps=tile.launch.warps, **self.numbers(),
-        )  # fmt: skip
-        return parts * blocks * batch_heads, parts, named
+    def launch(
+        self, name: str, kernel: Kernel, args: Callable[[int], Sequence[Any]], owned: int, walked: int, *,
+        split: bool = False,
+    ) -> tuple[int, int, dict[str, Any]]:  # fmt: skip
+        """Plan a launch whose programs own some tokens and walk others: programs, parts, and arguments by name.
+
+        Args:
+            name: Operator and kernel.
+            kernel: The kernel.
+            args: Takes the number of parts and returns its arguments in order; a dtype stands for a tensor that is yet
+                to be made.
+            owned: Tokens that programs own.
+            walked: Tokens that they walk.
+            split: Whether the kernel has to know if there are several parts.
+        """
+        numbers = self.numbers()
+        batch_heads = numbers["batch_heads"]
+
+        def planned(launch: Launch) -> tuple[int, int, dict[str, Any]]:
+            blocks = math.ceil(owned / launch.rows)
+            parts, length = cut(walked, batch_heads * blocks, launch, self.q, least=4, fill=False)
+            named = dict(
+                blocks=blocks, length=length, ROWS=launch.rows, LEN=launch.length, STAGES=launch.stages,
+                num_warps=launch.warps, **numbers, **(dict(SPLIT=parts > 1) if split else {}),
+            )  # fmt: skip
+            return parts * blocks * batch_heads, parts, named
+
+        about = None if self.bias is None else self.bias.dtype, self.mask is None
+
+        def needs(launch: Launch) -> int:
+            _, parts, named = planned(launch)
+            return kernel.needs(*args(parts), **named)
+
+        return planned(launch_of(name, self.q, about, needs))
 
 
 @triton.jit
@@ -155,7 +167,14 @@ def _key_gradients(
 def key_gradients(pairs: Pairs, do: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of k and v, given the log-sum-exp in base 2 and delta = dO . o, both `[B, H, N]`."""
     q, k, v = pairs.q, pairs.k, pairs.v
-    programs, parts, named = pairs.launch(_KEYS, k.shape[1], q.shape[1])
-    dk, dv = (k.new_empty((parts, *k.shape), dtype=torch.float32 if parts > 1 else k.dtype) for _ in range(2))
-    _key_gradients[(programs,)](q, k, v, do, lse, delta, dk, dv, *strides_of(q, k, v, do), **named)
+    inputs, strides = (q, k, v, do, lse, delta), strides_of(q, k, v, do)
+
+    def dtype(parts: int) -> torch.dtype:
+        return torch.float32 if parts > 1 else k.dtype
+
+    programs, parts, named = pairs.launch(
+        "pairs.keys", _key_gradients, lambda parts: (*inputs, *[dtype(parts)] * 2, *strides), k.shape[1], q.shape[1]
+    )
+    dk, dv = (k.new_empty((parts, *k.shape), dtype=dtype(parts)) for _ in range(2))
+    _key_gradients[(programs,)](*inputs, dk, dv, *strides, **named)
     return added(dk, k.dtype), added(dv, v.dtype)

@@ -1,4 +1,4 @@
-"""What Triton kernels share: rows of tensors they load and store, the online softmax, and tokens outside a grid.
+"""What Triton kernels share: rows of tensors they load and store, the online softmax, tokens outside a grid, TMA boxes.
 
 Rows are tokens of one head. In all kernels `b` and `h` are a batch entry and a head, `bh` is the number of both, `row`
 are tokens that queries have and `column` tokens that keys have. Logits are in base 2, and so is a log-sum-exp.
@@ -11,13 +11,18 @@ leave them running alone, their keys are split and the parts merged.
 # mypy: disable-error-code="no-untyped-def"
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels.triton.launching import Kernel, block_of, multiprocessors, strides_of
+from vision_attn.kernels.launches import Launch
+from vision_attn.kernels.triton.launching import Bound, Kernel, block_of, hopper, multiprocessors, strides_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
 HIDDEN = tl.constexpr(-1e30)  # the logit of a key that a query does not see
@@ -320,3 +325,95 @@ def delta_of(do: Tensor, o: Tensor, dlse: Tensor | None, lse: Tensor) -> Tensor:
         BLOCK_D=block_of(D), DLSE=dlse is not None, num_warps=4,
     )  # fmt: skip
     return delta
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """The address `elements` after the start of a tensor, before it if negative. TMA only counts from it."""
+
+    tensor: Tensor
+    elements: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The tensor's."""
+        return self.tensor.dtype
+
+    def data_ptr(self) -> int:
+        """Return the address."""
+        return self.tensor.data_ptr() + self.elements * self.tensor.element_size()
+
+
+@dataclass(frozen=True)
+class Box:
+    """Tiles of a tensor that TMA fetches: where the first starts, and the lengths, strides and tile of each axis.
+
+    TMA takes no registers, and what lies beyond a tensor reads as zero.
+    """
+
+    first: int
+    shape: list[int]
+    strides: list[int]
+    tile: list[int]
+
+    def of(self, t: Tensor) -> Any:
+        """Return the descriptor of tensor `t`."""
+        base: Any = Shifted(t, self.first) if self.first else t
+        return _descriptor()(base, self.shape, self.strides, self.tile)
+
+
+@cache
+def _descriptor() -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: PLC0415
+
+    return TensorDescriptor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A launch without its tensors.
+
+    Args:
+        launch: The kernel with its numbers.
+        parts: Into how many parts its long loops are cut.
+        boxes: Tiles of tensors; None where they are read by their strides.
+        tiles: How it is launched.
+    """
+
+    launch: Bound
+    parts: int
+    boxes: tuple[Box | None, ...]
+    tiles: Launch
+
+    def run(self, *tensors: Tensor, boxed: tuple[Tensor, ...]) -> None:
+        """Launch; `boxed` has a tensor for each of the boxes."""
+        self.launch(*tensors, boxes=self._boxes(boxed))
+
+    def needs(self, *tensors: Any, boxed: tuple[Tensor, ...]) -> tuple["Plan", int]:
+        """Compile, and return the plan and the bytes of shared memory that a block takes: see `Kernel.needs`."""
+        return self, self.launch.needs(*tensors, boxes=self._boxes(boxed))
+
+    def _boxes(self, boxed: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        return tuple([t if box is None else box.of(t) for t, box in zip(boxed, self.boxes, strict=True)])
+
+
+def uses_boxes(tensors: Sequence[Tensor]) -> bool:
+    """Whether TMA can fetch tiles of these `[B, N, H, D]` tensors: Hopper or later, and 16-byte strides."""
+    return hopper(tensors[0]) and all(boxable(t) for t in tensors)
+
+
+def boxable(t: Tensor) -> bool:
+    """Whether the strides of `t` suit TMA."""
+    size = t.element_size()
+    outer = zip(t.shape[:3], t.stride()[:3], strict=True)
+    return t.data_ptr() % 16 == 0 and all(s > 0 and s * size % 16 == 0 for n, s in outer if n > 1)
+
+
+def sequence_box(t: Tensor, length: int, block_d: int) -> Box:
+    """Return boxes of `length` tokens of one head of `[B, N, H, D]`."""
+    return Box(0, list(t.shape), box_strides(t), [1, length, 1, block_d])
+
+
+def box_strides(t: Tensor) -> list[int]:
+    """Return strides; that of an axis of one element is free, and TMA wants a multiple of 16 bytes."""
+    return [s if n > 1 else 16 * t.shape[-1] for n, s in zip(t.shape[:3], t.stride()[:3], strict=True)] + [1]

@@ -15,21 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vision_attn.kernels.triton.cells import Cells, cell_logits, first_slot, shared_logits, slots_of
-from vision_attn.kernels.triton.launching import Kernel, choice, strides_of
+from vision_attn.kernels.triton.launching import Kernel, strides_of
 from vision_attn.kernels.triton.pairs import Pairs, key_gradients
 from vision_attn.kernels.triton.rows import ds_of, head_of, load_rows_below, own_head, program_of, store_rows_below
-
-# Not tuned: chosen offline by registers and shared memory for sm_90 with triton 3.7.1.
-# Keys: bytes of an element, channels at most. Slots of a tile, and warps.
-_QUERIES: dict[tuple[int, int], tuple[int, int]] = {
-    (2, 64): (64, 4),
-    (2, 128): (64, 8),
-    (2, 256): (32, 8),
-    (4, 64): (32, 4),
-    (4, 128): (16, 4),
-    (4, 256): (16, 8),
-}
-_KEYS = dict(_QUERIES)
 
 
 @Kernel
@@ -130,10 +118,12 @@ def backward(call: Cells, do: Tensor, o: Tensor, lse: Tensor) -> tuple[Tensor, T
     if not q.numel():
         return dq, dk, dv, shared_dk, shared_dv
     delta, strides = torch.empty_like(lse), strides_of(q, k, v, do)
-    programs, named = call.launch(*choice(q, _QUERIES))
-    _query_gradients[(programs,)](q, k, v, o, do, lse, delta, dq, *strides, **call.shared(), **named)
-    programs, named = call.launch(*choice(q, _KEYS))
-    _key_gradients[(programs,)](q, k, v, do, lse, delta, dk, dv, *strides, **named)
+    args, shared = (q, k, v, o, do, lse, delta, dq, *strides), call.shared()
+    programs, named = call.launch("window.queries", _query_gradients, args, lambda _: shared)
+    _query_gradients[(programs,)](*args, **named)
+    args = q, k, v, do, lse, delta, dk, dv, *strides
+    programs, named = call.launch("window.keys", _key_gradients, args)
+    _key_gradients[(programs,)](*args, **named)
     if call.shared_k is not None and call.shared_v is not None:
         pairs = Pairs(q, call.shared_k, call.shared_v, None, call.mask, 0, (call.scale, call.scale))
         shared_dk, shared_dv = key_gradients(pairs, do, lse, delta)

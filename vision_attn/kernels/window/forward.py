@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vision_attn.kernels.triton.cells import Cells, cell_logits, first_slot, meet_shared, slots_of
-from vision_attn.kernels.triton.launching import Kernel, choice, strides_of
+from vision_attn.kernels.triton.launching import Kernel, strides_of
 from vision_attn.kernels.triton.rows import (
     NO_KEY,
     START,
@@ -20,17 +20,6 @@ from vision_attn.kernels.triton.rows import (
     store_rows_below,
     update_softmax,
 )
-
-# Not tuned: chosen offline by registers and shared memory for sm_90 with triton 3.7.1.
-# Keys: bytes of an element, channels at most. Slots of a tile, and warps.
-_FORWARD: dict[tuple[int, int], tuple[int, int]] = {
-    (2, 64): (64, 4),
-    (2, 128): (64, 4),
-    (2, 256): (32, 8),
-    (4, 64): (32, 4),
-    (4, 128): (32, 4),
-    (4, 256): (16, 8),
-}
 
 
 @Kernel
@@ -79,6 +68,7 @@ def forward(call: Cells) -> tuple[Tensor, Tensor]:
     B, N, H, _ = q.shape
     o, lse = q.new_empty(q.shape), q.new_empty((B, H, N), dtype=torch.float32)
     if o.numel():
-        programs, named = call.launch(*choice(q, _FORWARD))
-        _forward[(programs,)](q, k, v, o, lse, *strides_of(q, k, v), **call.shared(), **named)
+        args, shared = (q, k, v, o, lse, *strides_of(q, k, v)), call.shared()
+        programs, named = call.launch("window.forward", _forward, args, lambda _: shared)
+        _forward[(programs,)](*args, **named)
     return o, lse
