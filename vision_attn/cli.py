@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_argument("--workers", type=int, default=1, help="processes that measure side by side what is not timed")
     bench.add_argument("--download", action="store_true", help="first fetch the weights that are measured, by pip")
     bench.set_defaults(run=_bench)
+    _add_tune(commands)
     distill = commands.add_parser("distill", add_help=False, help="train a converted model; see distill --help")
     distill.add_argument("arguments", nargs=argparse.REMAINDER)
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -140,6 +141,21 @@ def _quiet_diffusers() -> None:
 
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
+
+
+def _add_tune(commands: Any) -> None:
+    tune = commands.add_parser("tune", help="find launches of the kernels for this GPU, in ten minutes")
+    tune.add_argument("--operator", help="one operator, such as local; a wrong name lists them; all by default")
+    tune.add_argument("--out", type=Path, help="file of the table; by default where this package reads it")
+    tune.add_argument("--minutes", type=float, default=10, help="when to stop")
+    tune.add_argument("--wide", action="store_true", help="tune float32 and heads above 128 channels too")
+    tune.set_defaults(run=_tune)
+
+
+def _tune(options: argparse.Namespace) -> None:
+    from vision_attn.bench.tuning import tune  # noqa: PLC0415
+
+    tune(options.operator, options.out, minutes=options.minutes, wide=options.wide)
 
 
 def _add_gallery(commands: Any) -> None:

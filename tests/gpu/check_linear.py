@@ -1,12 +1,10 @@
-"""Check the Triton backends of linear attention and its relatives on a GPU against float64, and tune their launches.
+"""Check the Triton backends of linear attention and its relatives on a GPU against float64.
 
     PYTHONPATH=. python tests/gpu/check_linear.py [--dtypes bf16,fp16,fp32] [--only TEXT] [--skip-large] [--out FILE]
-    PYTHONPATH=. python tests/gpu/check_linear.py --tune [--only TABLE] [--wide]
 
 Every row of the CPU test's table and rows for every tuned configuration: output and all gradients, in three dtypes, as
 shares of the error budget; without `--only`, then 1M tokens, more than 2^31 elements, peak memory, `opcheck`, repeats,
-CUDA graphs and `compile`. `--tune` times a list of launches for every entry of a table and prints them, the fastest
-first.
+CUDA graphs and `compile`. `vision-attn tune` finds launches.
 """
 
 import argparse
@@ -16,17 +14,20 @@ import os
 import sys
 import time
 import traceback
-from concurrent.futures import as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import torch
 from operator_cases import CASES, Case, call, inputs_of
-from tune_linear import drawn, operators, pool, tune
 
 from vision_attn.grid import Grid
+from vision_attn.kernels.agent import Agents, agent_attention
 from vision_attn.kernels.hedgehog import hedgehog
+from vision_attn.kernels.linear import Features, feature_mean, linear_attention
+from vision_attn.kernels.window import window_attention
 
 DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
 OPERATORS = ("linear", "agent", "window")
@@ -54,6 +55,33 @@ TUNED = [
     row("linear_local", "text", grid=Grid(32, 48, prefix=77, suffix=5), size=8, H=3, D=128, F=256, mask=True),
     row("window", "stripe", grid=Grid(32, 48, prefix=3, suffix=5), size=(32, 2), H=2, D=64, mask=True),
 ]  # fmt: skip
+
+
+def operators(N, H, D, dtype=torch.bfloat16, B=1):
+    """Return each operator as a function of q, k, v, with 49 agents, windows of 2 and a prefix for windows."""
+    side = int(N**0.5)
+    agents = torch.randn(B, 49, H, D, device="cuda", dtype=dtype)
+    grid = Grid(side, N // side, suffix=N - side * (N // side))
+    features = Features("elu")
+    return {
+        "linear": lambda q, k, v, backend="triton": linear_attention(q, k, v, features=features, backend=backend),
+        "rala": lambda q, k, v, backend="triton": linear_attention(
+            q, k, v, global_query=feature_mean(q, backend=backend) * D**-0.5, backend=backend
+        ),
+        "agent": lambda q, k, v, backend="triton": agent_attention(q, k, v, Agents(agents), backend=backend),
+        "window": lambda q, k, v, backend="triton": window_attention(q, k, v, grid, 2, backend=backend),
+    }
+
+
+def drawn(N, H, D, dtype=torch.bfloat16, B=1):
+    generator = torch.Generator("cuda").manual_seed(0)
+    return [torch.randn(B, N, H, D, generator=generator, device="cuda", dtype=dtype) for _ in range(4)]
+
+
+def pool():
+    """Return processes that compile side by side."""
+    workers = max(1, min(14, (os.cpu_count() or 2) - 2))
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
 
 
 def names_of(case):
@@ -221,14 +249,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtypes", default="bf16,fp16,fp32")
     parser.add_argument("--only", default="")
-    parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--wide", action="store_true", help="tune float32 and 256 channels too")
     parser.add_argument("--skip-large", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "check_linear.json")
     args = parser.parse_args()
-    if args.tune:
-        tune(args.only, args.wide)
-        return
     import triton
 
     result = dict(device=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__, check={})

@@ -72,9 +72,9 @@ class Launch:
         if device.type == "cuda":
             torch.cuda.synchronize()
             self.kind = "graph" if graph and self._capture() else "eager"
-        self.estimate_ms = self._burst(1)[0]
+        self.estimate_ms = self.burst(1)[0]
         if self.estimate_ms < _SLOW_MS:
-            self.estimate_ms = self._burst(1)[0]
+            self.estimate_ms = self.burst(1)[0]
 
     def _capture(self) -> bool:
         try:
@@ -94,12 +94,12 @@ class Launch:
     def turn(self) -> list[float]:
         """Return the milliseconds of one slow call, or of up to 40 calls in a row after calls that are not counted."""
         if self.estimate_ms >= _SLOW_MS:
-            return self._burst(1)
+            return self.burst(1)
         per_ms = 1 / max(self.estimate_ms, 1e-3)
         lead = 1 if self.kind == "cpu" else math.ceil(_LEAD_MS * per_ms)
-        return self._burst(min(max(int(_TURN_MS * per_ms), 2), 40), lead)
+        return self.burst(min(max(int(_TURN_MS * per_ms), 2), 40), lead)
 
-    def _burst(self, count: int, lead: int = 0) -> list[float]:
+    def burst(self, count: int, lead: int = 0) -> list[float]:
         """Return the milliseconds of `count` calls that follow `lead` uncounted ones."""
         for _ in range(lead):
             self._once()

@@ -42,6 +42,7 @@ class Launch:
         programs: Programs that one multiprocessor holds, by which loops are cut.
         features: Features that are multiplied at a time.
         boxes: The launch where TMA can load, if it is another one.
+        exact: Whether no smaller one takes its place where it does not fit: of a launch that is tried.
     """
 
     own: Tile = ()
@@ -51,6 +52,7 @@ class Launch:
     programs: int = 1
     features: int = 0
     boxes: "Launch | None" = None
+    exact: bool = False
 
     @property
     def rows(self) -> int:
@@ -64,8 +66,10 @@ class Launch:
 
     def smaller(self) -> Iterator["Launch"]:
         """Yield this launch and ever smaller ones; those without a pipeline come last, as they are slow."""
-        if self.boxes is not None:
+        if self.boxes is not None or self.exact:
             yield self
+        if self.exact:
+            return
         tiles = [replace(self, boxes=None)]
         while (less := tiles[-1]._half()) is not None:
             tiles.append(less)
@@ -172,6 +176,7 @@ def _numbers(launch: Launch) -> dict[str, Any]:
     found: dict[str, Any] = {name: list(tile) for name in ("own", "walk") if (tile := getattr(launch, name))}
     found |= dict(warps=launch.warps, stages=launch.stages)
     found |= {name: n for name, least in (("programs", 1), ("features", 0)) if (n := getattr(launch, name)) != least}
+    found |= dict(exact=True) if launch.exact else {}
     return found if launch.boxes is None else found | dict(boxes=_numbers(launch.boxes))
 
 

@@ -10,8 +10,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, lru_cache, partial, wraps
 from typing import Any
 
@@ -191,6 +191,9 @@ class Kernel:
         Raises:
             LaunchError: If the kernel does not fit or compile, where it was never asked for what it `needs`.
         """
+        if _Mode.compiles_only:
+            self.needs(*args, **named)
+            return None
         try:
             return self.function[grid](*args, **named)
         except Exception as error:
@@ -206,8 +209,8 @@ class Kernel:
         Raises:
             LaunchError: If the kernel does not compile.
         """
-        if not hasattr(self.function, "device_caches"):  # the interpreter has no memory of a block
-            return 0
+        if not hasattr(self.function, "device_caches") or launches.target_of(args[0].device) is launches.INTERPRETER:
+            return 0  # the interpreter has no memory of a block
         start = time.perf_counter()
         with on_device_of(args[0]):
             _announce()
@@ -230,6 +233,22 @@ class Kernel:
 
 def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip()[-300:]}"
+
+
+class _Mode:
+    """What kernels do in all threads of this process: a backward has one of its own."""
+
+    compiles_only = False
+
+
+@contextmanager
+def compile_only() -> Iterator[None]:
+    """Compile kernels and launch none inside the block: for processes that fill Triton's cache."""
+    _Mode.compiles_only = True
+    try:
+        yield
+    finally:
+        _Mode.compiles_only = False
 
 
 @cache
