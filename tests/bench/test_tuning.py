@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vision_attn.bench import tuning
+from vision_attn.bench import tuned, tuning
 from vision_attn.bench.tuning import Case, Setup, neighbours, only_committed, rows_of, tune
 from vision_attn.cli import main
 from vision_attn.kernels import launches
@@ -20,11 +20,12 @@ def _own_folder(monkeypatch, tmp_path):
     """Give the user's tables a folder of their own, and rows that are interpreted quickly."""
     monkeypatch.undo()  # the small tiles of tests that interpret
     monkeypatch.setenv("VISION_ATTN_LAUNCHES", str(tmp_path / "user"))
-    monkeypatch.setattr(tuning, "_CHECKED", 4)
-    monkeypatch.setattr(tuning, "_PREFIX", 2)
+    monkeypatch.setattr(tuned, "_CHECKED", 4)
+    monkeypatch.setattr(tuned, "_PREFIX", 2)
     monkeypatch.setattr(tuning, "OPERATORS", ("window", "local", "linear"))
     few = {"window.forward": ("window", False)}
     monkeypatch.setattr(tuning, "KERNELS", few)
+    monkeypatch.setattr(tuned, "KERNELS", few)
     rows = {name: [Row(4, 32, Launch((32,), (), 4, 1)), Row(4, 64, Launch((16,), (), 4, 1))] for name in few}
     monkeypatch.setattr(tuning, "rows_of", lambda kernel, architecture: rows[kernel])
     launching.forget()
