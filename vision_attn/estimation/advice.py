@@ -210,7 +210,7 @@ class Advice:
         spec, step, graphs = self.best
         share = f"Attention over the grid is {self.attention_share:.0%} of a step."
         if spec is None and not graphs:
-            return [f"{share} Stock is best at this size: nothing that needs no training makes a step 5 % shorter."]
+            return [f"{share} Stock is best at this size: no processor that works untrained makes a step 5 % shorter."]
         gain = f"{self.stock.seconds() / self._seconds(spec, step, graphs):.2f}x"
         if spec is None:
             return [f"{share} Stock attention is best at this size; CUDA graphs make a step {gain} as fast:"]

@@ -18,7 +18,7 @@ from vision_attn.processors.base import AttnSpec, Layer
 from vision_attn.processors.softmax import Softmax
 
 PARTS = ("projections", "linear", "convolutions", "other")  # of the device's time beside attention over grids
-_OPERATIONS = 5.5  # that a module without modules in it costs the host, with what lies around it
+_OPERATIONS = 5.5  # of the host for a module without submodules, with the Python around it
 _TOKENS = (*range(4, 64, 4), *range(64, 257, 16), *range(288, 1025, 32))  # sides of the largest grid that are tried
 # how often the input and output of a layer go through memory, with norms, activations and sums around it; and how much
 # longer than products a convolution takes
