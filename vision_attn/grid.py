@@ -62,3 +62,8 @@ class Grid:
     def image(self) -> slice:
         """Where the grid lies in the sequence."""
         return slice(self.prefix, self.prefix + self.image_tokens)
+
+
+def largest(grid: Grid | tuple[Grid, ...]) -> Grid:
+    """Return the grid, or the largest one of a batch that has a grid for each sample."""
+    return grid if isinstance(grid, Grid) else max(grid, key=lambda own: own.image_tokens)

@@ -22,16 +22,6 @@ from vision_attn.kernels.local import Window
 from vision_attn.processors import AttnSpec, Layer, Schedule
 
 
-def scale_of(case: HostCase) -> int:
-    """Return how many pixels of the host's input make a side of a token of its finest grid."""
-    model = case.build()
-    if "sdxl" in case.id:
-        return 2
-    if "unet" in case.id or "controlnet" in case.id:
-        return 1
-    return model.patch_embed.patch_size[0] if hasattr(model, "patch_embed") and not hasattr(model, "config") else 2
-
-
 @pytest.mark.parametrize("case", HOSTS, ids=lambda case: case.id)
 def test_the_grids_are_those_of_a_real_forward(case: HostCase) -> None:
     height, width = (8, 8) if case.fixed_size else (12, 10)
@@ -39,8 +29,7 @@ def test_the_grids_are_those_of_a_real_forward(case: HostCase) -> None:
     conversion = convert(model, Softmax())
     run(case, model, height, width)
     real = {row.name: row for row in conversion.layers}
-    scale = scale_of(case)
-    rows = estimate(model, Clear(2), height=height * scale, width=width * scale, vae_scale_factor=1).layers
+    rows = estimate(model, Clear(2), height=height * case.patch, width=width * case.patch, vae_scale_factor=1).layers
     assert {row.name for row in rows} == set(real)
     grids = {state_of(m).name: state_of(m).grid for m in model.modules() if is_rerouted(m)}
     for row in rows:

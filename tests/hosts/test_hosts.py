@@ -24,7 +24,8 @@ all_hosts = pytest.mark.parametrize("case", HOSTS, ids=lambda case: case.id)
 
 def oracle_of(case: HostCase, window: Window) -> Tensor:
     size = size_of(case)
-    with DenseOracle(case.layouts(*size, TEXT), window, case.id in MASKED_DENSE) as oracle:
+    masked_dense = case.id in MASKED_DENSE
+    with DenseOracle(case.layouts(*size, TEXT), window, masked_dense, more_keys=case.more_keys) as oracle:
         output = run(case, case.build(), *size)
     assert oracle.calls
     return output
@@ -130,7 +131,8 @@ def test_sizes_may_change_between_calls(case: HostCase) -> None:
 def test_it_runs_at_any_grid_that_the_window_fits(case: HostCase) -> None:
     model, size = case.build(), (4, 4) if case.fixed_size else (9, 8)  # a UNet pads odd sizes level by level
     convert(model, Clear(radius=1.5))
-    with DenseOracle(case.layouts(*size, 1), Window(radius=1.5), case.id in MASKED_DENSE):
+    masked_dense = case.id in MASKED_DENSE
+    with DenseOracle(case.layouts(*size, 1), Window(radius=1.5), masked_dense, more_keys=case.more_keys):
         want = run(case, case.build(), *size, text=1)
     torch.testing.assert_close(run(case, model, *size, text=1), want, rtol=0, atol=2e-5)
 
@@ -153,13 +155,17 @@ def test_only_the_processor_learns_when_the_host_is_frozen(host_id: str) -> None
     assert set(model.state_dict()) == keys
 
 
-@pytest.mark.parametrize("host_id", TRAINED)
+@pytest.mark.parametrize(
+    "host_id",
+    [pytest.param(n, marks=() if n in (*TRAINED, "prx", "flux3-reference") else pytest.mark.slow) for n in KIND],
+)
 def test_gradients_equal_those_of_a_dense_mask(host_id: str) -> None:
     case, size = HOST[host_id], size_of(HOST[host_id])
     converted, masked = case.build(), case.build()
     convert(converted, Clear(radius=2))
     case.output(converted(**case.inputs(*size, BATCH, TEXT))).square().mean().backward()
-    with DenseOracle(case.layouts(*size, TEXT), RADIUS_2):
+    masked_dense = case.id in MASKED_DENSE
+    with DenseOracle(case.layouts(*size, TEXT), RADIUS_2, masked_dense, more_keys=case.more_keys):
         case.output(masked(**case.inputs(*size, BATCH, TEXT))).square().mean().backward()
     want = dict(masked.named_parameters())
     for name, parameter in converted.named_parameters():

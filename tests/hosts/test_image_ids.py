@@ -10,7 +10,7 @@ from tiny_hosts import HOST
 from vision_attn import Clear, convert
 from vision_attn.conversion.state import state_of
 from vision_attn.grid import Grid
-from vision_attn.hosts.dit import grid_of_ids
+from vision_attn.hosts.image_ids import grid_of_ids
 
 
 def ids(height, width, segment=0, dtype=torch.float32, columns=3, start=0, step=1.0):

@@ -20,7 +20,7 @@ import diffusers  # noqa: E402
 from vision_attn import convert  # noqa: E402
 from vision_attn.conversion.state import LayerState  # noqa: E402
 from vision_attn.grid import Grid  # noqa: E402
-from vision_attn.hosts import dit  # noqa: E402
+from vision_attn.hosts import image_ids  # noqa: E402
 from vision_attn.processors import make_spec  # noqa: E402
 
 MODELS = (
@@ -67,7 +67,7 @@ def pytest_configure(config):
     name, _, fields = os.environ.get("VISION_ATTN_SPEC", "softmax").partition(":")
     if name == "stock":
         return
-    dit.grid_of_ids = _squares(dit.grid_of_ids)
+    image_ids.grid_of_ids = _squares(image_ids.grid_of_ids)
     LayerState.note = _counted(LayerState.note)
     for model in MODELS:
         _convert_at_construction(getattr(diffusers, model), make_spec(name, **json.loads(fields or "{}")))

@@ -30,14 +30,17 @@ def mask_of(grid: Grid, window: Window) -> Tensor:
 class DenseOracle(TorchFunctionMode):
     """Adds the mask of a window to every self-attention call over one of the layouts.
 
-    Calls that have a mask already keep their own alone if `masked_dense`.
+    Calls that have a mask already keep their own alone if `masked_dense`. With `more_keys`, the queries of a call may
+    be the last tokens of the sequence only.
     """
 
-    def __init__(self, layouts: set[Layout], window: Window, masked_dense: bool = False) -> None:
+    def __init__(
+        self, layouts: set[Layout], window: Window, masked_dense: bool = False, *, more_keys: bool = False
+    ) -> None:
         super().__init__()
         self.masks = {layout.tokens: mask_of(grid_of(layout), window) for layout in layouts}
         assert len(self.masks) == len(layouts)
-        self.masked_dense = masked_dense
+        self.masked_dense, self.more_keys = masked_dense, more_keys
         self.calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -46,10 +49,13 @@ class DenseOracle(TorchFunctionMode):
             return func(*args, **kwargs)
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         inputs = dict(zip(names, args, strict=False)) | kwargs
-        mask, tokens = inputs.get("attn_mask"), inputs["query"].shape[-2]
-        if tokens == inputs["key"].shape[-2] and tokens in self.masks and not (self.masked_dense and mask is not None):
-            assert mask is None or mask.dtype == torch.bool
-            seen = self.masks[tokens]
-            inputs["attn_mask"] = seen if mask is None else seen & mask
+        mask, queries, tokens = inputs.get("attn_mask"), inputs["query"].shape[-2], inputs["key"].shape[-2]
+        own = queries == tokens or (self.more_keys and queries < tokens)
+        if own and tokens in self.masks and not (self.masked_dense and mask is not None):
+            seen = self.masks[tokens][-queries:]
+            if mask is None or mask.dtype == torch.bool:
+                inputs["attn_mask"] = seen if mask is None else seen & mask
+            else:  # relative positions
+                inputs["attn_mask"] = mask.masked_fill(~seen, -torch.inf)
             self.calls += 1
         return func(**inputs)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 TEXT_DIM, POOLED_DIM, CHANNELS = 32, 16, 4
+TEXT = 7  # tokens of text that the tests give, unless a test is about their number
 REFERENCE = (3, 5)  # grid of the reference image in the rows that have one
 
 
@@ -40,6 +41,8 @@ class HostCase:
         layouts: `(height, width, text)` -> the sequences of all self-attention layers that hold the grid.
         text_only: `text` -> lengths of self-attention over text alone (token refiners), which is not to be touched.
         fixed_size: True if only square grids run.
+        more_keys: True if layers have keys without a query, before the others.
+        patch: How much of the input's side, in latents or pixels, makes the side of a token.
     """
 
     id: str
@@ -50,6 +53,8 @@ class HostCase:
     layouts: Callable[[int, int, int], set[Layout]]
     text_only: Callable[[int], set[int]] = field(default=lambda text: set())
     fixed_size: bool = False
+    more_keys: bool = False
+    patch: int = 2
     notes: str = ""
 
     def joint(self, height: int, width: int, text: int) -> Layout:

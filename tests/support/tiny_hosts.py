@@ -5,7 +5,9 @@ from typing import Any
 
 import diffusers
 import torch
+from tiny_encoders import ENCODERS
 from tiny_host_case import CHANNELS, POOLED_DIM, TEXT_DIM, HostCase, Layout, build, noise, randomise, sample
+from tiny_id_dits import ID_DITS
 from tiny_latent_dits import LATENT_DITS, latents
 from tiny_packed_dits import PACKED_DITS
 from tiny_unets import UNETS
@@ -31,7 +33,7 @@ def _wan_inputs(height: int, width: int, batch: int, text: int) -> dict[str, Any
     return latents(height, width, batch, text, hidden_states=video, timestep=torch.full((batch,), 600))
 
 
-HOSTS: list[HostCase] = [*UNETS, *LATENT_DITS, *PACKED_DITS, *VITS]
+HOSTS: list[HostCase] = [*UNETS, *LATENT_DITS, *PACKED_DITS, *ID_DITS, *VITS, *ENCODERS]
 VIDEO_HOSTS: list[HostCase] = [
     HostCase(
         "wan",
@@ -47,5 +49,5 @@ VIDEO_HOSTS: list[HostCase] = [
     )
 ]  # fmt: skip
 HOST: dict[str, HostCase] = {case.id: case for case in [*HOSTS, *VIDEO_HOSTS]}
-KINDS = {"unet": UNETS, "latent-dit": LATENT_DITS, "packed-dit": PACKED_DITS, "vit": VITS}
+KINDS = {"unet": UNETS, "latent-dit": LATENT_DITS, "packed-dit": [*PACKED_DITS, *ID_DITS], "vit": [*VITS, *ENCODERS]}
 KIND: dict[str, str] = {case.id: kind for kind, cases in KINDS.items() for case in cases}

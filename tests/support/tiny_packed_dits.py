@@ -9,6 +9,7 @@ from tiny_host_case import (
     CHANNELS,
     POOLED_DIM,
     REFERENCE,
+    TEXT,
     TEXT_DIM,
     HostCase,
     Layout,
@@ -21,13 +22,13 @@ from tiny_host_case import (
 from torch import Tensor, nn
 
 
-def _flux_ids(segment: int, height: int, width: int) -> Tensor:
+def flux_ids(segment: int, height: int, width: int) -> Tensor:
     return torch.cartesian_prod(torch.tensor([segment]), torch.arange(height), torch.arange(width))
 
 
-def _flux_inputs(height: int, width: int, batch: int, text: int, reference: bool = False) -> dict[str, Any]:
+def flux_inputs(height: int, width: int, batch: int, text: int, reference: bool = False) -> dict[str, Any]:
     grids = [(height, width)] + [REFERENCE] * reference
-    ids = torch.cat([_flux_ids(segment, *grid) for segment, grid in enumerate(grids)])
+    ids = torch.cat([flux_ids(segment, *grid) for segment, grid in enumerate(grids)])
     return dict(
         hidden_states=noise(batch, len(ids), 4 * CHANNELS),
         encoder_hidden_states=noise(batch, text, TEXT_DIM, seed=1),
@@ -41,7 +42,7 @@ def _flux_inputs(height: int, width: int, batch: int, text: int, reference: bool
 
 def _flux2_inputs(height: int, width: int, batch: int, text: int, reference: bool = False) -> dict[str, Any]:
     grids = [(height, width)] + [REFERENCE] * reference
-    ids = torch.cat([_flux_ids(10 * segment, *grid) for segment, grid in enumerate(grids)])
+    ids = torch.cat([flux_ids(10 * segment, *grid) for segment, grid in enumerate(grids)])
     ids = nn.functional.pad(ids, (0, 1))  # columns: time, row, column, layer
     txt_ids = nn.functional.pad(torch.arange(text)[:, None], (3, 0))
     return dict(
@@ -69,6 +70,56 @@ def _qwen_inputs(
     )
 
 
+_CONDITION = (2, 6)  # grid of the image given to Qwen-Image 2.1, whose text has a place for each 2 x 2 of its tokens
+
+
+def _qwen21_inputs(
+    height: int, width: int, batch: int, text: int, reference: bool = False, masked: bool = False
+) -> dict[str, Any]:
+    """The text, and in its middle the places of the reference image, if there is one."""
+    shapes = [(1, *_CONDITION)] * reference + [(1, height, width)]
+    places = _CONDITION[0] * _CONDITION[1] // 4 * reference
+    before = text - text // 2
+    is_image = torch.tensor([False] * before + [True] * places + [False] * (text // 2) + [True] * (height * width // 4))
+    seen = torch.arange(text + places) < (text + places - 2 * torch.arange(batch)[:, None]).clamp(min=1)
+    return dict(
+        hidden_states=noise(batch, sum(rows * columns for _, rows, columns in shapes), CHANNELS),
+        encoder_hidden_states=noise(batch, text + places, TEXT_DIM, seed=1),
+        encoder_hidden_states_mask=seen if masked else None,
+        timestep=torch.full((batch,), 0.6),
+        img_shapes=[shapes] * batch,
+        img_mask=is_image.expand(batch, -1),
+    )
+
+
+def _qwen21_layouts(height: int, width: int, text: int, reference: bool = False) -> set[Layout]:
+    return {Layout(text + reference * _CONDITION[0] * _CONDITION[1], (height, width))}
+
+
+def _qwen21_texts(text: int, reference: bool = False) -> set[int]:
+    """The lengths at which a segment ends: the text, or its first half, the image, and the whole text."""
+    before, image = text - text // 2, _CONDITION[0] * _CONDITION[1]
+    return {before, before + image, text + image} if reference else {text}
+
+
+def _qwen_controlnet_inputs(height: int, width: int, batch: int, text: int) -> dict[str, Any]:
+    condition = noise(batch, height * width, 4 * CHANNELS, seed=3)
+    return _qwen_inputs(height, width, batch, text) | dict(controlnet_cond=condition)
+
+
+def _zimage_controlnet_inputs(height: int, width: int, batch: int, text: int) -> dict[str, Any]:
+    inputs = _zimage_inputs(height, width, batch, text)
+    return inputs | dict(control_context=[noise(*image.shape, seed=5 + i) for i, image in enumerate(inputs["x"])])
+
+
+def _zimage_controlnet(**config: Any) -> nn.Module:
+    """A ControlNet has the embedders and refiners of the transformer that it is for; here it has no refiners."""
+    transformer = build(diffusers.ZImageTransformer2DModel, **_ZIMAGE | dict(n_refiner_layers=0))
+    model: Any = build(diffusers.ZImageControlNetModel, **config)
+    model.gradient_checkpointing = False  # diffusers 0.42 forgets it, and asks for it when there are gradients
+    return diffusers.ZImageControlNetModel.from_transformer(model, transformer)
+
+
 def _zimage_inputs(height: int, width: int, batch: int, text: int, ragged: bool = False) -> dict[str, Any]:
     return dict(
         x=[noise(CHANNELS, 1, 2 * height, 2 * width, seed=i) for i in range(batch)],
@@ -87,12 +138,12 @@ def _zimage_texts(text: int, ragged: bool = False) -> set[int]:
     return {text + -text % 32 + 32 * ragged}
 
 
-_FLUX = dict(
+FLUX = dict(
     in_channels=4 * CHANNELS, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
     joint_attention_dim=TEXT_DIM,
 )  # fmt: skip
-_FLUX1 = _FLUX | dict(pooled_projection_dim=POOLED_DIM, guidance_embeds=True, axes_dims_rope=(4, 6, 6))
-_FLUX2 = _FLUX | dict(axes_dims_rope=(4, 4, 4, 4))
+FLUX1 = FLUX | dict(pooled_projection_dim=POOLED_DIM, guidance_embeds=True, axes_dims_rope=(4, 6, 6))
+FLUX2 = FLUX | dict(axes_dims_rope=(4, 4, 4, 4))
 _QWEN = dict(
     in_channels=4 * CHANNELS, out_channels=CHANNELS, num_layers=2, attention_head_dim=16, num_attention_heads=2,
     joint_attention_dim=TEXT_DIM, axes_dims_rope=(4, 6, 6),
@@ -103,15 +154,36 @@ _ZIMAGE = dict(
 )  # fmt: skip
 
 
-def _packed_case(name: str, model_class: type, config: dict[str, Any], inputs: Any, **facts: Any) -> HostCase:
-    facts = dict(shape=packed(4 * CHANNELS), layouts=text_first) | facts
-    return HostCase(name, partial(build, model_class, **config), inputs, sample, **facts)
+_QWEN21 = dict(
+    in_channels=CHANNELS, out_channels=CHANNELS, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+    context_in_dim=TEXT_DIM, mlp_ratio=1, axes_dims_rope=(4, 6, 6),
+)  # fmt: skip
 
 
-def _referring_case(name: str, model_class: type, config: dict[str, Any], inputs: Any, notes: str) -> HostCase:
+def _qwen21_case(name: str, notes: str, reference: bool = False, masked: bool = False) -> HostCase:
+    return HostCase(
+        name,
+        partial(build, diffusers.QwenImage21Transformer2DModel, **_QWEN21),
+        partial(_qwen21_inputs, reference=reference, masked=masked),
+        output=sample,
+        shape=packed(CHANNELS, TEXT + reference * _CONDITION[0] * _CONDITION[1]),
+        layouts=partial(_qwen21_layouts, reference=reference),
+        text_only=partial(_qwen21_texts, reference=reference),
+        more_keys=True,
+        patch=1,
+        notes=notes,
+    )
+
+
+def packed_case(name: str, model_class: type, config: dict[str, Any], inputs: Any, **facts: Any) -> HostCase:
+    facts = dict(output=sample, shape=packed(4 * CHANNELS), layouts=text_first) | facts
+    return HostCase(name, partial(build, model_class, **config), inputs, **facts)
+
+
+def referring_case(name: str, model_class: type, config: dict[str, Any], inputs: Any, notes: str) -> HostCase:
     facts = dict(shape=packed(4 * CHANNELS, REFERENCE[0] * REFERENCE[1]), notes=notes)
     layouts = partial(text_first, reference=(REFERENCE,))
-    return _packed_case(name, model_class, config, partial(inputs, reference=True), layouts=layouts, **facts)
+    return packed_case(name, model_class, config, partial(inputs, reference=True), layouts=layouts, **facts)
 
 
 def _zimage_case(name: str, ragged: bool, notes: str) -> HostCase:
@@ -128,22 +200,40 @@ def _zimage_case(name: str, ragged: bool, notes: str) -> HostCase:
 
 
 PACKED_DITS = [
-    _packed_case("flux", diffusers.FluxTransformer2DModel, _FLUX1, _flux_inputs),
-    _referring_case(
-        "flux-kontext", diffusers.FluxTransformer2DModel, _FLUX1, _flux_inputs, "img_ids[:, 0] is 0, then 1"
+    packed_case("flux", diffusers.FluxTransformer2DModel, FLUX1, flux_inputs),
+    referring_case(
+        "flux-kontext", diffusers.FluxTransformer2DModel, FLUX1, flux_inputs, "img_ids[:, 0] is 0, then 1"
     ),
-    _packed_case("flux2", diffusers.Flux2Transformer2DModel, _FLUX2, _flux2_inputs, notes="ids are int64 [B, N, 4]"),
-    _referring_case(
-        "flux2-reference", diffusers.Flux2Transformer2DModel, _FLUX2, _flux2_inputs, "img_ids[..., 0] is 0, then 10"
+    packed_case("flux2", diffusers.Flux2Transformer2DModel, FLUX2, _flux2_inputs, notes="ids are int64 [B, N, 4]"),
+    referring_case(
+        "flux2-reference", diffusers.Flux2Transformer2DModel, FLUX2, _flux2_inputs, "img_ids[..., 0] is 0, then 10"
     ),
-    _packed_case("qwen-image", diffusers.QwenImageTransformer2DModel, _QWEN, _qwen_inputs),
-    _packed_case(
+    packed_case("qwen-image", diffusers.QwenImageTransformer2DModel, _QWEN, _qwen_inputs),
+    packed_case(
         "qwen-image-masked", diffusers.QwenImageTransformer2DModel, _QWEN, partial(_qwen_inputs, masked=True),
         notes="padding inside the prefix, masked by bool [B, 1, 1, N]",
     ),
-    _referring_case(
+    referring_case(
         "qwen-image-edit", diffusers.QwenImageTransformer2DModel, _QWEN, _qwen_inputs, "two img_shapes per sample"
     ),
     _zimage_case("z-image", False, "image and text are each padded to 32 tokens, unmasked; both come after the grid"),
     _zimage_case("z-image-ragged", True, "sample i has 32 * i more text tokens: bool [B, 1, 1, N] masks the tail"),
+    packed_case(
+        "qwen-controlnet", diffusers.QwenImageControlNetModel, _QWEN, _qwen_controlnet_inputs, shape=packed(32),
+        output=lambda output: output.controlnet_block_samples[-1],
+    ),
+    HostCase(
+        "z-image-controlnet",
+        partial(
+            _zimage_controlnet, control_layers_places=[0, 1], control_in_dim=CHANNELS, dim=32, n_refiner_layers=1,
+            n_heads=2, n_kv_heads=2,
+        ),
+        _zimage_controlnet_inputs,
+        output=lambda output: output[1][:, : -32],
+        shape=lambda height, width, batch: (batch, height * width + -height * width % 32, 32),
+        layouts=_zimage_layouts,
+    ),
+    _qwen21_case("qwen-image-2.1", "the text is causal; the image sees all of it, by a call of its own"),
+    _qwen21_case("qwen-image-2.1-masked", "padding inside the prefix, masked by bool [B, 1, 1, N]", masked=True),
+    _qwen21_case("qwen-image-2.1-edit", "a reference image in the middle of the text", reference=True),
 ]  # fmt: skip

@@ -5,7 +5,19 @@ from typing import Any
 
 import diffusers
 import torch
-from tiny_host_case import CHANNELS, POOLED_DIM, TEXT_DIM, HostCase, Layout, build, half, noise, pixels, sample
+from tiny_host_case import (
+    CHANNELS,
+    POOLED_DIM,
+    TEXT_DIM,
+    HostCase,
+    Layout,
+    alone,
+    build,
+    half,
+    noise,
+    pixels,
+    sample,
+)
 
 _UNET = dict(
     sample_size=16, in_channels=CHANNELS, out_channels=CHANNELS, layers_per_block=1, block_out_channels=(16, 32, 32),
@@ -43,6 +55,16 @@ def _controlnet_inputs(height: int, width: int, batch: int, text: int) -> dict[s
     return _unet_inputs(height, width, batch, text) | dict(controlnet_cond=condition)
 
 
+def _union_inputs(height: int, width: int, batch: int, text: int) -> dict[str, Any]:
+    inputs = _controlnet_inputs(height, width, batch, text)
+    kinds = torch.tensor([[0.0, 1.0, 0.0]]).repeat(batch, 1)
+    return inputs | dict(controlnet_cond=[inputs["controlnet_cond"]], control_type=kinds, control_type_idx=[1])
+
+
+def _unconditional_inputs(height: int, width: int, batch: int, text: int) -> dict[str, Any]:
+    return dict(sample=noise(batch, CHANNELS, 2 * height, 2 * width), timestep=torch.tensor(600))
+
+
 def _three_levels(height: int, width: int, text: int) -> set[Layout]:
     grid = (height, width)
     return {Layout(0, grid), Layout(0, half(grid)), Layout(0, half(half(grid)))}
@@ -53,26 +75,44 @@ def _two_levels(height: int, width: int, text: int) -> set[Layout]:
 
 
 def _unet_case(name: str, config: dict[str, Any], **facts: Any) -> HostCase:
-    facts = dict(inputs=_unet_inputs, shape=pixels(CHANNELS, 1), layouts=_three_levels) | facts
+    facts = dict(inputs=_unet_inputs, shape=pixels(CHANNELS, 1), layouts=_three_levels, patch=1) | facts
     return HostCase(name, partial(build, diffusers.UNet2DConditionModel, **config), output=sample, **facts)
+
+
+def _controlnet_case(name: str, model_class: type, inputs: Any, **config: Any) -> HostCase:
+    config = _CONTROLNET | dict(conditioning_embedding_out_channels=(8, 8, 8, 8)) | config
+    return HostCase(
+        name,
+        partial(build, model_class, **config),
+        inputs,
+        output=lambda output: output.mid_block_res_sample,
+        shape=lambda height, width, batch: (batch, 32, *half(half((height, width)))),
+        layouts=_three_levels,
+        patch=1,
+    )
 
 
 UNETS = [
     _unet_case("sd15-unet", _UNET, notes="attention_head_dim is the number of heads (diffusers naming bug)"),
     _unet_case("sd21-unet", _SD21, notes="linear proj_in, heads per level"),
     _unet_case(
-        "sdxl-unet", _SDXL, inputs=_sdxl_inputs, shape=pixels(CHANNELS), layouts=_two_levels,
+        "sdxl-unet", _SDXL, inputs=_sdxl_inputs, shape=pixels(CHANNELS), layouts=_two_levels, patch=2,
         notes="no attention at the resolution of the latents: (height, width) is half of it",
     ),
     _unet_case("sd15-inpaint-unet", _UNET | dict(in_channels=9), inputs=partial(_unet_inputs, channels=9)),
     HostCase(
-        "sd15-controlnet",
+        "unet2d",
         partial(
-            build, diffusers.ControlNetModel, **_CONTROLNET, conditioning_embedding_out_channels=(8, 8, 8, 8)
+            build, diffusers.UNet2DModel, in_channels=CHANNELS, out_channels=CHANNELS, layers_per_block=1,
+            block_out_channels=(16, 32), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"), norm_num_groups=8, attention_head_dim=16,
         ),
-        inputs=_controlnet_inputs,
-        output=lambda output: output.mid_block_res_sample,
-        shape=lambda height, width, batch: (batch, 32, *half(half((height, width)))),
-        layouts=_three_levels,
+        _unconditional_inputs, sample, shape=pixels(CHANNELS), layouts=alone,
+        notes="attention takes [B, C, height, width]; it upsamples by 2, so only one level takes odd sides",
+    ),
+    _controlnet_case("sd15-controlnet", diffusers.ControlNetModel, _controlnet_inputs),
+    _controlnet_case(
+        "controlnet-union", diffusers.ControlNetUnionModel, _union_inputs, num_control_type=3, num_trans_channel=16,
+        num_trans_head=2, num_proj_channel=16, addition_time_embed_dim=8, projection_class_embeddings_input_dim=24,
     ),
 ]  # fmt: skip

@@ -16,11 +16,12 @@ def _image_inputs(height: int, width: int, batch: int, text: int) -> dict[str, A
 def _timm_case(name: str, model_name: str, prefix: int, notes: str = "", **config: Any) -> HostCase:
     return HostCase(
         name,
-        partial(build, timm.create_model, model_name, **_VIT | config),
+        partial(build, timm.create_model, model_name, **{k: v for k, v in (_VIT | config).items() if v is not None}),
         _image_inputs,
         output=lambda output: output,
         shape=lambda height, width, batch: (batch, 10),
         layouts=lambda height, width, text: {Layout(prefix, (height, width))},
+        patch=8,
         notes=notes,
     )
 
@@ -32,5 +33,9 @@ VITS = [
     _timm_case("deit-distilled", "deit_tiny_distilled_patch16_224", 2),
     _timm_case("eva02", "eva02_tiny_patch14_224", 1, "EvaAttention, RoPE on the grid"),
     _timm_case("dinov3", "vit_small_patch16_dinov3", 5, "EvaAttention, 4 registers, RoPE in [-1, 1]"),
+    _timm_case(
+        "naflexvit", "naflexvit_base_patch16_gap", 4, "images as they are; packed patches have tests of their own",
+        dynamic_img_size=None, reg_tokens=4,
+    ),
     _timm_case("vit-rope", "vit_small_patch16_rope_224", 1, "AttentionRope"),
-]
+]  # fmt: skip

@@ -19,10 +19,10 @@ from torch.overrides import TorchFunctionMode
 
 from vision_attn.conversion.doors import ATTENTION, LINEAR, Below, Door, backend_door, backend_of, by_backend
 from vision_attn.conversion.grids import backward_running
-from vision_attn.conversion.masks import key_padding
+from vision_attn.conversion.masks import is_bias, key_padding, stays_dense
 from vision_attn.conversion.projections import Projections
-from vision_attn.conversion.state import MASKED, LayerState
-from vision_attn.grid import Grid
+from vision_attn.conversion.state import ADDED, MASKED, LayerState
+from vision_attn.grid import Grid, largest
 from vision_attn.kernels.tapes import DEVICES
 from vision_attn.processors.base import CHILD, Moment, Processor
 from vision_attn.processors.softmax import Softmax, SoftmaxAttention
@@ -55,7 +55,8 @@ def answered(module: nn.Module, state: LayerState, run: Callable[..., Any], args
     processor = _processor_of(module)
     if getattr(processor, "_parallel_config", None) is not None:
         raise ValueError(f"{state.name} runs with context parallelism, which cuts the grid: revert() first")
-    call = Answers(module, state, kwargs.get("attention_mask") is not None, processor)
+    mask = kwargs.get("attention_mask")
+    call = Answers(module, state, mask is not None and stays_dense(mask, state), processor)
     if call.backend is not None:
         run = functools.partial(_with_backend, call, run)
     if call.projections is None:
@@ -139,7 +140,7 @@ class Answers:
     Args:
         module: The layer.
         state: Its state.
-        masked: Whether the forward was given an attention mask.
+        masked: Whether the forward was given an attention mask that keeps the layer dense.
         stock: diffusers' processor of the layer, None if it has none.
 
     Attributes:
@@ -162,7 +163,7 @@ class Answers:
             self.moment = moment if processor.wants else None
         self.processor: Processor = processor
         residuals = processor.residuals()
-        if residuals and not _adds_residuals(state, masked):
+        if residuals and not state.adds_residuals(masked):
             residuals = {}
         self.projections = Projections(module, residuals) if residuals else None
 
@@ -198,14 +199,20 @@ class Answers:
         enable_gqa: bool = False,
     ) -> Tensor:
         """Answer one call of `scaled_dot_product_attention` on `[B, H, N, D]` tensors."""
-        grid = self._grid_of(query.dim(), query.shape[-2], key.shape[-2], attn_mask is not None)
+        masked = attn_mask is not None and stays_dense(attn_mask, self.state)
+        grid = self._grid_of(query.dim(), query.shape[-2], key.shape[-2], masked)
         if grid is None:
             own: Any = F.scaled_dot_product_attention if torch.compiler.is_compiling() else ATTENTION.through
             if self.backend is not None and torch.compiler.is_compiling():
                 own = functools.partial(by_backend, self.backend)
             return own(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        flat = query.dim() == 3  # the heads of a sample one after the other, `[B * H, N, D]`
+        if flat:
+            query, key, value = (t.unflatten(0, (-1, self.state.num_heads)) for t in (query, key, value))
+            attn_mask = None if attn_mask is None else attn_mask.unflatten(0, (-1, self.state.num_heads))
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        return self._processed(grid, q, k, v, attn_mask, dropout_p, is_causal, scale).transpose(1, 2)
+        output = self._processed(grid, q, k, v, attn_mask, dropout_p, is_causal, scale).transpose(1, 2)
+        return output.flatten(0, 1) if flat else output
 
     def dispatched(self, through: Callable[..., Tensor], **call: Any) -> Tensor:
         """Answer one call of an attention backend on `[B, N, H, D]` tensors; `through` is the backend itself."""
@@ -213,12 +220,13 @@ class Answers:
         here = ATTENTION.here
         before, here.answer = here.answer, None  # some backends, and all processors, call PyTorch's attention
         try:
-            grid = self._grid_of(query.dim(), query.shape[1], key.shape[1], attn_mask is not None)
+            masked = attn_mask is not None and stays_dense(attn_mask, self.state)
+            grid = self._grid_of(query.dim(), query.shape[1], key.shape[1], masked)
             if grid is None:
                 return through(**call)
             if isinstance(attn_mask, Tensor) and attn_mask.shape == key.shape[:2]:
                 attn_mask = attn_mask[:, None, None]
-            here.answer = functools.partial(_rows, through, call, grid)
+            here.answer = functools.partial(_rows, through, call, grid) if isinstance(grid, Grid) else None
             rest = (call.get("dropout_p", 0.0), call.get("is_causal", False), call.get("scale"))
             return self._processed(grid, query, key, value, attn_mask, *rest)
         finally:
@@ -226,7 +234,7 @@ class Answers:
 
     def _processed(
         self,
-        grid: Grid,
+        grid: Grid | tuple[Grid, ...],
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -243,51 +251,68 @@ class Answers:
         if q.shape[2] != k.shape[2]:  # grouped queries
             k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (k, v))
         q, k, v = _autocast(q, k, v)
-        mask = None if attn_mask is None else key_padding(attn_mask, grid, state)
         if self.projections is not None and not torch.compiler.is_compiling() and self.projections.missing():
             raise RuntimeError(
                 f"{state.name}: {state.spec} adds to the input of projections, but this {type(self.module).__name__} "
                 f"ran none of {self.projections.missing()} that we know"
             )
-        if self.moment is not None:
-            output = self.processor(q, k, v, grid, mask, scale, self.moment)
-        elif torch.compiler.is_compiling() or self.backend is not None or q.device.type not in DEVICES:
-            output = self.processor(q, k, v, grid, mask, scale)
+        unasked = k.shape[1] - q.shape[1]
+        if unasked:
+            q = F.pad(q, (0, 0, 0, 0, unasked, 0))  # a query for each token; nobody reads what these get
+        if attn_mask is not None and state.host.biases and is_bias(attn_mask):
+            output = self.processor.biased(q, k, v, largest(grid), attn_mask, scale)
         else:
-            output = state.tapes.call(self.processor, (q, k, v, grid, mask, scale), self.processor)
+            mask = None if attn_mask is None else key_padding(attn_mask, grid, state)
+            if isinstance(grid, Grid):
+                output = self._over(grid, q, k, v, mask, scale)
+            else:
+                masks = mask or [None] * len(grid)
+                each = zip(grid, q.split(1), k.split(1), v.split(1), masks, strict=True)
+                output = torch.cat([self._over(*sample, scale) for sample in each])
         self._note(grid, "rerouted")
-        return output
+        return output[:, unasked:] if unasked else output
 
-    def _grid_of(self, dim: int, tokens: int, keys: int, masked: bool) -> Grid | None:
-        """Return the grid of a call that the processor is to answer; None lets the call through."""
+    def _over(self, grid: Grid, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        """Let the processor attend over one grid."""
+        if self.moment is not None:
+            return self.processor(q, k, v, grid, mask, scale, self.moment)
+        if torch.compiler.is_compiling() or self.backend is not None or q.device.type not in DEVICES:
+            return self.processor(q, k, v, grid, mask, scale)
+        return self.state.tapes.call(self.processor, (q, k, v, grid, mask, scale), self.processor)
+
+    def _grid_of(self, dim: int, queries: int, tokens: int, masked: bool) -> Grid | tuple[Grid, ...] | None:
+        """Return the grid, or that of each sample, of a call that the processor is to answer; None lets it through."""
         self.reached = True
         state, context = self.state, self.state.context
         unchanged = isinstance(self.processor, SoftmaxAttention)
+        unasked = tokens - queries
+        own = dim in state.host.axes and (unasked == 0 or (unasked > 0 and state.host.more_keys))
         if torch.compiler.is_compiling():
-            if dim != 4 or tokens != keys or unchanged:
-                return None
-            return _decision(state, context.locate(tokens), masked)[0]
-        if dim != 4 or tokens != keys:
+            grid = None if unchanged or not own else state.decision(context.locate(tokens), masked)[0]
+            return None if grid is not None and unasked and unasked > largest(grid).prefix else grid
+        if not own:
             self._across = (
-                f"{int(keys)} keys for {int(tokens)} queries (shared attention)"
-                if dim == 4
+                f"{int(tokens)} keys for {int(queries)} queries (shared attention)"
+                if dim in state.host.axes
                 else "queries without an axis of heads"
             )
             return None
         if context.here.gradients or backward_running() != -1:
             found = context.locate(int(tokens), state.shared.here.running)
-            grid, placed, reason = _decision(state, found, masked)
+            grid, placed, reason = state.decision(found, masked)
         else:
-            call = context.known(), int(tokens), masked
+            call = context.known(state.shared.here.running), int(tokens), masked
             decided = state.decisions.get(call)
             if decided is None:
                 if len(state.decisions) >= _MOST:
                     state.decisions.clear()
-                decided = state.decisions[call] = _decision(state, context.placed(*call[:2]), masked)
+                decided = state.decisions[call] = state.decision(context.placed(*call[:2]), masked)
             grid, placed, reason = decided
+        if grid is not None and unasked and unasked > largest(grid).prefix:
+            grid, reason = None, f"dense: {int(queries)} queries do not hold {grid}"
         if grid is None:
             self._note(placed, reason, expected=placed is not None)
-            if reason is MASKED and not state.shared.warned:
+            if reason in (MASKED, ADDED) and not state.shared.warned:
                 state.shared.warned = True
                 _log.warning("%s runs %s", state.name, reason)
         elif unchanged:
@@ -295,8 +320,8 @@ class Answers:
             return None
         return grid
 
-    def _note(self, grid: Grid | None, status: str, *, expected: bool = False) -> None:
-        self.state.note(grid, status, expected=expected)
+    def _note(self, grid: Grid | tuple[Grid, ...] | None, status: str, *, expected: bool = False) -> None:
+        self.state.note(None if grid is None else largest(grid), status, expected=expected)
         self._noted = True
 
     def end(self) -> None:
@@ -396,27 +421,6 @@ def _moment_of(state: LayerState) -> Moment:
         known = shared.here.moment or shared.moment
     generator = None if block_input is None else shared.random(block_input.device)
     return Moment(*known, block_input, generator)
-
-
-def _adds_residuals(state: LayerState, masked: bool) -> bool:
-    """Whether the projections of the forward that begins get what the processor adds to their input."""
-    context, name = state.context, (state.name, "residuals")
-    adds = state.dense_reason(context.known(), masked) is None
-    if torch.compiler.is_compiling():
-        return adds
-    if backward_running() != -1 and not state.shared.here.running:
-        recalled: bool = context.awaiting.recall(name, "with and without residual networks")
-        return recalled
-    if context.here.gradients:
-        context.awaiting.remember(name, adds)
-    return adds
-
-
-def _decision(state: LayerState, found: Grid | str, masked: bool) -> tuple[Grid | None, Grid | None, str]:
-    """Return the grid to answer over, None to let a call through; the grid that is known; and why it goes through."""
-    reason = state.dense_reason(found, masked)
-    placed = found if isinstance(found, Grid) else None
-    return placed if reason is None else None, placed, reason or ""
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

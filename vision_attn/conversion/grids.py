@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from vision_attn.grid import Grid
-from vision_attn.hosts.host import Probe
+from vision_attn.hosts.host import Found, Probe
 
 UNSEEN = "no forward pass of the host has been seen"
+OUTSIDE = "it runs outside of a forward of its model"
 _GRID = "_vision_attn_grid"  # attribute of a watched module
 
 
@@ -105,7 +106,7 @@ class _Here(threading.local):
         backward: The backward pass in which it began.
     """
 
-    found: Grid | str | None = None
+    found: Found | None = None
     gradients = False
     backward = -1
 
@@ -121,6 +122,10 @@ class GridContext:
         names: The names of its positional arguments.
         others: Where the tokens lie that the probe does not count: 'prefix', 'suffix', or 'none' if there are none.
         reads: Name of the argument whose values the probe reads, if any: once, and not under `torch.compile`.
+        counted: Name of the argument that has as many tokens as the grid, if it is not the one that is read.
+        after: Names of arguments that bring tokens after the grid.
+        of_model: Whether the watched module is the whole model, so that a layer which runs outside of its forward (in
+            another model that shares the layer) has no grid.
         fixed: A grid given by the user; what the probe finds must agree with it. If the probe would have to read
             values, `torch.compile` and the capture of a CUDA graph take it as it is, and check only the token count.
         found: What the probe found last, in any thread: a grid, or the reason for none.
@@ -133,10 +138,13 @@ class GridContext:
     names: tuple[str, ...]
     others: str
     reads: str = ""
+    counted: str = ""
+    after: tuple[str, ...] = ()
+    of_model: bool = False
     fixed: Grid | None = None
-    found: Grid | str = UNSEEN
+    found: Found = UNSEEN
     awaiting: AwaitingBackward = field(default_factory=AwaitingBackward)
-    last_read: tuple[Seen, Grid | str] | None = None
+    last_read: tuple[Seen, Found] | None = None
     here: _Here = field(default_factory=_Here)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -156,15 +164,19 @@ class GridContext:
         inputs = by_name(self.names, args, kwargs)
         if any(isinstance(value, torch.fx.Proxy) for value in inputs.values()):
             return  # it has no sizes; a layer that is not bypassed refuses it
-        if self.reads and (tracing or (self.fixed is not None and _capturing())):
-            found: Grid | str = self._unread(inputs)
+        reads = self.reads and inputs.get(self.reads) is not None
+        if reads and (tracing or (self.fixed is not None and _capturing())):
+            found: Found = self._unread(inputs)
         else:
-            found = self._read(module, inputs) if self.reads else self.probe(module, inputs)
-            if not isinstance(found, (Grid, str)):
+            found = self._read(module, inputs) if reads else self.probe(module, inputs)
+            if not isinstance(found, (Grid, str, tuple)):
                 raise TypeError(f"a host's probe must return a Grid, or a string that says why not, got {found!r}")
             found = self._agreed(found)
             if tracing and self.fixed is not None and isinstance(found, str):
                 raise RuntimeError(found)
+        if self.after and isinstance(found, Grid):
+            more = [inputs[name].shape[-2] for name in self.after if inputs.get(name) is not None]
+            found = Grid(found.height, found.width, found.prefix, found.suffix + sum(more))
         if tracing:
             self.found = found
             return
@@ -184,20 +196,23 @@ class GridContext:
                 f"torch.compile cannot read {self.reads}: give the grid with convert(..., grid=) or use_grid(), or "
                 "compile the blocks only (compile_repeated_blocks)"
             )
-        positions = inputs.get(self.reads)
-        if positions is not None and positions.shape[-2] != self.fixed.tokens:
+        name = self.counted or self.reads
+        tokens = inputs.get(name)
+        if tokens is not None and tokens.shape[-2] != self.fixed.tokens:
             raise RuntimeError(
                 f"the grid given, {self.fixed.height} x {self.fixed.width}, is not that of this forward, whose "
-                f"{self.reads} has {positions.shape[-2]} tokens"
+                f"{name} has {tokens.shape[-2]} tokens"
             )
         return self.fixed
 
-    def _agreed(self, found: Grid | str) -> Grid | str:
+    def _agreed(self, found: Found) -> Found:
         """Return what was found, or the user's grid if nothing was; a reason if the two disagree."""
         if self.fixed is None:
             return found
         if isinstance(found, str):
             return self.fixed
+        if isinstance(found, tuple):
+            return f"one grid is given, and the samples have {len(found)}"
         if (found.height, found.width) == (self.fixed.height, self.fixed.width):
             return found
         return (
@@ -209,24 +224,30 @@ class GridContext:
         """Set the grid that the user gives; None removes it."""
         self.fixed, self.found, self.here = grid, UNSEEN, _Here()
 
-    def _read(self, module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
+    def _read(self, module: nn.Module, inputs: Mapping[str, Any]) -> Found:
         """Run a probe that reads the values of a tensor, unless it read the same tensor last time."""
-        tensor = inputs.get(self.reads)
+        tensor = inputs[self.reads]
         last = self.last_read  # another thread may replace it
         if last is not None and last[0].is_of(tensor):
             return last[1]
         found = self.probe(module, inputs)
-        self.last_read = None if tensor is None else (Seen(tensor), found)
+        self.last_read = Seen(tensor), found
         return found
 
-    def known(self) -> Grid | str:
-        """Return the grid of the forward that runs, without the tokens that `others` places, or why there is none."""
+    def known(self, inside: bool = True) -> Found:
+        """Return the grid of the forward that runs, without the tokens that `others` places, or why there is none.
+
+        Args:
+            inside: Whether the forward of the whole model is running in this thread.
+        """
+        if self.of_model and not inside and not torch.compiler.is_compiling():
+            return OUTSIDE if self.fixed is None else self.fixed
         found = None if torch.compiler.is_compiling() else self.here.found
         if found is None:
             found = self.found
         return self.fixed if self.fixed is not None and found == UNSEEN else found
 
-    def locate(self, tokens: int, inside: bool = True) -> Grid | str:
+    def locate(self, tokens: int, inside: bool = True) -> Found:
         """Return the grid in a sequence of `tokens` tokens, or the reason why it is not known.
 
         Args:
@@ -237,21 +258,21 @@ class GridContext:
         Raises:
             RuntimeError: If it was run again, and the forward to which it belongs cannot be told.
         """
-        placed = self.placed(self.known(), tokens)
         if torch.compiler.is_compiling():
-            return placed
+            return self.placed(self.known(), tokens)
         backward = backward_running()
+        placed = self.placed(self.known(inside or backward != -1), tokens)
         if backward != -1 and not inside:
             return self._recalled(tokens, placed if self.here.backward == backward else None)
         if self.here.gradients:
             self.awaiting.remember(tokens, placed)
         return placed
 
-    def _recalled(self, tokens: int, again: Grid | str | None) -> Grid | str:
+    def _recalled(self, tokens: int, again: Found | None) -> Found:
         """Return the grid of a layer that runs again; `again` was seen in the same backward pass, if any was."""
         if again is not None and tokens not in self.awaiting.known:
             return again
-        found: Grid | str = self.awaiting.recall(tokens, f"over {tokens} tokens")
+        found: Found = self.awaiting.recall(tokens, f"over {tokens} tokens")
         if again is not None and again != found:
             raise RuntimeError(
                 f"gradient checkpointing runs a layer again over {tokens} tokens, and it may be over {found} or "
@@ -259,10 +280,16 @@ class GridContext:
             )
         return found
 
-    def placed(self, found: Grid | str, tokens: int) -> Grid | str:
-        """Place the tokens that the probe did not count."""
+    def placed(self, found: Found, tokens: int) -> Found:
+        """Place the tokens that the probe did not count; some layers of a DiT see the grid alone."""
         if isinstance(found, str):
             return found
+        if isinstance(found, tuple):
+            each = [self.placed(own, tokens) for own in found]
+            grids = tuple(own for own in each if isinstance(own, Grid))
+            return grids if len(grids) == len(each) else next(own for own in each if not isinstance(own, Grid))
+        if tokens == found.image_tokens and self.others != "none":
+            return Grid(found.height, found.width)
         others = tokens - found.tokens
         if others < 0 or (others and self.others == "none"):
             return f"{tokens} tokens do not hold {found}"

@@ -84,7 +84,10 @@ class Plan:
             chosen = [(name, module) for name, module in found if name in specs]
             if not chosen:
                 continue
-            context = GridContext(host.probe, argument_names(watched), host.others, host.reads)
+            names = argument_names(watched)
+            context = GridContext(
+                host.probe, names, host.others, host.reads, host.counted, host.after, of_model=watched is model
+            )
             self.watched.append((watched, context))
             for name, module in chosen:
                 _refuse_other_attention(name, module)
@@ -96,7 +99,7 @@ class Plan:
                     )
                 layer = Layer(name, *heads, backend, input_dim(module))
                 processor = layer_spec.build(layer).train(module.training)
-                state = LayerState(name, heads[0], layer_spec, context, self.shared, host.mask_means_dense)
+                state = LayerState(name, heads[0], layer_spec, context, self.shared, host)
                 self.layers.append((module, _like(processor, module, model), state))
 
     @property

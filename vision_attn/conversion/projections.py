@@ -6,6 +6,7 @@ by (quantised layers), it gets x + f(x). Where one layer projects to queries, ke
 multiplies f(x) by the rows of the queries and keys alone, and any other one runs once more for each.
 """
 
+import math
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from vision_attn.conversion.grids import remove_hooks
+from vision_attn.hosts.host import heads_of
 
 _ROLES = {f"{before}{role}{after}": role for role in "qk" for before, after in (("to_", ""), ("", "_proj"))}
-_FUSED = ("to_qkv", "to_qkv_mlp_proj", "qkv")
+_ROLES |= {"query": "q", "key": "k"}  # of transformers
+_FUSED = ("to_qkv", "to_qkv_mlp_proj", "qkv", "img_qkv_proj")
 PROJECTIONS = (*_ROLES, *_FUSED)  # names of the layers that project to queries or keys
 _SLOT = "_vision_attn_projections"  # attribute of an attention module and of its projections
 
@@ -124,7 +127,7 @@ class Projections:
 
     def _in_rows(self, x: Tensor, y: Tensor, part: Callable[[nn.Module, _Rows], Tensor]) -> Tensor:
         """Replace the rows of queries and keys in the output y of x."""
-        inner = _inner_dim(self.module)
+        inner = math.prod(heads_of("", self.module))
         parts = []
         for row in (_Rows("q", 0, inner), _Rows("k", inner, 2 * inner)):
             f = self.residuals.get(row.role)
@@ -179,9 +182,3 @@ def _is_plain(projection: nn.Module) -> bool:
 def _is_parametrized(projection: nn.Module) -> bool:
     """Whether the weight of a layer is computed anew each time that one looks at it."""
     return "parametrizations" in projection._modules
-
-
-def _inner_dim(module: Any) -> int:
-    inner = getattr(module, "inner_dim", None)
-    heads = getattr(module, "heads", None) or getattr(module, "num_heads", None)
-    return int(inner if inner is not None else heads * module.head_dim)

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from vision_attn.adapters.adapter import Adapter
-from vision_attn.conversion.grids import AwaitingBackward, GridContext
-from vision_attn.grid import Grid
-from vision_attn.hosts.host import Host
+from vision_attn.conversion.grids import AwaitingBackward, GridContext, backward_running
+from vision_attn.grid import Grid, largest
+from vision_attn.hosts.host import Found, Host
 from vision_attn.kernels.tapes import Tapes
 from vision_attn.processors.base import CHILD, AttnSpec, Processor
 
 MASKED = "dense: the attention mask says that the grid lies elsewhere in each sample"
+ADDED = "dense: the attention mask is added to the logits; a bool mask would hide padding"
 LAYER, _MODEL = "_vision_attn", "_vision_attn_model"  # attributes of a rerouted module, and of its model
 
 
@@ -50,6 +51,7 @@ class Shared:
         min_tokens: Layers with fewer grid tokens run their own attention.
         bypassed: Whether all layers run their own attention.
         warned: Whether the log said that a mask keeps a layer dense.
+        padding: The mask that `key_padding` checked last, with its grid and result: a model gives its layers one mask.
         thresholds: Where the schedules of the layers change, as shares of the denoising.
         awaiting: What forwards knew of the denoising whose backward is still to come.
         here: What the forward of this thread knows.
@@ -60,6 +62,7 @@ class Shared:
     min_tokens: int = 0
     bypassed: bool = False
     warned: bool = False
+    padding: Any = None
     thresholds: tuple[float, ...] = ()
     awaiting: AwaitingBackward = field(default_factory=AwaitingBackward)
     here: _Here = field(default_factory=_Here)
@@ -84,10 +87,14 @@ class Shared:
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy made inside bypassed() is not bypassed for ever
-        return {**self.__dict__, "bypassed": False, "generator": None, "here": None}
+        return {**self.__dict__, "bypassed": False, "generator": None, "here": None, "padding": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, here=_Here())
+
+
+Decision = tuple[Grid | tuple[Grid, ...] | None, Grid | tuple[Grid, ...] | None, str]
+"""The grid to answer over, or that of each sample; the one that is known; and why they differ."""
 
 
 class _Block(threading.local):
@@ -106,12 +113,11 @@ class LayerState:
         spec: What its processor was built from.
         context: Where it finds its grid.
         shared: State of the whole conversion.
-        mask_means_dense: Whether an attention mask means that the grid lies elsewhere in each sample.
+        host: How its model's grids and masks are to be read.
         break_even: Grids of fewer tokens run the host's own attention, which is faster there.
         replaced: Attributes of the module to put back on revert.
         grid: Grid of the last call over the grid.
         status: What became of that call.
-        padding: The mask that `key_padding` checked last, with its grid and result.
         decisions: What becomes of a call, by the grid that was found and the call's shapes.
         tapes: The launches of the processor's calls.
         block: The tokens that entered the block, in this thread.
@@ -125,12 +131,11 @@ class LayerState:
     spec: AttnSpec
     context: GridContext
     shared: Shared
-    mask_means_dense: bool = False
+    host: Host
     break_even: float = 0
     replaced: dict[str, Any] = field(default_factory=dict)
     grid: Grid | None = None
     status: str = "not run yet"
-    padding: Any = None
     decisions: dict[Any, Any] = field(default_factory=dict)
     tapes: Tapes = field(default_factory=Tapes)
     block: _Block = field(default_factory=_Block)
@@ -159,12 +164,18 @@ class LayerState:
         here.ran += 1
         here.rerouted += status == "rerouted" or expected
 
-    def dense_reason(self, found: Grid | str, masked: bool) -> str | None:
-        """Return why the layer runs the host's own attention over what its context found; None if it is rerouted."""
+    def dense_reason(self, found: Found, masked: bool) -> str | None:
+        """Return why the layer runs the host's own attention over what its context found; None if it is rerouted.
+
+        Args:
+            found: A grid, or one for each sample, or the reason for none.
+            masked: Whether there is an attention mask that keeps the layer dense.
+        """
         if isinstance(found, str):
             return f"dense: {found}"
-        if masked and self.mask_means_dense:
-            return MASKED
+        if masked:
+            return ADDED if self.host.mask_means_dense == "added" else MASKED
+        found = largest(found)
         if found.image_tokens < self.shared.min_tokens:
             return f"dense: {found.image_tokens} tokens are below min_tokens={self.shared.min_tokens}"
         if found.image_tokens < self.break_even:
@@ -172,8 +183,34 @@ class LayerState:
             return f"dense: {self.spec} is {least}, and there are {found.image_tokens}"
         return None
 
+    def decision(self, found: Found, masked: bool) -> Decision:
+        """Return the grid to answer over, None to let a call through; the grid that is known; and why it goes through.
+
+        The arguments are those of `dense_reason`.
+        """
+        reason = self.dense_reason(found, masked)
+        placed = None if isinstance(found, str) else found
+        return placed if reason is None else None, placed, reason or ""
+
+    def adds_residuals(self, masked: bool) -> bool:
+        """Whether the projections of the forward that begins get what the processor adds to their input.
+
+        Args:
+            masked: As for `dense_reason`.
+        """
+        context, name, running = self.context, (self.name, "residuals"), self.shared.here.running
+        if torch.compiler.is_compiling():
+            return self.dense_reason(context.known(), masked) is None
+        if backward_running() != -1 and not running:
+            recalled: bool = context.awaiting.recall(name, "with and without residual networks")
+            return recalled
+        adds = self.dense_reason(context.known(running), masked) is None
+        if context.here.gradients:
+            context.awaiting.remember(name, adds)
+        return adds
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "padding": None, "block_input": None, "block": None, "decisions": {}, "tapes": Tapes()}
+        return {**self.__dict__, "block_input": None, "block": None, "decisions": {}, "tapes": Tapes()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, block=_Block())

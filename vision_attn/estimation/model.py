@@ -45,7 +45,7 @@ def estimate(
         where: As for `convert`.
         host: As for `convert`.
         vae_scale_factor: Pixels per latent; by default the pipeline's own, 8 for a diffusers model by itself, 1 for
-            timm.
+            timm and transformers.
         device: 'cuda' or 'cpu', for the times; by default where the model is.
 
     Returns:
@@ -89,7 +89,8 @@ def read(target: Any, host: Host | None, vae_scale_factor: int | None) -> tuple[
     models = list(targets_of(target, None, host).values())
     scale = vae_scale_factor
     if scale is None:
-        scale = getattr(target, "vae_scale_factor", 8 if hasattr(models[0], "config") else 1)
+        on_latents = any(cls.__name__ == "ModelMixin" for cls in type(models[0]).__mro__)
+        scale = getattr(target, "vae_scale_factor", 8 if on_latents else 1)
     assert scale is not None
     return [Denoiser(model, host or find_host(model)) for model in models], scale
 

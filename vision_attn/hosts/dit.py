@@ -4,11 +4,20 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vision_attn.grid import Grid
-from vision_attn.hosts.host import Host, Timestep, grid_of_patches, not_whole, patch_grid
+from vision_attn.hosts.host import (
+    Found,
+    Host,
+    Timestep,
+    any_size,
+    grid_of_patches,
+    not_whole,
+    one_or_each,
+    packed_size,
+    patch_grid,
+)
 
 
 def _patches(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
@@ -22,43 +31,6 @@ def _square_patches(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
     return found
 
 
-def _flux(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
-    """Read position ids: the first segment is the image, the others are reference images after it."""
-    if inputs.get("kv_cache_mode") is not None:
-        return "with a key-value cache the reference images come first"
-    ids = inputs.get("img_ids")
-    return "img_ids is missing" if ids is None else grid_of_ids(ids)
-
-
-def grid_of_ids(ids: Tensor) -> Grid | str:
-    """Return the grid of the first segment, with all other segments as its suffix; or why there is no grid.
-
-    FLUX is the one host whose grid is in the values of a tensor. The ids have the prompt's dtype, and bfloat16 cannot
-    tell 256 from 257, so the grid is read from where rows change, never from the largest id.
-
-    Args:
-        ids: `[N, 3 or 4]` or `[B, N, 3 or 4]`: segment, row and column of each image token.
-    """
-    positions = (ids[0] if ids.dim() == 3 else ids)[:, :3].cpu().double()
-    segments, rows, columns = positions.unbind(1)
-    tokens = _first(segments != segments[0], len(segments))
-    rows, columns = rows[:tokens], columns[:tokens]
-    width = _first(rows != rows[0], tokens)
-    height = tokens // width
-    if height * width == tokens and (tokens > 1 or len(segments) == 1):
-        rows, columns = rows.view(height, width), columns.view(height, width)
-        in_rows = bool((rows == rows[:, :1]).all() and (columns == columns[:1]).all())
-        if in_rows and bool((columns[0].diff() >= 0).all() and (rows[:, 0].diff() >= 0).all()):
-            return Grid(height, width, suffix=len(segments) - tokens)
-    return f"the values of img_ids {tuple(ids.shape)} are not those of a grid"
-
-
-def _first(true: Tensor, otherwise: int) -> int:
-    """Return the index of the first True."""
-    found = torch.nonzero(true)
-    return int(found[0]) if len(found) else otherwise
-
-
 def _qwen(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
     """Read `img_shapes`: (frames, height, width) in tokens of the image and of the reference images after it."""
     shapes = inputs["img_shapes"]
@@ -69,6 +41,46 @@ def _qwen(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
     if frames != 1:
         return f"img_shapes holds {frames} layers, not one image"
     return Grid(height, width, suffix=sum(t * h * w for t, h, w in shapes[1:]))
+
+
+def _qwen_21(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
+    """Read `img_shapes`, where the image is last. Each place of a reference image in the text becomes 2 x 2 tokens."""
+    *references, (frames, height, width) = inputs["img_shapes"][0]
+    if frames != 1:
+        return f"img_shapes holds {frames} layers, not one image"
+    given = sum(t * h * w for t, h, w in references)
+    return Grid(height, width, prefix=inputs["encoder_hidden_states"].shape[1] + given - given // 4)
+
+
+def _flex(model: Any) -> str | None:
+    if any(type(block.attn.processor).__name__ == "QwenImage21FlexAttnProcessor" for block in model.transformer_blocks):
+        return "its processors run flex attention: call model.set_attn_processor(QwenImage21AttnProcessor()) first"
+    return None
+
+
+def _control(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
+    """Read the size of the condition: the image itself may come as tokens."""
+    return grid_of_patches(inputs["controlnet_cond"], module.config.patch_size)  # type: ignore[union-attr, arg-type]
+
+
+def _hidream(module: nn.Module, inputs: Mapping[str, Any]) -> Found:
+    """Read the latents, or the sizes of those that were cut before. What pads images that are not square comes last."""
+    if inputs.get("hidden_states_masks") is None:
+        return _patches(module, inputs)
+    sizes = inputs["img_sizes"]
+    return one_or_each([Grid(*size) for size in (sizes.tolist() if isinstance(sizes, Tensor) else sizes)])
+
+
+def _hunyuan_image(module: Any, inputs: Mapping[str, Any]) -> Grid | str:
+    image = inputs["hidden_states"]
+    if image.dim() != 4:
+        return f"the input is not one image, but {tuple(image.shape)}"
+    return Grid(*_hunyuan_size(module, "", *image.shape[-2:]))
+
+
+def _hunyuan_size(model: Any, layer: str, height: int, width: int) -> tuple[int, int]:
+    rows, columns = model.config.patch_size
+    return height // rows, width // columns
 
 
 def _z_image(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
@@ -84,16 +96,6 @@ def _z_image(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
 
 
 _BLOCKS = ("transformer_blocks.*.attn",)
-
-
-def _packed(model: nn.Module, layer: str, height: int, width: int) -> tuple[int, int]:
-    """Return the grid of packed latents: the pipeline packs 2 x 2 of them into one token."""
-    return height // 2, width // 2
-
-
-def _rounds(model: nn.Module, height: float, width: float) -> None:
-    """Take every size: the pipeline rounds it."""
-    return None
 
 
 def _no_square(model: Any, height: float, width: float) -> str | None:
@@ -117,6 +119,13 @@ def _too_large(model: Any, height: float, width: float) -> str | None:
     return not_whole(model, height, width) or (f"its positions end at {most} patches a side" if large else None)
 
 
+def _beyond_resolution(model: Any, height: float, width: float) -> str | None:
+    """Compare the latents with those that HiDream pads images to which are not square."""
+    most = math.prod(model.config.max_resolution)
+    large = height != width and height * width > most
+    return _whole_patches(model, height, width) or (f"it takes at most {most} latents" if large else None)
+
+
 def _beyond_axes(model: Any, height: float, width: float) -> str | None:
     _, rows, columns = model.config.axes_lens
     patch = model.config.patch_size
@@ -125,7 +134,6 @@ def _beyond_axes(model: Any, height: float, width: float) -> str | None:
 
 
 _THOUSAND, _ONE = Timestep("timestep", noise=1000), Timestep("timestep", noise=1)
-_FLUX_BLOCKS = (*_BLOCKS, "single_transformer_blocks.*.attn")
 
 DITS = (
     Host(
@@ -141,11 +149,25 @@ DITS = (
         probe=_patches,
         timestep=_THOUSAND,
     ),
-    Host(models=("HunyuanDiT2DModel",), layers=("blocks.*.attn1",), probe=_patches, timestep=_THOUSAND),
+    Host(
+        models=("HunyuanDiT2DModel", "HunyuanDiT2DControlNetModel"),
+        layers=("blocks.*.attn1",),
+        probe=_patches,
+        timestep=_THOUSAND,
+    ),
     Host(
         models=("SD3Transformer2DModel",),
         layers=(*_BLOCKS, "transformer_blocks.*.attn2"),
         probe=_patches,
+        others="suffix",
+        timestep=_THOUSAND,
+        text=333,
+        refuses=_too_large,
+    ),
+    Host(
+        models=("SD3ControlNetModel",),
+        layers=(*_BLOCKS, "transformer_blocks.*.attn2"),
+        probe=_control,
         others="suffix",
         timestep=_THOUSAND,
         text=333,
@@ -161,6 +183,15 @@ DITS = (
         refuses=_too_large,
     ),
     Host(
+        models=("CogView3PlusTransformer2DModel",),
+        layers=("transformer_blocks.*.attn1",),
+        probe=_patches,
+        others="prefix",
+        timestep=_THOUSAND,
+        text=224,
+        refuses=_too_large,
+    ),
+    Host(
         models=("CogView4Transformer2DModel",),
         layers=("transformer_blocks.*.attn1",),
         probe=_patches,
@@ -168,6 +199,17 @@ DITS = (
         mask_means_dense=True,  # its mask reaches the logits as an additive 0 / 1
         timestep=_THOUSAND,
         text=224,
+        refuses=_whole_patches,
+    ),
+    Host(
+        models=("GlmImageTransformer2DModel",),
+        layers=("transformer_blocks.*.attn1",),
+        probe=_patches,
+        others="prefix",
+        more_keys=True,  # the cache of reference images
+        mask_means_dense=True,  # as CogView4
+        timestep=_THOUSAND,
+        text=128,
         refuses=_whole_patches,
     ),
     Host(
@@ -181,35 +223,59 @@ DITS = (
         refuses=_beyond_axes,
     ),
     Host(
-        models=("FluxTransformer2DModel", "FluxControlNetModel"),
-        layers=_FLUX_BLOCKS,
-        probe=_flux,
-        others="prefix",
-        reads="img_ids",
-        timestep=_ONE,
-        size=_packed,
-        refuses=_rounds,
-        text=512,
+        models=("HiDreamImageTransformer2DModel",),
+        layers=("double_stream_blocks.*.block.attn1", "single_stream_blocks.*.block.attn1"),
+        probe=_hidream,
+        others="suffix",
+        timestep=Timestep("timesteps", noise=1000),
+        text=384,
+        refuses=_beyond_resolution,
     ),
     Host(
-        models=("Flux2Transformer2DModel",),
-        layers=_FLUX_BLOCKS,
-        probe=_flux,
-        others="prefix",
-        reads="img_ids",
-        timestep=_ONE,
-        size=_packed,
-        refuses=_rounds,
-        text=512,
+        models=("HunyuanImageTransformer2DModel",),
+        layers=(*_BLOCKS, "single_transformer_blocks.*.attn"),
+        probe=_hunyuan_image,
+        others="suffix",
+        timestep=_THOUSAND,
+        size=_hunyuan_size,
+        text=1128,
     ),
     Host(
-        models=("QwenImageTransformer2DModel",),
+        models=("ErnieImageTransformer2DModel",),
+        layers=("layers.*.self_attention",),
+        probe=_patches,
+        others="suffix",
+        timestep=_THOUSAND,
+        text=256,
+        refuses=_whole_patches,
+    ),
+    Host(
+        models=("PRXTransformer2DModel",),
+        layers=("blocks.*.attention",),
+        probe=_patches,
+        others="prefix",
+        more_keys=True,  # the text gives keys and asks nothing
+        timestep=_ONE,
+        text=256,
+        refuses=_whole_patches,
+    ),
+    Host(
+        models=("QwenImageTransformer2DModel", "QwenImageControlNetModel"),
         layers=_BLOCKS,
         probe=_qwen,
         others="prefix",
         timestep=_ONE,
-        size=_packed,
-        refuses=_rounds,
+        size=packed_size,
+        refuses=any_size,
+        text=256,
+    ),
+    Host(
+        models=("QwenImage21Transformer2DModel",),
+        layers=_BLOCKS,
+        probe=_qwen_21,
+        more_keys=True,  # the image asks by itself, also without a cache
+        timestep=_ONE,
+        problem=_flex,
         text=256,
     ),
     Host(
@@ -218,8 +284,18 @@ DITS = (
         probe=_z_image,
         others="suffix",
         timestep=Timestep("t", noise=0, image=1),
-        size=_packed,
-        refuses=_rounds,
+        size=packed_size,
+        refuses=any_size,
+        text=128,
+    ),
+    Host(
+        models=("ZImageControlNetModel",),  # its other layers are those of the transformer
+        layers=("control_layers.*.attention", "control_noise_refiner.*.attention"),
+        probe=_z_image,
+        others="suffix",
+        timestep=Timestep("t", noise=0, image=1),
+        size=packed_size,
+        refuses=any_size,
         text=128,
     ),
 )

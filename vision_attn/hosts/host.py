@@ -1,7 +1,7 @@
 """What `convert` must know about a kind of host: which modules attend over the grid, and where the grid is."""
 
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -10,10 +10,14 @@ from torch import Tensor, nn
 from vision_attn._checks import check_one_of
 from vision_attn.grid import Grid
 
-Probe = Callable[[nn.Module, Mapping[str, Any]], Grid | str]
+Found = Grid | tuple[Grid, ...] | str
+"""The grid of a forward, or one for each sample of its batch; or why there is none."""
+
+Probe = Callable[[nn.Module, Mapping[str, Any]], Found]
 """Returns the grid that a forward of a module attends over, from its arguments by name, or why there is none.
 
-The host's `others` places the tokens that the grid leaves out (the text of a DiT).
+The host's `others` places the tokens that the grid leaves out (the text of a DiT). Samples whose grids differ are
+padded to one number of tokens, and attended to one by one.
 """
 
 
@@ -32,6 +36,11 @@ def grid_of_patches(image: Tensor, patch: int = 1) -> Grid | str:
     return Grid(image.shape[-2] // patch, image.shape[-1] // patch)
 
 
+def one_or_each(grids: Sequence[Grid]) -> Found:
+    """Return the grid that all samples of a batch have, or one for each."""
+    return grids[0] if len(set(grids)) == 1 else tuple(grids)
+
+
 def _whole(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [("", model)]
 
@@ -46,6 +55,16 @@ def patch_grid(model: Any, layer: str, height: int, width: int) -> tuple[int, in
     if not isinstance(patch, int):
         raise ValueError(f"a {type(model).__name__} does not tell its grid for an input of {height} x {width}")
     return height // patch, width // patch
+
+
+def packed_size(model: nn.Module, layer: str, height: int, width: int) -> tuple[int, int]:
+    """Return the grid of packed latents: the pipeline packs 2 x 2 of them into one token."""
+    return height // 2, width // 2
+
+
+def any_size(model: nn.Module, height: float, width: float) -> None:
+    """Take every size: the pipeline rounds it."""
+    return None
 
 
 def _no_problem(model: nn.Module) -> None:
@@ -78,7 +97,14 @@ class Host:
         watched: `part -> module`, the module whose arguments the probe gets; by default the part itself.
         reads: Name of the argument whose values the probe reads, if it needs more than shapes. It is read once, and
             not under `torch.compile`, where the user must give the grid.
-        mask_means_dense: Whether an attention mask means that the grid lies elsewhere in each sample.
+        counted: Name of the argument `[B, N, C]` whose tokens a grid that is given there must have; by default `reads`.
+        after: Names of arguments `[..., n, C]` that may be given, each for n tokens after the grid.
+        mask_means_dense: Whether layers with an attention mask stay dense, because the mask means that the grid lies
+            elsewhere in each sample; 'added' if that holds for masks that are not bool, which are added to the logits.
+        more_keys: Whether a layer may have more keys than queries, with those first that have no query: text that only
+            gives keys, or a cache. They count as prefix.
+        biases: Whether masks with a number for each pair of tokens are relative positions, and no padding.
+        axes: How many axes queries may have: 4 `[B, H, N, D]`, or also 3 `[B * H, N, D]`.
         timestep: Where the model's forward tells how far the denoising is, for schedules; None if it does not.
         finest: Name of the model's argument whose last two axes are the finest grid, if grids differ by layer.
         size: `(model, layer, height, width) -> (height, width)`, the grid of a layer for an input of this size, for
@@ -100,7 +126,12 @@ class Host:
     parts: Callable[[nn.Module], list[tuple[str, nn.Module]]] = _whole
     watched: Callable[[nn.Module], nn.Module] = _itself
     reads: str = ""
-    mask_means_dense: bool = False
+    counted: str = ""
+    after: tuple[str, ...] = ()
+    mask_means_dense: bool | Literal["added"] = False
+    more_keys: bool = False
+    biases: bool = False
+    axes: tuple[int, ...] = (4,)
     timestep: Timestep | None = None
     finest: str = ""
     size: Callable[[nn.Module, str, int, int], tuple[int, int]] = patch_grid
@@ -112,6 +143,7 @@ class Host:
         if isinstance(self.layers, str) or not self.layers or not all(isinstance(p, str) for p in self.layers):
             raise TypeError(f"layers must be a tuple of patterns such as ('blocks.*.attn',), got {self.layers!r}")
         check_one_of("others", self.others, ("prefix", "suffix", "none"))
+        check_one_of("mask_means_dense", self.mask_means_dense, (False, True, "added"))
         if not callable(self.probe):
             raise TypeError(f"probe must be a function (module, arguments) -> Grid, got {self.probe!r}")
 
@@ -153,10 +185,9 @@ class Host:
         Raises:
             ValueError: If the input is smaller than a token.
         """
-        prefix: Any = getattr(model, "num_prefix_tokens", 0) if self.others == "prefix" else 0
+        prefix: Any = getattr(model, "num_prefix_tokens", 0)
         grid = self.size(model, layer, height, width)
-        text = self.text if self.others != "none" else 0
-        return Grid(*grid, **{"suffix" if self.others == "suffix" else "prefix": prefix + text})
+        return Grid(*grid, prefix, self.text) if self.others == "suffix" else Grid(*grid, prefix + self.text)
 
     def positions(self, model: nn.Module, module: str, height: int, width: int) -> int:
         """Return the number of places that a convolution `module` of the model has for an input, as for `grid_at`."""
@@ -165,14 +196,17 @@ class Host:
 
 
 def heads_of(name: str, module: nn.Module) -> tuple[int, int]:
-    """Return (num_heads, head_dim) of an attention module of diffusers or timm.
+    """Return (num_heads, head_dim) of an attention module of diffusers, timm or transformers.
 
     Raises:
         ValueError: If the module does not say.
     """
-    num_heads = getattr(module, "heads", None) or getattr(module, "num_heads", None)
+    names = ("heads", "num_heads", "num_attention_heads")
+    num_heads: Any = next((getattr(module, name) for name in names if getattr(module, name, None)), None)
     head_dim = getattr(module, "head_dim", None)
     inner: Any = getattr(module, "inner_dim", None)
+    if inner is None and isinstance(qkv := getattr(module, "qkv", None), nn.Linear):
+        inner = qkv.out_features // 3
     if num_heads is None or (head_dim is None and inner is None):
         raise ValueError(f"{name}: a {type(module).__name__} does not tell its heads: it needs `heads` and `head_dim`")
     return num_heads, inner // num_heads if head_dim is None else head_dim
@@ -180,7 +214,7 @@ def heads_of(name: str, module: nn.Module) -> tuple[int, int]:
 
 def input_dim(module: nn.Module) -> int | None:
     """Return the channels of the tokens that a module projects to queries, None if it does not say."""
-    for name in ("to_q", "to_qkv", "to_qkv_mlp_proj", "qkv", "q_proj"):
+    for name in ("to_q", "to_qkv", "to_qkv_mlp_proj", "qkv", "img_qkv_proj", "q_proj", "query"):
         projection: Any = getattr(module, name, None)
         if projection is not None and hasattr(projection, "in_features"):
             return int(projection.in_features)

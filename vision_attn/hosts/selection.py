@@ -9,11 +9,26 @@ from torch import nn
 
 from vision_attn.hosts.dit import DITS
 from vision_attn.hosts.host import Host
+from vision_attn.hosts.image_ids import ID_HOSTS
 from vision_attn.hosts.unet import UNETS
+from vision_attn.hosts.vision_encoders import ENCODERS
 from vision_attn.hosts.vit import VITS
 from vision_attn.processors.base import AttnSpec
 
-HOSTS: tuple[Host, ...] = (*UNETS, *DITS, *VITS)
+HOSTS: tuple[Host, ...] = (*UNETS, *DITS, *ID_HOSTS, *VITS, *ENCODERS)
+REFUSED = {
+    **dict.fromkeys(("SanaTransformer2DModel", "SanaControlNetModel"), "its self-attention is linear already"),
+    "Ideogram4Transformer2DModel": "it packs text and images in one sequence, and tells where they lie by values only",
+    "OmniGenTransformer2DModel": "its attention is causal but for images, and its mask says so for each pair of tokens",
+    "Xcit": "it attends between channels, not between tokens",
+    **dict.fromkeys(("SwinTransformer", "SwinTransformerV2", "Hiera"), "its attention is in windows already"),
+    **dict.fromkeys(
+        ("SwinPreTrainedModel", "Swinv2PreTrainedModel", "HieraPreTrainedModel"), "its attention is in windows already"
+    ),
+    "Sam2PreTrainedModel": "its image encoder is a Hiera, whose attention is in windows already",
+}
+"""Why models that people ask for are no hosts, by the name of their class or of a base class."""
+
 COMPONENTS = ("unet", "transformer", "transformer_2", "prior")
 
 Where = str | re.Pattern[str] | Callable[[str], bool] | None
@@ -43,6 +58,9 @@ def find_host(model: nn.Module) -> Host:
             if problem:
                 raise ValueError(f"{classes[0]} cannot be converted: {problem}")
             return host
+    reason = next((REFUSED[name] for name in classes if name in REFUSED), None)
+    if reason is not None:
+        raise ValueError(f"{classes[0]} cannot be converted: {reason}")
     hint = ""
     if any(word in classes[0] for word in ("3D", "Video")):
         hint = " It looks like a video model, and a grid is one image."

@@ -1,5 +1,6 @@
-"""UNets and their ControlNets: each `Transformer2DModel` sees the grid of its level in the shape of its input."""
+"""UNets and their ControlNets: each block that attends sees the grid of its level in the shape of its input."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,19 @@ def _spatial_transformers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return sorted(found, key=lambda part: part[0].startswith("up_blocks"))
 
 
+def _attention_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the blocks of an unconditional UNet; those that attend do so at the resolution of their input."""
+    return [
+        (name, block) for name, block in model.named_modules() if re.fullmatch(r"(down|up)_blocks\.\d+|mid_block", name)
+    ]
+
+
+def _uneven(model: Any, height: float, width: float) -> str | None:
+    """Say why a size does not come back from the lowest level as it went down: upsampling doubles the sides."""
+    side = 2 ** (len(model.config.block_out_channels) - 1)
+    return None if height % side == width % side == 0 else f"its sides must be multiples of {side}"
+
+
 def _level(model: Any, module: str, height: int, width: int) -> tuple[int, int]:
     """Return the grid of the level that a module of a UNet is in; each level halves the sides, rounding up."""
     blocks = len(model.config.block_out_channels)
@@ -42,12 +56,22 @@ def _level(model: Any, module: str, height: int, width: int) -> tuple[int, int]:
 
 UNETS = (
     Host(
-        models=("UNet2DConditionModel", "ControlNetModel"),
+        models=("UNet2DConditionModel", "ControlNetModel", "ControlNetUnionModel"),
         layers=("transformer_blocks.*.attn1",),
         parts=_spatial_transformers,
         probe=_grid,
         timestep=Timestep("timestep", noise=1000),
         finest="sample",
         size=_level,
+    ),
+    Host(
+        models=("UNet2DModel",),
+        layers=("attentions.[0-9]", "attentions.[0-9][0-9]"),
+        parts=_attention_blocks,
+        probe=_grid,
+        timestep=Timestep("timestep", noise=1000),
+        finest="sample",
+        size=_level,
+        refuses=_uneven,
     ),
 )

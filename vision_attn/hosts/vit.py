@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vision_attn.grid import Grid
-from vision_attn.hosts.host import Host
+from vision_attn.hosts.host import Found, Host, one_or_each
 
 
 def _patch_embed(model: nn.Module) -> nn.Module:
@@ -46,6 +46,71 @@ def _refuses(model: Any, height: float, width: float) -> str | None:
     return None
 
 
+def _embeds(model: nn.Module) -> nn.Module:
+    return model.embeds  # type: ignore[return-value]
+
+
+def _naflex(module: nn.Module, inputs: Mapping[str, Any]) -> Found:
+    """Return the grid of images, or read those of samples that come as patches with coordinates, the padding last."""
+    coordinates, valid = inputs.get("patch_coord"), inputs.get("patch_valid")
+    prefix: Any = module.num_prefix_tokens
+    if coordinates is None:
+        height, width = module.dynamic_feat_size(inputs["x"].shape[-2:])  # type: ignore[operator]
+        return Grid(height, width, prefix)
+    return grids_of_coordinates(coordinates, valid, prefix)
+
+
+def grids_of_coordinates(coordinates: Tensor, valid: Tensor | None, prefix: int = 0) -> Found:
+    """Return the grid of each sample, or the one of all; or why the patches are no grids.
+
+    Args:
+        coordinates: Row and column of each patch, `[B, N, 2]`.
+        valid: Bool `[B, N]`, False for padding; None if there is none.
+        prefix: Tokens before the patches.
+    """
+    whole = torch.ones(coordinates.shape[:2], dtype=torch.bool) if valid is None else valid.bool().cpu()
+    grids = []
+    for own, real in zip(coordinates.cpu(), whole, strict=True):
+        tokens = int(real.sum())
+        height, width = (own[real].amax(0) + 1).tolist() if tokens else (0, 0)
+        rows = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+        if not real[:tokens].all() or height * width != tokens or not torch.equal(own[:tokens].long(), rows):
+            return "the patches of a sample are not the rows of a grid, followed by padding"
+        grids.append(Grid(height, width, prefix))
+    return one_or_each(grids)
+
+
+def _naflex_problem(model: nn.Module) -> str | None:
+    if getattr(model, "patch_drop", None) is not None:
+        return "patch_drop leaves out tokens of the grid in training: set model.patch_drop = None first"
+    return None
+
+
+def _naflex_size(model: Any, layer: str, height: int, width: int) -> tuple[int, int]:
+    found: tuple[int, int] = model.embeds.dynamic_feat_size((height, width))
+    return found
+
+
+def features_grid(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
+    """Return the grid of a block that gets its tokens as `[B, height, width, C]`."""
+    return Grid(*next(iter(inputs.values())).shape[1:3])
+
+
+def global_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the blocks of SAM's image encoder that attend over the whole grid; the others attend in windows."""
+    return [(name, block) for name, block in model.named_modules() if getattr(block, "window_size", None) == 0]
+
+
+def _transformers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the blocks of VOLO that attend over the whole grid, between outlook attention and class attention."""
+    return [(name, block) for name, block in model.named_modules() if type(block).__name__ == "Transformer"]
+
+
+def _volo_size(model: Any, layer: str, height: int, width: int) -> tuple[int, int]:
+    """Return the grid behind the patch embedding and the downsampling by 2."""
+    return height // 16, width // 16
+
+
 VITS = (
     Host(
         models=("VisionTransformer", "Eva"),
@@ -57,4 +122,35 @@ VITS = (
         refuses=_refuses,
         problem=_problem,
     ),
+    Host(
+        models=("Beit", "VisionTransformerRelPos"),
+        layers=("blocks.*.attn",),
+        watched=_patch_embed,
+        probe=_grid,
+        others="prefix",
+        biases=True,
+        size=_size,
+        refuses=_refuses,
+    ),
+    Host(
+        models=("NaFlexVit",),
+        layers=("blocks.*.attn",),
+        watched=_embeds,
+        probe=_naflex,
+        others="suffix",
+        reads="patch_coord",
+        size=_naflex_size,
+        problem=_naflex_problem,
+    ),
+    Host(
+        models=("VisionTransformerSAM",),
+        layers=("attn",),
+        parts=global_blocks,
+        probe=features_grid,
+        biases=True,
+        axes=(3, 4),
+        size=_size,
+        refuses=_refuses,
+    ),
+    Host(models=("VOLO",), layers=("attn",), parts=_transformers, probe=features_grid, size=_volo_size),
 )

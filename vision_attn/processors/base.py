@@ -104,6 +104,25 @@ class Processor(nn.Module, ABC):
             `[B, N, H, D]` in the dtype of `q`.
         """
 
+    def biased(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, bias: Tensor, scale: float | None = None) -> Tensor:
+        """Attend as `forward` does, with a bias that is added to the logits of each pair of tokens.
+
+        Args:
+            q: Queries `[B, N, H, D]`.
+            k: Keys, like `q`.
+            v: Values, like `q`.
+            grid: Where the image tokens lie, `grid.tokens == N`.
+            bias: Broadcasts to `[B, H, N, N]`.
+            scale: The host's factor of the logits, `D ** -0.5` if None.
+
+        Raises:
+            ValueError: If the processor has no logits of pairs.
+        """
+        raise ValueError(
+            f"the host adds relative positions to the logits of each pair of tokens, and {type(self).__name__} cannot: "
+            "use Clear without pool, Neighborhood, or Softmax"
+        )
+
     def at(self, moment: Moment) -> "Processor":
         """Return the processor that runs at this moment: this one, unless it is a schedule."""
         return self

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vision_attn._checks import check_int
 from vision_attn.grid import Grid
-from vision_attn.kernels.local import Window, local_attention
+from vision_attn.kernels.local import Window, biased_attention, local_attention
 from vision_attn.processors.base import AttnSpec, Layer, Processor, register
 
 
@@ -135,6 +135,12 @@ class ClearAttention(Processor):
             window = Window(radius=self.spec.radius, pooled=pooled, cell=self.spec.pool if self.spec.counted else 0)
         scale = self.spec.scale(q.shape[-1], grid, scale)
         return local_attention(q, k, v, grid, window, mask=mask, scale=scale, backend=self.backend)
+
+    def biased(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, bias: Tensor, scale: float | None = None) -> Tensor:
+        """Attend locally, with a bias for each pair of tokens: see `Processor.biased`."""
+        if self.spec.pool > 1:
+            return super().biased(q, k, v, grid, bias, scale)
+        return biased_attention(q, k, v, grid, self.window, bias, scale=self.spec.scale(q.shape[-1], grid, scale))
 
     def _pool(self, t: Tensor, grid: Grid) -> Tensor:
         """Sum each cell with its weights: `[B, N, H, D]` to `[B, cells, H, D]`."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vision_attn.grid import Grid
 from vision_attn.kernels.backend import PerAxis, per_axis
-from vision_attn.kernels.local import Window, local_attention
+from vision_attn.kernels.local import Window, biased_attention, local_attention
 from vision_attn.processors.base import AttnSpec, Layer, Processor, register
 
 
@@ -81,3 +81,7 @@ class NeighborhoodAttention(Processor):
             ValueError: If `kernel_size * dilation` is above a side of the grid.
         """
         return local_attention(q, k, v, grid, self.spec.window, mask=mask, scale=scale, backend=self.backend)
+
+    def biased(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, bias: Tensor, scale: float | None = None) -> Tensor:
+        """Attend locally, with a bias for each pair of tokens: see `Processor.biased`."""
+        return biased_attention(q, k, v, grid, self.spec.window, bias, scale=scale)

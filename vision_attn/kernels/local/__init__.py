@@ -26,12 +26,12 @@ from torch import Tensor
 from vision_attn._checks import check_int, check_number
 from vision_attn.grid import Grid
 from vision_attn.kernels.backend import Implementation, PerAxis, check_inputs, check_mask, per_axis, pick
-from vision_attn.kernels.dense import full_mask
+from vision_attn.kernels.dense import dense_attention, full_mask
 from vision_attn.kernels.local.op import local_attention_lse, local_attention_triton
 from vision_attn.kernels.local.portable import local_attention_torch
 from vision_attn.kernels.triton.launching import triton_reasons
 
-__all__ = ["Window", "local_attention", "local_attention_lse"]
+__all__ = ["Window", "biased_attention", "local_attention", "local_attention_lse"]
 
 
 @dataclass(frozen=True)
@@ -220,6 +220,32 @@ def local_attention(
     }
     run = pick("local_attention", backend, implementations)
     return run(q, k, v, grid, window, mask, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def biased_attention(
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, window: Window, bias: Tensor, *, scale: float | None = None
+) -> Tensor:
+    """Attend as `local_attention` does, with a bias for each pair of tokens. It takes as long as dense attention.
+
+    Args:
+        q: Queries `[B, N, H, D]`, with `N == grid.tokens`.
+        k: Keys, like `q`.
+        v: Values, like `q`.
+        grid: Where the image tokens lie in the sequence.
+        window: Disc or square, without a bias and pooled keys of its own.
+        bias: Added to the scaled logits; broadcasts to `[B, H, N, N]`.
+        scale: Factor of the logits, `D ** -0.5` if None.
+
+    Returns:
+        `[B, N, H, D]` in the dtype of `q`.
+
+    Raises:
+        ValueError: If the window does not fit the grid.
+    """
+    window.check(grid)
+    hidden = torch.zeros(grid.tokens, grid.tokens, dtype=torch.bool, device=q.device)
+    hidden[grid.image, grid.image] = ~window.allowed(grid, q.device)
+    return dense_attention(q, k, v, mask=bias.to(q.dtype).masked_fill(hidden, -torch.inf), scale=scale)
 
 
 def _check_window(q: Tensor, grid: Grid, window: Window) -> None:
