@@ -227,10 +227,33 @@ def _distill(arguments: Sequence[str]) -> int:
     return distill(arguments)
 
 
+def _suggest(model: Any, height: int, width: int) -> None:
+    """Print the lines that one would try for a model that is no known host, and what came of them."""
+    from vision_attn.estimation.suggestion import suggest_host, usual_inputs  # noqa: PLC0415
+
+    kind = type(model).__name__
+    inputs = usual_inputs(model, height, width)
+    try:
+        lines = suggest_host(model, inputs)
+    except Exception as error:  # whatever a forward of an unknown model raises
+        raise ValueError(
+            f"{kind} is not a known host, and nothing can be suggested from a forward with {', '.join(inputs)} "
+            f"({error}): call vision_attn.estimation.suggestion.suggest_host(model, inputs) with inputs of yours"
+        ) from error
+    print(f"# {kind} is not a known host. What one would try, after a forward with {', '.join(inputs)}:\n{lines}")
+    names = {"model": model.eval()}
+    exec(lines, names)
+    model(**inputs)
+    print(f"# tried here: {names['conversion']!r}")
+
+
 def _inspect(options: argparse.Namespace) -> None:
+    import torch  # noqa: PLC0415
+
     from vision_attn.demo.loading import load_target  # noqa: PLC0415
     from vision_attn.estimation.inspection import check_picture, fitting, picture, shades  # noqa: PLC0415
     from vision_attn.estimation.model import estimate  # noqa: PLC0415
+    from vision_attn.hosts.selection import is_known, is_refused  # noqa: PLC0415
     from vision_attn.processors import spec_of_text  # noqa: PLC0415
 
     if options.token is not None and options.picture is None:
@@ -238,9 +261,11 @@ def _inspect(options: argparse.Namespace) -> None:
     if options.picture is not None:
         check_picture(options.picture)
     spec = spec_of_text(options.processor)
-    found = estimate(
-        load_target(options.model), spec, height=options.height, width=options.width, device=options.device
-    )
+    target = load_target(options.model)
+    if isinstance(target, torch.nn.Module) and not (is_known(target) or is_refused(target)):
+        _suggest(target, options.height, options.width)
+        return
+    found = estimate(target, spec, height=options.height, width=options.width, device=options.device)
     print(found, fitting(found.layers), sep="\n")
     if options.picture is not None:
         grid = found.layers[0].grid

@@ -19,7 +19,16 @@ from vision_attn.kernels.local import Window
 LOCAL = {Clear(radius=2): RADIUS_2, Neighborhood(kernel_size=3): KERNEL_3}
 MASKED_DENSE = {"lumina2-ragged"}  # in a batch whose grids start at different tokens, the joint layers stay dense
 TRAINED = ["flux", "sd3", "sd15-unet", "vit"]
+OFTEN = {  # one host of each way to have a grid
+    "sd15-unet", "sdxl-unet", "unet2d", "dit", "sd35", "lumina2-ragged", "hidream", "ernie-image", "prx", "flux",
+    "flux-kontext", "flux3-reference", "chroma-masked", "krea2", "qwen-image-masked", "qwen-image-2.1-edit",
+    "z-image-ragged", "vit", "eva02", "hf-siglip2", "hf-dinov3", "hf-depth-anything",
+}  # fmt: skip
 all_hosts = pytest.mark.parametrize("case", HOSTS, ids=lambda case: case.id)
+most_hosts = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=() if case.id in OFTEN else pytest.mark.slow, id=case.id) for case in HOSTS],
+)
 
 
 def oracle_of(case: HostCase, window: Window) -> Tensor:
@@ -77,7 +86,7 @@ def test_a_wrong_window_is_caught(layouts: set[Layout]) -> None:
     assert (run(case, model, 12, 10) - wrong).abs().max() > 1e-2
 
 
-@all_hosts
+@most_hosts
 def test_it_finds_the_grids(case: HostCase) -> None:
     model, size = case.build(), size_of(case)
     conversion = convert(model, Clear(radius=2))
@@ -99,7 +108,7 @@ def test_it_finds_the_grids(case: HostCase) -> None:
         assert row.attended == pytest.approx(mask.double().mean().item())
 
 
-@all_hosts
+@most_hosts
 def test_revert_is_bit_equal(case: HostCase) -> None:
     model = case.build()
     keys, classes = list(model.state_dict()), [type(module) for module in model.modules()]
@@ -112,7 +121,7 @@ def test_revert_is_bit_equal(case: HostCase) -> None:
     assert torch.equal(run(case, model, *size_of(case)), stock(case.id))
 
 
-@all_hosts
+@most_hosts
 def test_sizes_may_change_between_calls(case: HostCase) -> None:
     model = case.build()
     convert(model, Clear(radius=2))
@@ -127,7 +136,7 @@ def test_sizes_may_change_between_calls(case: HostCase) -> None:
     assert torch.equal(run(case, model, *calls[0]), first)
 
 
-@all_hosts
+@most_hosts
 def test_it_runs_at_any_grid_that_the_window_fits(case: HostCase) -> None:
     model, size = case.build(), (4, 4) if case.fixed_size else (9, 8)  # a UNet pads odd sizes level by level
     convert(model, Clear(radius=1.5))

@@ -24,9 +24,9 @@ from torch.overrides import TorchFunctionMode
 BATCH = 2
 CASES = [*HOSTS, *VIDEO_HOSTS]
 GRIDS = [
-    pytest.param(case, *grid, id=f"{case.id}-{grid[0]}x{grid[1]}")
+    pytest.param(case, *grid, id=f"{case.id}-{grid[0]}x{grid[1]}", marks=pytest.mark.slow if number else ())
     for case in CASES
-    for grid in ([(4, 4), (6, 6)] if case.fixed_size else [(9, 8), (7, 12)])
+    for number, grid in enumerate([(4, 4), (6, 6)] if case.fixed_size else [(9, 8), (7, 12)])
 ]
 
 

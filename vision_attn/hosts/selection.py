@@ -45,6 +45,11 @@ def is_known(model: object) -> bool:
     return isinstance(model, nn.Module) and any(set(host.models) & set(_classes(model)) for host in HOSTS)
 
 
+def is_refused(model: object) -> bool:
+    """Whether `model` is of a class of which it is known why it cannot be converted."""
+    return isinstance(model, nn.Module) and any(name in REFUSED for name in _classes(model))
+
+
 def find_host(model: nn.Module) -> Host:
     """Return the host of `model` by the name of its class or of a base class.
 
