@@ -158,3 +158,9 @@ def test_pipeline_takes_an_ip_adapter(pipeline_id: str) -> None:
     pipe = load_ip_adapter(case.build())
     changed = pipe(**case.call(*size), **ip_adapter_inputs(pipe)).images
     assert np.abs(changed - images).max() > 1e-3
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.autocast], ids=lambda case: case.id)
+def test_a_host_without_autocast_fails_by_itself(case: HostCase) -> None:
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="dtypes match"):
+        run(case, 9, 8)

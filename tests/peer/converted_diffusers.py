@@ -29,6 +29,22 @@ MODELS = (
     "PixArtTransformer2DModel",
     "DiTTransformer2DModel",
     "UNet2DConditionModel",
+    "UNet2DModel",
+    "BriaFiboTransformer2DModel",
+    "BriaTransformer2DModel",
+    "ChromaTransformer2DModel",
+    "CogView3PlusTransformer2DModel",
+    "ErnieImageTransformer2DModel",
+    "Flux2Transformer2DModel",
+    "GlmImageTransformer2DModel",
+    "HiDreamImageTransformer2DModel",
+    "HunyuanDiT2DModel",
+    "Krea2Transformer2DModel",
+    "LongCatImageTransformer2DModel",
+    "OvisImageTransformer2DModel",
+    "PRXTransformer2DModel",
+    "QwenImageTransformer2DModel",
+    "ZImageTransformer2DModel",
 )
 COUNTS = {"converted": 0, "rerouted": 0}
 

@@ -23,7 +23,13 @@ SUITES = {
     "pixart": "tests/models/transformers/test_models_pixart_transformer2d.py",
     "dit": "tests/models/transformers/test_models_dit_transformer2d.py",
     "unet": "tests/models/unets/test_models_unet_2d_condition.py",
+    "unet2d": "tests/models/unets/test_models_unet_2d.py",
 }
+TRANSFORMERS = (
+    *("bria", "bria_fibo", "chroma", "cogview3plus", "ernie_image", "flux2", "glm_image", "hidream", "hunyuan_dit"),
+    *("krea2", "longcat_image", "ovis_image", "prx", "qwenimage", "z_image"),
+)
+SUITES |= {name: f"tests/models/transformers/test_models_transformer_{name}.py" for name in TRANSFORMERS}
 
 
 def outcomes(suite: str, spec: str) -> set[tuple[str, str]]:

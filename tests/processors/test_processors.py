@@ -76,8 +76,9 @@ def test_learns_saves_loads_and_reverts(host_id: str, name: str, tmp_path: Path)
     torch.manual_seed(0)
     trained = run(case, model, *at)
     assert distance(trained, run(case, case.build(), *at)) > 1e-4
-    with torch.autocast("cpu", torch.bfloat16):
-        assert run(case, model, *at).isfinite().all()
+    if case.autocast:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert run(case, model, *at).isfinite().all()
     conversion.save(tmp_path)
     learned = {key: parameter.detach().clone() for key, parameter in conversion.named_parameters()}
     conversion.revert()

@@ -42,6 +42,7 @@ class HostCase:
         text_only: `text` -> lengths of self-attention over text alone (token refiners), which is not to be touched.
         fixed_size: True if only square grids run.
         more_keys: True if layers have keys without a query, before the others.
+        autocast: False if the model itself does not run under autocast.
         patch: How much of the input's side, in latents or pixels, makes the side of a token.
     """
 
@@ -54,6 +55,7 @@ class HostCase:
     text_only: Callable[[int], set[int]] = field(default=lambda text: set())
     fixed_size: bool = False
     more_keys: bool = False
+    autocast: bool = True
     patch: int = 2
     notes: str = ""
 

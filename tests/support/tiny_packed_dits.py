@@ -232,6 +232,7 @@ PACKED_DITS = [
         output=lambda output: output[1][:, : -32],
         shape=lambda height, width, batch: (batch, height * width + -height * width % 32, 32),
         layouts=_zimage_layouts,
+        autocast=False,
     ),
     _qwen21_case("qwen-image-2.1", "the text is causal; the image sees all of it, by a call of its own"),
     _qwen21_case("qwen-image-2.1-masked", "padding inside the prefix, masked by bool [B, 1, 1, N]", masked=True),

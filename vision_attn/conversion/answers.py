@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from vision_attn.conversion.doors import ATTENTION, LINEAR, Below, Door, backend_door, backend_of, by_backend
 from vision_attn.conversion.grids import backward_running
+from vision_attn.conversion.groups import grouped
 from vision_attn.conversion.masks import is_bias, key_padding, stays_dense
 from vision_attn.conversion.projections import Projections
 from vision_attn.conversion.state import ADDED, MASKED, LayerState
@@ -248,8 +249,6 @@ class Answers:
         if dropout_p or is_causal:
             what = f"attention dropout {dropout_p}" if dropout_p else "a causal mask"
             raise ValueError(f"{state.name}: {what} cannot be rerouted: switch it off, or leave out the layer (where=)")
-        if q.shape[2] != k.shape[2]:  # grouped queries
-            k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (k, v))
         q, k, v = _autocast(q, k, v)
         if self.projections is not None and not torch.compiler.is_compiling() and self.projections.missing():
             raise RuntimeError(
@@ -274,6 +273,9 @@ class Answers:
 
     def _over(self, grid: Grid, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
         """Let the processor attend over one grid."""
+        if q.shape[2] != k.shape[2]:
+            run = functools.partial(self._over, grid, scale=scale)
+            return grouped(self.processor, q, k, v, mask, run)
         if self.moment is not None:
             return self.processor(q, k, v, grid, mask, scale, self.moment)
         if torch.compiler.is_compiling() or self.backend is not None or q.device.type not in DEVICES:
@@ -321,7 +323,7 @@ class Answers:
         return grid
 
     def _note(self, grid: Grid | tuple[Grid, ...] | None, status: str, *, expected: bool = False) -> None:
-        self.state.note(None if grid is None else largest(grid), status, expected=expected)
+        self.state.note(largest(grid) if isinstance(grid, tuple) else grid, status, expected=expected)
         self._noted = True
 
     def end(self) -> None:

@@ -73,11 +73,13 @@ class Processor(nn.Module, ABC):
     Attributes:
         wants: Whether `at` must be called with the moment before each forward. The processor that it returns gets the
             moment as one more argument of `forward` if it wants it too.
+        heads_alike: Whether it computes all heads alike, so that a group of heads may stand in the batch.
         counts_calls: Whether what it computes depends on how often it was called, so no CUDA graph can replay it.
         changes: How often an attribute was set, by which those see it who remember calls.
     """
 
     wants: bool = False
+    heads_alike: bool = False
     counts_calls: bool = False
     changes: int = 0
 

@@ -112,6 +112,8 @@ class ClearAttention(Processor):
         spatial_weight: Weight of a cell's tokens `[1, 1, 1, pool, 1, pool, 1]`, the shape of the released weights.
     """
 
+    heads_alike = True
+
     def __init__(self, spec: Clear, layer: Layer) -> None:
         super().__init__()
         self.spec, self.backend = spec, layer.backend

@@ -68,6 +68,8 @@ class Neighborhood(AttnSpec):
 class NeighborhoodAttention(Processor):
     """`local_attention` over a square window."""
 
+    heads_alike = True
+
     def __init__(self, spec: Neighborhood, layer: Layer) -> None:
         super().__init__()
         self.spec, self.backend = spec, layer.backend
