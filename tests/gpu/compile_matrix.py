@@ -67,10 +67,11 @@ class Driver:
         return torch.device("cpu")
 
 
+SIZE = 32, 40  # of the grid
 ROWS: list[tuple[str, Any, int, int]] = []  # of the job that this process is at
 
 
-def prepare(architecture: str) -> None:
+def prepare(architecture: str, limit: int | None = None) -> None:
     """Make this process one that compiles for a GPU, and launches nothing."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -92,7 +93,7 @@ def prepare(architecture: str) -> None:
     for module in pkgutil.walk_packages(vision_attn.kernels.__path__, "vision_attn.kernels."):
         importlib.import_module(module.name)  # before the interpreter is asked for
     os.environ["VISION_ATTN_LAUNCHES"] = os.devnull  # the tables of the package alone
-    launches.target_of = lambda device: launches.Target(architecture, LIMITS[architecture], 84)
+    launches.target_of = lambda device: launches.Target(architecture, limit or LIMITS[architecture], 84)
     os.environ["TRITON_INTERPRET"] = "1"  # lets tensors of the CPU through; Triton itself has read it already
 
 
@@ -125,7 +126,8 @@ def _call(operator: str, dtype: Any, D: int) -> Any:
     from vision_attn.kernels.multipole import Cells, multipole_attention
     from vision_attn.processors.base import Layer
 
-    grid = Grid(32, 8 if operator == "multipole-narrow" else 40, prefix=64)
+    height, width = SIZE
+    grid = Grid(height, 8 if operator == "multipole-narrow" else width, prefix=64)
 
     def draw(*shape: int) -> Any:
         return torch.zeros(*shape, dtype=dtype, requires_grad=True)
@@ -170,6 +172,13 @@ def jobs(given: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
                     yield operator, dtype, D
 
 
+def sign_of(name: str, shared: Any, limit: int) -> str:
+    """Return 'ok ', 'no ' for what is refused before a launch, 'BAD' for what does not compile or fit."""
+    if name == "refused":
+        return "no "
+    return "BAD" if isinstance(shared, str) or shared > limit else "ok "
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("architecture", choices=LIMITS)
@@ -177,18 +186,19 @@ def main() -> int:
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--dims", default=",".join(map(str, DIMS)), help="channels of a head")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--shared", type=int, help="bytes of shared memory of a block, if other than the GPU's")
     parser.add_argument("--out", type=Path, help="a JSON file to write the rows to")
     given = parser.parse_args()
-    limit, every, bad, refused = LIMITS[given.architecture], [], 0, 0
-    with ProcessPoolExecutor(given.jobs, initializer=prepare, initargs=(given.architecture,)) as pool:
+    limit, every, bad, refused = given.shared or LIMITS[given.architecture], [], 0, 0
+    with ProcessPoolExecutor(given.jobs, initializer=prepare, initargs=(given.architecture, limit)) as pool:
         for job, rows in pool.map(compiled, jobs(given)):
             for name, shared, warps, stages in rows or [("host", "launched nothing", 0, 0)]:
-                wrong = name != "refused" and (isinstance(shared, str) or shared > limit)
+                sign = sign_of(name, shared, limit)
+                wrong = sign == "BAD"
                 bad += wrong
                 refused += name == "refused"
                 every.append(dict(call=" ".join(map(str, job)), kernel=name, shared=shared, warps=warps, ok=not wrong))
                 if wrong or given.only or name == "refused":
-                    sign = "BAD" if wrong else "no " if name == "refused" else "ok "
                     about = f"warps {warps} stages {stages}"
                     print(sign, given.architecture, *job, name, shared, about, flush=True)
     print(

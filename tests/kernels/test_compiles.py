@@ -1,5 +1,7 @@
 """Kernels compile for GPUs that are not there, by `tests/gpu/compile_matrix.py`; the interpreter types no integers."""
 
+import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +14,6 @@ triton = pytest.importorskip("triton")
 
 def compile_matrix(tmp_path, *options):
     """Run the matrix in a process without the interpreter, whose cache of compiled code is empty."""
-    import os
-
     root = str(MATRIX.parents[2])
     environment = {**os.environ, "PYTHONPATH": root, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
@@ -36,7 +36,64 @@ def test_the_launches_of_a_call_compile_and_fit(tmp_path, architecture, rows):
     assert done.stdout.count("ok  ") >= 5
 
 
+def matrix():
+    """Return the module of the matrix."""
+    spec = importlib.util.spec_from_file_location("compile_matrix", MATRIX)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "shared", "sign"),
+    [
+        ("_forward", 101376, "ok "),
+        ("_forward", 101377, "BAD"),
+        ("_forward", "RuntimeError: PassManager::run failed", "BAD"),
+        ("host", "launched nothing", "BAD"),
+        ("refused", "no launch of local.forward fits", "no "),
+    ],
+)
+def test_what_does_not_fit_or_compile_is_bad_and_what_is_refused_is_not(name, shared, sign):
+    assert matrix().sign_of(name, shared, matrix().LIMITS["sm_89"]) == sign
+
+
 @pytest.mark.slow
-def test_a_launch_that_does_not_fit_is_found(tmp_path):
-    done = compile_matrix(tmp_path, "sm_89", "--only", "local-disc bfloat16 256")
-    assert done.returncode == 1 and "BAD sm_89 local-disc bfloat16 256" in done.stdout
+def test_a_gpu_with_little_shared_memory_is_refused_before_a_launch(tmp_path):
+    done = compile_matrix(tmp_path, "sm_89", "--only", "window bfloat16 256", "--shared", "4096")
+    assert done.returncode == 0, done.stdout
+    assert "no  sm_89 window bfloat16 256 refused no launch of window.forward fits sm_89" in done.stdout
+
+
+COUNT = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("compile_matrix", sys.argv[1])
+matrix = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(matrix)
+matrix.prepare("sm_90")
+import torch
+from triton.runtime.jit import JITFunction
+compiled, real = [], JITFunction._do_compile
+def counting(self, *args):
+    compiled.append(self.fn.__name__)
+    return real(self, *args)
+JITFunction._do_compile = counting
+for matrix.SIZE in ((32, 40), (16, 24), (48, 88)):
+    compiled.clear()
+    output = matrix._call(sys.argv[2], torch.bfloat16, 64)
+    output.sum().backward()
+    print(len(compiled), compiled)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", ["local-disc", "multipole", "linear", "agent", "window"])
+def test_a_second_size_of_a_picture_compiles_nothing(tmp_path, operator):
+    environment = {**os.environ, "PYTHONPATH": str(MATRIX.parents[2]), "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", COUNT, str(MATRIX), operator]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    first, *others = done.stdout.splitlines()
+    assert int(first.split()[0]) >= 3
+    assert [line.split()[0] for line in others] == ["0", "0"], done.stdout

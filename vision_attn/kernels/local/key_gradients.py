@@ -94,18 +94,17 @@ def _key_gradients(
     q, k, v, do, dk, dv, lse, delta, part_dkv, bias, mask, q_seq, do_seq, q_grid, do_grid,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h, mask_b,
     N, heads, batch, prefix, height, width, outside, limit, reach, KY, KX, step_y, step_x, scale,
-    row_programs, part_length, together,
+    row_programs, part_length, together, parts,
     TALL: tl.constexpr, WIDE: tl.constexpr, KEY_TALL: tl.constexpr, KEY_WIDE: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, DISC: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, PREFIX: tl.constexpr,
-    SUFFIX: tl.constexpr, RAGGED_PREFIX: tl.constexpr, RAGGED_N: tl.constexpr, PARTS: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SUFFIX: tl.constexpr, RAGGED_PREFIX: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients dk and dv of a tile of keys: of the grid, or of the tokens outside it over a part of the queries.
 
     Inputs: q, k, v, do `[B, N, H, D]`, each with strides `_b, _n, _h`; lse, delta `[B, H, N]`; bias
     `[H, 2 KY - 1, 2 KX - 1]`; mask `[B, outside]` with its stride.
     Boxes: q_seq, do_seq of the sequence, q_grid, do_grid of the grid; with `TMA` only.
-    Outputs: dk, dv `[B, N, H, D]`; of the tokens outside the grid part_dkv `[PARTS, 2, B, outside, H, D]` if there are
+    Outputs: dk, dv `[B, N, H, D]`; of the tokens outside the grid part_dkv `[parts, 2, B, outside, H, D]` if there are
     several parts.
     Grid and window: see `tiles.py`. Launch and flags: as in the forward.
     """
@@ -117,7 +116,7 @@ def _key_gradients(
     dk_rows = tl.zeros([M, BLOCK_D], tl.float32)  # [M, BLOCK_D]
     dv_rows = tl.zeros([M, BLOCK_D], tl.float32)  # [M, BLOCK_D]
     if pid < row_programs:
-        b, h, bh, part, rank, keep, token = outside_program(pid, outside, heads, N, prefix, image, M, PARTS)
+        b, h, bh, part, rank, keep, token = outside_program(pid, outside, heads, N, prefix, image, M, parts)
         k_rows = load_rows(head_of(k, b, h, k_b, k_h), token, k_n, D, BLOCK_D)  # [M, BLOCK_D]
         v_rows = load_rows(head_of(v, b, h, v_b, v_h), token, v_n, D, BLOCK_D)  # [M, BLOCK_D]
         seen = seen_tokens(token, N, mask + b * mask_b, prefix, image, MASK)  # [M]
@@ -125,11 +124,11 @@ def _key_gradients(
         dk_rows, dv_rows = _sequence(
             k_rows, v_rows, seen, dk_rows, dv_rows, head_of(q, b, h, q_b, q_h), head_of(do, b, h, do_b, do_h), q_seq,
             do_seq, lse + bh.to(tl.int64) * N, delta + bh.to(tl.int64) * N, b, h, first,
-            tl.minimum(first + part_length, N), q_n, do_n, c, LEN, RAGGED_N, MASK, D, BLOCK_D,
+            tl.minimum(first + part_length, N), q_n, do_n, c, LEN, True, MASK, D, BLOCK_D,
             TMA and (PREFIX or SUFFIX), PRECISION,
         )  # fmt: skip
         dk_rows *= scale
-        if PARTS == 1:
+        if parts == 1:
             store_rows(own_head(dk, b, h, N, heads, D), token, heads * D, dk_rows, keep, D, BLOCK_D)
             store_rows(own_head(dv, b, h, N, heads, D), token, heads * D, dv_rows, keep, D, BLOCK_D)
         else:

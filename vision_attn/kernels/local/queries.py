@@ -62,18 +62,18 @@ def _forward(
     q, k, v, pooled_k, pooled_v, o, lse, part_o, part_lse, bias, mask, k_seq, v_seq, k_grid, v_grid,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, pk_b, pk_n, pk_h, pv_b, pv_n, pv_h, mask_b,
     N, heads, batch, prefix, height, width, outside, pooled, limit, reach, KY, KX, step_y, step_x, scale,
-    row_programs, part_length, together,
+    row_programs, part_length, together, parts,
     TALL: tl.constexpr, WIDE: tl.constexpr, KEY_TALL: tl.constexpr, KEY_WIDE: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, DISC: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, PREFIX: tl.constexpr,
-    SUFFIX: tl.constexpr, POOLED: tl.constexpr, RAGGED_PREFIX: tl.constexpr, RAGGED_N: tl.constexpr,
-    PARTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SUFFIX: tl.constexpr, POOLED: tl.constexpr, RAGGED_PREFIX: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of a tile of queries: of the grid, or of the tokens outside it over a part of the keys.
 
     Inputs: q, k, v `[B, N, H, D]`, pooled_k, pooled_v `[B, pooled, H, D]`, each with strides `_b, _n, _h`; bias
     `[H, 2 KY - 1, 2 KX - 1]`; mask `[B, outside]` with its stride.
     Boxes: k_seq, v_seq of the sequence, k_grid, v_grid of the grid; with `TMA` only.
-    Outputs: o `[B, N, H, D]`, lse `[B, H, N]`; of the tokens outside the grid part_o `[PARTS, B, H, outside, D]` and
+    Outputs: o `[B, N, H, D]`, lse `[B, H, N]`; of the tokens outside the grid part_o `[parts, B, H, outside, D]` and
     part_lse if there are several parts.
     Grid and window: see `tiles.py`.
     Launch: `row_programs` programs for the tokens outside the grid, each over `part_length` keys, then those of the
@@ -89,17 +89,17 @@ def _forward(
     l = tl.zeros([M, 8], tl.float32)  # [M, 8]
     acc = tl.zeros([M, BLOCK_D], tl.float32)  # [M, BLOCK_D]
     if pid < row_programs:
-        b, h, bh, part, rank, keep, token = outside_program(pid, outside, heads, N, prefix, image, M, PARTS)
+        b, h, bh, part, rank, keep, token = outside_program(pid, outside, heads, N, prefix, image, M, parts)
         q_rows = load_rows(head_of(q, b, h, q_b, q_h), token, q_n, D, BLOCK_D)  # [M, BLOCK_D]
         first = part * part_length
         m, l, acc = meet_sequence(
             q_rows, m, l, acc, head_of(k, b, h, k_b, k_h), head_of(v, b, h, v_b, v_h), k_seq, v_seq, mask + b * mask_b,
             b, h, first, tl.minimum(first + part_length, N), k_n, v_n, prefix, image, c,
-            LEN, RAGGED_N, MASK, D, BLOCK_D, TMA and (PREFIX or SUFFIX), PRECISION,
+            LEN, True, MASK, D, BLOCK_D, TMA and (PREFIX or SUFFIX), PRECISION,
         )  # fmt: skip
         total = tl.maximum(tl.sum(l, 1), NO_KEY)  # [M], a part may hold hidden keys alone
         acc = acc * (1.0 / total)[:, None]
-        if PARTS == 1:
+        if parts == 1:
             token = outside_tokens(rank, prefix, image)  # [M], anew: kept over the loop it would take registers
             store_rows(own_head(o, b, h, N, heads, D), token, heads * D, acc, keep, D, BLOCK_D)
             tl.store(lse + bh.to(tl.int64) * N + token, m + tl.log2(total), mask=keep)
@@ -204,18 +204,18 @@ def _query_gradients(
     q, k, v, do, pooled_k, pooled_v, dq, lse, delta, part_dq, bias, mask, k_seq, v_seq, k_grid, v_grid,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h, pk_b, pk_n, pk_h, pv_b, pv_n, pv_h, mask_b,
     N, heads, batch, prefix, height, width, outside, pooled, limit, reach, KY, KX, step_y, step_x, scale,
-    row_programs, part_length, together,
+    row_programs, part_length, together, parts,
     TALL: tl.constexpr, WIDE: tl.constexpr, KEY_TALL: tl.constexpr, KEY_WIDE: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, DISC: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, PREFIX: tl.constexpr,
-    SUFFIX: tl.constexpr, POOLED: tl.constexpr, RAGGED_PREFIX: tl.constexpr, RAGGED_N: tl.constexpr,
-    PARTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SUFFIX: tl.constexpr, POOLED: tl.constexpr, RAGGED_PREFIX: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients dq of a tile of queries: of the grid, or of the tokens outside it over a part of the keys.
 
     Inputs: q, k, v, do `[B, N, H, D]`, pooled_k, pooled_v `[B, pooled, H, D]`, each with strides `_b, _n, _h`; lse,
     delta `[B, H, N]`; bias `[H, 2 KY - 1, 2 KX - 1]`; mask `[B, outside]` with its stride.
     Boxes: k_seq, v_seq of the sequence, k_grid, v_grid of the grid; with `TMA` only.
-    Outputs: dq `[B, N, H, D]`; of the tokens outside the grid part_dq `[PARTS, B, outside, H, D]` if there are several
+    Outputs: dq `[B, N, H, D]`; of the tokens outside the grid part_dq `[parts, B, outside, H, D]` if there are several
     parts.
     Grid and window: see `tiles.py`. Launch and flags: as in the forward.
     """
@@ -226,7 +226,7 @@ def _query_gradients(
     c = scale * LOG2E
     dq_rows = tl.zeros([M, BLOCK_D], tl.float32)  # [M, BLOCK_D]
     if pid < row_programs:
-        b, h, bh, part, rank, keep, token = outside_program(pid, outside, heads, N, prefix, image, M, PARTS)
+        b, h, bh, part, rank, keep, token = outside_program(pid, outside, heads, N, prefix, image, M, parts)
         q_rows = load_rows(head_of(q, b, h, q_b, q_h), token, q_n, D, BLOCK_D)  # [M, BLOCK_D]
         do_rows = load_rows(head_of(do, b, h, do_b, do_h), token, do_n, D, BLOCK_D)  # [M, BLOCK_D]
         lse_rows = tl.load(lse + bh.to(tl.int64) * N + token)  # [M]
@@ -235,9 +235,9 @@ def _query_gradients(
         dq_rows = _sequence(
             q_rows, do_rows, lse_rows, delta_rows, dq_rows, head_of(k, b, h, k_b, k_h), head_of(v, b, h, v_b, v_h),
             k_seq, v_seq, mask + b * mask_b, b, h, first, tl.minimum(first + part_length, N), k_n, v_n, prefix, image,
-            c, LEN, RAGGED_N, MASK, D, BLOCK_D, TMA and (PREFIX or SUFFIX), PRECISION,
+            c, LEN, True, MASK, D, BLOCK_D, TMA and (PREFIX or SUFFIX), PRECISION,
         )  # fmt: skip
-        if PARTS == 1:
+        if parts == 1:
             store_rows(own_head(dq, b, h, N, heads, D), token, heads * D, dq_rows * scale, keep, D, BLOCK_D)
         else:
             place = (part * batch + b).to(tl.int64) * outside * heads + h

@@ -95,10 +95,10 @@ def _plan_launch(
         boxes[2:] = [grid_box(t, call.size, call.steps, other, call.block_d) for t in walked]
     named = dict(
         mask_b=0 if call.mask is None else call.mask.stride(0) * (call.mask.shape[0] > 1), batch=B,
-        row_programs=blocks * parts, part_length=length, together=call.together,
+        row_programs=blocks * parts, part_length=length, together=call.together, parts=parts,
         TALL=queries[0], WIDE=queries[1], KEY_TALL=keys[0], KEY_WIDE=keys[1],
         MASK=call.mask is not None, BIAS=call.bias_block, PREFIX=prefix > 0, SUFFIX=suffix > 0,
-        RAGGED_PREFIX=prefix % LEN > 0, RAGGED_N=N % LEN > 0, PARTS=parts, TMA=tma,
+        RAGGED_PREFIX=prefix % LEN > 0, TMA=tma,
         num_warps=launch.warps, num_stages=launch.stages, **call.numbers(), **more,
     )  # fmt: skip
     bound = Bound(kernel, (blocks * parts + grid_programs,), strides_of(*strided), named)

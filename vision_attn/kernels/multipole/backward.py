@@ -80,17 +80,17 @@ def _query_gradients(
     k_seq, v_seq, k_grid, v_grid, means_k_box, means_v_box,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h, mk_b, mk_n, mk_h, mv_b, mv_n, mv_h, mask_b,
     N, heads, batch, prefix, height, width, outside, cell, near, rows, columns, means, tiles, scale,
-    row_programs, part_length, together,
+    row_programs, part_length, together, parts,
     T: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, EXACT_BLOCK: tl.constexpr, LEN: tl.constexpr,
     MEANS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     MASK: tl.constexpr, ALIKE: tl.constexpr, PREFIX: tl.constexpr,
-    SUFFIX: tl.constexpr, RAGGED: tl.constexpr, RAGGED_PREFIX: tl.constexpr, RAGGED_N: tl.constexpr,
-    PARTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SUFFIX: tl.constexpr, RAGGED: tl.constexpr, RAGGED_PREFIX: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients dq of a tile of queries: of the grid, or of the tokens outside it over a part of the keys.
 
     Inputs: do `[B, N, H, D]`, lse, delta `[B, H, N]`; all else as in the forward.
-    Outputs: dq `[B, N, H, D]`; of the tokens outside the grid part_dq `[PARTS, B, outside, H, D]` if there are several
+    Outputs: dq `[B, N, H, D]`; of the tokens outside the grid part_dq `[parts, B, outside, H, D]` if there are several
     parts.
     """
     M: tl.constexpr = T * T
@@ -99,7 +99,7 @@ def _query_gradients(
     c = scale * LOG2E
     dq_rows = tl.zeros([M, BLOCK_D], tl.float32)  # [M, BLOCK_D]
     if pid < row_programs:
-        b, h, bh, part, rank, keep, token = outside_program(pid, outside, heads, N, prefix, image, M, PARTS)
+        b, h, bh, part, rank, keep, token = outside_program(pid, outside, heads, N, prefix, image, M, parts)
         q_rows = load_rows(head_of(q, b, h, q_b, q_h), token, q_n, D, BLOCK_D)  # [M, BLOCK_D]
         do_rows = load_rows(head_of(do, b, h, do_b, do_h), token, do_n, D, BLOCK_D)  # [M, BLOCK_D]
         lse_rows = tl.load(lse + bh.to(tl.int64) * N + token)  # [M]
@@ -110,7 +110,7 @@ def _query_gradients(
             k_seq, v_seq, mask + b * mask_b, b, h, first, tl.minimum(first + part_length, N), k_n, v_n, prefix, image,
             c, LEN, MASK, D, BLOCK_D, TMA and (PREFIX or SUFFIX), PRECISION,
         )  # fmt: skip
-        if PARTS == 1:
+        if parts == 1:
             store_rows(own_head(dq, b, h, N, heads, D), token, heads * D, dq_rows * scale, keep, D, BLOCK_D)
         else:
             place = (part * batch + b).to(tl.int64) * outside * heads + h
@@ -186,10 +186,10 @@ def _key_gradients(
     q, k, v, do, dk, dv, lse, delta, part_dkv, listed, starts, mask, q_seq, do_seq, q_grid, do_grid,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h, mask_b,
     N, heads, batch, prefix, height, width, outside, cell, near, rows, columns, scale, row_programs, part_length,
-    together,
+    together, parts,
     T: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, LEN: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, MASK: tl.constexpr, PREFIX: tl.constexpr, SUFFIX: tl.constexpr, RAGGED: tl.constexpr,
-    PARTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients dk and dv of a tile of keys: of the grid, or of the tokens outside it over a part of the queries.
 
@@ -197,7 +197,7 @@ def _key_gradients(
     EXACT]`, the cells that chose each cell, and starts `[B, H, C + 1]`, where the list of each cell begins; mask `[B,
     outside]` with its stride.
     Boxes: q_seq, do_seq of the sequence, q_grid, do_grid of the grid; with `TMA` only.
-    Outputs: dk, dv `[B, N, H, D]`; of the tokens outside the grid part_dkv `[PARTS, 2, B, outside, H, D]` if there are
+    Outputs: dk, dv `[B, N, H, D]`; of the tokens outside the grid part_dkv `[parts, 2, B, outside, H, D]` if there are
     several parts.
     """
     M: tl.constexpr = T * T
@@ -207,7 +207,7 @@ def _key_gradients(
     dk_rows = tl.zeros([M, BLOCK_D], tl.float32)  # [M, BLOCK_D]
     dv_rows = tl.zeros([M, BLOCK_D], tl.float32)  # [M, BLOCK_D]
     if pid < row_programs:
-        b, h, bh, part, rank, keep, token = outside_program(pid, outside, heads, N, prefix, image, M, PARTS)
+        b, h, bh, part, rank, keep, token = outside_program(pid, outside, heads, N, prefix, image, M, parts)
         k_rows = load_rows(head_of(k, b, h, k_b, k_h), token, k_n, D, BLOCK_D)  # [M, BLOCK_D]
         v_rows = load_rows(head_of(v, b, h, v_b, v_h), token, v_n, D, BLOCK_D)  # [M, BLOCK_D]
         seen = keep
@@ -219,7 +219,7 @@ def _key_gradients(
             lse + bh.to(tl.int64) * N, delta + bh.to(tl.int64) * N, b, h, first, tl.minimum(first + part_length, N),
             q_n, do_n, tl.where(seen, 0.0, HIDDEN)[:, None], c, LEN, D, BLOCK_D, TMA and (PREFIX or SUFFIX), PRECISION,
         )  # fmt: skip
-        if PARTS == 1:
+        if parts == 1:
             token = outside_tokens(rank, prefix, image)  # [M]
             store_rows(own_head(dk, b, h, N, heads, D), token, heads * D, dk_rows * scale, keep, D, BLOCK_D)
             store_rows(own_head(dv, b, h, N, heads, D), token, heads * D, dv_rows, keep, D, BLOCK_D)

@@ -51,12 +51,12 @@ def _forward(
     k_seq, v_seq, k_grid, v_grid, means_k_box, means_v_box,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, mk_b, mk_n, mk_h, mv_b, mv_n, mv_h, mask_b,
     N, heads, batch, prefix, height, width, outside, cell, near, rows, columns, means, tiles, scale,
-    row_programs, part_length, together,
+    row_programs, part_length, together, parts,
     T: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, EXACT_BLOCK: tl.constexpr, LEN: tl.constexpr,
     MEANS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     MASK: tl.constexpr, ALIKE: tl.constexpr, PREFIX: tl.constexpr,
-    SUFFIX: tl.constexpr, RAGGED: tl.constexpr, RAGGED_PREFIX: tl.constexpr, RAGGED_N: tl.constexpr,
-    PARTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SUFFIX: tl.constexpr, RAGGED: tl.constexpr, RAGGED_PREFIX: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of a tile of queries: of the grid, or of the tokens outside it over a part of the keys.
 
@@ -65,7 +65,7 @@ def _forward(
     tiles * MEANS]`, added to the logits of the means that a cell meets, or `[1, C, tiles * MEANS]` if all heads are
     `ALIKE`.
     Boxes: k_seq, v_seq of the sequence, k_grid, v_grid of the grid, means_k_box, means_v_box; with `TMA` only.
-    Outputs: o `[B, N, H, D]`, lse `[B, H, N]`; of the tokens outside the grid part_o `[PARTS, B, H, outside, D]` and
+    Outputs: o `[B, N, H, D]`, lse `[B, H, N]`; of the tokens outside the grid part_o `[parts, B, H, outside, D]` and
     part_lse if there are several parts.
     Launch: `row_programs` programs for the tokens outside the grid, each over `part_length` keys, then those of the
     grid, `together` heads in turn; tiles of `T` x `T` tokens of a cell, of `LEN` tokens of the sequence, and of `MEANS`
@@ -80,17 +80,17 @@ def _forward(
     l = tl.zeros([M, 8], tl.float32)  # noqa: E741  # [M, 8]
     acc = tl.zeros([M, BLOCK_D], tl.float32)  # [M, BLOCK_D]
     if pid < row_programs:
-        b, h, bh, part, rank, keep, token = outside_program(pid, outside, heads, N, prefix, image, M, PARTS)
+        b, h, bh, part, rank, keep, token = outside_program(pid, outside, heads, N, prefix, image, M, parts)
         q_rows = load_rows(head_of(q, b, h, q_b, q_h), token, q_n, D, BLOCK_D)  # [M, BLOCK_D]
         first = part * part_length
         m, l, acc = meet_sequence(  # noqa: E741
             q_rows, m, l, acc, head_of(k, b, h, k_b, k_h), head_of(v, b, h, v_b, v_h), k_seq, v_seq, mask + b * mask_b,
             b, h, first, tl.minimum(first + part_length, N), k_n, v_n, prefix, image, c,
-            LEN, RAGGED_N, MASK, D, BLOCK_D, TMA and (PREFIX or SUFFIX), PRECISION,
+            LEN, True, MASK, D, BLOCK_D, TMA and (PREFIX or SUFFIX), PRECISION,
         )  # fmt: skip
         total = tl.maximum(tl.sum(l, 1), NO_KEY)  # [M], a part may hold hidden keys alone
         acc = acc * (1.0 / total)[:, None]
-        if PARTS == 1:
+        if parts == 1:
             token = outside_tokens(rank, prefix, image)  # [M], anew: kept over the loop it would take registers
             store_rows(own_head(o, b, h, N, heads, D), token, heads * D, acc, keep, D, BLOCK_D)
             tl.store(lse + bh.to(tl.int64) * N + token, m + tl.log2(total), mask=keep)

@@ -125,20 +125,20 @@ def _sum_means(
 @Kernel
 @triton.jit
 def _further(
-    means_k, means_v, table, heads, height, width, pool, source, first, M,
-    LEVELS: tl.constexpr, PER_CELL: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr,
+    means_k, means_v, table, heads, height, width, pool, source, first, M, levels,
+    PER_CELL: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """One mean of the levels from `first` to `LEVELS` - 1, of those of level `source` inside it.
+    """One mean of the levels from `first` to `levels` - 1, of those of level `source` inside it.
 
-    Inputs: table `[LEVELS, 4]` as in `Pyramid.table`; the rows of level `source` of means_k, means_v.
+    Inputs: table `[levels, 4]` as in `Pyramid.table`; the rows of level `source` of means_k, means_v.
     Outputs: a further row of means_k, means_v `[B, M, H, D]`.
     """
     c, _, _ = _channels(D, CHANNELS)  # [CHANNELS]
     keep = c < heads * D
     n, level = tl.program_id(0), first
-    for _ in tl.static_range(LEVELS):
+    for _ in tl.range(0, levels):
         size = tl.load(table + 4 * level + 2) * tl.load(table + 4 * level + 3)
-        beyond = (n >= size) & (level < LEVELS - 1)
+        beyond = (n >= size) & (level < levels - 1)
         n, level = tl.where(beyond, n - size, n), tl.where(beyond, level + 1, level)
     own = table + 4 * level
     y, x = n // tl.load(own + 3), n % tl.load(own + 3)
@@ -294,7 +294,7 @@ def _plan_means(call: Sized) -> tuple[Bound, list[Bound]]:
         if programs:
             numbers = dict(
                 heads=H, height=rows.height, width=rows.width, pool=rows.pool, source=source, first=source + 1,
-                M=rows.rows, LEVELS=last, PER_CELL=rows.per_cell, BLOCK=rows.block, D=D, CHANNELS=block, num_warps=4,
+                M=rows.rows, levels=last, PER_CELL=rows.per_cell, BLOCK=rows.block, D=D, CHANNELS=block, num_warps=4,
             )  # fmt: skip
             further.append(Bound(_further, (programs, math.ceil(H * D / block), B), (), numbers))
     return finest, further
@@ -303,8 +303,8 @@ def _plan_means(call: Sized) -> tuple[Bound, list[Bound]]:
 @Kernel
 @triton.jit
 def _spread(
-    d_means_k, d_means_v, dk, dv, weights, table, heads, N, height, width, prefix, across, first, M,
-    LEVELS: tl.constexpr, POOL: tl.constexpr, PER_CELL: tl.constexpr, BLOCK: tl.constexpr, WEIGHTS: tl.constexpr,
+    d_means_k, d_means_v, dk, dv, weights, table, heads, N, height, width, prefix, across, first, M, levels,
+    POOL: tl.constexpr, PER_CELL: tl.constexpr, BLOCK: tl.constexpr, WEIGHTS: tl.constexpr,
     ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the tokens of some finest means, from those of the means of all levels that hold them.
@@ -324,7 +324,7 @@ def _spread(
     sum_k = tl.zeros([ROWS, BLOCK_D], tl.float32)  # [ROWS, BLOCK_D]
     sum_v = tl.zeros([ROWS, BLOCK_D], tl.float32)  # [ROWS, BLOCK_D]
     own = area(y, x, POOL, height, width).to(tl.float32)  # [ROWS]
-    for level in range(LEVELS):
+    for level in tl.range(0, levels):
         start, blocks = tl.load(table + 4 * level), tl.load(table + 4 * level + 1)
         above = mean_row(y >> level, x >> level, start, blocks, PER_CELL, BLOCK)  # [ROWS]
         share = (own / area(y >> level, x >> level, POOL << level, height, width).to(tl.float32))[:, None]  # [ROWS, 1]
@@ -365,7 +365,7 @@ def means_backward(
     first = down * across
     _spread[(triton.cdiv(first, _ROWS), B * H)](
         d_means_k, d_means_v, dk, dv, d_means_k if weights is None else weights.contiguous(),
-        rows.table(dk.device), H, N, height, width, prefix, across, first, M, LEVELS=rows.levels, POOL=rows.pool,
+        rows.table(dk.device), H, N, height, width, prefix, across, first, M, rows.levels, POOL=rows.pool,
         PER_CELL=rows.per_cell, BLOCK=rows.block, WEIGHTS=weights is not None, ROWS=_ROWS, D=D, BLOCK_D=block_of(D),
         num_warps=4,
     )  # fmt: skip

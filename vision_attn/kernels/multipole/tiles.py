@@ -63,10 +63,10 @@ def _plan_queries_launch(call: Call, kernel: Kernel, launch: Launch, others: Seq
         prefix=prefix, height=height, width=width, outside=call.outside, cell=cell, near=near,
         rows=call.pyramid.cells[0], columns=call.pyramid.cells[1], means=call.means_k.shape[1], tiles=tiles.count,
         scale=call.scale, row_programs=blocks * parts, part_length=length,
-        together=call.together, T=T, SPLIT=split, EXACT=call.chosen.shape[3],
+        together=call.together, parts=parts, T=T, SPLIT=split, EXACT=call.chosen.shape[3],
         EXACT_BLOCK=next_power(max(1, call.chosen.shape[3])), LEN=LEN, MEANS=tiles.length, D=D, BLOCK_D=call.block_d,
         MASK=call.mask is not None, ALIKE=call.alike, PREFIX=prefix > 0, SUFFIX=suffix > 0,
-        RAGGED=call.ragged(T), RAGGED_PREFIX=prefix % LEN > 0, RAGGED_N=N % LEN > 0, PARTS=parts, TMA=tma,
+        RAGGED=call.ragged(T), RAGGED_PREFIX=prefix % LEN > 0, TMA=tma,
         PRECISION=thrice(call.q), num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     strides = strides_of(call.q, call.k, call.v, *others, call.means_k, call.means_v)
@@ -105,9 +105,9 @@ def _plan_keys_launch(call: Call, kernel: Kernel, launch: Launch, do: Tensor) ->
         mask_b=0 if call.mask is None else call.mask.stride(0) * (call.mask.shape[0] > 1), N=N, heads=H, batch=B,
         prefix=prefix, height=height, width=width, outside=call.outside, cell=cell, near=near,
         rows=call.pyramid.cells[0], columns=call.pyramid.cells[1], scale=call.scale, row_programs=blocks * parts,
-        part_length=length, together=call.together, T=T, SPLIT=split, EXACT=exact, LEN=launch.length, D=D,
+        part_length=length, together=call.together, parts=parts, T=T, SPLIT=split, EXACT=exact, LEN=launch.length, D=D,
         BLOCK_D=call.block_d, MASK=call.mask is not None, PREFIX=prefix > 0, SUFFIX=suffix > 0, RAGGED=call.ragged(T),
-        PARTS=parts, TMA=tma, PRECISION=thrice(call.q), num_warps=launch.warps, num_stages=launch.stages,
+        TMA=tma, PRECISION=thrice(call.q), num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     strides = strides_of(call.q, call.k, call.v, do)
     return Plan(Bound(kernel, (blocks * parts + grid_programs,), strides, numbers), parts, tuple(boxes), launch)

@@ -26,6 +26,9 @@ from vision_attn.kernels.tapes import HERE
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LANES = 16  # rows of sums over tokens that no two threads share; they are added up once, at the end
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+_SIZES = ("N", "heads", "tokens", "outside", "parts", "queries", "first")  # where the numbers of a kernel begin
+# what a user sets and no size changes: a dilation of one saves its divisions
+_COMPILED = ("step_y", "step_x", "KY", "KX", "reach", "near", "cell", "cell_h", "cell_w", "pool", "source")
 _SLOW = 0.5  # seconds of compiling that are worth a line
 _logger = logging.getLogger(__name__)
 _MOST = 4096  # plans kept of one kind: shapes may come from a user's data
@@ -163,11 +166,18 @@ def added(parts: Tensor, dtype: torch.dtype) -> Tensor:
 class Kernel:
     """A Triton kernel that is launched on the GPU of its tensors; `triton.jit` alone would take the current GPU.
 
+    Its arguments are tensors, boxes and strides, from one of `_SIZES` on numbers of tokens, heads and so on, and last
+    constants. Triton would compile anew for a number that is one, or that is no multiple of 16 while others were. Here
+    numbers have no part in what is compiled, so that a second size of a picture compiles nothing. Strides have one: a
+    multiple of 16 lets 16 bytes be loaded at once.
+
     Args:
         function: The kernel, from `triton.jit`; its first argument is a tensor.
     """
 
     def __init__(self, function: Any) -> None:
+        if hasattr(function, "device_caches"):  # not in the interpreter, which compiles nothing
+            function = type(function)(function.fn, do_not_specialize=_numbers(function))
         self.function = function
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -229,6 +239,13 @@ class Kernel:
         """Where it stands: 'local.queries._forward'."""
         function = getattr(self.function, "fn", self.function)
         return f"{function.__module__.removeprefix('vision_attn.kernels.')}.{function.__name__}"
+
+
+def _numbers(function: Any) -> list[str]:
+    """Return the arguments of a kernel whose values have no part in what is compiled."""
+    names = [p.name for p in function.params if not p.is_constexpr]
+    first = next((n for n, name in enumerate(names) if name in _SIZES), len(names))
+    return [name for name in names[first:] if name not in _COMPILED]
 
 
 def _short(error: Exception) -> str:

@@ -160,17 +160,17 @@ def ds_of(p, do_rows, v_rows, delta_rows, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def outside_program(pid, outside, heads, N, prefix, image, M: tl.constexpr, PARTS: tl.constexpr):
+def outside_program(pid, outside, heads, N, prefix, image, M: tl.constexpr, parts):
     """What program `pid` of the tokens outside the grid owns.
 
     Batch entry, head, number of both, part of its loop; and of each row, `[M]`: its rank among the tokens outside the
     grid, whether there is one, and its place in the sequence, at most the last.
     """
     blocks = tl.cdiv(outside, M)
-    bh = pid // (blocks * PARTS)
+    bh = pid // (blocks * parts)
     rank = (pid % blocks) * M + tl.arange(0, M)  # [M]
     token = tl.minimum(outside_tokens(rank, prefix, image), N - 1)  # [M]
-    return bh // heads, bh % heads, bh, (pid // blocks) % PARTS, rank, rank < outside, token
+    return bh // heads, bh % heads, bh, (pid // blocks) % parts, rank, rank < outside, token
 
 
 @triton.jit
@@ -227,24 +227,24 @@ def meet_sequence(
 @Kernel
 @triton.jit
 def _merge(
-    part_o, part_lse, o, lse, N, heads, batch, prefix, image, outside, PARTS: tl.constexpr, ROWS: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    part_o, part_lse, o, lse, N, heads, batch, prefix, image, outside, parts, ROWS: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Merge the parts of the tokens outside the grid by their log-sum-exp.
 
-    Inputs: part_o `[PARTS, B, H, outside, D]`, part_lse `[PARTS, B, H, outside]`.
+    Inputs: part_o `[parts, B, H, outside, D]`, part_lse `[parts, B, H, outside]`.
     Outputs: o `[B, N, H, D]`, lse `[B, H, N]`.
     """
     rank = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     bh = tl.program_id(1)
     keep = rank < outside
     top = tl.full([ROWS], HIDDEN, tl.float32)  # [ROWS]
-    for i in range(PARTS):
+    for i in tl.range(0, parts):
         place = (i * batch * heads + bh).to(tl.int64) * outside
         top = tl.maximum(top, tl.load(part_lse + place + rank, mask=keep, other=0.0))
     total = tl.zeros([ROWS], tl.float32)  # [ROWS]
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)  # [ROWS, BLOCK_D]
-    for i in range(PARTS):
+    for i in tl.range(0, parts):
         place = (i * batch * heads + bh).to(tl.int64) * outside
         weight = tl.math.exp2(tl.load(part_lse + place + rank, mask=keep, other=0.0) - top)  # [ROWS]
         rows = load_rows(part_o + place * D, tl.minimum(rank, outside - 1), D, D, BLOCK_D)  # [ROWS, BLOCK_D]
