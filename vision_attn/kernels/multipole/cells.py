@@ -237,14 +237,18 @@ def _finest_sums(t: Tensor, grid: Grid, pool: int, weights: Tensor | None) -> tu
     wide = torch.promote_types(t.dtype, torch.float32)
     image = _padded(t.unflatten(1, (grid.height, grid.width)), pool).to(wide)
     there = _padded(t.new_ones(1, grid.height, grid.width, 1, 1, dtype=wide), pool)
-    weight = there if weights is None else there * _tiled(weights.to(t.device, wide).exp(), there)
     count = _sums(there, pool)
+    if weights is None:
+        return _sums(image, pool), count
+    weight = there * _tiled(weights.to(t.device, wide).exp(), there)
     return _sums(image * weight, pool) * (count / _sums(weight, pool)), count
 
 
 def _padded(image: Tensor, side: int) -> Tensor:
     """Fill `[B, height, width, H, D]` with zeros up to multiples of `side`."""
     height, width = image.shape[1:3]
+    if height % side == width % side == 0:
+        return image
     return F.pad(image, (0, 0, 0, 0, 0, -width % side, 0, -height % side))
 
 
@@ -257,7 +261,8 @@ def _tiled(weights: Tensor, image: Tensor) -> Tensor:
 def _sums(image: Tensor, side: int) -> Tensor:
     """Add up squares of `side`: `[B, height, width, H, D]` to `[B, height / side, width / side, H, D]`."""
     B, height, width, H, D = image.shape
-    return image.view(B, height // side, side, width // side, side, H, D).sum((2, 4))
+    rows = image.reshape(B, height // side, side, width, H, D).sum(2)  # one axis at a time: a CPU adds rows of memory
+    return rows.view(B, height // side, width // side, side, H, D).sum(3)
 
 
 def choose_cells(q: Tensor, k: Tensor, grid: Grid, cells: Cells, *, scale: float | None = None) -> Tensor:
@@ -315,9 +320,11 @@ def _cell_bounds(t: Tensor, grid: Grid, cell: int) -> tuple[Tensor, Tensor]:
     B, height, width, H, D = image.shape
     found = []
     for sign in (-1, 1):
-        padded = F.pad(sign * image, (0, 0, 0, 0, 0, -width % cell, 0, -height % cell), value=-math.inf)
-        squares = padded.view(B, -(-height // cell), cell, -(-width // cell), cell, H, D)
-        found.append(sign * squares.amax((2, 4)).flatten(1, 2).transpose(1, 2))
+        padded = F.pad(image, (0, 0, 0, 0, 0, -width % cell, 0, -height % cell), value=-sign * math.inf)
+        most = torch.amax if sign > 0 else torch.amin
+        rows = most(padded.reshape(B, -(-height // cell), cell, -1, H, D), 2)  # as in `_sums`
+        squares = most(rows.view(B, rows.shape[1], -(-width // cell), cell, H, D), 3)
+        found.append(squares.flatten(1, 2).transpose(1, 2))
     return found[0], found[1]
 
 

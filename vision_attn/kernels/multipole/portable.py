@@ -52,7 +52,7 @@ class _Part:
     """Some cells of one head, and all that their logits are made of.
 
     Attributes:
-        cells: Which cells.
+        cells: Which cells `[n]`; all have as many near ones.
         queries: `[n, L, D]`, scaled.
         near: Cells that are met exactly `[n, S]`, of those of the head.
         slots: Means that are met `[n, P]`.
@@ -61,7 +61,7 @@ class _Part:
         hidden: Added to the logits of their tokens `[places, L]`.
     """
 
-    cells: slice
+    cells: Tensor
     queries: Tensor
     near: Tensor
     slots: Tensor
@@ -116,31 +116,37 @@ def _heads(
     wide = torch.promote_types(q.dtype, torch.float32)
     for b in range(q.shape[0]):
         for h in range(q.shape[2]):
-            rows = [_to_cells(t[b, :, h].to(wide), height, width, cell) for t in (q, k, v)]
-            rows[0] = rows[0] * scale
+            rows = [_to_cells(t[b, :, h], height, width, cell, wide, more) for t, more in ((q, 0), (k, 1), (v, 1))]
+            rows[0] *= scale
             shared = [t[b, :, h].to(wide) for t in (k_shared, v_shared)]
             means = [F.pad(t[b, :, h].to(wide), (0, 0, 0, 1)) for t in (k_means, v_means)]
             bias = None if hidden is None else hidden[b % len(hidden)].to(wide)
-            keys = [F.pad(t, (0, 0, 0, 0, 0, 1)) for t in rows[1:]]
-            yield b, h, _Head(rows[0], keys[0], keys[1], shared, means, bias)
+            yield b, h, _Head(*rows, shared, means, bias)
 
 
 def _parts(head: _Head, layout: Layout, chosen: Tensor, mass: Tensor | None, there: Tensor) -> Iterator[_Part]:
     """Cut the cells of one head so that the logits of a part stay below `_MOST_SCORES`."""
-    C, L, _ = head.q.shape
-    near = torch.cat([layout.near, chosen], 1)
+    L = head.q.shape[1]
     whole = (there == 0).all(1)
-    keys = len(head.k_shared) + near.shape[1] * L + layout.slots.shape[1]
-    step = max(1, _MOST_SCORES // (L * keys))
-    for first in range(0, C, step):
-        part = slice(first, min(first + step, C))
-        slots = layout.slots[part]
-        count = counts_of(layout, slots, chosen[part])
-        bias = torch.where(count > 0, count.clamp(min=1).to(head.q.dtype).log(), _HIDDEN)
-        if mass is not None:
-            bias = bias + mass[layout.levels[slots].clamp(max=len(mass) - 1)]
-        cut = whole[near[part]].logical_not().nonzero(as_tuple=True)
-        yield _Part(part, head.q[part], near[part], slots, bias, (cut[0], cut[1]), there[near[part][cut]])
+    for group, around in _groups(layout):
+        keys = len(head.k_shared) + (around.shape[1] + chosen.shape[1]) * L + layout.slots.shape[1]
+        step = max(1, _MOST_SCORES // (L * keys))
+        for cells, close in zip(group.split(step), around.split(step), strict=True):
+            near, slots = torch.cat([close, chosen[cells]], 1), layout.slots[cells]
+            count = counts_of(layout, slots, chosen[cells])
+            bias = torch.where(count > 0, count.clamp(min=1).to(head.q.dtype).log(), _HIDDEN)
+            if mass is not None:
+                bias = bias + mass[layout.levels[slots].clamp(max=len(mass) - 1)]
+            cut = whole[near].logical_not().nonzero(as_tuple=True)
+            yield _Part(cells, head.q[cells], near, slots, bias, (cut[0], cut[1]), there[near[cut]])
+
+
+def _groups(layout: Layout) -> list[tuple[Tensor, Tensor]]:
+    """Return the cells `[n]` that have as many near ones, and these `[n, S]`: at the border there are fewer."""
+    near = layout.near.sort(1).values  # the number of cells, which stands for none, comes last
+    count = (near < len(near)).sum(1)
+    groups = [(count == n).nonzero()[:, 0] for n in count.unique().tolist()]
+    return [(group, near[group, : int(count[group[0]])]) for group in groups]
 
 
 def _there(layout: Layout, size: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -196,7 +202,7 @@ def _multipole_backward(
     grads = [torch.zeros(t.shape, dtype=wide, device=t.device) for t in inputs]
     d_mass = q.new_empty(0, dtype=wide) if mass is None else torch.zeros(mass.shape, dtype=wide, device=q.device)
     for b, h, head in _heads(*inputs, hidden, layout, size, scale):
-        d_out = _to_cells(do[b, :, h].to(wide), height, width, cell)
+        d_out = _to_cells(do[b, :, h], height, width, cell, wide)
         d_head = [torch.zeros_like(t) for t in (head.q, head.k, head.v, head.k_shared, head.v_shared)]
         d_head += [torch.zeros_like(t) for t in (head.k_means, head.v_means)]
         d_q, d_k, d_v, d_ks, d_vs, d_km, d_vm = d_head
@@ -260,11 +266,17 @@ def _mix_back(weights: Tensor, rows: Tensor, part: _Part, d_shared: Tensor, d_to
     d_means.index_add_(0, part.slots.flatten(), (weights[..., T + S * L :].mT @ rows).flatten(0, 1))
 
 
-def _to_cells(t: Tensor, height: int, width: int, cell: int) -> Tensor:
-    """Lay `[height * width, D]` out cell by cell `[C, cell * cell, D]`, with zeros beyond the border."""
-    image = F.pad(t.unflatten(0, (height, width)), (0, 0, 0, -width % cell, 0, -height % cell))
-    rows, columns = image.shape[0] // cell, image.shape[1] // cell
-    return image.view(rows, cell, columns, cell, -1).transpose(1, 2).reshape(rows * columns, cell * cell, -1)
+def _to_cells(t: Tensor, height: int, width: int, cell: int, dtype: torch.dtype, more: int = 0) -> Tensor:
+    """Lay `[height * width, D]` out cell by cell `[C + more, cell * cell, D]`, zeros beyond the border and in `more`."""
+    image = t.unflatten(0, (height, width))
+    if height % cell or width % cell:
+        image = F.pad(image, (0, 0, 0, -width % cell, 0, -height % cell))
+    rows, columns, D = image.shape[0] // cell, image.shape[1] // cell, t.shape[1]
+    found = t.new_empty((rows * columns + more, cell * cell, D), dtype=dtype)
+    whole = image.unflatten(1, (columns, cell)).unflatten(0, (rows, cell)).transpose(1, 2)
+    found[: rows * columns].view(rows, columns, cell, cell, D).copy_(whole)
+    found[rows * columns :].zero_()
+    return found
 
 
 def _from_cells(t: Tensor, height: int, width: int, cell: int) -> Tensor:
