@@ -206,6 +206,38 @@ def multipole_steps() -> str:
     return table(["denoiser", "size", "stock", "`Clear(16)`", "`Multipole(spread=0)`", "`Multipole(exact=0)`"], rows)
 
 
+def multipole_kernels() -> str:
+    """The operator of multipole attention beside local attention in a disc, forward and backward."""
+    rows = []
+    for row in stored("bench/results/kernels_multipole_h200.json")["rows"]:
+        own, disc = row["candidates"][:2]
+        cells = []
+        for which in ("forward", "backward"):
+            mine, other = own[which], disc[which]
+            cells += (
+                [f"{mine['median_ms']:.2f} ms", f"{mine['median_ms'] / other['median_ms']:.2f}x"] if mine else ["-"] * 2
+            )
+        both = own["forward"] and own["backward"]
+        cells.append(f"{own['backward']['median_ms'] / own['forward']['median_ms']:.2f}x" if both else "-")
+        rows.append([row["label"].removesuffix(", D 128, bf16"), *cells])
+    return table(["grid and setting", "forward", "of a disc's", "backward", "of a disc's", "of the forward"], rows)
+
+
+def graphs() -> str:
+    """Steps at native sizes: eager, and from CUDA graphs, as factors of stock as users run it."""
+    rows = []
+    for row in stored("bench/results/pipelines_native_h200.json")["rows"]:
+        own, stock = timed(row), stock_step(row)
+        assert stock is not None
+        cells = []
+        for name in ("stock sdpa", "clear r8", "multipole"):
+            graph = own[name]["graphs"]["median_ms"]
+            cells += [f"{own[name]['median_ms']:.0f} ms", f"{graph:.1f} ms ({stock['median_ms'] / graph:.2f}x)"]
+        rows.append([row["group"], size_of(row), *cells])
+    names = [f"{name}, {way}" for name in ("stock", "`Clear(8)`", "`Multipole()`") for way in ("eager", "graph")]
+    return table(["denoiser", "size", *names], rows)
+
+
 def missed() -> str:
     """What was aimed at, measured, and not reached, of all stored results."""
     rows = [
@@ -324,6 +356,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "linear": linear,
     "pipelines": pipelines,
     "multipole_steps": multipole_steps,
+    "multipole_kernels": multipole_kernels,
+    "graphs": graphs,
     "missed": missed,
     "models": models,
     "distilled": distilled,

@@ -267,7 +267,7 @@ def _mix_back(weights: Tensor, rows: Tensor, part: _Part, d_shared: Tensor, d_to
 
 
 def _to_cells(t: Tensor, height: int, width: int, cell: int, dtype: torch.dtype, more: int = 0) -> Tensor:
-    """Lay `[height * width, D]` out cell by cell `[C + more, cell * cell, D]`, zeros beyond the border and in `more`."""
+    """Lay `[height * width, D]` out cell by cell `[C + more, cell * cell, D]`, zeros beyond the border and `more`."""
     image = t.unflatten(0, (height, width))
     if height % cell or width % cell:
         image = F.pad(image, (0, 0, 0, -width % cell, 0, -height % cell))
