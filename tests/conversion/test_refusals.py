@@ -197,17 +197,15 @@ def test_a_forward_that_cannot_be_rerouted_raises(
     assert not torch.allclose(run(case, model, 12, 10), stock(host_id), atol=1e-3)
 
 
-def test_context_parallelism_is_refused_before_and_after_conversion() -> None:
+def test_context_parallelism_that_the_model_does_not_know_of_is_refused() -> None:
+    """`enable_parallelism` tells the model, which tells our layers how the tokens are cut."""
     case = HOST["flux"]
-    model = case.build()
-    model.transformer_blocks[0].attn.processor._parallel_config = object()
-    with pytest.raises(ValueError, match=r"transformer_blocks.0.attn runs with context parallelism"):
-        convert(model, Clear(radius=2))
-    model.transformer_blocks[0].attn.processor._parallel_config = None
+    model, inputs = case.build(), case.inputs(6, 8, 2, 7)
     convert(model, Clear(radius=2))
     model.transformer_blocks[0].attn.processor._parallel_config = object()
-    with pytest.raises(ValueError, match="context parallelism, which cuts the grid"):
-        model(**case.inputs(9, 8, 1, 7))
+    with pytest.raises(ValueError, match=r"transformer_blocks.0.attn runs with context parallelism of which its model"):
+        model(**inputs)
+    assert model.transformer_blocks[0].attn.processor._parallel_config is not None
 
 
 def test_a_model_of_features_says_what_to_convert() -> None:

@@ -118,8 +118,8 @@ def test_opcheck(case, monkeypatch):
     from vision_attn.kernels.local import portable as local_portable
 
     calls = []
-    op = local_portable._grid_attention
-    monkeypatch.setattr(local_portable, "_grid_attention", lambda *args: calls.append(args) or op(*args))
+    op = local_portable.grid_attention
+    monkeypatch.setattr(local_portable, "grid_attention", lambda *args: calls.append(args) or op(*args))
     inputs = draw(case, torch.float32)
     run(case, inputs, "torch")
     torch.library.opcheck(

@@ -7,7 +7,7 @@ ORDER = (
     ("kernels",),
     ("processors",),
     ("hosts", "backbones"),
-    ("adapters", "estimation", "graphs"),
+    ("adapters", "estimation", "graphs", "parallel"),
     ("conversion",),
     ("highres",),
     ("pipelines", "demo"),

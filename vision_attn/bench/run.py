@@ -2,6 +2,7 @@
 
 import fnmatch
 import importlib
+import os
 import pkgutil
 import shlex
 from collections.abc import Callable, Sequence
@@ -123,7 +124,7 @@ def run_benchmarks(
         for entry, cases in chosen.items():
             path, rows = _run_entry(entry, cases, measurement, out, dict(date=today(), command=command), say)
             failed += [f"{row['case']}: {reason}" for row in rows if (reason := subject_reason(row))]
-            written.append(path)
+            written += [path] * leads()
     if failed:
         raise ValueError(f"stored in {out}, but the subject itself was left out: {'; '.join(failed)}")
     return written
@@ -142,9 +143,15 @@ def _run_entry(
     for case in cases:
         rows.append(entry.row(case, measurement) | run)
         timing = getattr(entry, "TIMING", _TIMING)
-        write_document(path, dict(**place, timing=timing, rows=merged(stored, rows, order)))
-        say(describe(rows[-1]))
+        if leads():
+            write_document(path, dict(**place, timing=timing, rows=merged(stored, rows, order)))
+            say(describe(rows[-1]))
     return path, rows
+
+
+def leads() -> bool:
+    """Whether this process stores results: a launcher that starts several tells each its rank."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def subject_reason(row: dict[str, Any]) -> str | None:

@@ -6,9 +6,7 @@ What is decided from shapes is remembered with the layer.
 """
 
 import functools
-import inspect
 import logging
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vision_attn.conversion.doors import ATTENTION, LINEAR, Below, Door, backend_door, backend_of, by_backend
+from vision_attn.conversion.doors import ATTENTION, LINEAR, Below, Door, backend_door, backend_of, by_backend, describe
 from vision_attn.conversion.grids import backward_running
 from vision_attn.conversion.groups import grouped
 from vision_attn.conversion.masks import is_bias, key_padding, stays_dense
@@ -25,6 +23,9 @@ from vision_attn.conversion.projections import Projections
 from vision_attn.conversion.state import ADDED, MASKED, LayerState
 from vision_attn.grid import Grid, largest
 from vision_attn.kernels.tapes import DEVICES
+from vision_attn.parallel.models import stock_attention
+from vision_attn.parallel.processors import attend
+from vision_attn.parallel.ranks import Ranks
 from vision_attn.processors.base import CHILD, Moment, Processor
 from vision_attn.processors.softmax import Softmax, SoftmaxAttention
 
@@ -45,7 +46,7 @@ def answered(module: nn.Module, state: LayerState, run: Callable[..., Any], args
 
     Raises:
         RuntimeError: If it never called `scaled_dot_product_attention`, or torch.fx traces it.
-        ValueError: If it runs with context parallelism, or the processor cannot honour the call.
+        ValueError: If the processor cannot honour the call.
     """
     if isinstance(next(iter(args or kwargs.values()), None), torch.fx.Proxy):
         raise RuntimeError(
@@ -54,12 +55,12 @@ def answered(module: nn.Module, state: LayerState, run: Callable[..., Any], args
             "torch.jit.trace or torch.export. For features timm has forward_intermediates()"
         )
     processor = _processor_of(module)
-    if getattr(processor, "_parallel_config", None) is not None:
-        raise ValueError(f"{state.name} runs with context parallelism, which cuts the grid: revert() first")
     mask = kwargs.get("attention_mask")
     call = Answers(module, state, mask is not None and stays_dense(mask, state), processor)
     if call.backend is not None:
         run = functools.partial(_with_backend, call, run)
+    if call.parallel is not None:
+        run = functools.partial(_without_exchange, call, run)
     if call.projections is None:
         return _run(module, call, run, args, kwargs)
     if torch.compiler.is_compiling():  # Dynamo takes one `with` block around code that has others
@@ -121,6 +122,15 @@ def _with_backend(call: "Answers", run: Callable[..., Any], *args: Any, **kwargs
         door.close(answer)
 
 
+def _without_exchange(call: "Answers", run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a layer's own code, which would else exchange heads or keys between processes before it attends."""
+    call.stock._parallel_config = None
+    try:
+        return run(*args, **kwargs)
+    finally:
+        call.stock._parallel_config = call.parallel
+
+
 def _processor_of(module: nn.Module) -> Any:
     """Return diffusers' processor of a layer, None if it has none."""
     return vars(module).get("processor") or module._modules.get("processor")
@@ -146,14 +156,17 @@ class Answers:
 
     Attributes:
         backend: The attention backend of diffusers that the layer calls, None for PyTorch's own.
+        parallel: diffusers' configuration of several processes over which the layer attends, None for one.
     """
 
     __slots__ = (
-        "_across", "_noted", "backend", "module", "moment", "processor", "projections", "reached", "state", "stock",
+        "_across", "_noted", "backend", "module", "moment", "parallel", "processor", "projections", "reached", "state",
+        "stock",
     )  # fmt: skip
 
     def __init__(self, module: nn.Module, state: LayerState, masked: bool, stock: Any) -> None:
         self.module, self.state, self.stock, self.backend = module, state, stock, backend_of(stock)
+        self.parallel = getattr(stock, "_parallel_config", None)
         self.reached = self._noted = False
         self._across = ""
         processor: Any = module._modules[CHILD]
@@ -170,7 +183,7 @@ class Answers:
 
     def through_doors(self, run: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """Run the layer's own code, whose calls come to `attend` and `linear`."""
-        described = _describe(self.stock)
+        described = describe(self.stock)
         fused = self.projections is not None and self.projections.fused
         linear = LINEAR.open(self.linear) if fused else None
         before = ATTENTION.open(self.attend)
@@ -202,6 +215,8 @@ class Answers:
         """Answer one call of `scaled_dot_product_attention` on `[B, H, N, D]` tensors."""
         masked = attn_mask is not None and stays_dense(attn_mask, self.state)
         grid = self._grid_of(query.dim(), query.shape[-2], key.shape[-2], masked)
+        if grid is None and self.parallel is not None:
+            return stock_attention(self.stock, self.parallel, query, key, value, attn_mask, scale)
         if grid is None:
             own: Any = F.scaled_dot_product_attention if torch.compiler.is_compiling() else ATTENTION.through
             if self.backend is not None and torch.compiler.is_compiling():
@@ -224,10 +239,12 @@ class Answers:
             masked = attn_mask is not None and stays_dense(attn_mask, self.state)
             grid = self._grid_of(query.dim(), query.shape[1], key.shape[1], masked)
             if grid is None:
-                return through(**call)
+                return through(**call if self.parallel is None else {**call, "_parallel_config": self.parallel})
             if isinstance(attn_mask, Tensor) and attn_mask.shape == key.shape[:2]:
                 attn_mask = attn_mask[:, None, None]
-            here.answer = functools.partial(_rows, through, call, grid) if isinstance(grid, Grid) else None
+            here.answer = None
+            if isinstance(grid, Grid) and self.parallel is None:
+                here.answer = functools.partial(_rows, through, call, grid)
             rest = (call.get("dropout_p", 0.0), call.get("is_causal", False), call.get("scale"))
             return self._processed(grid, query, key, value, attn_mask, *rest)
         finally:
@@ -258,7 +275,9 @@ class Answers:
         unasked = k.shape[1] - q.shape[1]
         if unasked:
             q = F.pad(q, (0, 0, 0, 0, unasked, 0))  # a query for each token; nobody reads what these get
-        if attn_mask is not None and state.host.biases and is_bias(attn_mask):
+        if state.context.cut is not None:
+            output = self._over_processes(state.context.cut.of(largest(grid)), q, k, v, attn_mask, scale)
+        elif attn_mask is not None and state.host.biases and is_bias(attn_mask):
             output = self.processor.biased(q, k, v, largest(grid), attn_mask, scale)
         else:
             mask = None if attn_mask is None else key_padding(attn_mask, grid, state)
@@ -270,6 +289,18 @@ class Answers:
                 output = torch.cat([self._over(*sample, scale) for sample in each])
         self._note(grid, "rerouted")
         return output[:, unasked:] if unasked else output
+
+    def _over_processes(
+        self, ranks: Ranks, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, scale: float | None
+    ) -> Tensor:
+        """Let the processor attend over a grid of which this process holds a slice."""
+        mask = None if attn_mask is None else key_padding(attn_mask, ranks.held, self.state)
+        assert mask is None or isinstance(mask, Tensor)
+        if attn_mask is not None and mask is None and any(ranks.outside):  # other processes may hide keys
+            mask = q.new_ones((len(attn_mask), ranks.outside[ranks.rank]), dtype=torch.bool)
+        if q.shape[2] != k.shape[2]:
+            k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (k, v))
+        return attend(self.processor, q, k, v, ranks, mask, scale, self.moment)
 
     def _over(self, grid: Grid, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
         """Let the processor attend over one grid."""
@@ -286,6 +317,11 @@ class Answers:
         """Return the grid, or that of each sample, of a call that the processor is to answer; None lets it through."""
         self.reached = True
         state, context = self.state, self.state.context
+        if self.parallel is not None and context.cut is None:
+            raise ValueError(
+                f"{state.name} runs with context parallelism of which its model does not know: call the model's own "
+                "enable_parallelism"
+            )
         unchanged = isinstance(self.processor, SoftmaxAttention)
         unasked = tokens - queries
         own = dim in state.host.axes and (unasked == 0 or (unasked > 0 and state.host.more_keys))
@@ -373,43 +409,6 @@ def _answering(call: Answers) -> TorchFunctionMode:
 def _is_behind(door: Door, func: Callable[..., Any]) -> bool:
     """Whether a function is that of a door which other threads hold open."""
     return not torch.compiler.is_compiling() and func in (door.front, door.builtin)
-
-
-class _Described:
-    """Stands for a processor's `__call__` where diffusers reads its signature, at each forward of an attention module.
-
-    To work it out takes a tenth of a step's host time. Calls of the processor do not come here.
-    """
-
-    __slots__ = ("__signature__", "processor")
-
-    def __init__(self, processor: Any, signature: inspect.Signature) -> None:
-        self.processor, self.__signature__ = processor, signature
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.processor(*args, **kwargs)
-
-
-def _describe(processor: Any) -> dict[str, Any] | None:
-    """Give a processor of diffusers its signature, until what is returned loses its `__call__`; None if it has none."""
-    kind: Any = type(processor)
-    signature = _signature_of(kind)
-    if signature is None:
-        return None
-    attributes = vars(processor)
-    if type(attributes.get("__call__", None)) not in (type(None), _Described):
-        return None
-    attributes["__call__"] = _Described(processor, signature)
-    return attributes
-
-
-@functools.cache
-def _signature_of(cls: Any) -> inspect.Signature | None:
-    """Return the signature of an object's `__call__`, if its class defines one in Python and takes attributes."""
-    call = getattr(cls, "__call__", None)  # noqa: B004
-    if not isinstance(call, types.FunctionType) or issubclass(cls, nn.Module) or not cls.__dictoffset__:
-        return None
-    return inspect.signature(types.MethodType(call, cls))
 
 
 def _moment_of(state: LayerState) -> Moment:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from vision_attn.grid import Grid
 from vision_attn.hosts.host import Found, Probe
+from vision_attn.parallel.models import cut_of
+from vision_attn.parallel.ranks import Cut
 
 UNSEEN = "no forward pass of the host has been seen"
 OUTSIDE = "it runs outside of a forward of its model"
@@ -126,6 +128,7 @@ class GridContext:
         after: Names of arguments that bring tokens after the grid.
         of_model: Whether the watched module is the whole model, so that a layer which runs outside of its forward (in
             another model that shares the layer) has no grid.
+        cut: The processes over which the forward that began last cuts its tokens, None if it does not.
         fixed: A grid given by the user; what the probe finds must agree with it. If the probe would have to read
             values, `torch.compile` and the capture of a CUDA graph take it as it is, and check only the token count.
         found: What the probe found last, in any thread: a grid, or the reason for none.
@@ -141,6 +144,7 @@ class GridContext:
     counted: str = ""
     after: tuple[str, ...] = ()
     of_model: bool = False
+    cut: Cut | None = None
     fixed: Grid | None = None
     found: Found = UNSEEN
     awaiting: AwaitingBackward = field(default_factory=AwaitingBackward)
@@ -177,6 +181,8 @@ class GridContext:
         if self.after and isinstance(found, Grid):
             more = [inputs[name].shape[-2] for name in self.after if inputs.get(name) is not None]
             found = Grid(found.height, found.width, found.prefix, found.suffix + sum(more))
+        if self.cut is not None or getattr(module, "_parallel_config", None) is not None:
+            self.cut, found = cut_of(module, inputs, found, self.cut)
         if tracing:
             self.found = found
             return
@@ -288,6 +294,8 @@ class GridContext:
             each = [self.placed(own, tokens) for own in found]
             grids = tuple(own for own in each if isinstance(own, Grid))
             return grids if len(grids) == len(each) else next(own for own in each if not isinstance(own, Grid))
+        if self.cut is not None:
+            return self._cut(found, tokens)
         if tokens == found.image_tokens and self.others != "none":
             return Grid(found.height, found.width)
         others = tokens - found.tokens
@@ -296,6 +304,14 @@ class GridContext:
         prefix = found.prefix + (others if self.others == "prefix" else 0)
         suffix = found.suffix + (others if self.others == "suffix" else 0)
         return Grid(found.height, found.width, prefix, suffix)
+
+    def _cut(self, found: Grid, tokens: int) -> Grid | str:
+        """Return the grid of the whole sequence, of which this process holds `tokens` tokens."""
+        assert self.cut is not None
+        ranks = self.cut.of(found)
+        if min(ranks.count(ranks.image, rank) for rank in range(ranks.size)) < 1:
+            return f"{found} is smaller than the {ranks.size} processes are many"
+        return found if ranks.tokens == tokens else f"{tokens} tokens are not this process's slice of {found}"
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:

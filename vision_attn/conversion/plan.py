@@ -209,15 +209,13 @@ def _like(processor: Processor, module: nn.Module, model: nn.Module) -> Processo
 
 
 def _refuse_other_attention(name: str, module: nn.Module) -> None:
-    """Refuse a module that is known not to call attention that we can answer, or to cut the sequence.
+    """Refuse a module that is known not to call attention that we can answer.
 
     Raises:
         ValueError: If it is one; the error says what to switch off.
     """
     processor: Any = getattr(module, "processor", None)
     kind = type(processor).__name__
-    if getattr(processor, "_parallel_config", None) is not None:
-        raise ValueError(f"{name} runs with context parallelism, which cuts the grid: it is not supported")
     for sign, cure in (
         ("Sliced", "disable_attention_slicing"),
         ("XFormers", "disable_xformers_memory_efficient_attention"),

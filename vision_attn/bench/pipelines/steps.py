@@ -312,6 +312,8 @@ class Steps:
         stacks: Lists of equal blocks of the model. None if the blocks differ: then every step is run whole.
         device: Where.
         longest_s: A step that is expected to take longer is extrapolated.
+        agree: Returns the seconds by which it is decided how many steps are taken, from those that were measured: all
+            of several processes must take as many.
     """
 
     def __init__(
@@ -322,8 +324,10 @@ class Steps:
         device: torch.device,
         *,
         longest_s: float = LONGEST_S,
+        agree: Callable[[float], float] = float,
     ) -> None:
         self.step, self.model, self.stacks, self.device = step, model, tuple(stacks), device
+        self.agree = agree
         self.longest_s, self.clock = longest_s, Clock(device)
         self.lengths = {name: len(getattr(model, name)) for name in self.stacks}
 
@@ -346,9 +350,9 @@ class Steps:
                 watch = PeakMemory(self.device)
                 samples, parts = zip(*(self._short(first) for _ in range(2)), strict=True)
                 blocks = {name: statistics.median(part[name] for part in parts) for name in self.stacks}
-            if min(samples) > self.longest_s * 1e3:
+            expected = self.agree(min(samples) / 1e3)
+            if expected > self.longest_s:
                 return _figures(samples, watch) | dict(extrapolated=True, blocks_ms=blocks)
-            expected = min(samples) / 1e3
             if warm or expected < 2:
                 self.step()
             watch, timed = PeakMemory(self.device), []
@@ -356,7 +360,7 @@ class Steps:
             self.step()
             watch = PeakMemory(self.device)
             timed = [self.clock.time(self.step)]
-            expected = timed[0] / 1e3
+            expected = self.agree(timed[0] / 1e3)
         count = next((count for limit, count in _COUNTS if expected < limit), 1)
         timed += [self.clock.time(self.step) for _ in range(count - len(timed))]
         return _figures(timed, watch) | dict(extrapolated=False, blocks_ms=blocks or None)

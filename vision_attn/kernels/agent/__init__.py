@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vision_attn.kernels.agent.op import agent_attention_triton
+from vision_attn.kernels.agent.op import agent_attention_triton, read_agents_triton
 from vision_attn.kernels.backend import Implementation, full_precision, pick, refuse_unlike
 from vision_attn.kernels.dense import dense_attention
 from vision_attn.kernels.triton.launching import triton_reasons
@@ -117,6 +117,35 @@ def _torch(
     """Two calls of `scaled_dot_product_attention`, the second over agents and direct keys side by side."""
     a = agents.tokens
     gathered = dense_attention(a, k, v, mask=_bias_and_mask(a, agents.key_bias, mask), scale=scale)
+    return _read(q, gathered, agents, direct, scale)
+
+
+def read_agents(
+    q: Tensor, gathered: Tensor, agents: Agents, *, direct: Direct | None, scale: float, backend: str
+) -> Tensor:
+    """Read from the agents what they gathered: the second softmax of `agent_attention`, alone.
+
+    Args:
+        q: Queries `[B, N, H, D]`.
+        gathered: V_a `[B, A, H, D]`.
+        agents: The agents; B_1 is not used.
+        direct: As for `agent_attention`.
+        scale: Factor of the logits.
+        backend: As for `agent_attention`; 'reference' is 'torch' here.
+
+    Returns:
+        `[B, N, H, D]`.
+    """
+    implementations = {
+        "triton": Implementation(read_agents_triton, triton_reasons(q, auto=backend == "auto")),
+        "torch": Implementation(_read),
+        "reference": Implementation(_read),
+    }
+    return pick("read_agents", backend, implementations)(q, gathered, agents, direct, scale)
+
+
+def _read(q: Tensor, gathered: Tensor, agents: Agents, direct: Direct | None, scale: float) -> Tensor:
+    a = agents.tokens
     query_scale = scale if agents.query_scale is None else agents.query_scale
     if direct is None:
         return dense_attention(q, a, gathered, mask=_bias_and_mask(q, agents.query_bias, None), scale=query_scale)

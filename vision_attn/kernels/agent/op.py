@@ -18,8 +18,15 @@ def agent_attention_triton(
 ) -> Tensor:
     """Run `agent_attention` on checked inputs."""
     a = agents.tokens
-    A, M = a.shape[1], k.shape[1]
+    M = k.shape[1]
     gathered = _attend(a, k, v, agents.key_bias, mask, M, [scale, scale])[0]
+    return read_agents_triton(q, gathered, agents, direct, scale)
+
+
+def read_agents_triton(q: Tensor, gathered: Tensor, agents: Any, direct: Any, scale: float) -> Tensor:
+    """Run `read_agents`."""
+    a = agents.tokens
+    A = a.shape[1]
     first = scale if agents.query_scale is None else agents.query_scale
     if direct is None:
         return _attend(q, a, gathered, agents.query_bias, None, A, [first, first])[0]
@@ -37,7 +44,7 @@ def _attend(
     """Output and log-sum-exp in base 2; the first keys have a bias `[H, N, first]` and a scale of their own."""
     from vision_attn.kernels.agent.forward import forward  # noqa: PLC0415
 
-    return forward(_pairs(q, k, v, bias, mask, first, scales))
+    return forward(pairs_of(q, k, v, bias, mask, first, scales))
 
 
 @_attend.register_fake
@@ -54,7 +61,7 @@ def _attend_backward(
     """Gradients of q, k, v and bias; empty for what is None."""
     from vision_attn.kernels.agent.backward import backward  # noqa: PLC0415
 
-    return backward(_pairs(q, k, v, bias, mask, first, scales), packed(do), o, lse)
+    return backward(pairs_of(q, k, v, bias, mask, first, scales), packed(do), o, lse)
 
 
 @_attend_backward.register_fake
@@ -64,9 +71,10 @@ def _(
     return *(t.new_empty(t.shape) for t in (q, k, v)), q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
 
 
-def _pairs(
+def pairs_of(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, first: int, scales: Sequence[float]
 ) -> Any:
+    """Return the inputs of a call as the kernels take them."""
     from vision_attn.kernels.triton.pairs import Pairs  # noqa: PLC0415
 
     return Pairs(packed(q), packed(k), packed(v), bias, bytes_of_mask(mask), first, (scales[0], scales[1]))

@@ -16,10 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vision_attn.kernels.backend import Implementation, full_precision, pick, refuse_unlike
-from vision_attn.kernels.linear.op import feature_mean_triton, linear_attention_triton, linear_state
+from vision_attn.kernels.linear.op import (
+    feature_mean_triton,
+    linear_attention_triton,
+    linear_output,
+    linear_state,
+)
 from vision_attn.kernels.triton.launching import triton_reasons
 
-__all__ = ["Features", "feature_mean", "linear_attention", "linear_state", "rotate_pairs"]
+__all__ = ["Features", "feature_mean", "linear_attention", "linear_output", "linear_state", "rotate_pairs"]
 
 _MAPS = ("elu", "relu", "none")
 

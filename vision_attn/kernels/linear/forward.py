@@ -434,6 +434,11 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     part, part_top = state_parts(call, k, v, call.weight, None, call.query)
     factor = 1.0 / k.shape[1] if call.query is None else 1.0
     state, norm, tops = merged(call, part, part_top, torch.float32, factor)
-    plan = _plan_output(call)
-    plan.run(q, state, norm, *call.rotary()[:2], o, boxed=(q,))
+    fill_output(call, state, norm, o)
     return o, state, norm, tops
+
+
+def fill_output(call: Call, state: Tensor, norm: Tensor, o: Tensor) -> None:
+    """Write the output `[B, N, H, D]` of queries over a state `[B, H, F, D]` and its norm `[B, H, F]`, both means."""
+    plan = _plan_output(call)
+    plan.run(call.q, state, norm, *call.rotary()[:2], o, boxed=(call.q,))

@@ -31,26 +31,53 @@ def feature_mean_triton(q: Tensor, features: Any, weight: Tensor | None) -> Tens
     return _mean(q, weight, features.map)[0]
 
 
-def linear_state(features: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def linear_state(
+    k: Tensor, v: Tensor, weight: Tensor | None = None, map_: str = "none", factor: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Sum features times values, and features, over the tokens: for operators that fuse the rest themselves.
 
-        S = sum_j phi_j v_j^T,    z = sum_j phi_j
+        S = factor sum_j w_j phi(k_j) v_j^T,    z = factor sum_j w_j phi(k_j)
 
     Runs in Triton and has no gradient.
 
     Args:
-        features: phi `[B, N, H, F]`, `aligned`.
+        k: Keys `[B, N, H, F]`, `aligned`.
         v: Values `[B, N, H, D]`, `aligned`.
+        weight: Weights w `[B, N, H]`.
+        map_: The feature map, as `Features` has it.
+        factor: Of both sums.
 
     Returns:
         S `[B, H, F, D]` and z `[B, H, F]` in float32.
     """
     from vision_attn.kernels.linear.forward import Call, merged, state_parts  # noqa: PLC0415
 
-    call = Call(features, features, v, None, None, None, None, "none", 0.0)
-    part, _ = state_parts(call, features, v, None, None, None)
-    state, norm, _ = merged(call, part, None, torch.float32, 1.0)
+    call = Call(k, k, v, None, None, weight, None, map_, 0.0)
+    part, _ = state_parts(call, k, v, weight, None, None)
+    state, norm, _ = merged(call, part, None, torch.float32, factor)
     return state, norm
+
+
+def linear_output(q: Tensor, state: Tensor, norm: Tensor, map_: str, eps: float) -> Tensor:
+    """Return what queries read from a state and its norm, both divided by the number of keys: `[B, N, H, D]`.
+
+        o_i = phi(q_i) S / (phi(q_i) . z + eps)
+
+    Runs in Triton and has no gradient.
+
+    Args:
+        q: Queries `[B, N, H, F]`, `aligned`.
+        state: S `[B, H, F, D]`, float32.
+        norm: z `[B, H, F]`, float32.
+        map_: The feature map, as `Features` has it.
+        eps: Added to the normaliser.
+    """
+    from vision_attn.kernels.linear.forward import Call, fill_output  # noqa: PLC0415
+
+    o = q.new_empty((*q.shape[:3], state.shape[-1]))
+    if o.numel():
+        fill_output(Call(q, q, o, None, None, None, None, map_, eps), state.contiguous(), norm.contiguous(), o)
+    return o
 
 
 def _narrow(weight: Tensor) -> Tensor:

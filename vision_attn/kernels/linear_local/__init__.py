@@ -38,6 +38,7 @@ def linear_local_attention(
     window_size: PerAxis,
     gate: Tensor,
     *,
+    far: tuple[Tensor, Tensor] | None = None,
     mask: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
@@ -51,6 +52,8 @@ def linear_local_attention(
         grid: Where the image tokens lie in the sequence.
         window_size: Side of a cell in tokens, or a (height, width) pair.
         gate: Weight g of the softmax part `[H]`, above 0.
+        far: Sums over the features b of the keys, `sum b v^T` `[B, H, F, D]` and `sum b` `[B, H, F]`, in float32 at
+            least; those over the grid if None. Where the grid is a part of a larger one, give those of the larger one.
         mask: Bool `[B, prefix + suffix]` (or batch 1): False hides a key outside the grid.
         scale: Factor of the logits, `D ** -0.5` if None.
         backend: 'triton' (CUDA, fused, without gradients), 'torch' (any device), 'reference' (dense, small inputs), or
@@ -83,7 +86,7 @@ def linear_local_attention(
     }
     run = pick("linear_local_attention", backend, implementations)
     scale = v.shape[-1] ** -0.5 if scale is None else scale
-    return run(v, q, k, grid, cell, gate, mask, scale)
+    return run(v, q, k, grid, cell, gate, far, mask, scale)
 
 
 @full_precision
@@ -94,6 +97,7 @@ def _torch(
     grid: Grid,
     cell: tuple[int, int],
     gate: Tensor,
+    far: tuple[Tensor, Tensor] | None,
     mask: Tensor | None,
     scale: float,
 ) -> Tensor:
@@ -116,8 +120,9 @@ def _torch(
     if shared:
         o = o + torch.einsum("bchle,behd->bclhd", weights[..., L:], v_out)
     own, norm = torch.einsum("bcmhf,bcmhd->bchfd", b, values), b.sum(2)  # of each cell
-    o = o + torch.einsum("bclhf,bchfd->bclhd", a, own.sum(1, keepdim=True) - own)
-    total = weights.sum(-1).transpose(2, 3) + torch.einsum("bclhf,bchf->bclh", a, norm.sum(1, keepdim=True) - norm)
+    state, norms = (own.sum(1), norm.sum(1)) if far is None else far
+    o = o + torch.einsum("bclhf,bchfd->bclhd", a, state[:, None] - own)
+    total = weights.sum(-1).transpose(2, 3) + torch.einsum("bclhf,bchf->bclh", a, norms[:, None] - norm)
     return from_cells(o / total[..., None], grid, cell).to(v.dtype)
 
 
@@ -129,6 +134,7 @@ def _reference(
     grid: Grid,
     cell: tuple[int, int],
     gate: Tensor,
+    far: tuple[Tensor, Tensor] | None,
     mask: Tensor | None,
     scale: float,
 ) -> Tensor:
@@ -144,6 +150,13 @@ def _reference(
     scores = torch.einsum("bnhd,bmhd->bhnm", q[0][:, image].to(wide), k[0].to(wide)) * scale
     scores = scores.masked_fill(~seen[:, None], -torch.inf)
     exact = (scores - scores.amax(-1, keepdim=True)).exp() * gate.to(wide)[:, None, None]
-    linear = torch.einsum("bnhf,bmhf->bhnm", q[1][:, image].to(wide), k[1].to(wide)) * ~own
+    a = q[1][:, image].to(wide)
+    linear = torch.einsum("bnhf,bmhf->bhnm", a, k[1].to(wide)) * ~own
     weights = exact + linear
-    return torch.einsum("bhnm,bmhd->bnhd", weights / weights.sum(-1, keepdim=True), v.to(wide)).to(v.dtype)
+    o, total = torch.einsum("bhnm,bmhd->bnhd", weights, v.to(wide)), weights.sum(-1)
+    if far is not None:  # what lies beyond this part of the grid
+        keys, values = k[1][:, image].to(wide), v[:, image].to(wide)
+        beyond = far[0] - torch.einsum("bmhf,bmhd->bhfd", keys, values)
+        o = o + torch.einsum("bnhf,bhfd->bnhd", a, beyond)
+        total = total + torch.einsum("bnhf,bhf->bhn", a, far[1] - keys.sum(1))
+    return (o / total.mT[..., None]).to(v.dtype)

@@ -94,22 +94,29 @@ def _forward(
     store_rows_below(own_head(o, b, h, tokens, heads, D), row, tokens, heads * D, 0, o_rows, D, BLOCK_D)
 
 
-def forward(call: Cells, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
-    """Return the output of the grid's tokens `[B, n, H, D]`; `a` and `b` are features `[B, n, H, F]`."""
+def forward(
+    call: Cells, a: Tensor, b: Tensor, gate: Tensor, state: Tensor | None = None, norm: Tensor | None = None
+) -> Tensor:
+    """Return the output of the grid's tokens `[B, n, H, D]`.
+
+    `a` and `b` are features `[B, n, H, F]`; `state` and `norm` are sums over more than the grid, if they are given.
+    """
     q, k, v = call.q, call.k, call.v
     F = a.shape[-1]
     o = q.new_empty(q.shape)
     if not o.numel():
         return o
-    state, norm = linear_state(b, v)
+    whole = state is not None and norm is not None
+    state, norm = (state, norm) if whole else linear_state(b, v)
+    far = whole or call.count > 1
     args, shared = (q, k, v, a, b, state, norm, gate, o, *strides_of(q, k, v, a, b)), call.shared()
 
     # TF32 holds 16-bit features exactly, and their products with sums twice as well as 16 bits would
     wide = thrice(q) if q.dtype == torch.float32 else precision_of(q)
 
     def more(launch: Launch) -> dict[str, Any]:
-        return dict(FAR=call.count > 1, F=F, BLOCK_F=min(block_of(F), launch.features), WIDE=wide, **shared)
+        return dict(FAR=far, F=F, BLOCK_F=min(block_of(F), launch.features), WIDE=wide, **shared)
 
-    programs, named = call.launch("linear_local.forward", _forward, args, more, (F, call.count > 1))
+    programs, named = call.launch("linear_local.forward", _forward, args, more, (F, far))
     _forward[(programs,)](*args, **named)
     return o

@@ -28,7 +28,7 @@ from vision_attn.kernels.local.plain import plain_attention, window_start
 if TYPE_CHECKING:
     from vision_attn.kernels.local import Window
 
-_HIDDEN = -1e30
+HIDDEN = -1e30
 _MAX_SCORES = 1 << 23  # logits computed at a time: 32 MiB in float32
 
 
@@ -292,8 +292,8 @@ def local_attention_torch(
         k_shared, v_shared = (torch.cat([outside(t, grid), p], 1) for t, p in zip((k, v), pooled, strict=True))
         hidden = None
         if mask is not None:
-            hidden = F.pad((~mask).to(torch.promote_types(q.dtype, torch.float32)) * _HIDDEN, (0, pooled[0].shape[1]))
-        o = _grid_attention(
+            hidden = F.pad((~mask).to(torch.promote_types(q.dtype, torch.float32)) * HIDDEN, (0, pooled[0].shape[1]))
+        o = grid_attention(
             q[:, image], k[:, image], v[:, image], k_shared, v_shared, window.bias, hidden,
             [grid.height, grid.width], *window.geometry(grid), window.cell, scale,
         )  # fmt: skip
@@ -301,7 +301,7 @@ def local_attention_torch(
 
 
 @custom_op("vision_attn::local_grid", plain_attention)
-def _grid_attention(
+def grid_attention(
     q: Tensor, k: Tensor, v: Tensor, k_shared: Tensor, v_shared: Tensor, bias: Tensor | None, hidden: Tensor | None,
     size: Sequence[int], radius: float, kernel: Sequence[int], steps: Sequence[int], cell: int, scale: float,
 ) -> Tensor:  # fmt: skip
@@ -318,7 +318,7 @@ def _grid_attention(
         q_sub, k_sub, v_sub, o_sub = (sub.take(t) for t in (q, k, v, o))
         for strip in strips(q_sub.shape, radius, kernel, q.device):
             queries, keys, values = strip.queries(q_sub) * scale, strip.keys(k_sub), strip.keys(v_sub)
-            out, mass = torch.empty_like(queries), strip.mass(cell, _HIDDEN, queries.dtype)
+            out, mass = torch.empty_like(queries), strip.mass(cell, HIDDEN, queries.dtype)
             for c in _chunks(queries, keys, k_all):
                 weights = _weights(strip, c, queries[c], keys[c], k_all[c], bias, hidden, mass, weights)
                 _mix(weights, values[c], v_all[c], out[c])
@@ -327,7 +327,7 @@ def _grid_attention(
     return o
 
 
-@_grid_attention.register_fake
+@grid_attention.register_fake
 def _(q: Tensor, *args: object) -> Tensor:
     return q.new_empty(q.shape)
 
@@ -351,7 +351,7 @@ def _grid_attention_backward(
         for strip in strips(q_sub.shape, radius, kernel, q.device):
             queries, keys, values = strip.queries(q_sub) * scale, strip.keys(k_sub), strip.keys(v_sub)
             do_rows = strip.queries(do_sub)
-            d_queries, mass = torch.empty_like(queries), strip.mass(cell, _HIDDEN, queries.dtype)
+            d_queries, mass = torch.empty_like(queries), strip.mass(cell, HIDDEN, queries.dtype)
             dk_buffer, dv_buffer = strip.buffer(dtype).zero_(), strip.buffer(dtype).zero_()
             for c in _chunks(queries, keys, k_all):
                 weights = _weights(strip, c, queries[c], keys[c], k_all[c], bias, hidden, mass)
@@ -380,7 +380,7 @@ def _(
     return *(q.new_empty(shape) for shape in shapes), q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
 
 
-_grid_attention.register_gradient(_grid_attention_backward)
+grid_attention.register_gradient(_grid_attention_backward)
 
 
 def _heads_first(t: Tensor) -> Tensor:
@@ -420,7 +420,7 @@ def _weights(
         scores[..., :M] += strip.per_head(hidden, c)[:, None, None]
     if mass.shape[2]:
         scores[..., M - mass.shape[2] : M].unflatten(1, (-1, strip.columns)).add_(mass)
-    scores[..., M:].unflatten(1, (-1, strip.columns)).add_(strip.hidden(_HIDDEN, scores.dtype))
+    scores[..., M:].unflatten(1, (-1, strip.columns)).add_(strip.hidden(HIDDEN, scores.dtype))
     if bias is not None:
         scores[..., M:] += strip.bias(bias, c)[:, None]
     return torch.softmax(scores, -1, out=scores)

@@ -21,13 +21,13 @@ from vision_attn.grid import Grid
 from vision_attn.kernels.backend import Implementation, check_inputs, check_mask, full_precision, pick
 from vision_attn.kernels.dense import full_mask
 from vision_attn.kernels.multipole.cells import Cells, choose_cells, counts_of, means_of
-from vision_attn.kernels.multipole.op import multipole_attention_triton
-from vision_attn.kernels.multipole.portable import multipole_attention_torch
+from vision_attn.kernels.multipole.op import multipole_attention_triton, part_attention_triton
+from vision_attn.kernels.multipole.portable import multipole_attention_torch, part_attention_torch
 from vision_attn.kernels.triton.launching import triton_reasons
 
 _MOST_CELLS = 1 << 21  # whose rows and columns kernels find by products of floats
 
-__all__ = ["Cells", "choose_cells", "multipole_attention"]
+__all__ = ["Cells", "choose_cells", "multipole_attention", "part_attention"]
 
 
 def multipole_attention(
@@ -143,3 +143,34 @@ def _cell_of_token(boxes: Tensor, grid: Grid) -> Tensor:
     y, x = (n // grid.width)[:, None], (n % grid.width)[:, None]
     inside = (y >= boxes[:, 0]) & (y < boxes[:, 1]) & (x >= boxes[:, 2]) & (x < boxes[:, 3])
     return inside.int().argmax(1)
+
+
+def part_attention(
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, cells: Cells, means: tuple[Tensor, Tensor], rows: tuple[int, int], *,
+    mask: Tensor | None, scale: float, backend: str,
+) -> Tensor:  # fmt: skip
+    """Attend from the tokens of some rows of cells, with means and exact cells that are known.
+
+    Args:
+        q: Queries `[B, N, H, D]`; those of other rows and outside the grid are not used.
+        k: Keys, like `q`; those that no query meets are not used, but must be finite for the portable implementation
+            and for gradients.
+        v: Values, like `k`.
+        grid: Where the image tokens lie, without a suffix.
+        cells: Sides of cells and means, their masses, and the exact cells of all cells, none for those of other rows.
+        means: Means of keys and values of all levels `[B, M, H, D]`, row by row and level by level.
+        rows: First and last + 1 of the rows of cells.
+        mask: As for `multipole_attention`.
+        scale: Factor of the logits.
+        backend: As for `multipole_attention`.
+
+    Returns:
+        `[B, height * width, H, D]`; arbitrary for other rows.
+    """
+    reasons = _triton_reasons(q, Grid(grid.height, grid.width), cells, backend == "auto")
+    implementations = {
+        "triton": Implementation(part_attention_triton, reasons),
+        "torch": Implementation(part_attention_torch),
+    }
+    run = pick("multipole_attention", "torch" if backend == "reference" else backend, implementations)
+    return run(q, k, v, grid, cells, means, rows, mask, scale)

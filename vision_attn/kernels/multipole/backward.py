@@ -79,8 +79,8 @@ def _query_gradients(
     q, k, v, do, means_k, means_v, dq, lse, delta, part_dq, chosen, masses, mask, mean_rows,
     k_seq, v_seq, k_grid, v_grid, means_k_box, means_v_box,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h, mk_b, mk_n, mk_h, mv_b, mv_n, mv_h, mask_b,
-    N, heads, batch, prefix, height, width, outside, cell, near, rows, columns, means, tiles, scale,
-    row_programs, part_length, together, parts,
+    N, heads, batch, prefix, height, width, outside, cell, near, rows, columns, first_cell, own_cells, means, tiles,
+    scale, row_programs, part_length, together, parts,
     T: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, EXACT_BLOCK: tl.constexpr, LEN: tl.constexpr,
     MEANS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     MASK: tl.constexpr, ALIKE: tl.constexpr, PREFIX: tl.constexpr,
@@ -117,7 +117,9 @@ def _query_gradients(
             store_rows(part_dq + place * D, rank, heads * D, dq_rows * scale, keep, D, BLOCK_D)
     else:
         whole = (height, width, prefix, cell, rows, columns)
-        b, h, bh, own, cell_y, cell_x, y0, x0 = grid_program(pid - row_programs, heads, together, whole, T, SPLIT)
+        b, h, bh, own, cell_y, cell_x, y0, x0 = grid_program(
+            pid - row_programs, heads, together, whole, first_cell, own_cells, T, SPLIT
+        )
         token, keep = tile_tokens(y0, x0, cell_y, cell_x, whole, T)  # [M]
         q_rows = load_rows(head_of(q, b, h, q_b, q_h), token, q_n, D, BLOCK_D)  # [M, BLOCK_D]
         do_rows = load_rows(head_of(do, b, h, do_b, do_h), token, do_n, D, BLOCK_D)  # [M, BLOCK_D]
@@ -135,7 +137,7 @@ def _query_gradients(
                 q_rows, do_rows, lse_rows, delta_rows, dq_rows, k, v, k_seq, v_seq, mask, b, h, prefix + image, N, k_n,
                 v_n, prefix, image, c, LEN, MASK, D, BLOCK_D, TMA, PRECISION,
             )  # fmt: skip
-        first_y, first_x, across, near_cells = neighbourhood(cell_y, cell_x, near, whole)
+        first_y, first_x, across, near_cells = neighbourhood(cell_y, cell_x, near, 0, rows, whole)
         chosen += (bh.to(tl.int64) * rows * columns + own) * EXACT
         count = near_cells + exact_count(chosen, rows * columns, EXACT, EXACT_BLOCK)
         for i in tl.range(0, count * SPLIT * SPLIT):
@@ -185,8 +187,8 @@ def _meet_queries(
 def _key_gradients(
     q, k, v, do, dk, dv, lse, delta, part_dkv, listed, starts, mask, q_seq, do_seq, q_grid, do_grid,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h, mask_b,
-    N, heads, batch, prefix, height, width, outside, cell, near, rows, columns, scale, row_programs, part_length,
-    together, parts,
+    N, heads, batch, prefix, height, width, outside, cell, near, rows, columns, first_row, stop_row, scale,
+    row_programs, part_length, together, parts,
     T: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, LEN: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, MASK: tl.constexpr, PREFIX: tl.constexpr, SUFFIX: tl.constexpr, RAGGED: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -230,7 +232,9 @@ def _key_gradients(
             store_rows(part_dkv + of_dv * D, rank, heads * D, dv_rows, keep, D, BLOCK_D)
     else:
         whole = (height, width, prefix, cell, rows, columns)
-        b, h, bh, own, cell_y, cell_x, y0, x0 = grid_program(pid - row_programs, heads, together, whole, T, SPLIT)
+        b, h, bh, own, cell_y, cell_x, y0, x0 = grid_program(
+            pid - row_programs, heads, together, whole, 0, rows * columns, T, SPLIT
+        )
         token, keep = tile_tokens(y0, x0, cell_y, cell_x, whole, T)  # [M]
         k_rows = load_rows(head_of(k, b, h, k_b, k_h), token, k_n, D, BLOCK_D)  # [M, BLOCK_D]
         v_rows = load_rows(head_of(v, b, h, v_b, v_h), token, v_n, D, BLOCK_D)  # [M, BLOCK_D]
@@ -248,7 +252,7 @@ def _key_gradients(
                 k_rows, v_rows, dk_rows, dv_rows, q, do, q_seq, do_seq, lse, delta, b, h, prefix + image, N, q_n, do_n,
                 none, c, LEN, D, BLOCK_D, TMA, PRECISION,
             )  # fmt: skip
-        first_y, first_x, across, near_cells = neighbourhood(cell_y, cell_x, near, whole)
+        first_y, first_x, across, near_cells = neighbourhood(cell_y, cell_x, near, first_row, stop_row, whole)
         count = near_cells
         if EXACT > 0:
             starts += bh.to(tl.int64) * (rows * columns + 1) + own
@@ -290,7 +294,7 @@ def backward(call: Call, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor
 def _dq(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     q, k, v = call.q, call.k, call.v
     B, _, H, D = q.shape
-    dq = q.new_empty(q.shape)
+    dq = call.empty(*q.shape, dtype=q.dtype)
     plan = plan_queries(call, _query_gradients, "multipole.gradients", do)
     tiles = call.tiles(plan.tiles.length)
     part_dq = q.new_empty((plan.parts, B, call.outside, H, D), dtype=torch.float32) if plan.parts > 1 else lse

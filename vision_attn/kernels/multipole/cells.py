@@ -220,13 +220,23 @@ def means_of(t: Tensor, grid: Grid, cells: Cells, sides: Sequence[tuple[int, int
     """
     if not sides:
         return t[:, :0]
-    sums, count = _finest_sums(t, grid, cells.pool, cells.weights)
+    return levels_of(*_finest_sums(t, grid, cells.pool, cells.weights), len(sides)).to(t.dtype)
+
+
+def levels_of(sums: Tensor, count: Tensor, levels: int) -> Tensor:
+    """Return the means of all levels `[B, M, H, D]`.
+
+    Args:
+        sums: Finest means times their numbers of tokens `[B, rows, columns, H, D]`.
+        count: Those numbers `[1, rows, columns, 1, 1]`.
+        levels: How many levels there are.
+    """
     found = []
-    for level in range(len(sides)):
+    for level in range(levels):
         if level:
             sums, count = (_sums(_padded(each, 2), 2) for each in (sums, count))
         found.append((sums / count).flatten(1, 2))
-    return torch.cat(found, 1).to(t.dtype)
+    return torch.cat(found, 1) if found else sums.flatten(1, 2)[:, :0]
 
 
 def _finest_sums(t: Tensor, grid: Grid, pool: int, weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -292,25 +302,46 @@ def choose_cells(q: Tensor, k: Tensor, grid: Grid, cells: Cells, *, scale: float
         return torch.full((B, H, C, E), C, device=q.device)
     scale = D**-0.5 if scale is None else scale
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        size = (layout.tokens[:C, 1] - layout.tokens[:C, 0]) * (layout.tokens[:C, 3] - layout.tokens[:C, 2])
-        mean_q = scale * _cell_means(q[:, grid.image], grid, cells, None)
-        keys = _cell_means(k[:, grid.image], grid, cells, cells.weights)
-        if cells.spread:  # one product with the query's positive and negative channels
-            low, high = _cell_bounds(k[:, grid.image], grid, cells.cell)
-            mean_q = torch.cat([mean_q.clamp(min=0), mean_q.clamp(max=0)], -1)
-            keys = torch.cat([torch.lerp(keys, bound, cells.spread) for bound in (high, low)], -1)
-        step = C if exporting() else max(1, _MOST_SCORES // (B * H * C))  # an exported batch has any size
-        parts = [
-            _best(mean_q[:, :, i : i + step], keys, size, layout.near[i : i + step], E, cells.group)
-            for i in range(0, C, step)
-        ]
-        return torch.cat(parts, 2)
+        mean_q = cell_means(*_finest_sums(q[:, grid.image], grid, cells.pool, None), cells)
+        keys = cell_means(*_finest_sums(k[:, grid.image], grid, cells.pool, cells.weights), cells)
+        bounds = _cell_bounds(k[:, grid.image], grid, cells.cell) if cells.spread else None
+        return choose_for(scale * mean_q, keys, bounds, layout, cells, slice(0, C))
 
 
-def _cell_means(t: Tensor, grid: Grid, cells: Cells, weights: Tensor | None) -> Tensor:
-    """Means of cells `[B, H, C, D]` of `[B, height * width, H, D]`, in float32 at least."""
+def choose_for(
+    mean_q: Tensor, keys: Tensor, bounds: tuple[Tensor, Tensor] | None, layout: Layout, cells: Cells, part: slice
+) -> Tensor:
+    """Choose the exact cells of some cells: see `choose_cells`.
+
+    Args:
+        mean_q: Mean queries of these cells, scaled `[B, H, n, D]`.
+        keys: Mean keys of all cells `[B, H, C, D]`.
+        bounds: The least and the largest of each cell's keys, each like `keys`; with `cells.spread` only.
+        layout: Who sees what.
+        cells: How many are chosen.
+        part: Which cells these are.
+
+    Returns:
+        `[B, H, n, exact]`.
+    """
+    C, (B, H, n, _) = layout.near.shape[0], mean_q.shape
+    size = (layout.tokens[:C, 1] - layout.tokens[:C, 0]) * (layout.tokens[:C, 3] - layout.tokens[:C, 2])
+    if bounds is not None:  # one product with the query's positive and negative channels
+        low, high = bounds
+        mean_q = torch.cat([mean_q.clamp(min=0), mean_q.clamp(max=0)], -1)
+        keys = torch.cat([torch.lerp(keys, bound, cells.spread) for bound in (high, low)], -1)
+    near, step = layout.near[part], n if exporting() else max(1, _MOST_SCORES // (B * H * C))  # any batch is exported
+    parts = [
+        _best(mean_q[:, :, i : i + step], keys, size, near[i : i + step], cells.exact, cells.group)
+        for i in range(0, n, step)
+    ]
+    return torch.cat(parts, 2) if parts else layout.near.new_empty((B, H, 0, cells.exact))
+
+
+def cell_means(sums: Tensor, count: Tensor, cells: Cells) -> Tensor:
+    """Return means of cells `[B, H, C, D]`, of what `levels_of` takes."""
     per_cell = cells.cell // cells.pool
-    sums, count = (_sums(_padded(each, per_cell), per_cell) for each in _finest_sums(t, grid, cells.pool, weights))
+    sums, count = (_sums(_padded(each, per_cell), per_cell) for each in (sums, count))
     return (sums / count).flatten(1, 2).transpose(1, 2)
 
 

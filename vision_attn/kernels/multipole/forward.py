@@ -50,8 +50,8 @@ def _forward(
     q, k, v, means_k, means_v, o, lse, part_o, part_lse, chosen, masses, mask, mean_rows,
     k_seq, v_seq, k_grid, v_grid, means_k_box, means_v_box,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, mk_b, mk_n, mk_h, mv_b, mv_n, mv_h, mask_b,
-    N, heads, batch, prefix, height, width, outside, cell, near, rows, columns, means, tiles, scale,
-    row_programs, part_length, together, parts,
+    N, heads, batch, prefix, height, width, outside, cell, near, rows, columns, first_cell, own_cells, means, tiles,
+    scale, row_programs, part_length, together, parts,
     T: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, EXACT_BLOCK: tl.constexpr, LEN: tl.constexpr,
     MEANS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     MASK: tl.constexpr, ALIKE: tl.constexpr, PREFIX: tl.constexpr,
@@ -67,9 +67,9 @@ def _forward(
     Boxes: k_seq, v_seq of the sequence, k_grid, v_grid of the grid, means_k_box, means_v_box; with `TMA` only.
     Outputs: o `[B, N, H, D]`, lse `[B, H, N]`; of the tokens outside the grid part_o `[parts, B, H, outside, D]` and
     part_lse if there are several parts.
-    Launch: `row_programs` programs for the tokens outside the grid, each over `part_length` keys, then those of the
-    grid, `together` heads in turn; tiles of `T` x `T` tokens of a cell, of `LEN` tokens of the sequence, and of `MEANS`
-    means: see `MeanTiles`.
+    Launch: `row_programs` programs for the tokens outside the grid, each over `part_length` keys, then those of
+    `own_cells` cells of the grid from `first_cell` on, `together` heads in turn; tiles of `T` x `T` tokens of a cell,
+    of `LEN` tokens of the sequence, and of `MEANS` means: see `MeanTiles`.
     Flags: what there is, and `RAGGED` if no whole number of tiles covers it.
     """
     M: tl.constexpr = T * T
@@ -100,7 +100,9 @@ def _forward(
             tl.store(part_lse + place + rank, m + tl.log2(total), mask=keep)
     else:
         whole = (height, width, prefix, cell, rows, columns)
-        b, h, bh, own, cell_y, cell_x, y0, x0 = grid_program(pid - row_programs, heads, together, whole, T, SPLIT)
+        b, h, bh, own, cell_y, cell_x, y0, x0 = grid_program(
+            pid - row_programs, heads, together, whole, first_cell, own_cells, T, SPLIT
+        )
         token, keep = tile_tokens(y0, x0, cell_y, cell_x, whole, T)  # [M]
         q_rows = load_rows(head_of(q, b, h, q_b, q_h), token, q_n, D, BLOCK_D)  # [M, BLOCK_D]
         k, v = head_of(k, b, h, k_b, k_h), head_of(v, b, h, v_b, v_h)
@@ -115,7 +117,7 @@ def _forward(
                 q_rows, m, l, acc, k, v, k_seq, v_seq, mask, b, h, prefix + image, N, k_n, v_n, prefix, image, c,
                 LEN, True, MASK, D, BLOCK_D, TMA, PRECISION,
             )  # fmt: skip
-        first_y, first_x, across, near_cells = neighbourhood(cell_y, cell_x, near, whole)
+        first_y, first_x, across, near_cells = neighbourhood(cell_y, cell_x, near, 0, rows, whole)
         chosen += (bh.to(tl.int64) * rows * columns + own) * EXACT
         count = near_cells + exact_count(chosen, rows * columns, EXACT, EXACT_BLOCK)
         for i in tl.range(0, count * SPLIT * SPLIT):
@@ -152,8 +154,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     """Return the output `[B, N, H, D]` and its log-sum-exp in base 2, `[B, H, N]` in float32."""
     q, k, v = call.q, call.k, call.v
     B, N, H, D = q.shape
-    o = q.new_empty(q.shape)
-    lse = q.new_empty((B, H, N), dtype=torch.float32)
+    o, lse = call.empty(*q.shape, dtype=q.dtype), call.empty(B, H, N, dtype=torch.float32)
     if not o.numel():
         return o, lse
     plan = plan_queries(call, _forward, "multipole.forward")

@@ -23,18 +23,20 @@ _HEADS = 8  # of a program
 @Kernel
 @triton.jit
 def _masses(
-    mass, table, chosen, found, heads, batch_heads, height, width, cell, near, columns, cells, tiles, across,
-    mass_levels,
+    mass, table, chosen, found, first_cell, heads, batch_heads, height, width, cell, near, columns, cells, tiles,
+    across, mass_levels,
     PER_CELL: tl.constexpr, BLOCK: tl.constexpr, SKIP: tl.constexpr, LEN: tl.constexpr, EXACT: tl.constexpr,
     EXACT_BLOCK: tl.constexpr, MASS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """What is added to the logits of the means that one cell meets in `HEADS` heads, in units of log2: see `masses`.
 
+    Launch: the cells from `first_cell` on.
+
     Inputs: mass `[H, mass_levels]`; table as in `Pyramid.table`; chosen `[B, H, cells, EXACT]`; `tiles` of `LEN` rows
     as in `MeanTiles`, `across` to a row of parents.
     Outputs: found `[batch_heads, cells, tiles * LEN]`.
     """
-    own = tl.program_id(0)
+    own = first_cell + tl.program_id(0)
     own_y, own_x = own // columns, own % columns
     e = tl.arange(0, EXACT_BLOCK)  # [EXACT_BLOCK]
     wide: tl.constexpr = 2 * PER_CELL
@@ -81,7 +83,7 @@ def masses(chosen: Tensor, mass: Tensor | None, size: Sequence[int], tiles: Mean
     Args:
         chosen: Exact cells, int32 `[B, H, C, exact]`.
         mass: Learned offsets `[H, levels]`, or None.
-        size: Height, width, prefix, suffix, cell, near, pool.
+        size: Height, width, prefix, suffix, cell, near, pool, and the rows of cells that attend if not all do.
         tiles: The tiles of means that a cell meets.
 
     Returns:
@@ -101,12 +103,14 @@ def _plan_masses(call: Sized) -> Bound:
     (chosen, mass), (*size, length, across, skip, count) = call.tensors, call.numbers
     B, H, C, exact = chosen.shape
     rows = pyramid(size)
+    first, stop = size[7:] or (0, rows.cells[0])
     heads = 1 if exact == 0 and mass is None else B * H
     each = min(heads, _HEADS)
     numbers = dict(
-        heads=H, batch_heads=heads, height=rows.height, width=rows.width, cell=rows.cell, near=rows.near,
-        columns=rows.cells[1], cells=C, tiles=count, across=across, mass_levels=1 if mass is None else mass.shape[1],
+        first_cell=first * rows.cells[1], heads=H, batch_heads=heads, height=rows.height, width=rows.width,
+        cell=rows.cell, near=rows.near, columns=rows.cells[1], cells=C, tiles=count, across=across,
+        mass_levels=1 if mass is None else mass.shape[1],
         PER_CELL=rows.per_cell, BLOCK=rows.block, SKIP=skip, LEN=length, EXACT=exact,
         EXACT_BLOCK=next_power(max(exact, 1)), MASS=mass is not None, HEADS=each, num_warps=1 if length < 64 else 2,
     )  # fmt: skip
-    return Bound(_masses, (C, math.ceil(heads / each)), (), numbers)
+    return Bound(_masses, ((stop - first) * rows.cells[1], math.ceil(heads / each)), (), numbers)

@@ -43,7 +43,8 @@ def add_dkv(k_rows, v_rows, q_rows, do_rows, lse_cols, delta_cols, bias, dk_rows
 def _mean_gradients(
     q, do, means_k, means_v, part_dk, part_dv, part_mass, lse, delta, chosen, mass, q_grid, do_grid,
     q_b, q_n, q_h, do_b, do_n, do_h, mk_b, mk_n, mk_h, mv_b, mv_n, mv_h,
-    N, heads, batch, prefix, height, width, cell, near, rows, columns, scale, level, first, size, blocks, down, across,
+    N, heads, batch, prefix, height, width, cell, near, rows, columns, first_row, stop_row, scale, level, first, size,
+    blocks, down, across,
     level_rows, level_columns, tiles_x, mass_levels,
     T: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, EXACT_BLOCK: tl.constexpr, SIDE: tl.constexpr,
     PER_CELL: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MASS: tl.constexpr,
@@ -79,6 +80,7 @@ def _mean_gradients(
     from_y = tl.maximum((first_my // PER_CELL // 2 - near) * 2, 0)
     from_x = tl.maximum((first_mx // PER_CELL // 2 - near) * 2, 0)
     to_y = tl.minimum((last_y // PER_CELL // 2 + near) * 2 + 2, level_rows)
+    from_y, to_y = tl.maximum(from_y, first_row >> level), tl.minimum(to_y, ((stop_row - 1) >> level) + 1)
     to_x = tl.minimum((last_x // PER_CELL // 2 + near) * 2 + 2, level_columns)
     q, do = head_of(q, b, h, q_b, q_h), head_of(do, b, h, do_b, do_h)
     lse += bh.to(tl.int64) * N
@@ -91,11 +93,11 @@ def _mean_gradients(
     if MASS:
         offset = tl.load(mass + h * mass_levels + tl.minimum(level, mass_levels - 1)) * LOG2E
     wide = to_x - from_x
-    for i in tl.range(0, (to_y - from_y) * wide * SPLIT * SPLIT):
+    for i in tl.range(0, tl.maximum(to_y - from_y, 0) * wide * SPLIT * SPLIT):
         at = i // (SPLIT * SPLIT)
         ly, lx = from_y + at // wide, from_x + at % wide
         cy, cx = (ly << level) + (part >> level), (lx << level) + (part & ((1 << level) - 1))
-        inside = (cy < rows) & (cx < columns)
+        inside = (cy >= first_row) & (cy < stop_row) & (cx < columns)
         cy, cx = tl.where(inside, cy, 0), tl.where(inside, cx, 0)
         own = cy * columns + cx
         qy, qx = inner_tile(cy, cx, i % (SPLIT * SPLIT), cell, T, SPLIT)
@@ -135,12 +137,15 @@ def fill_means(d_means: list[Tensor], d_mass: Tensor, call: Call, do: Tensor, ls
     """Write the gradients of the means of all levels, and of their masses."""
     q = call.q
     B, N, H, D = q.shape
-    height, width, prefix, _, cell, near, _ = call.size
+    height, width, prefix, _, cell, near, _ = call.size[:7]
     rows, exact = call.pyramid, call.chosen.shape[3]
     if not rows.levels:
         return
     mass = lse if call.mass is None else call.mass
-    strides = *strides_of(q, do, call.means_k, call.means_v), N, H, B, prefix, height, width, cell, near, *rows.cells
+    strides = (
+        *strides_of(q, do, call.means_k, call.means_v), N, H, B, prefix, height, width, cell, near, *rows.cells,
+        *call.rows,
+    )  # fmt: skip
     more = dict(
         EXACT=exact, EXACT_BLOCK=next_power(max(1, exact)), PER_CELL=rows.per_cell, BLOCK=rows.block, D=D,
         BLOCK_D=call.block_d, MASS=call.mass is not None, PRECISION=thrice(q),

@@ -33,7 +33,7 @@ class Call:
     """The inputs of one call, checked; see `multipole_attention`.
 
     `means_k` and `means_v` are `[B, M, H, D]`, `chosen` is int32 `[B, H, C, exact]`; `size` is height, width, prefix,
-    suffix, cell, near, pool.
+    suffix, cell, near, pool, and for a part of the queries first and last + 1 of the rows of cells that attend.
     """
 
     q: Tensor
@@ -62,6 +62,21 @@ class Call:
     def pyramid(self) -> Pyramid:
         """Where the means of all levels lie."""
         return pyramid(self.size)
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """First and last + 1 of the rows of cells whose queries attend."""
+        first, stop = self.size[7:] or (0, self.pyramid.cells[0])
+        return first, stop
+
+    @property
+    def partial(self) -> bool:
+        """Whether only some rows of cells attend, and no token outside the grid."""
+        return len(self.size) > 7
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Return memory for what launches over queries write: zero where they write only a part."""
+        return (self.q.new_zeros if self.partial else self.q.new_empty)(shape, dtype=dtype)
 
     @property
     def count(self) -> int:
@@ -115,6 +130,19 @@ def multipole_attention_lse(
     """Also return the log-sum-exp of the logits, `[B, H, N]` in float32, with which outputs can be merged."""
     o, lse = _run(q, k, v, grid, cells, mask, scale)
     return o, lse * math.log(2)
+
+
+def part_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, cells: Cells, means: tuple[Tensor, Tensor], rows: tuple[int, int],
+    mask: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    """Run `part_attention`."""
+    size = [grid.height, grid.width, grid.prefix, 0, cells.cell, cells.near, cells.pool, *rows]
+    order = pyramid(size).order(q.device)
+    means_k, means_v = (F.pad(t, (0, 0, 0, 0, 0, 1))[:, order] for t in means)
+    assert cells.chosen is not None
+    chosen = cells.chosen.sort(-1).values.int()  # the kernels want those that are none last
+    return _multipole(q, k, v, means_k, means_v, chosen, cells.mass, mask, size, scale)[0][:, grid.image]
 
 
 def _run(

@@ -21,9 +21,9 @@ def plain_multipole(
 ) -> Tensor:  # fmt: skip
     """Grid queries `[B, height * width, H, D]` over their cells, the means `[B, M, H, D]` and shared keys.
 
-    `size` is height, width, cell, near, pool.
+    `size` is height, width, cell, near, pool, and what else `portable.py` takes: here all queries attend.
     """
-    height, width, cell, near, pool = size
+    height, width, cell, near, pool = size[:5]
     grid, sides, wide = Grid(height, width), (cell, cell), torch.promote_types(q.dtype, torch.float32)
     layout = Cells(cell, near, pool, 0).layout(grid, q.device)
     C = len(layout.near)

@@ -35,16 +35,36 @@ def multipole_attention_torch(
 
 
 @full_precision
+def part_attention_torch(
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, cells: Cells, means: tuple[Tensor, Tensor], rows: tuple[int, int],
+    mask: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    """Run `part_attention`."""
+    columns, image = -(-grid.width // cells.cell), grid.image
+    size = [grid.height, grid.width, cells.cell, cells.near, cells.pool, *(row * columns for row in rows)]
+    assert cells.chosen is not None
+    return grid_multipole(
+        q[:, image], k[:, image], v[:, image], outside(k, grid), outside(v, grid), *means, cells.mass,
+        hidden_keys(mask, q), cells.chosen, size, scale,
+    )  # fmt: skip
+
+
+@full_precision
 def _grid_rows(
     q: Tensor, k: Tensor, v: Tensor, grid: Grid, cells: Cells, mask: Tensor | None, scale: float, chosen: Tensor
 ) -> Tensor:
     layout, image = cells.layout(grid, q.device), grid.image
     means = [means_of(t[:, image], grid, cells, layout.sides) for t in (k, v)]
-    hidden = None if mask is None else (~mask).to(torch.promote_types(q.dtype, torch.float32)) * _HIDDEN
-    return _multipole(
+    hidden = hidden_keys(mask, q)
+    return grid_multipole(
         q[:, image], k[:, image], v[:, image], outside(k, grid), outside(v, grid), *means, cells.mass, hidden, chosen,
         [grid.height, grid.width, cells.cell, cells.near, cells.pool], scale,
     )  # fmt: skip
+
+
+def hidden_keys(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """Return what is added to the logits of shared keys `[B, E]`, of a mask that is False for hidden ones."""
+    return None if mask is None else (~mask).to(torch.promote_types(q.dtype, torch.float32)) * _HIDDEN
 
 
 @dataclass(frozen=True)
@@ -124,14 +144,21 @@ def _heads(
             yield b, h, _Head(*rows, shared, means, bias)
 
 
-def _parts(head: _Head, layout: Layout, chosen: Tensor, mass: Tensor | None, there: Tensor) -> Iterator[_Part]:
+def _parts(
+    head: _Head, layout: Layout, chosen: Tensor, mass: Tensor | None, there: Tensor, size: Sequence[int]
+) -> Iterator[_Part]:
     """Cut the cells of one head so that the logits of a part stay below `_MOST_SCORES`."""
     L = head.q.shape[1]
     whole = (there == 0).all(1)
-    for group, around in _groups(layout):
+    begin, end = size[5:] or (0, len(layout.near))
+    for every, near_every in _groups(layout):
+        own = (every >= begin) & (every < end)
+        group, around = every[own], near_every[own]
         keys = len(head.k_shared) + (around.shape[1] + chosen.shape[1]) * L + layout.slots.shape[1]
         step = max(1, _MOST_SCORES // (L * keys))
         for cells, close in zip(group.split(step), around.split(step), strict=True):
+            if not len(cells):
+                continue
             near, slots = torch.cat([close, chosen[cells]], 1), layout.slots[cells]
             count = counts_of(layout, slots, chosen[cells])
             bias = torch.where(count > 0, count.clamp(min=1).to(head.q.dtype).log(), _HIDDEN)
@@ -159,32 +186,33 @@ def _there(layout: Layout, size: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def _layout_of(size: Sequence[int], device: torch.device) -> Layout:
-    height, width, cell, near, pool = size
+    height, width, cell, near, pool = size[:5]
     return Cells(cell, near, pool, 0).layout(Grid(height, width), device)
 
 
 @custom_op("vision_attn::multipole_grid", plain_multipole)
-def _multipole(
+def grid_multipole(
     q: Tensor, k: Tensor, v: Tensor, k_shared: Tensor, v_shared: Tensor, k_means: Tensor, v_means: Tensor,
     mass: Tensor | None, hidden: Tensor | None, chosen: Tensor, size: Sequence[int], scale: float,
 ) -> Tensor:  # fmt: skip
     """Grid queries `[B, height * width, H, D]` over their cells, the means `[B, M, H, D]` and shared keys.
 
-    `size` is height, width, cell, near, pool.
+    `size` is height, width, cell, near, pool, and optionally the first and the last + 1 of the cells whose queries are
+    to attend; the output of others is zero.
     """
     layout, o, weights = _layout_of(size, q.device), torch.empty_like(q), None
     wide = torch.promote_types(q.dtype, torch.float32)
     there = _there(layout, size, wide)
     for b, h, head in _heads(q, k, v, k_shared, v_shared, k_means, v_means, hidden, layout, size, scale):
-        out = torch.empty_like(head.q)
-        for part in _parts(head, layout, chosen[b, h], None if mass is None else mass[h].to(wide), there):
+        out = torch.zeros_like(head.q)
+        for part in _parts(head, layout, chosen[b, h], None if mass is None else mass[h].to(wide), there, size):
             weights = head.weights(part, weights)
             out[part.cells] = head.mix(weights, part, head.v_shared, head.v, head.v_means)
         o[b, :, h] = _from_cells(out, *size[:3])
     return o
 
 
-@_multipole.register_fake
+@grid_multipole.register_fake
 def _(q: Tensor, *args: object) -> Tensor:
     return torch.empty_like(q)
 
@@ -206,7 +234,7 @@ def _multipole_backward(
         d_head = [torch.zeros_like(t) for t in (head.q, head.k, head.v, head.k_shared, head.v_shared)]
         d_head += [torch.zeros_like(t) for t in (head.k_means, head.v_means)]
         d_q, d_k, d_v, d_ks, d_vs, d_km, d_vm = d_head
-        for part in _parts(head, layout, chosen[b, h], None if mass is None else mass[h].to(wide), there):
+        for part in _parts(head, layout, chosen[b, h], None if mass is None else mass[h].to(wide), there, size):
             weights = head.weights(part, weights)
             rows = d_out[part.cells]
             d_weights = _scores(rows, part, head.v_shared, head.v, head.v_means)
@@ -233,7 +261,7 @@ def _(do: Tensor, *args: Any) -> tuple[Any, ...]:
     return *(t.new_empty(t.shape) for t in args[:7]), none if mass is None else mass.new_empty(mass.shape)
 
 
-_multipole.register_gradient(_multipole_backward)
+grid_multipole.register_gradient(_multipole_backward)
 
 
 def _scores(

@@ -90,17 +90,7 @@ class Pyramid:
 
     def order(self, device: torch.device) -> Tensor:
         """Return the mean of each row, counted level by level and row by row; the number of means for none."""
-        found, before = [], 0
-        count, wide = sum(math.prod(self.means(level)) for level in range(self.levels)), 2 * self.per_cell
-        inner = torch.arange(self.block, device=device)
-        for level in range(self.levels):
-            (down, across), (tall, broad) = self.means(level), self.blocks(level)
-            y = torch.arange(tall, device=device)[:, None, None] * wide + inner // wide
-            x = torch.arange(broad, device=device)[None, :, None] * wide + inner % wide
-            there = (y < down) & (x < across) & (inner < wide * wide)
-            found.append(torch.where(there, before + y * across + x, count).flatten())
-            before += down * across
-        return torch.cat(found) if found else inner[:0]
+        return _order(self, device)
 
     def tile_rows(self, tiles: "MeanTiles", device: torch.device) -> Tensor:
         """Return the first row of each tile that each cell meets, int32 `[C, tiles]`: see `tile_of_means`.
@@ -117,8 +107,8 @@ def pyramid_of(height: int, width: int, cell: int, near: int, pool: int) -> Pyra
 
 
 def pyramid(size: Sequence[int]) -> Pyramid:
-    """Return the rows of a call's means; `size` is height, width, prefix, suffix, cell, near, pool."""
-    height, width, _, _, cell, near, pool = size
+    """Return the rows of a call's means; `size` is height, width, prefix, suffix, cell, near, pool, ..."""
+    height, width, _, _, cell, near, pool = size[:7]
     return pyramid_of(height, width, cell, near, pool)
 
 
@@ -152,6 +142,22 @@ class MeanTiles:
         across = math.ceil(span * rows.block / length)
         skip = rows.near > 0 and rows.block == length
         return cls(length, across, skip, rows.levels * (span * across - skip))
+
+
+@functools.lru_cache(maxsize=256)
+def _order(rows: Pyramid, device: torch.device) -> Tensor:
+    found, before = [], 0
+    count, wide = sum(math.prod(rows.means(level)) for level in range(rows.levels)), 2 * rows.per_cell
+    inner = torch.arange(rows.block)
+    for level in range(rows.levels):
+        (down, across), (tall, broad) = rows.means(level), rows.blocks(level)
+        y = torch.arange(tall)[:, None, None] * wide + inner // wide
+        x = torch.arange(broad)[None, :, None] * wide + inner % wide
+        there = (y < down) & (x < across) & (inner < wide * wide)
+        found.append(torch.where(there, before + y * across + x, count).flatten())
+        before += down * across
+    # from the CPU, as in `_tile_rows`
+    return (torch.cat(found) if found else inner[:0]).to(device)
 
 
 @functools.lru_cache(maxsize=256)

@@ -42,12 +42,13 @@ def plan_queries(call: Call, kernel: Kernel, name: str, *others: Tensor) -> Plan
 
 def _plan_queries_launch(call: Call, kernel: Kernel, launch: Launch, others: Sequence[Tensor]) -> Plan:
     B, N, H, D = call.q.shape
-    height, width, prefix, suffix, cell, near, _ = call.size
-    T, C, tiles = call.tile(launch), call.count, call.tiles(launch.length)
+    height, width, prefix, suffix, cell, near, _ = call.size[:7]
+    T, tiles, columns = call.tile(launch), call.tiles(launch.length), call.pyramid.cells[1]
     split = call.split(T)
     M, LEN = T * T, launch.length
-    grid_programs = B * H * C * split**2
-    blocks = B * H * -(-call.outside // M)
+    first_cell, own_cells = call.rows[0] * columns, (call.rows[1] - call.rows[0]) * columns
+    grid_programs = B * H * own_cells * split**2
+    blocks = 0 if call.partial else B * H * -(-call.outside // M)
     met = (2 * near + 1) ** 2 * cell**2 + call.chosen.shape[3] * cell**2 + tiles.count * tiles.length + call.outside
     parts, length = splits(call.q, blocks, N, grid_programs * met, LEN)
     tma = uses_boxes((call.k, call.v, call.means_k, call.means_v) if tiles.count else (call.k, call.v))
@@ -61,7 +62,8 @@ def _plan_queries_launch(call: Call, kernel: Kernel, launch: Launch, others: Seq
     numbers: dict[str, Any] = dict(
         mask_b=0 if call.mask is None else call.mask.stride(0) * (call.mask.shape[0] > 1), N=N, heads=H, batch=B,
         prefix=prefix, height=height, width=width, outside=call.outside, cell=cell, near=near,
-        rows=call.pyramid.cells[0], columns=call.pyramid.cells[1], means=call.means_k.shape[1], tiles=tiles.count,
+        rows=call.pyramid.cells[0], columns=columns, first_cell=first_cell, own_cells=own_cells,
+        means=call.means_k.shape[1], tiles=tiles.count,
         scale=call.scale, row_programs=blocks * parts, part_length=length,
         together=call.together, parts=parts, T=T, SPLIT=split, EXACT=call.chosen.shape[3],
         EXACT_BLOCK=next_power(max(1, call.chosen.shape[3])), LEN=LEN, MEANS=tiles.length, D=D, BLOCK_D=call.block_d,
@@ -88,7 +90,7 @@ def plan_keys(call: Call, kernel: Kernel, name: str, do: Tensor) -> Plan:
 
 def _plan_keys_launch(call: Call, kernel: Kernel, launch: Launch, do: Tensor) -> Plan:
     B, N, H, D = call.q.shape
-    height, width, prefix, suffix, cell, near, _ = call.size
+    height, width, prefix, suffix, cell, near, _ = call.size[:7]
     T, C, exact = call.tile(launch), call.count, call.chosen.shape[3]
     split = call.split(T)
     grid_programs = B * H * C * split**2
@@ -104,10 +106,11 @@ def _plan_keys_launch(call: Call, kernel: Kernel, launch: Launch, do: Tensor) ->
     numbers: dict[str, Any] = dict(
         mask_b=0 if call.mask is None else call.mask.stride(0) * (call.mask.shape[0] > 1), N=N, heads=H, batch=B,
         prefix=prefix, height=height, width=width, outside=call.outside, cell=cell, near=near,
-        rows=call.pyramid.cells[0], columns=call.pyramid.cells[1], scale=call.scale, row_programs=blocks * parts,
-        part_length=length, together=call.together, parts=parts, T=T, SPLIT=split, EXACT=exact, LEN=launch.length, D=D,
-        BLOCK_D=call.block_d, MASK=call.mask is not None, PREFIX=prefix > 0, SUFFIX=suffix > 0, RAGGED=call.ragged(T),
-        TMA=tma, PRECISION=thrice(call.q), num_warps=launch.warps, num_stages=launch.stages,
+        rows=call.pyramid.cells[0], columns=call.pyramid.cells[1], first_row=call.rows[0], stop_row=call.rows[1],
+        scale=call.scale, row_programs=blocks * parts, part_length=length, together=call.together, parts=parts, T=T,
+        SPLIT=split, EXACT=exact, LEN=launch.length, D=D, BLOCK_D=call.block_d, MASK=call.mask is not None,
+        PREFIX=prefix > 0 and not call.partial, SUFFIX=suffix > 0, RAGGED=call.ragged(T), TMA=tma,
+        PRECISION=thrice(call.q), num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     strides = strides_of(call.q, call.k, call.v, do)
     return Plan(Bound(kernel, (blocks * parts + grid_programs,), strides, numbers), parts, tuple(boxes), launch)
@@ -131,20 +134,20 @@ def grid_box(t: Tensor, size: Any, tile: int, block_d: int) -> Box:
 
 
 @triton.jit
-def grid_program(pid, heads, together, whole, T: tl.constexpr, SPLIT: tl.constexpr):
-    """What program `pid` of the grid owns.
+def grid_program(pid, heads, together, whole, first_cell, own_cells, T: tl.constexpr, SPLIT: tl.constexpr):
+    """What program `pid` of the grid owns, which is of the `own_cells` cells from `first_cell` on.
 
     Batch entry, head, number of both; its cell, the cell's row and column; first row and column of its tile.
 
     `together` heads share a tile's place in the launch: see `Call.together`.
     """
-    _, _, _, side, rows, columns = whole
+    _, _, _, side, _, columns = whole
     member = pid % together
     pid = pid // together
     inner = pid % (SPLIT * SPLIT)
     pid = pid // (SPLIT * SPLIT)
-    cell = pid % (rows * columns)
-    bh = pid // (rows * columns) * together + member
+    cell = first_cell + pid % own_cells
+    bh = pid // own_cells * together + member
     cell_y, cell_x = cell // columns, cell % columns
     y0, x0 = inner_tile(cell_y, cell_x, inner, side, T, SPLIT)
     return bh // heads, bh % heads, bh, cell, cell_y, cell_x, y0, x0
@@ -176,12 +179,12 @@ def cell_tile(
 
 
 @triton.jit
-def neighbourhood(cell_y, cell_x, near, whole):
-    """First row, first column, and columns of the cells near a cell, and how many there are."""
-    _, _, _, _, rows, columns = whole
-    y0, x0 = tl.maximum(cell_y - near, 0), tl.maximum(cell_x - near, 0)
-    y1, x1 = tl.minimum(cell_y + near, rows - 1) + 1, tl.minimum(cell_x + near, columns - 1) + 1
-    return y0, x0, x1 - x0, (y1 - y0) * (x1 - x0)
+def neighbourhood(cell_y, cell_x, near, first_row, stop_row, whole):
+    """First row, first column, and columns of the cells near a cell in some rows of cells, and how many there are."""
+    _, _, _, _, _, columns = whole
+    y0, x0 = tl.maximum(cell_y - near, first_row), tl.maximum(cell_x - near, 0)
+    y1, x1 = tl.minimum(cell_y + near, stop_row - 1) + 1, tl.minimum(cell_x + near, columns - 1) + 1
+    return y0, x0, x1 - x0, tl.maximum(y1 - y0, 0) * (x1 - x0)
 
 
 @triton.jit

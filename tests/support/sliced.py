@@ -1,0 +1,122 @@
+"""Processors over processes beside the same in one process: outputs and all gradients."""
+
+import torch
+import torch.distributed as dist
+
+from vision_attn.grid import Grid
+from vision_attn.parallel.processors import attend
+from vision_attn.parallel.ranks import Cut, Ranks
+from vision_attn.processors import Layer
+
+HEADS, DIM, BATCH = 2, 8, 2
+
+
+def build(spec):
+    """Return a processor whose parameters are not at their start."""
+    torch.manual_seed(1)
+    processor = spec.build(Layer("layer", HEADS, DIM, dim=HEADS * DIM))
+    for parameter in processor.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return processor
+
+
+def inputs(grid, masked):
+    """Return q, k, v of the whole sequence, the weights of a loss, and a mask."""
+    draw = torch.Generator().manual_seed(2)
+    q, k, v, w = torch.randn(4, BATCH, grid.tokens, HEADS, DIM, generator=draw)
+    mask = torch.rand(BATCH, grid.prefix + grid.suffix, generator=draw) < 0.7 if masked else None
+    return q, k, v, w, mask
+
+
+def alone(spec, grid, masked=False):
+    """Return output and gradients of q, k, v and the parameters, in one process."""
+    processor, (q, k, v, w, mask) = build(spec), inputs(grid, masked)
+    for t in (q, k, v):
+        t.requires_grad_()
+    o = processor(q, k, v, grid, mask)
+    (o * w).sum().backward()
+    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in processor.named_parameters()}
+    return o.detach(), q.grad, k.grad, v.grad, grads
+
+
+def ranks_of(grid, cuts=None):
+    """Return who holds what, with `cuts` (prefix, image, suffix) or as diffusers cuts."""
+    cut = Cut.over(dist.group.WORLD)
+    return cut.of(grid) if cuts is None else Ranks(grid, cut.group, cut.rank, *cuts)
+
+
+def local(ranks, t):
+    """Return the own slice of `[B, N, ...]`."""
+    parts, first = [], 0
+    for cuts in ranks.cuts:
+        parts.append(t[:, first + cuts[ranks.rank] : first + cuts[ranks.rank + 1]])
+        first += cuts[-1]
+    return torch.cat(parts, 1)
+
+
+def whole(parts, cuts):
+    """Put the slices of all ranks together."""
+    found = []
+    for n in range(3):
+        for rank, part in enumerate(parts):
+            before = sum(c[rank + 1] - c[rank] for c in cuts[:n])
+            found.append(part[:, before : before + cuts[n][rank + 1] - cuts[n][rank]])
+    return torch.cat(found, 1)
+
+
+def over(rank, spec, grid, masked=False, cuts=None):
+    """Return the same as `alone` of the own slice, and the bytes received."""
+    ranks = ranks_of(grid, cuts)
+    processor = build(spec)
+    q, k, v, w, mask = inputs(grid, masked)
+    q, k, v, w = (local(ranks, t).contiguous() for t in (q, k, v, w))
+    if mask is not None:
+        outside = Ranks(
+            Grid(1, 1, grid.prefix, grid.suffix),
+            ranks.group,
+            rank,
+            ranks.prefix,
+            (0,) * ranks.size + (1,),
+            ranks.suffix,
+        )
+        padded = torch.cat([mask[:, : grid.prefix], mask[:, :1], mask[:, grid.prefix :]], 1)
+        mask = outside.own_outside(local(outside, padded))
+    for t in (q, k, v):
+        t.requires_grad_()
+    o = attend(processor, q, k, v, ranks, mask, None)
+    sent = dict(ranks.traffic.received)
+    (o * w).sum().backward()
+    grads = {}
+    for name, p in processor.named_parameters():
+        grads[name] = torch.zeros_like(p) if p.grad is None else p.grad
+        dist.all_reduce(grads[name])
+    return o.detach(), q.grad, k.grad, v.grad, grads, ranks.cuts, sent
+
+
+def over_short(rank, spec, grid):
+    """Return the same with slabs that are a row too short on one side."""
+    from unittest.mock import patch
+
+    from vision_attn.parallel import local
+
+    def short(ranks, window, rank, unit=1, slab_of=local.slab_of):
+        slab = slab_of(ranks, window, rank, unit)
+        return local.Slab(ranks, slab.first, slab.stop - (rank == 0))
+
+    with patch.object(local, "slab_of", short):
+        return over(rank, spec, grid)
+
+
+def close(found, expected, name, tolerance):
+    """Compare, and name what differs."""
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance, msg=lambda m: f"{name}: {m}")
+
+
+def compare(answers, expected, tolerance=2e-5):
+    """Compare what all ranks returned with one process."""
+    cuts = answers[0][5]
+    for name, n in (("o", 0), ("dq", 1), ("dk", 2), ("dv", 3)):
+        found = whole([answer[n] for answer in answers], cuts)
+        close(found, expected[n], name, tolerance)
+    for name, grad in expected[4].items():
+        close(answers[0][4][name], grad, name, 10 * tolerance)

@@ -1,0 +1,78 @@
+"""One picture over several GPUs: seconds, bytes moved, memory and efficiency, beside one GPU, Ulysses and ring."""
+
+from typing import Any
+
+import torch
+
+from vision_attn.bench.measure import Measurement
+from vision_attn.bench.overview import Columns, Must, overview, speedup
+from vision_attn.bench.parallel import ALONE, GATHERED, OVER, SPECS, WAYS, ParallelCase, parallel_row
+
+TITLE = (
+    "One denoising step of one picture over several processes, random weights in bf16 (on a CPU small twins in "
+    "float32), batch 1. `alone` is one process, `over` moves what a processor needs, `gathered` moves all keys and "
+    "computes the same; `ulysses` and `ring` are diffusers' own"
+)
+TIMING = (
+    "Candidates one after another in one run of all processes: a warm-up, then medians of 5 steps below 0.5 s, 3 below "
+    "2 s, 2 below 6 s, else one. A step above 15 s is extrapolated: one block of each kind is timed in its place. One "
+    "GPU is measured in every process at once, and rank 0 reports. Bytes are those that rank 0 receives in a step; "
+    "memory is the peak of rank 0 with all weights."
+)
+CANDIDATES = WAYS
+_FLUX = ("clear r16", "multipole")
+_EVERY = tuple(way.name for way in WAYS)
+
+
+def _musts(pixels: int) -> tuple[Must, ...]:
+    factor = {4096: 1.80, 8192: 1.88}.get(pixels)
+    if factor is None:
+        return ()
+    musts = [Must(f"{name} {OVER}", (f"{name} {ALONE}",), factor) for name in _FLUX]
+    musts += [Must(f"{name} {OVER}", (f"{name} {GATHERED}",), 1.15) for name in _FLUX]
+    if pixels == 8192:
+        musts += [Must(f"{name} {OVER}", ("stock ulysses",), 8.0) for name in _FLUX]
+    return tuple(musts)
+
+
+def _flux(pixels: int, small: bool = False) -> ParallelCase:
+    ways = tuple(way.name for way in WAYS if way.spec is None or way.spec in [SPECS[name] for name in _FLUX])
+    if pixels >= 8192:  # it would take minutes
+        ways = tuple(name for name in ways if name != f"stock {ALONE}")
+    return ParallelCase("flux", pixels, ways, () if small else _musts(pixels), small)
+
+
+def cases(device: torch.device, quick: bool = False) -> list[ParallelCase]:
+    """Return the cases for a device; a CPU gets small twins in float32."""
+    if device.type == "cpu":
+        return [_flux(128, small=True)]
+    found = [_flux(4096), _flux(8192)]
+    return found[:1] if quick else found
+
+
+def row(case: ParallelCase, measurement: Measurement) -> dict[str, Any]:
+    """Measure one case; see `parallel_row`."""
+    return parallel_row(case, measurement.device, measurement.chosen)
+
+
+def table(document: dict[str, Any], groups: Any = ()) -> str:
+    """Return a stored result as Markdown."""
+    columns: Columns = {
+        "s/step": lambda timed: f"{timed['median_ms'] / 1e3:.3f}{' (extrapolated)' * timed['extrapolated']}",
+        "of 1 GPU": speedup,
+        "efficiency": lambda timed: "-" if "efficiency" not in timed else f"{timed['efficiency']:.0%}",
+        "received": lambda timed: "-" if "moved" not in timed else f"{timed['moved']['bytes'] / 1e9:.2f} GB",
+        "memory": lambda timed: "-" if not timed["memory"] else f"{timed['memory']['bytes'] / 2**30:.1f} GiB",
+    }
+    return overview(document, columns, groups) + "\n" + predictions(document)
+
+
+def predictions(document: dict[str, Any]) -> str:
+    """Return what is predicted for more GPUs, as Markdown."""
+    lines = ["| predicted, not measured | processes | s/step | of 1 GPU | efficiency |", "|---|---|---|---|---|"]
+    for measured in document["rows"]:
+        for found in measured.get("predicted", ()):
+            for name, p in found["candidates"].items():
+                cells = f"{p['ms'] / 1e3:.3f} | {p['speedup']:.2f}x | {p['efficiency']:.0%}"
+                lines.append(f"| {measured['case']}, {name} | {found['processes']} | {cells} |")
+    return "\n".join(lines) + "\n"
