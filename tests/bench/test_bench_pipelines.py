@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from quantised_hosts import row as installed
 
 from vision_attn import Clear, convert
 from vision_attn.bench.candidate import AbsentError
@@ -211,3 +212,13 @@ def test_the_cases_are_the_issues():
     assert all(set(STOCK) <= set(case.ways) <= set(WAYS) for case in every)
     native = {(case.architecture, case.pixels) for case in every}
     assert all((name, model.native) in native for name, model in ARCHITECTURES.items())
+
+
+@pytest.mark.parametrize("ways", [installed(("stock sdpa", "clear r16", "linfusion"), package="torchao")])
+def test_weights_in_float8(ways):
+    case = PipelineCase("flux", 64, ways, small=True, float8=True)
+    assert case.name == "flux-float8-64" and case.group == "FLUX.1-dev, small, weights in float8"
+    found = pipeline_row(case, CPU)
+    assert found["shape"]["architecture"] == "flux-float8"
+    assert all(c["reason"] is None and c["forward"]["median_ms"] > 0 for c in found["candidates"])
+    assert type(case.build(CPU).transformer_blocks[0].attn.to_q.weight).__name__ == "Float8Tensor"

@@ -76,6 +76,11 @@ def cases(device: torch.device, quick: bool = False) -> list[PipelineCase]:
     for architecture, sizes in small.items():
         ways = ("clear r8" if architecture in ("sdxl", "sd15") else "clear r16", "multipole", "linfusion")
         others += [_case(architecture, pixels, ways, True) for pixels in sizes]
+    others += [
+        PipelineCase("flux", pixels, (*STOCK, *_FAST), compiled, float8=True)
+        for compiled in (False, True)
+        for pixels in (1024, 2048, 4096)
+    ]
     others += [_case("sd15", pixels, _UNET) for pixels in (512, 1024, 2048)]
     others += [_case("sd15", 4096, ("multipole", "linfusion"))]
     others += [_case("pixart", pixels, _DIT) for pixels in (1024, 2048)]
@@ -92,6 +97,7 @@ def _on_cpu(quick: bool) -> list[PipelineCase]:
         PipelineCase("flux", 64, (*ways, _FLEX), small=True),
         PipelineCase("flux", 128, ways, small=True),
         PipelineCase("flux", 64, ways, True, small=True),
+        PipelineCase("flux", 64, ways, small=True, float8=True),
     ]
     every += [PipelineCase(name, 64, ways, small=True) for name in ARCHITECTURES if name != "flux"]
     return every[:2] if quick else every

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vision_attn.bench.candidate import AbsentError
+
 _FLUX_TEXT = 512  # tokens
 Draw = Callable[..., Tensor]
 """Draws normal noise of a shape, on the device and in the dtype of the model."""
@@ -136,6 +138,23 @@ _UNET_SMALL = dict(
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), layers_per_block=1,
     up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
 )  # fmt: skip
+
+
+def in_float8(model: nn.Module) -> nn.Module:
+    """Quantise the linear layers of a model by torchao; on a GPU their inputs too, so that products run in float8.
+
+    Raises:
+        AbsentError: If torchao is not installed.
+    """
+    try:
+        from torchao import quantization  # noqa: PLC0415, optional
+    except ImportError as error:
+        raise AbsentError(f"torchao cannot be imported: {error}") from None
+    cuda = next(model.parameters()).is_cuda
+    kind = "Float8DynamicActivationFloat8WeightConfig" if cuda else "Float8WeightOnlyConfig"
+    quantization.quantize_(model, getattr(quantization, kind)())
+    return model
+
 
 ARCHITECTURES = {
     architecture.name: architecture

@@ -16,7 +16,7 @@ from torch import nn
 
 from vision_attn.bench.candidate import AbsentError, reason_of
 from vision_attn.bench.overview import Must, add_speedups, judge
-from vision_attn.bench.pipelines.architectures import ARCHITECTURES, Architecture
+from vision_attn.bench.pipelines.architectures import ARCHITECTURES, Architecture, in_float8
 from vision_attn.bench.pipelines.attention import STOCK, WAYS, Way
 from vision_attn.bench.timing import PeakMemory
 from vision_attn.conversion.conversion import Conversion
@@ -44,6 +44,7 @@ class PipelineCase:
         compiled: Whether the repeated blocks are compiled.
         musts: What must hold.
         small: Whether to run the twin for a CPU, in float32.
+        float8: Whether the weights of linear layers are quantised.
     """
 
     architecture: str
@@ -52,11 +53,17 @@ class PipelineCase:
     compiled: bool = False
     musts: tuple[Must, ...] = ()
     small: bool = False
+    float8: bool = False
 
     @property
     def name(self) -> str:
-        """As in 'flux-8192', 'flux-8192-compiled'."""
-        return f"{self.architecture}-{self.pixels}{'-compiled' * self.compiled}"
+        """As in 'flux-8192', 'flux-8192-compiled', 'flux-float8-1024'."""
+        return f"{self.subject}-{self.pixels}{'-compiled' * self.compiled}"
+
+    @property
+    def subject(self) -> str:
+        """The architecture and its weights."""
+        return f"{self.architecture}{'-float8' * self.float8}"
 
     @property
     def model(self) -> Architecture:
@@ -67,7 +74,12 @@ class PipelineCase:
     @property
     def group(self) -> str:
         """The table it belongs to."""
-        return self.model.title
+        return f"{self.model.title}{', weights in float8' * self.float8}"
+
+    def build(self, device: torch.device) -> nn.Module:
+        """Build the model."""
+        model = self.model.build(device, self.dtype)
+        return in_float8(model) if self.float8 else model
 
     @property
     def grid(self) -> Grid:
@@ -99,7 +111,7 @@ class PipelineCase:
     def shape(self) -> dict[str, Any]:
         """Return what defines the case, for the JSON."""
         model = self.model
-        about = dict(architecture=self.architecture, source=model.source, native=model.native)
+        about = dict(architecture=self.subject, source=model.source, native=model.native)
         dtype = str(self.dtype).removeprefix("torch.")
         return about | dict(pixels=self.pixels, tokens=self.grid.image_tokens, batch=1, dtype=dtype, mode=self.mode)
 
@@ -124,7 +136,7 @@ def pipeline_row(
     try:
         _free(device)
         start = time.perf_counter()
-        model = case.model.build(device, case.dtype)
+        model = case.build(device)
         arguments = case.model.arguments(case.pixels, device, case.dtype)
         about |= dict(build_s=time.perf_counter() - start, parameters=sum(p.numel() for p in model.parameters()))
         for way, result in zip(ways, results, strict=True):
