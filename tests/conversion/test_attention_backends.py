@@ -282,12 +282,16 @@ def test_threads_on_two_backends(flash: Backend) -> None:
 def test_compiled(name: str, options: Any, flash: Backend) -> None:
     models: list[Any] = [HOST["flux"].build() for _ in range(2)]
     for model in models:
+        model.single_transformer_blocks = torch.nn.ModuleList()  # only what is compiled
         convert(model, CLEAR, grid=SIZE, **options)
         set_backend(model, name)
-    want = run(HOST["flux"], models[0], *SIZE)
     for block in models[1].transformer_blocks:
         block.compile(fullgraph=True, backend="eager")
+    want = run(HOST["flux"], models[0], *SIZE)
+    flash.calls.clear()
     torch.testing.assert_close(run(HOST["flux"], models[1], *SIZE), want, **AS_STOCK)
+    if name == "_flash_3":
+        assert (whole("flux") in flash.calls) == bool(options)
     set_backend(models[1], "native")
     torch.testing.assert_close(run(HOST["flux"], models[1], *SIZE), want, **AS_STOCK)
 
