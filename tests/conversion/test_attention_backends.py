@@ -12,9 +12,10 @@ from converted_hosts import CLEAR, POOLED, SIZE, call, converted, expected, host
 from covering import quick
 from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
-from host_runs import TEXT, distance, run, stock
+from host_runs import TEXT, distance, run, run_on_gpu, stock
 from tiny_hosts import HOST
 from torch import Tensor
+from torch.nn.attention import flex_attention
 from torch.overrides import TorchFunctionMode
 
 from vision_attn import Agent, Clear, Conversion, HiLo, LinFusion, Multipole, Schedule, Softmax, convert
@@ -308,3 +309,38 @@ def test_a_processor_that_calls_no_backend_says_so(flash: Backend) -> None:
     set_backend(model, "_flash_3")
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"blocks\.0\.attn never called .*processor is Own"):
         call("flux", model)
+
+
+GPU_ROWS = [
+    pytest.param(name, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+                 id=f"{name}, on a GPU")
+    for name in ("_native_cudnn", "_native_efficient", "_native_flash", "flex")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GPU_ROWS)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_backends_of_pytorch_on_a_gpu(name: str) -> None:
+    models: list[Any] = [HOST["flux"].build(), converted("flux", Softmax()), converted("flux", CLEAR)]
+    native = run_on_gpu(HOST["flux"], models[2].to("cuda", torch.bfloat16), *SIZE)
+    for model in models:
+        set_backend(model.to("cuda", torch.bfloat16), name)
+    plain, same, local = (run_on_gpu(HOST["flux"], model, *SIZE) for model in models)
+    assert torch.equal(same, plain) and distance(local, native) < 0.02
+    assert set(Conversion.of(models[2]).status.values()) == {"rerouted"}
+
+
+def test_a_mask_of_blocks_is_the_backends_own() -> None:
+    """FlexAttention's masks may hide anything, so the layer stays dense and says so."""
+    model: Any = HOST["flux"].build()
+    conversion = convert(model, CLEAR, where="transformer_blocks.0.*")
+    set_backend(model, "flex")
+    tokens = whole("flux")[0]
+    mask = flex_attention.create_block_mask(lambda b, h, q, k: k >= 0, None, None, tokens, tokens, device="cpu")
+    with torch.no_grad(), pytest.raises(RuntimeError, match="dense: its attention has a mask of the type BlockMask"):
+        call("flux", model, joint_attention_kwargs=dict(attention_mask=mask))
+    conversion.revert()
+    convert(model, Softmax())
+    with torch.no_grad():
+        output = call("flux", model, joint_attention_kwargs=dict(attention_mask=mask))
+    torch.testing.assert_close(output, wanted("flux", None), **AS_STOCK)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from converted_hosts import CLEAR, POOLED, SIZE, call
 from covering import covering
-from host_runs import FROM_A_FILE, TEXT, distance, run
+from host_runs import FROM_A_FILE, TEXT, distance, run, run_on_gpu
 from processor_table import PROCESSORS
 from quantised_hosts import QUANTISATIONS, from_gguf, plain_twin, quantised, row
 from safetensors.torch import load_file
@@ -242,3 +242,45 @@ def test_torchao_by_the_loader_of_diffusers(host_id: str, config: str, tmp_path:
     torch.testing.assert_close(run(HOST[host_id], again, *SIZE), before, **FROM_A_FILE)
     convert(again, CLEAR)
     torch.testing.assert_close(run(HOST[host_id], again, *SIZE), want, **FROM_A_FILE)
+
+
+ON_GPU = {"float8-dynamic": "torchao", "nf4": "bitsandbytes", "int8": "bitsandbytes"}
+GPU_ROWS = [
+    pytest.param(name, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+                 id=f"{name}, on a GPU with {package}")
+    for name, package in ON_GPU.items()
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GPU_ROWS)
+def test_what_needs_a_gpu(name: str, tmp_path: Path) -> None:
+    """Codes of activations in float8, and bitsandbytes by diffusers' loader."""
+    pytest.importorskip(ON_GPU[name])
+    import diffusers
+
+    if name == "float8-dynamic":
+        from torchao import quantization
+
+        how: Any = diffusers.TorchAoConfig(quantization.Float8DynamicActivationFloat8WeightConfig())
+    elif name == "nf4":
+        half = dict(bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+        how = diffusers.BitsAndBytesConfig(load_in_4bit=True, **half)
+    else:
+        how = diffusers.BitsAndBytesConfig(load_in_8bit=True)
+    plain: Any = HOST["flux"].build()
+    plain.save_pretrained(tmp_path)
+    options: dict[str, Any] = dict(quantization_config=how, torch_dtype=torch.bfloat16, device_map="cuda")
+    model = type(plain).from_pretrained(tmp_path, **options).eval()
+    before = run_on_gpu(HOST["flux"], model, *SIZE)
+    conversion = convert(model, Softmax())
+    assert torch.equal(run_on_gpu(HOST["flux"], model, *SIZE), before)
+    conversion.revert()
+    for spec in (Clear(radius=99), CLEAR, LinFusion(mid_dim=4)):
+        conversion = convert(model, spec)
+        assert {p.dtype for p in conversion.parameters()} <= {torch.bfloat16}
+        output = run_on_gpu(HOST["flux"], model, *SIZE)
+        assert set(conversion.status.values()) == {"rerouted"} and output.isfinite().all()
+        assert (distance(output, before) < 0.05) == (spec == Clear(radius=99))
+        conversion.save(tmp_path / str(type(spec).__name__))
+        conversion.revert()
+    assert torch.equal(run_on_gpu(HOST["flux"], model, *SIZE), before)

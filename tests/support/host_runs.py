@@ -1,6 +1,7 @@
 """Runs of the tiny hosts: the size that suits each, its output there, and the output before any conversion."""
 
 from functools import cache
+from typing import Any
 
 import torch
 from tiny_host_case import TEXT
@@ -21,6 +22,23 @@ def run(case: HostCase, model: nn.Module, height: int, width: int, batch: int = 
     """Return what a model answers to the inputs of its row, without gradients."""
     with torch.no_grad():
         return case.output(model(**case.inputs(height, width, batch, text)))
+
+
+def on_gpu(tree: Any) -> Any:
+    """Return tensors on the GPU, and floating ones in bfloat16."""
+    if isinstance(tree, dict):
+        return {name: on_gpu(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [on_gpu(value) for value in tree]
+    if not isinstance(tree, Tensor):
+        return tree
+    return tree.to("cuda", torch.bfloat16 if tree.is_floating_point() else None)
+
+
+def run_on_gpu(case: HostCase, model: nn.Module, height: int, width: int) -> Tensor:
+    """Return what a model on the GPU answers in bfloat16."""
+    with torch.no_grad():
+        return case.output(model(**on_gpu(case.inputs(height, width, BATCH, TEXT))))
 
 
 @cache

@@ -233,6 +233,11 @@ class Answers:
     def dispatched(self, through: Callable[..., Tensor], **call: Any) -> Tensor:
         """Answer one call of an attention backend on `[B, N, H, D]` tensors; `through` is the backend itself."""
         query, key, value, attn_mask = call["query"], call["key"], call["value"], call.get("attn_mask")
+        if attn_mask is not None and not isinstance(attn_mask, Tensor):
+            self.reached, kind = True, type(attn_mask).__name__
+            unchanged = isinstance(self.processor, SoftmaxAttention)
+            self._note(None, f"dense: its attention has a mask of the type {kind}", expected=unchanged)
+            return through(**call)
         here = ATTENTION.here
         before, here.answer = here.answer, None  # some backends, and all processors, call PyTorch's attention
         try:
@@ -240,7 +245,7 @@ class Answers:
             grid = self._grid_of(query.dim(), query.shape[1], key.shape[1], masked)
             if grid is None:
                 return through(**call if self.parallel is None else {**call, "_parallel_config": self.parallel})
-            if isinstance(attn_mask, Tensor) and attn_mask.shape == key.shape[:2]:
+            if attn_mask is not None and attn_mask.shape == key.shape[:2]:
                 attn_mask = attn_mask[:, None, None]
             here.answer = None
             if isinstance(grid, Grid) and self.parallel is None:
