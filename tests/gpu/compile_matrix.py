@@ -87,6 +87,9 @@ def prepare(architecture: str, limit: int | None = None) -> None:
         return kernel if warmup else None
 
     JITFunction.run = compile_only
+    import torch
+
+    torch.version.hip = "6" if architecture.startswith("gfx") else None
     import vision_attn.kernels
     from vision_attn.kernels import launches
 

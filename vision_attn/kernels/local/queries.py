@@ -80,13 +80,14 @@ def _forward(
     grid, `together` heads in turn; tiles of `TALL` x `WIDE` queries and `KEY_TALL` x `KEY_WIDE` keys.
     Flags: what there is, and `RAGGED_` if no whole number of tiles covers it.
     """
+    SUMS: tl.constexpr = 16 if PRECISION == "ieee" else 8  # AMD has no narrower tiles
     M: tl.constexpr = TALL * WIDE
     LEN: tl.constexpr = KEY_TALL * KEY_WIDE
     pid = tl.program_id(0)
     image = height * width
     c = scale * LOG2E
     m = tl.full([M], START, tl.float32) * c  # [M]
-    l = tl.zeros([M, 8], tl.float32)  # [M, 8]
+    l = tl.zeros([M, SUMS], tl.float32)  # [M, SUMS]
     acc = tl.zeros([M, BLOCK_D], tl.float32)  # [M, BLOCK_D]
     if pid < row_programs:
         b, h, bh, part, rank, keep, token = outside_program(pid, outside, heads, N, prefix, image, M, parts)

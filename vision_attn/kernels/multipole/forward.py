@@ -72,12 +72,13 @@ def _forward(
     of `LEN` tokens of the sequence, and of `MEANS` means: see `MeanTiles`.
     Flags: what there is, and `RAGGED` if no whole number of tiles covers it.
     """
+    SUMS: tl.constexpr = 16 if PRECISION == "ieee" else 8  # AMD has no narrower tiles
     M: tl.constexpr = T * T
     pid = tl.program_id(0)
     image = height * width
     c = scale * LOG2E
     m = tl.full([M], START, tl.float32) * c  # [M]
-    l = tl.zeros([M, 8], tl.float32)  # noqa: E741  # [M, 8]
+    l = tl.zeros([M, SUMS], tl.float32)  # noqa: E741  # [M, SUMS]
     acc = tl.zeros([M, BLOCK_D], tl.float32)  # [M, BLOCK_D]
     if pid < row_programs:
         b, h, bh, part, rank, keep, token = outside_program(pid, outside, heads, N, prefix, image, M, parts)

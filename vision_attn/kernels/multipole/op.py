@@ -27,6 +27,8 @@ from vision_attn.kernels.triton.launching import (
     packed,
 )
 
+_AMD = torch.version.hip is not None  # the kernel that chooses multiplies as its GPUs cannot
+
 
 @dataclass(frozen=True)
 class Call:
@@ -155,11 +157,11 @@ def _run(
         means = [F.pad(means_of(t[:, grid.image], grid, cells, sides), (0, 0, 0, 0, 0, 1))[:, order] for t in (k, v)]
         bounds = None
     else:
-        asks = bool(cells.spread and cells.exact) and cells.group == 1 and cells.chosen is None
+        asks = bool(cells.spread and cells.exact) and cells.group == 1 and cells.chosen is None and not _AMD
         *means, low, high = _means(k, v, None if weights is None else weights.detach(), size, asks)
         bounds = low, high
     chosen = None if cells.chosen is None else cells.chosen.sort(-1).values  # the kernels want those that are none last
-    if chosen is None and (cells.group > 1 or bounds is None or not means[0].shape[1]):
+    if chosen is None and (cells.group > 1 or bounds is None or _AMD or not means[0].shape[1]):
         chosen = choose_cells(q, k, grid, cells, scale=scale)
     elif chosen is None and bounds is not None:
         tensors = (t.detach() for t in (q, means[0], *bounds))

@@ -194,13 +194,16 @@ def seen_tokens(index, stop, mask, prefix, image, MASK: tl.constexpr):
 def update_raw(s, v_rows, m, l, acc, c, PRECISION: tl.constexpr):
     """Add a tile of keys to an online softmax over raw logits s `[M, LEN]`, which `c` scales to base 2.
 
-    Values `[LEN, BLOCK_D]`; maximum m `[M]`, sum l `[M, 8]`, weighed values acc `[M, BLOCK_D]`.
+    Values `[LEN, BLOCK_D]`; maximum m `[M]`, sum l `[M, SUMS]`, weighed values acc `[M, BLOCK_D]`.
     """
     top = tl.maximum(m, tl.max(s, 1) * c)  # [M]
     p = tl.math.exp2(s * c - top[:, None])  # [M, LEN]
     shrink = tl.math.exp2(m - top)  # [M]
     # eight sums a row that no two threads share: they are added up once, at the end
-    l = l * shrink[:, None] + tl.sum(p.reshape(p.shape[0], p.shape[1] // 8, 8), 1)
+    if PRECISION == "ieee":  # AMD: its compiler cannot split the rows of a product
+        l = l * shrink[:, None] + tl.where(tl.arange(0, l.shape[1])[None, :] == 0, tl.sum(p, 1)[:, None], 0.0)
+    else:
+        l = l * shrink[:, None] + tl.sum(p.reshape(p.shape[0], p.shape[1] // 8, 8), 1)
     acc = acc * shrink[:, None]
     acc = tl.dot(p.to(v_rows.dtype), v_rows, acc, input_precision=PRECISION)
     return top, l, acc
