@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import math
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -45,7 +46,8 @@ def triton_reasons(q: Tensor, *others: Tensor, constants: tuple[Tensor, ...] = (
     """
     reasons = []
     if not _HAS_TRITON:
-        reasons.append("triton is not installed")
+        package = "triton-windows" if platform.system() == "Windows" else "triton"
+        reasons.append(f"triton is not installed (pip install {package})")
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         reasons.append(f"q is on {q.device}, not on cuda")
     if q.dtype not in DTYPES:
