@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_argument("--download", action="store_true", help="first fetch the weights that are measured, by pip")
     bench.set_defaults(run=_bench)
     _add_tune(commands)
+    _add_warm(commands)
     distill = commands.add_parser("distill", add_help=False, help="train a converted model; see distill --help")
     distill.add_argument("arguments", nargs=argparse.REMAINDER)
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -156,6 +157,28 @@ def _tune(options: argparse.Namespace) -> None:
     from vision_attn.bench.tuning import tune  # noqa: PLC0415
 
     tune(options.operator, options.out, minutes=options.minutes, wide=options.wide)
+
+
+def _add_warm(commands: Any) -> None:
+    warm = commands.add_parser("warm", help="compile a converted model's kernels ahead, for this GPU")
+    warm.add_argument("model", help="folder or hub name of a diffusers pipeline or model, or a timm model's name")
+    warm.add_argument("--height", type=int, default=1024, help="height of an image in pixels; others compile nothing")
+    warm.add_argument("--width", type=int, default=1024, help="width of an image in pixels")
+    warm.add_argument("--processor", default="clear", help="name of a processor, fields after a colon: clear:radius=8")
+    warm.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16", help="of the model")
+    warm.add_argument("--training", action="store_true", help="compile the kernels of gradients too")
+    warm.set_defaults(run=_warm)
+
+
+def _warm(options: argparse.Namespace) -> None:
+    from vision_attn.bench.warming import warm  # noqa: PLC0415
+    from vision_attn.demo.loading import DTYPES, load_target  # noqa: PLC0415
+    from vision_attn.processors import spec_of_text  # noqa: PLC0415
+
+    warm(
+        load_target(options.model), spec_of_text(options.processor), height=options.height, width=options.width,
+        dtype=DTYPES[options.dtype], training=options.training,
+    )  # fmt: skip
 
 
 def _add_gallery(commands: Any) -> None:
