@@ -212,18 +212,19 @@ def test_tritons_error_of_resources_never_comes_through():
 
 
 def test_the_target_comes_from_the_devices_properties(monkeypatch):
+    driver = pytest.importorskip("triton.runtime.driver", reason="Triton is not installed").driver
     about = SimpleNamespace(
-        major=8, minor=9, shared_memory_per_block=49152, shared_memory_per_block_optin=101376,
-        multi_processor_count=128, gcnArchName="gfx942:sramecc+:xnack-",
-    )  # fmt: skip
+        major=8, minor=9, shared_memory_per_block=49152, multi_processor_count=128, gcnArchName="gfx942:sramecc+"
+    )
+    shared = {7: 101376, 1: 65536}
+    utils = SimpleNamespace(get_device_properties=lambda index: {"max_shared_mem": shared[index]})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
-    device = torch.device("cuda", 7)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 7)
+    monkeypatch.setattr(driver, "_active", SimpleNamespace(utils=utils))
     try:
-        assert launches.target_of(device) == RTX4090
-        launches.target_of.cache_clear()
+        assert launches.target_of(torch.device("cuda", 7)) == launches.target_of(torch.device("cuda")) == RTX4090
         monkeypatch.setattr(torch.version, "hip", "6.4")
-        del about.shared_memory_per_block_optin
-        assert launches.target_of(device) == Target("gfx942", 49152, 128)
+        assert launches.target_of(torch.device("cuda", 1)) == Target("gfx942", 65536, 128)
         assert launches.target_of(torch.device("cpu")) == launches.INTERPRETER
     finally:
         launches.target_of.cache_clear()

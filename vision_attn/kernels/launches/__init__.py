@@ -218,11 +218,21 @@ def target_of(device: torch.device) -> Target:
     """Return what launches have to know of a device."""
     if device.type != "cuda":
         return INTERPRETER
-    about = torch.cuda.get_device_properties(device)
-    shared = getattr(about, "shared_memory_per_block_optin", 0) or about.shared_memory_per_block
+    about, shared = torch.cuda.get_device_properties(device), _shared(device)
     if torch.version.hip is not None:
         return Target(about.gcnArchName.split(":")[0], shared, about.multi_processor_count)
     return Target(f"sm_{about.major}{about.minor}", shared, about.multi_processor_count)
+
+
+def _shared(device: torch.device) -> int:
+    """Return the bytes of shared memory that a block may take, by the number that Triton compares with itself.
+
+    PyTorch tells on some versions only what a block gets unasked, which is less.
+    """
+    from triton.runtime import driver  # noqa: PLC0415
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def user_folder() -> Path:
