@@ -176,7 +176,7 @@ def test_cudnn_stays_on_and_chooses(monkeypatch):
 
 def test_a_whole_model_is_not_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(Launch, "_burst", lambda self, count, lead=0: [1.0] * count)
+    monkeypatch.setattr(Launch, "burst", lambda self, count, lead=0: [1.0] * count)
     monkeypatch.setattr(Launch, "_capture", lambda self: True)
     assert Launch(lambda: None, torch.device("cuda"), graph=False).kind == "eager"
     assert Launch(lambda: None, torch.device("cuda")).kind == "graph"
