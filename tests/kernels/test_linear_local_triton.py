@@ -87,7 +87,7 @@ def test_opcheck_and_compile():
     q, k, v, a, b = (draw(1, 20, 1, 16).detach().abs() for _ in range(5))
     shared, mask = [draw(1, 3, 1, 16).detach() for _ in range(2)], torch.tensor([[True, False, True]])
     checks = ("test_schema", "test_faketensor")
-    arguments = (q, k, v, a, b, *shared, mask, torch.ones(1), [4, 5], [2, 2], 0.25)
+    arguments = (q, k, v, a, b, *shared, None, None, mask, torch.ones(1), [4, 5], [2, 2], 0.25)
     torch.library.opcheck(_linear_local.registered, arguments, test_utils=checks)
     torch.library.opcheck(_features.registered, (q, torch.eye(16)[None]), test_utils=checks)
     t = [draw(1, 20, 1, 16).detach() for _ in range(3)]
