@@ -23,7 +23,7 @@ def test_a_row_and_its_table(measurement: Measurement) -> None:
     row = host.row(case, measurement)
     assert [candidate["name"] for candidate in row["candidates"]] == list(measurement.chosen)
     for candidate in row["candidates"]:
-        assert candidate["reason"] is None and candidate["forward"]["samples"] == 5
+        assert candidate["reason"] is None and candidate["forward"]["samples"] == 3
         assert 0 < candidate["forward"]["min_ms"] <= candidate["forward"]["median_ms"]
     assert [must["text"].split()[0] for must in row["musts"]] == ["softmax", "left", "clear"]
     document = dict(title=host.TITLE, device="CPU", versions={}, timing=host.TIMING, rows=[row | dict(date="today")])
