@@ -15,7 +15,7 @@ from tiny_hosts import HOST
 from torch import Tensor, nn
 
 from vision_attn import Clear, Neighborhood, Softmax, convert, use_grid
-from vision_attn.conversion import grids
+from vision_attn.conversion import grids, masks
 from vision_attn.conversion.state import is_rerouted, state_of
 from vision_attn.processors import AttnSpec
 
@@ -124,8 +124,8 @@ def test_hidream_with_patches_that_were_cut_before(how: str) -> None:
     case = HOST["hidream"]
     inputs = case.inputs(*SIZE, 2, TEXT)
     model = case.build()
-    tokens, masks, sizes, ids = model.patchify(inputs["hidden_states"])
-    cut = dict(hidden_states=tokens, hidden_states_masks=masks, img_ids=ids)
+    tokens, seen, sizes, ids = model.patchify(inputs["hidden_states"])
+    cut = dict(hidden_states=tokens, hidden_states_masks=seen, img_ids=ids)
     cut["img_sizes"] = sizes if how == "tensor" else [tuple(size) for size in sizes.tolist()]
     convert(model, Clear(radius=2))
     with torch.no_grad():
@@ -141,8 +141,8 @@ def test_hidream_with_images_of_different_sizes() -> None:
     sizes, inputs = [(6, 8), (9, 4)], case.inputs(6, 8, 2, TEXT)
     with torch.no_grad():
         parts = [model.patchify(noise(1, CHANNELS, 2 * h, 2 * w, seed=i)) for i, (h, w) in enumerate(sizes)]
-        tokens, masks, _, ids = (torch.cat(part) for part in zip(*parts, strict=True))
-        cut = dict(hidden_states=tokens, hidden_states_masks=masks, img_ids=ids, img_sizes=sizes)
+        tokens, seen, _, ids = (torch.cat(part) for part in zip(*parts, strict=True))
+        cut = dict(hidden_states=tokens, hidden_states_masks=seen, img_ids=ids, img_sizes=sizes)
         together = model(**inputs | cut).sample
         for b in range(2):
             own = {name: value[b : b + 1] for name, value in (inputs | cut).items() if "llama" not in name}
@@ -224,3 +224,14 @@ def _converted(host_id: str) -> nn.Module:
     model = HOST[host_id].build()
     convert(model, Clear(radius=2))
     return model
+
+
+def test_one_reading_of_a_mask_serves_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each reading waits for all that runs there."""
+    case, model = HOST["hunyuan-image"], HOST["hunyuan-image"].build()
+    conversion = convert(model, Clear(radius=2))
+    read: list[Any] = []
+    padding = masks._padding
+    monkeypatch.setattr(masks, "_padding", lambda *args: read.append(args) or padding(*args))
+    run(case, model, *SIZE)
+    assert len(conversion.layers) == 2 and len(read) == 1
