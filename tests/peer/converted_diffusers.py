@@ -35,7 +35,6 @@ MODELS = (
     "ChromaTransformer2DModel",
     "CogView3PlusTransformer2DModel",
     "ErnieImageTransformer2DModel",
-    "Flux2Transformer2DModel",
     "GlmImageTransformer2DModel",
     "HiDreamImageTransformer2DModel",
     "HunyuanDiT2DModel",

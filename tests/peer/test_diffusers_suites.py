@@ -26,7 +26,7 @@ SUITES = {
     "unet2d": "tests/models/unets/test_models_unet_2d.py",
 }
 TRANSFORMERS = (
-    *("bria", "bria_fibo", "chroma", "cogview3plus", "ernie_image", "flux2", "glm_image", "hidream", "hunyuan_dit"),
+    *("bria", "bria_fibo", "chroma", "cogview3plus", "ernie_image", "glm_image", "hidream", "hunyuan_dit"),
     *("krea2", "longcat_image", "ovis_image", "prx", "qwenimage", "z_image"),
 )
 SUITES |= {name: f"tests/models/transformers/test_models_transformer_{name}.py" for name in TRANSFORMERS}
