@@ -136,12 +136,12 @@ def _heads(
     wide = torch.promote_types(q.dtype, torch.float32)
     for b in range(q.shape[0]):
         for h in range(q.shape[2]):
-            rows = [_to_cells(t[b, :, h], height, width, cell, wide, more) for t, more in ((q, 0), (k, 1), (v, 1))]
-            rows[0] *= scale
+            queries = _to_cells(q[b, :, h], height, width, cell, wide) * scale
+            keys, values = (_to_cells(t[b, :, h], height, width, cell, wide, 1) for t in (k, v))
             shared = [t[b, :, h].to(wide) for t in (k_shared, v_shared)]
             means = [F.pad(t[b, :, h].to(wide), (0, 0, 0, 1)) for t in (k_means, v_means)]
             bias = None if hidden is None else hidden[b % len(hidden)].to(wide)
-            yield b, h, _Head(*rows, shared, means, bias)
+            yield b, h, _Head(queries, keys, values, shared, means, bias)
 
 
 def _parts(
