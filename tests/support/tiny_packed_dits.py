@@ -107,6 +107,11 @@ def _qwen_controlnet_inputs(height: int, width: int, batch: int, text: int) -> d
     return _qwen_inputs(height, width, batch, text) | dict(controlnet_cond=condition)
 
 
+def _flux_controlnet_inputs(height: int, width: int, batch: int, text: int) -> dict[str, Any]:
+    condition = noise(batch, height * width, 4 * CHANNELS, seed=3)
+    return flux_inputs(height, width, batch, text) | dict(controlnet_cond=condition)
+
+
 def _zimage_controlnet_inputs(height: int, width: int, batch: int, text: int) -> dict[str, Any]:
     inputs = _zimage_inputs(height, width, batch, text)
     return inputs | dict(control_context=[noise(*image.shape, seed=5 + i) for i, image in enumerate(inputs["x"])])
@@ -218,6 +223,10 @@ PACKED_DITS = [
     ),
     _zimage_case("z-image", False, "image and text are each padded to 32 tokens, unmasked; both come after the grid"),
     _zimage_case("z-image-ragged", True, "sample i has 32 * i more text tokens: bool [B, 1, 1, N] masks the tail"),
+    packed_case(
+        "flux-controlnet", diffusers.FluxControlNetModel, FLUX1, _flux_controlnet_inputs, shape=packed(32),
+        output=lambda output: output.controlnet_single_block_samples[-1],
+    ),
     packed_case(
         "qwen-controlnet", diffusers.QwenImageControlNetModel, _QWEN, _qwen_controlnet_inputs, shape=packed(32),
         output=lambda output: output.controlnet_block_samples[-1],
