@@ -31,7 +31,7 @@ LIMITS = {  # bytes of shared memory of a block
 DTYPES, DIMS = ("bfloat16", "float16", "float32"), (40, 64, 72, 128, 160, 256)
 OPERATORS = (
     "local-disc", "local-square", "local-dilated", "local-bias", "local-pooled", "multipole", "multipole-far",
-    "multipole-pool2", "multipole-cell4", "multipole-narrow", "linear", "rala", "agent", "window",
+    "multipole-pool2", "multipole-cell4", "multipole-narrow", "linear", "linear-features", "rala", "agent", "window",
     "linear_local", "hedgehog",
 )  # fmt: skip
 
@@ -109,8 +109,14 @@ def compiled(job: tuple[str, str, int]) -> tuple[tuple[str, str, int], list[tupl
 
     ROWS.clear()
     try:
-        output = _call(operator, getattr(torch, dtype), D)
-        output.sum().backward()
+        try:
+            _call(operator, getattr(torch, dtype), D).sum().backward()
+        except ValueError as error:  # reasons: a kernel without a backward, or for narrower heads
+            ROWS.append(("refused", str(error), 0, 0))
+            with torch.no_grad():
+                _call(operator, getattr(torch, dtype), D)
+    except ValueError as error:
+        ROWS.append(("refused", str(error), 0, 0))
     except LaunchError as error:
         ROWS.append(("host" if "not compile" in str(error) else "refused", str(error), 0, 0))
     except Exception as error:  # a compiler may fail in any way: that is a result
@@ -124,7 +130,7 @@ def _call(operator: str, dtype: Any, D: int) -> Any:
 
     from vision_attn import RALA, Agent, HiLo, LinearLocal, LinFusion
     from vision_attn.grid import Grid
-    from vision_attn.kernels.linear import linear_attention
+    from vision_attn.kernels.linear import Features, linear_attention
     from vision_attn.kernels.local import Window, local_attention
     from vision_attn.kernels.multipole import Cells, multipole_attention
     from vision_attn.processors.base import Layer
@@ -163,6 +169,9 @@ def _call(operator: str, dtype: Any, D: int) -> Any:
         return multipole_attention(q, k, v, grid, cells[operator], backend="triton")
     if operator == "linear":
         return linear_attention(q, k, v, backend="triton")
+    if operator == "linear-features":  # as the Hedgehog's
+        a, b = (draw(1, grid.tokens, 2, min(2 * D, 256)) for _ in range(2))
+        return linear_attention(a, b, v, features=Features("none"), backend="triton")
     return specs[operator].build(Layer("", 2, D, "triton", 2 * D)).to(dtype)(q, k, v, grid)
 
 
