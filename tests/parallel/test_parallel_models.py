@@ -7,6 +7,7 @@ import pytest
 import sliced_models
 import torch
 from processes import PRELOAD, Group
+from sliced import close
 from tiny_hosts import HOST
 
 from vision_attn.processors import Agent, Clear, HiLo, LinearLocal, LinFusion, Multipole, Softmax
@@ -34,10 +35,6 @@ def pair():
     group = Group(2, [*PRELOAD, "sliced_models"])
     yield group
     group.close()
-
-
-def close(found, expected, name, tolerance):
-    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance, msg=lambda m: f"{name}: {m}")
 
 
 def check(group, name, size, spec, options, ways, gradients=True):

@@ -64,3 +64,80 @@ def dies(rank, name, size, spec, ways):
     if rank == 1:
         local.Halo.wait = lambda self: os.kill(os.getpid(), signal.SIGKILL)
     return over(rank, name, size, spec, {}, ways)
+
+
+def enabled(rank, name, size, spec, gradients=False):
+    """Return the same of a model without a plan of diffusers, cut by `enable`; it can be taken back."""
+    from vision_attn.parallel import enable
+
+    case = HOST[name]
+    model, inputs = built(case, size)
+    conversion = vision_attn.convert(model, spec)
+    with patch("torch.accelerator.device_count", lambda: 1):
+        cut = enable(model)
+    found = *results(case, model, inputs, gradients), conversion.status
+    for g in found[2].values():
+        dist.all_reduce(g)
+    if found[1] is not None:
+        dist.all_reduce(found[1])
+    cut.disable()
+    conversion.revert()
+    model(**inputs)
+    return found
+
+
+def decoded(rank, rows):
+    """Return a picture that all processes decode, and the same of one."""
+    from diffusers import AutoencoderKL
+
+    from vision_attn.parallel import shared_decoding
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+    z = torch.randn(2, 4, rows, 21)
+    with torch.no_grad():
+        with shared_decoding(vae):
+            together = vae.decode(z).sample
+        vae.enable_tiling()
+        return together, vae.decode(z).sample
+
+
+def compiled(rank, name, size, spec):
+    """Return outputs before and after the blocks are compiled."""
+    from diffusers import ContextParallelConfig
+
+    case = HOST[name]
+    model, inputs = built(case, size)
+    with patch("torch.accelerator.device_count", lambda: 1):
+        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=dist.get_world_size()))
+    vision_attn.convert(model, spec)
+    with torch.no_grad():
+        before = model(**inputs, return_dict=False)[0]
+        for block in (*model.transformer_blocks, *getattr(model, "single_transformer_blocks", ())):
+            block.compile(backend="eager")
+        return before, model(**inputs, return_dict=False)[0], model(**inputs, return_dict=False)[0]
+
+
+def sharded(rank, name, size, spec):
+    """Return output and the mean gradients of blocks that FSDP shards over the same processes."""
+    from diffusers import ContextParallelConfig
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    case = HOST[name]
+    model, inputs = built(case, size)
+    with patch("torch.accelerator.device_count", lambda: 1):
+        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=dist.get_world_size()))
+    vision_attn.convert(model, spec)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        fully_shard(block, mesh=mesh)
+    output, _, grads = results(case, model, inputs, True)
+    return output, {n: g.full_tensor() for n, g in grads.items() if hasattr(g, "full_tensor")}

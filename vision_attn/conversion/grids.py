@@ -309,6 +309,9 @@ class GridContext:
         """Return the grid of the whole sequence, of which this process holds `tokens` tokens."""
         assert self.cut is not None
         ranks = self.cut.of(found)
+        if self.cut.apart and tokens == ranks.count(ranks.image) != ranks.tokens:  # a layer over the grid alone
+            found = Grid(found.height, found.width)
+            ranks = self.cut.of(found)
         if min(ranks.count(ranks.image, rank) for rank in range(ranks.size)) < 1:
             return f"{found} is smaller than the {ranks.size} processes are many"
         return found if ranks.tokens == tokens else f"{tokens} tokens are not this process's slice of {found}"

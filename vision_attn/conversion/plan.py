@@ -37,6 +37,7 @@ from vision_attn.estimation.model import break_even
 from vision_attn.grid import Grid
 from vision_attn.hosts.host import Host, heads_of, input_dim
 from vision_attn.hosts.selection import unwrapped
+from vision_attn.parallel.models import is_cut
 from vision_attn.processors.base import CHILD, AttnSpec, Layer, Processor, model_name, stored_name
 
 _LAYERS = "_vision_attn_layers"  # attribute of a block: states of the layers that want its input
@@ -236,8 +237,11 @@ def undo(model: nn.Module) -> None:
     """Put a converted model back as it was.
 
     Raises:
-        ValueError: If weights that `load` replaced are fused into others, offloaded or quantised.
+        ValueError: If weights that `load` replaced are fused into others, offloaded or quantised, or the model is cut
+            over processes.
     """
+    if is_cut(model):
+        raise ValueError(f"this {type(model).__name__} is cut over processes: disable() that before the revert")
     state = model_state(model)
     places = _places(model, state.originals)
     for module in list(model.modules()):

@@ -2,15 +2,87 @@
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vision_attn.grid import Grid
+from vision_attn.hosts import find_host
 from vision_attn.hosts.host import Found
 from vision_attn.parallel.ranks import Cut
 
-_TEXT = "encoder_hidden_states"  # argument of the models with a plan; its text comes before the image
+_TEXT = "encoder_hidden_states"
+
+
+_TEXT_BEFORE = ("FluxTransformer2DModel", "Flux2Transformer2DModel", "QwenImageTransformer2DModel")  # by diffusers
+_TEXT_AFTER = {"SD3Transformer2DModel": True, "PixArtTransformer2DModel": False}  # models that `enable` cuts
+_LAYER = "_vision_attn"  # attribute of a converted layer
+
+
+class Enabled:
+    """A model that `enable` has cut over processes."""
+
+    def __init__(self, model: Any, plan: Any) -> None:
+        self._model, self._plan = model, plan
+
+    def disable(self) -> None:
+        """Let the model run in one process again."""
+        from diffusers.hooks.context_parallel import remove_context_parallel  # noqa: PLC0415
+
+        remove_context_parallel(self._model, self._plan)
+        self._model._parallel_config = None
+        for module in self._model.modules():
+            processor = vars(module).get("processor") or module._modules.get("processor")
+            if getattr(processor, "_parallel_config", None) is not None:
+                processor._parallel_config = None
+
+
+def enable(model: Any) -> Enabled:
+    """Cut the tokens of a converted model over all processes: one picture over several GPUs.
+
+    A model with a plan of diffusers (FLUX.1, FLUX.2, Qwen-Image) is cut by its own `enable_parallelism`. For SD3 and
+    PixArt, which have none, the tokens are cut before the first block and gathered after the last.
+
+    Args:
+        model: A model of diffusers. Without a plan, every self-attention over the image must be converted.
+
+    Returns:
+        What takes it back.
+
+    Raises:
+        ValueError: If the model cannot be cut, or a layer is not converted.
+    """
+    from diffusers import ContextParallelConfig  # noqa: PLC0415
+    from diffusers.models._modeling_parallel import (  # noqa: PLC0415
+        ContextParallelInput,
+        ContextParallelOutput,
+    )
+
+    name = type(model).__name__
+    plan = model._cp_plan if name in _TEXT_BEFORE else None
+    if plan is None and name not in _TEXT_AFTER:
+        raise ValueError(
+            f"a {name} cannot be cut over processes: known are {', '.join((*_TEXT_BEFORE, *_TEXT_AFTER))}. UNets "
+            "cannot, because their convolutions see rows of their neighbours at every level"
+        )
+    if plan is None:
+        layers = find_host(model).layer_names(model)
+        if missing := [layer for layer in layers if _LAYER not in vars(model.get_submodule(layer))]:
+            raise ValueError(f"convert every self-attention of this {name} before it is cut: {missing[0]} is not")
+        inputs = {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)}
+        if _TEXT_AFTER[name]:
+            inputs[_TEXT] = ContextParallelInput(split_dim=1, expected_dims=3)
+        plan = {"transformer_blocks.0": inputs, "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3)}
+    config = ContextParallelConfig(ulysses_degree=torch.distributed.get_world_size(), ulysses_anything=True)
+    model.enable_parallelism(config=config, cp_plan=plan)
+    return Enabled(model, plan)
+
+
+def is_cut(model: nn.Module) -> bool:
+    """Whether `enable` has cut a model whose own attention would not know of it."""
+    return type(model).__name__ in _TEXT_AFTER and getattr(model, "_parallel_config", None) is not None
 
 
 def cut_of(model: nn.Module, inputs: Mapping[str, Any], found: Found, last: Cut | None) -> tuple[Cut | None, Found]:
@@ -28,13 +100,16 @@ def cut_of(model: nn.Module, inputs: Mapping[str, Any], found: Found, last: Cut 
     config = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
     if config is None:
         return None, found
-    group = config._flattened_mesh.get_group()
-    cut = last if last is not None and last.group == group.group_name else Cut.over(group)
+    group, own = config._flattened_mesh.get_group(), type(model).__name__ in _TEXT_AFTER
+    cut = last if last is not None and last.group == group.group_name else replace(Cut.over(group), apart=own)
     if isinstance(found, str):
         return cut, found
     if isinstance(found, tuple):
         return cut, "each sample has its own grid, and their tokens are cut over processes"
-    if getattr(type(model), "_cp_plan", None) is None or not isinstance(inputs.get(_TEXT), Tensor):
+    if own:
+        text = inputs[_TEXT].shape[1] if _TEXT_AFTER[type(model).__name__] else 0
+        return cut, Grid(found.height, found.width, suffix=text)
+    if type(model).__name__ not in _TEXT_BEFORE or not isinstance(inputs.get(_TEXT), Tensor):
         return cut, f"how a {type(model).__name__} cuts its tokens over processes is not known"
     return cut, Grid(found.height, found.width, prefix=inputs[_TEXT].shape[1], suffix=found.suffix)
 

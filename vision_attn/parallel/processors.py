@@ -37,6 +37,7 @@ from vision_attn.processors.rala import RALAAttention
 Way = Callable[[Any, Tensor, Tensor, Tensor, Ranks, Tensor | None, float | None], Tensor]
 
 
+@torch.compiler.disable  # how much travels is known only when it runs
 def attend(
     processor: Processor,
     q: Tensor,

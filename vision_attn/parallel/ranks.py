@@ -47,6 +47,7 @@ class Cut:
         rank: Which of the group this process is.
         size: How many processes there are.
         gathers: As for `Ranks`.
+        apart: Whether the suffix is cut by itself, not with the grid.
         traffic: As for `Ranks`.
     """
 
@@ -54,6 +55,7 @@ class Cut:
     rank: int
     size: int
     gathers: bool = False
+    apart: bool = False
     traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
 
     @classmethod
@@ -62,8 +64,11 @@ class Cut:
         return cls(group.group_name, torch.distributed.get_rank(group), group.size(), gathers)
 
     def of(self, grid: Grid) -> "Ranks":
-        """Return the slices of a sequence: the prefix is cut by itself, and the grid with the suffix after it."""
+        """Return the slices of a sequence: the prefix is cut by itself, the grid with the suffix if that is not."""
         n = grid.image_tokens
+        if self.apart:
+            prefix, image, suffix = (cuts_of(count, self.size) for count in (grid.prefix, n, grid.suffix))
+            return Ranks(grid, self.group, self.rank, prefix, image, suffix, self.gathers, self.traffic)
         cuts = cuts_of(n + grid.suffix, self.size)
         image, suffix = (
             tuple(min(max(cut - first, 0), most) for cut in cuts) for first, most in ((0, n), (n, grid.suffix))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vision_attn.parallel.ranks import Ranks
+from vision_attn.parallel.ranks import Cut, Ranks
 
 _ops = torch.ops._c10d_functional
 
@@ -80,7 +80,7 @@ class Pending:
         return found
 
 
-def transfer(rows: Tensor, take: Sequence[int], give: Sequence[int], ranks: Ranks, what: str) -> Pending:
+def transfer(rows: Tensor, take: Sequence[int], give: Sequence[int], ranks: Ranks | Cut, what: str) -> Pending:
     """Begin to send rows to every process and to receive rows from every process.
 
     Args:
@@ -99,7 +99,7 @@ def transfer(rows: Tensor, take: Sequence[int], give: Sequence[int], ranks: Rank
     return Pending(take, give, ranks.group).begin(rows)
 
 
-def gather(rows: Tensor, counts: Sequence[int], ranks: Ranks, what: str) -> Pending:
+def gather(rows: Tensor, counts: Sequence[int], ranks: Ranks | Cut, what: str) -> Pending:
     """Begin to give every process the rows of all, those of rank 0 first.
 
     Args:
