@@ -48,12 +48,14 @@ class Slab:
 
     def around(self, t: Tensor) -> Tensor:
         """Put own tokens `[B, n, H, D]` in their places, with zeros around them."""
+        if self.first == self.stop:
+            return t  # this process holds no token of the grid
         (first, stop), (own_first, own_stop) = self.span, self.ranks.span()
         return F.pad(t, (0, 0, 0, 0, own_first - first, stop - own_stop))
 
     def filled(self, t: Tensor, others: Tensor) -> Tensor:
         """Put own tokens and those of others in their places."""
-        before = self.ranks.span()[0] - self.span[0]
+        before = self.ranks.span()[0] - self.span[0] if self.first < self.stop else 0
         return torch.cat([others[:, :before], t, others[:, before:]], 1)
 
     def own(self, t: Tensor) -> Tensor:
