@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 SERVER = multiprocessing.get_context("forkserver")
 PRELOAD = ["torch", "torch.distributed", "torch.distributed._functional_collectives", "vision_attn.parallel"]
-VARIABLES = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+VARIABLES = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 class Group:
