@@ -26,14 +26,20 @@ def pair():
 def test_models_without_a_plan(pair, name, spec):
     size = (6, 5, 2, 8)
     expected = sliced_models.forward(HOST[name], size, SPECS[spec], {}, True)
-    for output, _, grads, status in pair.run("sliced_models:enabled", name, size, SPECS[spec], True):
+    for output, _, grads, status, refused in pair.run("sliced_models:enabled", name, size, SPECS[spec], True):
         assert set(status.values()) == {"rerouted"}
+        assert "disable() that before the revert" in refused[0] and "slice alone" in refused[1]
         torch.testing.assert_close(output, expected[0], atol=2e-5, rtol=2e-5)
         for key, value in expected[2].items():
             if "transformer_blocks" in key:  # what lies outside of them is computed by each process
                 torch.testing.assert_close(
                     grads[key], value, atol=2e-4, rtol=2e-4, msg=lambda m, key=key: f"{key}: {m}"
                 )
+
+
+def test_layers_of_a_cut_model_must_not_stay_dense(pair):
+    for refused in pair.run("sliced_models:dense", "pixart", (6, 5, 2, 8)):
+        assert "would attend to this process's slice alone" in refused
 
 
 def test_enable_says_what_it_cannot_cut():

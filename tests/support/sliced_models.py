@@ -80,10 +80,30 @@ def enabled(rank, name, size, spec, gradients=False):
         dist.all_reduce(g)
     if found[1] is not None:
         dist.all_reduce(found[1])
+    refused = []
+    for call in (conversion.revert, conversion.bypassed().__enter__):
+        try:
+            call()
+        except ValueError as error:
+            refused.append(str(error))
     cut.disable()
     conversion.revert()
     model(**inputs)
-    return found
+    return *found, refused
+
+
+def dense(rank, name, size):
+    """Return what a cut model says whose layers stay dense."""
+    from vision_attn.parallel import enable
+
+    model, inputs = built(HOST[name], size)
+    vision_attn.convert(model, vision_attn.Softmax())
+    with patch("torch.accelerator.device_count", lambda: 1):
+        enable(model)
+    try:
+        model(**inputs)
+    except ValueError as error:
+        return str(error)
 
 
 def decoded(rank, rows):

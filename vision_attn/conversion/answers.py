@@ -215,8 +215,9 @@ class Answers:
         """Answer one call of `scaled_dot_product_attention` on `[B, H, N, D]` tensors."""
         masked = attn_mask is not None and stays_dense(attn_mask, self.state)
         grid = self._grid_of(query.dim(), query.shape[-2], key.shape[-2], masked)
-        if grid is None and self.parallel is not None:
-            return stock_attention(self.stock, self.parallel, query, key, value, attn_mask, scale)
+        if grid is None and self.state.context.cut is not None:
+            tensors = query, key, value
+            return stock_attention(self.state.name, self.stock, self.parallel, tensors, attn_mask, scale)
         if grid is None:
             own: Any = F.scaled_dot_product_attention if torch.compiler.is_compiling() else ATTENTION.through
             if self.backend is not None and torch.compiler.is_compiling():
@@ -300,7 +301,6 @@ class Answers:
     ) -> Tensor:
         """Let the processor attend over a grid of which this process holds a slice."""
         mask = None if attn_mask is None else key_padding(attn_mask, ranks.held, self.state)
-        assert mask is None or isinstance(mask, Tensor)
         if attn_mask is not None and mask is None and any(ranks.outside):  # other processes may hide keys
             mask = q.new_ones((len(attn_mask), ranks.outside[ranks.rank]), dtype=torch.bool)
         if q.shape[2] != k.shape[2]:

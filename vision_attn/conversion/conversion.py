@@ -25,6 +25,7 @@ from vision_attn.graphs import Graphs, replayed_of, replaying
 from vision_attn.hosts import Host, find_host
 from vision_attn.hosts.selection import Specs, Where, assign, candidates_of, check_specs, select, targets_of
 from vision_attn.kernels.backend import check_backend
+from vision_attn.parallel.models import is_cut
 from vision_attn.processors.base import CHILD, AttnSpec
 
 
@@ -296,7 +297,15 @@ class Conversion:
         """Run the host's own attention inside the `with` block: the model is then its own teacher.
 
         With gradient checkpointing, call `backward` in the same block as its forward, because it runs layers again.
+
+        Raises:
+            ValueError: If `parallel.enable` has cut a model that diffusers has no plan for.
         """
+        for _, model in self._converted():
+            if is_cut(model):
+                raise ValueError(
+                    f"the own attention of this {type(model).__name__} would see one process's slice alone"
+                )
         shared = [model_state(model).shared for _, model in self._converted()]
         before = [s.bypassed for s in shared]
         for s in shared:

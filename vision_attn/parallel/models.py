@@ -115,22 +115,29 @@ def cut_of(model: nn.Module, inputs: Mapping[str, Any], found: Found, last: Cut 
 
 
 def stock_attention(
-    processor: Any, config: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
+    name: str, processor: Any, config: Any, tensors: tuple[Tensor, Tensor, Tensor], attn_mask: Tensor | None,
     scale: float | None,
 ) -> Tensor:  # fmt: skip
     """Attend over processes as diffusers does, with its own exchange of heads or keys.
 
     Args:
+        name: Name of the layer.
         processor: diffusers' processor of the layer.
-        config: The configuration of its parallelism.
-        query: Queries of the own slice `[B, H, tokens, D]`.
-        key: Keys, like `query`.
-        value: Values, like `query`.
+        config: The configuration of its parallelism, None if `enable` has cut a model without a plan.
+        tensors: Queries, keys and values of the own slice, each `[B, H, tokens, D]`.
         attn_mask: Key padding of the own slice, or None.
         scale: Factor of the logits.
+
+    Raises:
+        ValueError: If diffusers has no way to attend over processes.
     """
+    if config is None:
+        raise ValueError(
+            f"{name} would attend to this process's slice alone: every self-attention of a model that parallel.enable "
+            "has cut must be answered by a processor"
+        )
     dispatch = sys.modules["diffusers.models.attention_dispatch"].dispatch_attention_fn
-    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    q, k, v = (t.transpose(1, 2) for t in tensors)
     backend = getattr(processor, "_attention_backend", None)
     output: Tensor = dispatch(q, k, v, attn_mask=attn_mask, scale=scale, backend=backend, parallel_config=config)
     return output.transpose(1, 2)
