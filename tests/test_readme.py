@@ -259,7 +259,7 @@ LINES = [pytest.param(line, marks=[pytest.mark.slow] * ("bench plot" in line)) f
 
 
 @pytest.mark.parametrize("line", LINES, ids=[" ".join(line.split()[:4]) for line in SHELL])
-def test_every_command_runs(line, tmp_path, monkeypatch):
+def test_every_command_runs(line, tmp_path, monkeypatch, capsys):
     for text, small in SMALL.items():
         line = line.replace(text, small)
     words = [word for word in shlex.split(line) if not re.fullmatch(r"[A-Z_]+=\S*", word)]
@@ -279,6 +279,9 @@ def test_every_command_runs(line, tmp_path, monkeypatch):
         assert all(f'"{word}"' in script for word in arguments if word.startswith("--"))
     elif words[:2] == ["vision-attn", "gallery"] or (words[1] == "bench" and words[2] not in ("table", "plot")):
         assert words[1] == "gallery" or find_entries(words[2])
+    elif words[:2] == ["vision-attn", "tune"] and not torch.cuda.is_available():  # it says that it needs a GPU
+        assert main(arguments) == 2
+        assert "GPU" in capsys.readouterr().err
     else:
         assert program == "vision-attn"
         monkeypatch.chdir(tmp_path)
