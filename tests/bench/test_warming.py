@@ -18,7 +18,7 @@ from vision_attn.kernels.triton import launching
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("spec", [Clear(radius=2), Multipole(cell=2, pool=1)])
+@pytest.mark.parametrize("spec", [Clear(radius=2), Multipole(cell=2, pool=1)], ids=str)
 def test_one_layer_of_each_kind_is_compiled(spec):
     model = HOST["flux"].build()
     found = layers_to_warm(model, spec, height=128, width=96)

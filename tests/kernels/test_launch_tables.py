@@ -115,7 +115,11 @@ def test_launches_become_smaller_down_to_16_tokens_and_no_pipeline():
     assert deep == sorted(deep, reverse=True)  # without a pipeline last
 
 
-@pytest.mark.parametrize("launch", [Launch(walk=(64,), stages=2), Launch((64,)), Launch((16,), features=64)])
+@pytest.mark.parametrize(
+    "launch",
+    [Launch(walk=(64,), stages=2), Launch((64,)), Launch((16,), features=64)],
+    ids=["walks", "owns", "features"],
+)
 def test_tiles_that_are_not_there_stay_so(launch):
     last = list(launch.smaller())[-1]
     assert (bool(last.own), bool(last.walk)) == (bool(launch.own), bool(launch.walk))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vision_attn.kernels.agent import Agents, Direct, read_agents
-from vision_attn.kernels.dense_parts import dense_part, dense_part_gradients
+from vision_attn.kernels.agent.parts import dense_part, dense_part_gradients
 from vision_attn.parallel.outside import Outside, merge_parts, packed, unpacked
 from vision_attn.parallel.ranks import Ranks
 from vision_attn.parallel.sums import Total, own_image

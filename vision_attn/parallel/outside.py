@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vision_attn.kernels.dense_parts import dense_part, dense_part_gradients
+from vision_attn.kernels.agent.parts import dense_part, dense_part_gradients
 from vision_attn.parallel.ranks import Ranks
 from vision_attn.parallel.transfers import Pending, apart, as_rows, gather, transfer
 
