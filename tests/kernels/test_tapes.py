@@ -23,7 +23,7 @@ ROWS = {
     "multipole": (Multipole(cell=4, pool=2, near=0, exact=1), Grid(8, 8)),
     "multipole-ragged": (Multipole(cell=4, pool=2, near=0, exact=1), Grid(9, 12, prefix=2)),
     "neighborhood": (Neighborhood(kernel_size=3), Grid(8, 8)),
-    "linfusion": (LinFusion(), Grid(8, 8)),
+    "linfusion": (LinFusion(mid_dim=-1), Grid(8, 8)),
 }
 
 
@@ -132,6 +132,17 @@ def test_what_does_more_than_launch_is_not_recorded():
         args = drawn(grid, seed)
         assert torch.equal(found.call(processor, args, processor), processor(*args))
     assert list(found.values()) == [False]
+
+
+def test_modules_inside_a_processor_run_as_ever():
+    """Their hooks and attributes are not looked at before a repeat."""
+    grid = Grid(4, 4)
+    processor = LinFusion(feature_map="hedgehog", mid_dim=-1).build(Layer("layer", 2, 16, backend="triton", dim=32))
+    processor, found, ran = processor.to(DEVICE).eval(), tapes.Tapes(), []
+    processor.features_q.register_forward_hook(lambda *args: ran.append(1) and None)
+    for seed in range(3):
+        found.call(processor, drawn(grid, seed), processor)
+    assert len(ran) == 3 and not found
 
 
 def test_gradients_and_modes_run_as_ever():

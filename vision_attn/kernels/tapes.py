@@ -91,9 +91,9 @@ def _can_repeat(t: Tensor) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a call of a module is its class's forward and nothing else."""
+    """Whether a call of a module is its class's forward and nothing else; of modules inside it nobody would know."""
     return not (
-        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+        module._modules or module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
         or _modules._global_forward_hooks or _modules._global_forward_pre_hooks
     )  # fmt: skip
 
