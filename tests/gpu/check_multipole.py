@@ -17,7 +17,7 @@ import torch
 
 from vision_attn.grid import Grid
 from vision_attn.kernels.multipole import Cells, choose_cells, multipole_attention, op
-from vision_attn.kernels.multipole.cells import _cell_bounds, _cell_means
+from vision_attn.kernels.multipole.cells import _cell_bounds, _finest_sums, cell_means
 
 DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
 CASES = {  # grid, cells, D
@@ -91,8 +91,8 @@ def regret(low, grid, cells, best):
         op._choice = own
     (ours,) = found
     wide_q, wide_k = (t.double()[:, grid.image] for t in (q, k))
-    means = _cell_means(wide_q, grid, cells, None) * q.shape[-1] ** -0.5
-    keys = _cell_means(wide_k, grid, cells, None)
+    means, keys = (cell_means(*_finest_sums(t, grid, cells.pool, None), cells) for t in (wide_q, wide_k))
+    means = means * q.shape[-1] ** -0.5
     positive, negative = keys, keys
     if cells.spread:
         below, above = _cell_bounds(wide_k, grid, cells.cell)

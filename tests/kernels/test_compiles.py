@@ -1,4 +1,7 @@
-"""Kernels compile for GPUs that are not there, by `tests/gpu/compile_matrix.py`; the interpreter types no integers."""
+"""Kernels compile for GPUs that are not there, by `tests/gpu/compile_matrix.py`; the interpreter types no integers.
+
+The other programs of that folder need a GPU, and are imported here at least.
+"""
 
 import importlib.util
 import os
@@ -36,12 +39,17 @@ def test_the_launches_of_a_call_compile_and_fit(tmp_path, architecture, rows):
     assert done.stdout.count("ok  ") >= 5
 
 
-def matrix():
-    """Return the module of the matrix."""
-    spec = importlib.util.spec_from_file_location("compile_matrix", MATRIX)
+def program(path):
+    """Return the module of a program."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.parametrize("path", sorted(MATRIX.parent.glob("*.py")), ids=lambda path: path.stem)
+def test_a_program_for_a_gpu_finds_what_it_imports(path):
+    assert callable(program(path).main)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +63,8 @@ def matrix():
     ],
 )
 def test_what_does_not_fit_or_compile_is_bad_and_what_is_refused_is_not(name, shared, sign):
-    assert matrix().sign_of(name, shared, matrix().LIMITS["sm_89"]) == sign
+    matrix = program(MATRIX)
+    assert matrix.sign_of(name, shared, matrix.LIMITS["sm_89"]) == sign
 
 
 @pytest.mark.slow

@@ -346,7 +346,7 @@ def cell_means(sums: Tensor, count: Tensor, cells: Cells) -> Tensor:
 
 
 def _cell_bounds(t: Tensor, grid: Grid, cell: int) -> tuple[Tensor, Tensor]:
-    """The least and the largest of each cell and channel, each like `_cell_means`."""
+    """The least and the largest of each cell and channel, each like `cell_means`."""
     image = t.unflatten(1, (grid.height, grid.width)).to(torch.promote_types(t.dtype, torch.float32))
     B, height, width, H, D = image.shape
     found = []
