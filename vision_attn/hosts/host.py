@@ -201,9 +201,10 @@ def heads_of(name: str, module: nn.Module) -> tuple[int, int]:
     Raises:
         ValueError: If the module does not say.
     """
+    module = _projecting(module)
     names = ("heads", "num_heads", "num_attention_heads")
     num_heads: Any = next((getattr(module, name) for name in names if getattr(module, name, None)), None)
-    head_dim = getattr(module, "head_dim", None)
+    head_dim = getattr(module, "head_dim", getattr(module, "attention_head_size", None))
     inner: Any = getattr(module, "inner_dim", None)
     if inner is None and isinstance(qkv := getattr(module, "qkv", None), nn.Linear):
         inner = qkv.out_features // 3
@@ -212,10 +213,16 @@ def heads_of(name: str, module: nn.Module) -> tuple[int, int]:
     return num_heads, inner // num_heads if head_dim is None else head_dim
 
 
+def _projecting(module: nn.Module) -> nn.Module:
+    """Return the module itself, or what has the projections in it: transformers before 5.1 wraps `ViTSelfAttention`."""
+    inner = getattr(module, "attention", None)
+    return inner if isinstance(inner, nn.Module) and hasattr(inner, "num_attention_heads") else module
+
+
 def input_dim(module: nn.Module) -> int | None:
     """Return the channels of the tokens that a module projects to queries, None if it does not say."""
     for name in ("to_q", "to_qkv", "to_qkv_mlp_proj", "qkv", "img_qkv_proj", "q_proj", "query"):
-        projection: Any = getattr(module, name, None)
+        projection: Any = getattr(_projecting(module), name, None)
         if projection is not None and hasattr(projection, "in_features"):
             return int(projection.in_features)
     return None

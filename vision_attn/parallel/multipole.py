@@ -5,6 +5,7 @@ the cells that they choose: those that lie elsewhere are asked for, head by head
 the whole grid, of which it fills what its own queries meet.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -113,17 +114,17 @@ class _Means:
         wide = torch.promote_types(k.dtype, torch.float32)
         self.count = cell_counts(self.grid, cells.pool, k.device, wide)
         weights = None if cells.weights is None else cells.weights.to(k.device, wide).exp()
-        parts = [self._shares(t.to(wide), weights).to(t.dtype) for t in (k, v)]
+        parts = [self._shares(t, weights).to(t.dtype) for t in (k, v)]
         self._finest = CellSums(parts, cells.pool, ranks, "means")
         self._bounds: CellSums | None = None
         self._queries: CellSums | Tensor | None = None
         if cells.exact:
             with torch.no_grad():
                 if cells.spread:
-                    parts = [self._largest(sign * k) for sign in (-1, 1)]
+                    parts = [-self._most(k, torch.amin), self._most(k, torch.amax)]
                     self._bounds = CellSums(parts, cells.cell, ranks, "bounds")
                 first, stop = ranks.rows(unit=cells.cell)
-                mean_q = own_cells(q.to(wide), cells.cell, ranks)
+                mean_q = own_cells(q, cells.cell, ranks, wide)
                 mean_q = mean_q / cell_counts(self.grid, cells.cell, k.device, wide)[:, first:stop]
                 row = ranks.grid.width * cells.cell
                 cut = any(first % row for first in ranks.image[1:-1])
@@ -134,14 +135,14 @@ class _Means:
         pool = self.cells.pool
         first, stop = self.ranks.rows(unit=pool)
         if weights is None:
-            return own_cells(t, pool, self.ranks) / self.count[:, first:stop]
-        image = squares(own_image(t, pool, self.ranks), pool)  # [B, rows, pool, columns, pool, H, D]
+            return own_cells(t, pool, self.ranks, self.count.dtype) / self.count[:, first:stop]
+        image = squares(own_image(t.to(self.count.dtype), pool, self.ranks), pool)  # [B, rows, pool, columns, pool, H, D]
         sums = torch.einsum("byixjhd,ij->byxhd", image, weights)
         return sums / _weight_sums(self.grid, weights)[:, first:stop]
 
-    def _largest(self, k: Tensor) -> Tensor:
-        cell = self.cells.cell
-        return squares(own_image(k, cell, self.ranks, -torch.inf), cell).amax((2, 4))
+    def _most(self, k: Tensor, most: Callable[..., Tensor]) -> Tensor:
+        cell, fill = self.cells.cell, -torch.inf if most is torch.amax else torch.inf
+        return most(squares(own_image(k, cell, self.ranks, fill), cell), (2, 4))
 
     def wait(self, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """Return the means of keys and of values `[B, M, H, D]`, and the exact cells of the own cells."""

@@ -94,13 +94,15 @@ def own_image(t: Tensor, cell: int, ranks: Ranks, fill: float = 0.0) -> Tensor:
     begin, end = ranks.span()
     rows = (stop - first) * cell
     before = begin - first * cell * width if rows else 0
-    image = F.pad(t, (0, 0, 0, 0, before, rows * width - before - (end - begin)), value=fill)
-    return F.pad(image.unflatten(1, (rows, width)), (0, 0, 0, 0, 0, -width % cell), value=fill)
+    after = rows * width - before - (end - begin)
+    t = F.pad(t, (0, 0, 0, 0, before, after), value=fill) if before or after else t  # a pad of nothing copies
+    image = t.unflatten(1, (rows, width))
+    return F.pad(image, (0, 0, 0, 0, 0, -width % cell), value=fill) if width % cell else image
 
 
-def own_cells(t: Tensor, cell: int, ranks: Ranks) -> Tensor:
+def own_cells(t: Tensor, cell: int, ranks: Ranks, dtype: torch.dtype) -> Tensor:
     """Return the own tokens' share of the sums over the cells that they touch, `[B, rows, columns, H, D]`."""
-    return squares(own_image(t, cell, ranks), cell).sum((2, 4))
+    return squares(own_image(t, cell, ranks), cell).sum((2, 4), dtype=dtype)
 
 
 def squares(image: Tensor, side: int) -> Tensor:

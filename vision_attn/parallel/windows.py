@@ -54,7 +54,7 @@ class PooledMeans:
     def __init__(self, k: Tensor, v: Tensor, ranks: Ranks, cell: int) -> None:
         self._count = cell_counts(ranks.grid, cell, k.device, torch.promote_types(k.dtype, torch.float32))
         wide = self._count.dtype
-        parts = [own_cells(ranks.own_image(t).to(wide), cell, ranks) for t in (k, v)]
+        parts = [own_cells(ranks.own_image(t), cell, ranks, wide) for t in (k, v)]
         first, stop = ranks.rows(unit=cell)
         parts = [(part / self._count[:, first:stop]).to(k.dtype) for part in parts]
         self._sums = CellSums(parts, cell, ranks, "pooled")

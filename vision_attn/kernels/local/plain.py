@@ -69,7 +69,7 @@ def _axis(length: int, kernel: int, step: int, reach: int) -> Axis:
     keys: list[int] = []
     offsets: list[int] = []
     seen: list[bool] = []
-    places = [0] * length
+    places: dict[int, int] = {}
     for phase, count, own, near in cuts:
         for i, a in enumerate(own):
             places[phase + a * step] = len(queries) + i
@@ -81,7 +81,7 @@ def _axis(length: int, kernel: int, step: int, reach: int) -> Axis:
             seen += [i < len(near) and start <= b < stop for i, b in enumerate(columns)]
         queries += [phase + a * step for a in rows]
         keys += [phase + b * step for b in columns]
-    return Axis((len(cuts), T, S), tuple(queries), tuple(keys), tuple(offsets), tuple(seen), tuple(places))
+    return Axis((len(cuts), T, S), tuple(queries), tuple(keys), tuple(offsets), tuple(seen), tuple(places[i] for i in range(length)))
 
 
 def plain_attention(
