@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         Neighborhood,
         Schedule,
         Softmax,
+        SuperToken,
     )
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ _PUBLIC = {
         "Neighborhood",
         "Schedule",
         "Softmax",
+        "SuperToken",
     ),
 }
 _PLACE = {name: folder for folder, names in _PUBLIC.items() for name in names}
@@ -63,6 +65,7 @@ __all__ = [
     "Options",
     "Schedule",
     "Softmax",
+    "SuperToken",
     "advise",
     "convert",
     "estimate",

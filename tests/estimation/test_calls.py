@@ -6,7 +6,18 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vision_attn import RALA, Agent, AgentSD, Clear, HiLo, LinearLocal, LinFusion, Multipole, Neighborhood
+from vision_attn import (
+    RALA,
+    Agent,
+    AgentSD,
+    Clear,
+    HiLo,
+    LinearLocal,
+    LinFusion,
+    Multipole,
+    Neighborhood,
+    SuperToken,
+)
 from vision_attn.grid import Grid
 from vision_attn.processors import AttnSpec, Layer, Moment
 
@@ -25,6 +36,8 @@ SPECS = {
     "hilo": HiLo(),
     "rala": RALA(),
     "rala-plain": RALA(0),
+    "super-token": SuperToken(),
+    "super-token-twice": SuperToken(iterations=2),
 }
 
 

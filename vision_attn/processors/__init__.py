@@ -16,6 +16,7 @@ from vision_attn.processors.neighborhood import Neighborhood
 from vision_attn.processors.rala import RALA
 from vision_attn.processors.schedule import Schedule
 from vision_attn.processors.softmax import Softmax
+from vision_attn.processors.super_token import SuperToken
 
 __all__ = [
     "RALA",
@@ -34,6 +35,7 @@ __all__ = [
     "Processor",
     "Schedule",
     "Softmax",
+    "SuperToken",
     "from_config",
     "make_spec",
     "register",
