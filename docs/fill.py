@@ -8,7 +8,7 @@ A table stands between `<!-- its name -->` and `<!-- end -->`. A test fails when
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,16 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from vision_attn.bench.pipelines.attention import STOCK, WAYS
-from vision_attn.bench.quality.contenders import DEFAULT
+from vision_attn.bench.quality.contenders import (
+    DEFAULT,
+    DISCS,
+    DISTILLED,
+    EVERY,
+    MULTIPOLES,
+    POOLED,
+    SPREAD,
+    Contender,
+)
 from vision_attn.bench.quality.fidelity import fidelity_lines
 from vision_attn.bench.run import find_entries
 
@@ -296,19 +305,40 @@ def highres() -> str:
 def fidelity(entry: str) -> list[dict[str, Any]]:
     """Read the rows of a result of `bench quality`: of the H200 and of a CPU; none if neither was stored."""
     names = [f"bench/results/{entry}_{device}.json" for device in ("h200", "cpu")]
-    return [row | dict(device=name[-8:-5]) for name in names if (ROOT / name).exists() for row in stored(name)["rows"]]
+    documents = [stored(name) for name in names if (ROOT / name).exists()]
+    return [row | dict(device=document["device"]) for document in documents for row in document["rows"]]
 
 
-def fidelity_tables(entry: str) -> str:
-    """A table for each model of a result of `bench quality`; the default of multipole attention is bold."""
-    found, module = fidelity(entry), find_entries(entry)[0]
-    parts = []
-    for group in dict.fromkeys(row["group"] for row in found):
-        device = next(row["device"] for row in found if row["group"] == group)
-        rows = [row for row in found if row["group"] == group and row["device"] == device]
+def fidelity_tables(entry: str, names: Sequence[str]) -> str:
+    """A table for each model of a result of `bench quality`: of a GPU where there is one.
+
+    The default of multipole attention is bold.
+
+    Args:
+        entry: The entry.
+        names: The contenders to show, with those of them that were distilled.
+    """
+    found, module = {row["case"]: row for row in reversed(fidelity(entry))}, find_entries(entry)[0]
+    parts, order = [], [name + mark for name in names for mark in ("", DISTILLED)]
+    every = sorted(found.values(), key=lambda row: row["shape"]["pixels"])
+    for group in dict.fromkeys(row["group"] for row in every):
+        rows = [
+            row | dict(candidates=sorted(known, key=lambda c: order.index(c["name"])))
+            for row in every if row["group"] == group
+            for known in [[c for c in row["candidates"] if c["name"] in order]]
+        ]  # fmt: skip
+        devices = dict.fromkeys(row["device"] for row in rows)
+        where = ", ".join(
+            f"{' and '.join(row['label'] for row in rows if row['device'] == device)} on {device}" for device in devices
+        )
         lines = fidelity_lines(rows, module.MEASURES).replace(f"| {DEFAULT.name} |", f"| **{DEFAULT.name}** |")
-        parts += [f"**{group}**", lines]
+        parts += [f"**{group}**, {where}", lines]
     return "\n\n".join(parts) or f"No result is stored yet: `vision-attn bench {entry}` measures it."
+
+
+def names_of(contenders: Sequence[Contender]) -> list[str]:
+    """Return the names of contenders, each once."""
+    return list(dict.fromkeys(contender.name for contender in contenders))
 
 
 def untrained() -> str:
@@ -342,13 +372,16 @@ UNTRAINED = (
     ("quality_terrain", "terrain", "sigma_80", "error of the prediction at the highest noise", ".2g"),
     ("quality_dinov2", "dinov2-518", "cosine", "cosine of the features", ".3f"),
 )
+SETTINGS = names_of((*DISCS, *POOLED, *MULTIPOLES, *SPREAD))
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "untrained": untrained,
-    "quality_teachers": partial(fidelity_tables, "quality_teachers"),
-    "quality_dinov2": partial(fidelity_tables, "quality_dinov2"),
-    "quality_terrain": partial(fidelity_tables, "quality_terrain"),
+    "quality_teachers": partial(fidelity_tables, "quality_teachers", SETTINGS),
+    "settings_dinov2": partial(fidelity_tables, "quality_dinov2", SETTINGS),
+    "settings_terrain": partial(fidelity_tables, "quality_terrain", SETTINGS),
+    "quality_dinov2": partial(fidelity_tables, "quality_dinov2", names_of(EVERY)),
+    "quality_terrain": partial(fidelity_tables, "quality_terrain", names_of(EVERY)),
     "choice": choice,
     "speed": speed,
     "discs": discs,

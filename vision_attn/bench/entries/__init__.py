@@ -14,7 +14,8 @@ and, if its rows do not compare functions with a subject,
 
 and, if it measures pretrained weights,
 
-    def download()                                   # fetches them
+    def cases(device, quick, sources: Sources)       # where the weights are, photos and adapters
+    def download(sources: Sources)                   # fetches the weights
 
 A file `kernels_x.py` belongs to the group `kernels`: `vision-attn bench kernels` runs all of a group.
 """

@@ -1,7 +1,12 @@
-"""The attentions that are compared: names for the tables, and their specs."""
+"""The attentions that are compared: names for the tables, their specs, and those that were distilled."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from vision_attn.adapters.adapter import read_adapter
+from vision_attn.conversion.conversion import Conversion, convert, load
+from vision_attn.hosts import Host
 from vision_attn.processors import RALA, Agent, AttnSpec, Clear, HiLo, LinearLocal, LinFusion, Multipole, Neighborhood
 
 
@@ -12,10 +17,41 @@ class Contender:
     Args:
         name: Short and stable: a key of the JSON and a row of the tables.
         spec: The processor.
+        adapter: Folder of trained weights for it; None for an untrained conversion.
     """
 
     name: str
     spec: AttnSpec
+    adapter: Path | None = None
+
+    def put_into(self, target: Any, *, host: Host | None = None, min_tokens: int = 0) -> Conversion:
+        """Convert a model; an adapter decides itself which layers keep their attention."""
+        if self.adapter is None:
+            return convert(target, self.spec, host=host, min_tokens=min_tokens)
+        return load(target, self.adapter, host=host)
+
+
+DISTILLED = " distilled"
+
+
+def folder_of(name: str) -> str:
+    """Return the name of a contender as a folder has it."""
+    return name.replace(" ", "_")
+
+
+def distilled(adapters: Path | None, model: str) -> tuple[Contender, ...]:
+    """Return the contenders that were distilled for a model: one for each adapter in `adapters/model`.
+
+    Args:
+        adapters: The folder; None for none.
+        model: Name of the folder inside.
+    """
+    folders = sorted(path.parent for path in adapters.glob(f"{model}/*/config.json")) if adapters else []
+    specs = [next(iter(read_adapter(folder)[0].layers.values())) for folder in folders]
+    return tuple(
+        Contender(folder.name.replace("_", " ") + DISTILLED, spec, folder)
+        for folder, spec in zip(folders, specs, strict=True)
+    )
 
 
 def multipole(cell: int, pool: int, exact: int, near: int = 1, spread: float = 0.0) -> Contender:
@@ -53,12 +89,28 @@ SPREAD = (
 )
 _SPEC = Multipole()
 DEFAULT = multipole(_SPEC.cell, _SPEC.pool, _SPEC.exact, _SPEC.near, _SPEC.spread)
-OTHERS = (
-    Contender("neighborhood k13", Neighborhood(kernel_size=13)),
-    Contender("neighborhood k25", Neighborhood(kernel_size=25)),
-    Contender("agent 49", Agent(num_agents=49)),
-    Contender("hilo", HiLo()),
-    Contender("linear local", LinearLocal()),
-    Contender("linfusion", LinFusion()),
-    Contender("rala", RALA()),
-)
+# One curve a processor, from few keys to many.
+CURVES = {
+    "Multipole, cells of 8": (
+        multipole(8, 4, 0), multipole(8, 4, 2, spread=0.5), DEFAULT, multipole(8, 4, 8, spread=0.5),
+    ),
+    "Multipole, cells of 4": (
+        multipole(4, 4, 0), multipole(4, 4, 8, spread=0.5), multipole(4, 4, 16, spread=0.5),
+    ),
+    "CLEAR": tuple(Contender(f"clear r{radius}", Clear(radius=radius)) for radius in (4, 8, 16, 24)),
+    "Neighborhood": tuple(Contender(f"neighborhood k{k}", Neighborhood(kernel_size=k)) for k in (7, 13, 25, 31)),
+    "Agent": tuple(Contender(f"agent {count}", Agent(num_agents=count)) for count in (16, 49, 144, 256)),
+    "HiLo": (
+        Contender("hilo alpha 0.5", HiLo(alpha=0.5)), Contender("hilo", HiLo()),
+        Contender("hilo window 4", HiLo(window_size=4)),
+    ),
+    "LinearLocal": (
+        Contender("linear local", LinearLocal()), Contender("linear local window 16", LinearLocal(window_size=16)),
+    ),
+    "LinFusion": (
+        Contender("linfusion", LinFusion()),
+        Contender("linfusion hedgehog", LinFusion(mid_dim=-1, feature_map="hedgehog")),
+    ),
+    "RALA": (Contender("rala", RALA()),),
+}  # fmt: skip
+EVERY = tuple(contender for curve in CURVES.values() for contender in curve)

@@ -6,8 +6,7 @@ its map are compared with those of its dense self, and nothing else is claimed.
 
 import importlib.util
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,21 @@ from torch import Tensor, nn
 
 from vision_attn.bench.candidate import AbsentError
 from vision_attn.bench.quality.contenders import Contender
-from vision_attn.bench.quality.fidelity import Bound
-from vision_attn.bench.quality.weights import DINOV2, Graph, read_graph, run_onnx
-from vision_attn.conversion.conversion import convert
-from vision_attn.processors.base import AttnSpec
+from vision_attn.bench.quality.fidelity import Bound, keys_met
+from vision_attn.bench.quality.weights import (
+    DINOV2,
+    Graph,
+    Sources,
+    Weights,
+    describe,
+    fetch,
+    read_weights,
+    run_onnx,
+)
 
 PATCH, DIM, BLOCKS, NATIVE = 14, 384, 12, 37  # NATIVE: positions a side
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # Of two packages, by the folder in them: photographs, then close-ups, a scan and what microscopes and telescopes saw.
 PHOTOS = {
     "matplotlib/mpl-data/sample_data": ("grace_hopper.jpg",),
@@ -45,12 +52,14 @@ class PhotosCase:
         contenders: Who takes part.
         photos: How many photos, the first of `PHOTOS`.
         bounds: What must hold.
+        sources: Where weights and photos are.
     """
 
     pixels: int
     contenders: tuple[Contender, ...]
     photos: int = 20
     bounds: tuple[Bound, ...] = ()
+    sources: Sources = field(default_factory=Sources)
 
     @property
     def name(self) -> str:
@@ -69,21 +78,26 @@ class PhotosCase:
 
     def shape(self) -> dict[str, Any]:
         """Return what defines the case, for the JSON."""
-        side = self.pixels // PATCH
-        about = dict(weights=DINOV2.package, pixels=self.pixels, tokens=side**2 + 1, dtype="float32")
-        return about | dict(photos=[path.name for path in photo_files()[: self.photos]])
+        side, about = self.pixels // PATCH, describe(DINOV2, self.sources.files)
+        photos = [path.name for path in photo_files(self.sources.photos)[: self.photos]]
+        return dict(**about, pixels=self.pixels, tokens=side**2 + 1, dtype="float32", photos=photos)
 
     def reference(self, device: torch.device) -> "Features":
         """Run the dense model."""
         return Features(self, device)
 
 
-def photo_files() -> list[Path]:
-    """Return the photos of the packages that are installed.
+def photo_files(folder: Path | None = None) -> list[Path]:
+    """Return the photos of a folder by name, or else those that installed packages bring.
 
     Raises:
-        AbsentError: If one is not.
+        AbsentError: If the folder has none, or a package is not installed.
     """
+    if folder is not None:
+        found = sorted(path for path in folder.glob("*") if path.suffix.lower() in _SUFFIXES)
+        if not found:
+            raise AbsentError(f"{folder} has no photo: it needs files {', '.join(_SUFFIXES)}")
+        return found
     found = []
     for place, names in PHOTOS.items():
         package, _, inside = place.partition("/")
@@ -112,10 +126,11 @@ class Features:
     """
 
     def __init__(self, case: PhotosCase, device: torch.device) -> None:
-        graph = read_graph(DINOV2)
-        self.model = build_backbone(backbone_weights(graph)).to(device)
-        self.decoder = Decoder(graph).to(device)
-        self.images = [read_photo(path, case.pixels).to(device) for path in photo_files()[: case.photos]]
+        weights = read_weights(DINOV2, case.sources.files)
+        self.model = build_backbone(within(weights, "backbone.")).to(device)
+        self.decoder = Decoder(within(weights, "decoder.")).to(device)
+        photos = photo_files(case.sources.photos)[: case.photos]
+        self.images = [read_photo(path, case.pixels).to(device) for path in photos]
         self.dense = [self._run(image) for image in self.images]
 
     def _run(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,19 +139,18 @@ class Features:
             tokens = self.model.forward_features(image)[:, 1:]  # type: ignore[operator]
             return tokens[0], self.decoder(_as_map(tokens), image.shape[-1])[0]
 
-    def measure(self, spec: AttnSpec) -> dict[str, float]:
+    def measure(self, contender: Contender) -> dict[str, float]:
         """Compare the converted model with the dense one, in the mean over the photos.
 
         Returns:
             `cosine` of the patches' features, `error`, their squared error over the squared size of the dense ones, and
             `iou` of the saliency above a half of its maximum; `keys`, how many keys a token meets, in the mean.
         """
-        conversion = convert(self.model, spec)
+        conversion = contender.put_into(self.model)
         try:
             pairs = zip(self.images, self.dense, strict=True)
             found = [self._compare(*self._run(image), *dense) for image, dense in pairs]
-            layer = conversion.layers[0]
-            keys = (layer.tokens or 0) * (layer.attended or 1.0)
+            keys = keys_met(conversion)
         finally:
             conversion.revert()
         return {name: sum(each[name] for each in found) / len(found) for name in found[0]} | dict(keys=keys)
@@ -150,8 +164,8 @@ class Features:
         return dict(cosine=cosine.item(), error=error.item(), iou=iou.item())
 
 
-def build_backbone(weights: Mapping[str, Tensor], **options: Any) -> nn.Module:
-    """Build timm's model for any size, and load the weights, all of which must fit."""
+def build_backbone(weights: Weights | None, **options: Any) -> nn.Module:
+    """Build timm's model for any size, and load the weights, all of which must fit; None for random ones."""
     from vision_attn._compat import ensure_torchvision  # noqa: PLC0415
 
     ensure_torchvision()
@@ -159,11 +173,28 @@ def build_backbone(weights: Mapping[str, Tensor], **options: Any) -> nn.Module:
 
     options = dict(pretrained=False, num_classes=0, dynamic_img_size=True) | options
     model = timm.create_model("vit_small_patch14_dinov2", **options).eval().requires_grad_(False)
-    model.load_state_dict(weights)
+    if weights is not None:
+        model.load_state_dict(weights)
     return model
 
 
-def backbone_weights(graph: Graph) -> dict[str, Tensor]:
+def fetch_weights(sources: Sources) -> Path:
+    """Download the weights (90 MB); see `fetch`."""
+    return fetch(DINOV2, sources.files, weights_of, difference)
+
+
+def weights_of(graph: Graph) -> Weights:
+    """Return the tensors of the backbone and of the decoder, under their names in our modules."""
+    decoder = {name: t for name, t in graph.tensors.items() if name.startswith("decoder.")}
+    return {f"backbone.{name}": t for name, t in backbone_weights(graph).items()} | decoder
+
+
+def within(weights: Weights, prefix: str) -> Weights:
+    """Return the tensors whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
+
+
+def backbone_weights(graph: Graph) -> Weights:
     """Return timm's state dict. The exporter dropped the names of matrices, so that each is found by its bias."""
     named = {name: t for name, t in graph.tensors.items() if name.startswith("backbone.")}
     made = {output: node for node in graph.nodes for output in node.output}
@@ -198,19 +229,19 @@ class Decoder(nn.Module):
     """The map of what is salient, of features `[B, 384, side, side]`.
 
     Args:
-        graph: Where its weights are.
+        weights: Its tensors; None for random ones.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, weights: Weights | None) -> None:
         super().__init__()
         channels = (DIM, 256, 128, 64)
         for i in (1, 2, 3):
             setattr(self, f"upconv{i}", nn.ConvTranspose2d(channels[i - 1], channels[i], 4, 2, 1))
             setattr(self, f"bn{i}", nn.BatchNorm2d(channels[i]))
         self.final_conv = nn.Conv2d(channels[-1], 1, 1)
-        weights = {name.removeprefix("decoder."): t for name, t in graph.tensors.items() if name.startswith("decoder.")}
         counted = {name: t for name, t in self.state_dict().items() if name.endswith("num_batches_tracked")}
-        self.load_state_dict(weights | counted)
+        if weights is not None:
+            self.load_state_dict(weights | counted)
         self.eval().requires_grad_(False)
 
     def forward(self, x: Tensor, pixels: int) -> Tensor:
@@ -227,19 +258,24 @@ def _as_map(tokens: Tensor) -> Tensor:
     return tokens.mT.unflatten(2, (side, side))
 
 
-def difference(size: int = 224) -> float:
+def difference(weights: Weights, onnx: Path, size: int = 224) -> float:
     """Return the largest difference of our map of what is salient to that of onnxruntime, on noise.
 
     The graph has positions for 224 px, scaled from those of 518 px as PyTorch scales them without antialiasing.
+
+    Args:
+        weights: What `weights_of` returns.
+        onnx: The file that they are from.
+        size: Side of the picture in pixels.
     """
-    graph, side = read_graph(DINOV2), size // PATCH
-    weights = backbone_weights(graph)
-    first, rest = weights["pos_embed"].split((1, NATIVE**2), 1)
+    backbone, side = within(weights, "backbone."), size // PATCH
+    first, rest = backbone["pos_embed"].split((1, NATIVE**2), 1)
     rest = F.interpolate(_as_map(rest), (side, side), mode="bicubic", align_corners=False)
-    weights["pos_embed"] = torch.cat([first, rest.flatten(2).mT], 1)
-    model, decoder = build_backbone(weights, img_size=size, dynamic_img_size=False), Decoder(graph)
+    backbone["pos_embed"] = torch.cat([first, rest.flatten(2).mT], 1)
+    model = build_backbone(backbone, img_size=size, dynamic_img_size=False)
+    decoder = Decoder(within(weights, "decoder."))
     image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         tokens = model.forward_features(image)[:, 1:]  # type: ignore[operator]
         ours = decoder(_as_map(tokens), size)
-    return (ours - run_onnx(DINOV2, {"input_image": image})).abs().max().item()
+    return (ours - run_onnx(onnx, {"input_image": image})).abs().max().item()

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vision_attn.bench.quality.contenders import Contender
-from vision_attn.bench.quality.fidelity import Bound
-from vision_attn.conversion.conversion import convert
-from vision_attn.processors.base import AttnSpec
+from vision_attn.bench.quality.fidelity import Bound, keys_met
 
 PROMPTS = ("red apple", "rocket", "octopus", "alarm clock", "pizza", "sunflower", "umbrella", "guitar")
 MIN_TOKENS = 256  # the UNet's 8 x 8 grid stays dense at the training size
@@ -93,7 +91,7 @@ class Drawing:
         prompts = list(itertools.islice(itertools.cycle(PROMPTS), self.case.prompts))
         return self.pipe(prompts, generator=seeds, output_type="pt", **size).images.float()
 
-    def measure(self, spec: AttnSpec) -> dict[str, float]:
+    def measure(self, contender: Contender) -> dict[str, float]:
         """Compare the converted teacher with the dense one.
 
         Returns:
@@ -101,7 +99,7 @@ class Drawing:
             teacher's own steps with both of guidance's calls; `psnr_db` of the pictures; `keys`, how many keys a token
             of the finest grid meets, in the mean.
         """
-        conversion = convert(self.pipe, spec, min_tokens=MIN_TOKENS)
+        conversion = contender.put_into(self.pipe, min_tokens=MIN_TOKENS)
         try:
             errors = []
             with torch.no_grad():
@@ -109,8 +107,7 @@ class Drawing:
                     output = self.denoiser(*arguments, **named)[0]
                     errors.append(((output - dense).square().sum() / dense.square().sum()).item())
             error = (self.draw() - self.pictures).square().mean((1, 2, 3)).clamp(min=1e-10)
-            layer = max((row for row in conversion.layers if row.tokens), key=lambda row: row.tokens or 0)
-            keys = (layer.tokens or 0) * (layer.attended or 1.0)
+            keys = keys_met(conversion)
         finally:
             conversion.revert()
         return dict(kd_error=sum(errors) / len(errors), psnr_db=(-10 * error.log10()).mean().item(), keys=keys)

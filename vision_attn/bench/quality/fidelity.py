@@ -11,7 +11,7 @@ from vision_attn.bench.candidate import reason_of
 from vision_attn.bench.measure import Measurement
 from vision_attn.bench.quality.contenders import Contender
 from vision_attn.bench.table import heading
-from vision_attn.processors.base import AttnSpec
+from vision_attn.conversion.conversion import Conversion
 
 Row = dict[str, Any]
 TIMING = "Nothing was timed."
@@ -20,7 +20,7 @@ TIMING = "Nothing was timed."
 class Reference(Protocol):
     """A dense model, with what it computed."""
 
-    def measure(self, spec: AttnSpec) -> dict[str, float]:
+    def measure(self, contender: Contender) -> dict[str, float]:
         """Convert the model, compare it with its dense self, and revert it; `keys` is among the measures."""
 
 
@@ -106,7 +106,7 @@ def _measured(work: tuple[FidelityCase, Contender, str]) -> tuple[dict[str, floa
     """Return the measures of one contender, or the reason why it has none."""
     case, contender, device = work
     try:
-        return _reference(case, device).measure(contender.spec), None
+        return _reference(case, device).measure(contender), None
     except Exception as error:  # a contender may fail in any way: that is a result, and the others go on
         return None, reason_of(error)
 
@@ -114,6 +114,12 @@ def _measured(work: tuple[FidelityCase, Contender, str]) -> tuple[dict[str, floa
 @functools.lru_cache(maxsize=1)
 def _reference(case: FidelityCase, device: str) -> Reference:
     return case.reference(torch.device(device))
+
+
+def keys_met(conversion: Conversion) -> float:
+    """Return how many keys a token of the finest grid meets, in the mean."""
+    layer = max((row for row in conversion.layers if row.tokens), key=lambda row: row.tokens or 0)
+    return (layer.tokens or 0) * (layer.attended or 1.0)
 
 
 def fidelity_table(document: Row, measures: Mapping[str, tuple[str, str]], groups: Sequence[str] = ()) -> str:

@@ -1,9 +1,10 @@
 """Draws results of fidelity: the error of each attention against the keys that a token meets. Needs matplotlib."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from vision_attn.bench.quality.contenders import CURVES, DISTILLED
 
 Row = dict[str, Any]
 COLOURS = (
@@ -31,9 +32,10 @@ def plot_fidelity(document: Row, measure: str, label: str, out: Path) -> list[Pa
     for row in document["rows"]:
         figure = Figure(figsize=(9, 5), layout="constrained")
         axis = figure.subplots()
-        for i, (name, points) in enumerate(series(row, measure).items()):
+        for name, points in series(row, measure).items():
             x, y = zip(*points, strict=True)
-            style: Mapping[str, Any] = dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)])
+            i, trained = list(CURVES).index(name.removesuffix(DISTILLED)), name.endswith(DISTILLED)
+            style: Mapping[str, Any] = dict(color=COLOURS[i], marker=MARKERS[i], linestyle="--" if trained else "-")
             axis.plot(x, y, label=name, linewidth=1.2, markersize=6, **style)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
@@ -42,20 +44,22 @@ def plot_fidelity(document: Row, measure: str, label: str, out: Path) -> list[Pa
         axis.grid(True, which="major", color="#dddddd", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside right center", frameon=False, fontsize=8)
-        figure.suptitle(f"{row['group']}, {row['label']}, untrained", fontsize=11)
+        figure.suptitle(f"{row['group']}, {row['label']}, {document['device']}", fontsize=11)
         written.append(out / f"{document['entry']}_{row['case'].rpartition('-')[2]}.svg")
         figure.savefig(written[-1], metadata={"Date": None})
     return written
 
 
 def series(row: Row, measure: str) -> dict[str, list[tuple[float, float]]]:
-    """Collect the lines of a plot: (keys, error) by kind of attention, in the order of the keys.
+    """Collect the lines of a plot: (keys, error) by processor, in the order of the keys; distilled ones by themselves.
 
-    Settings of one kind that differ in what they cost, a radius or a number of exact cells, are one line.
+    Settings that are in no curve of `contenders.py` are left out.
     """
     found: dict[str, list[tuple[float, float]]] = {}
+    curve_of = {contender.name: curve for curve, members in CURVES.items() for contender in members}
     for candidate in row["candidates"]:
-        if candidate["quality"] and candidate["quality"][measure] > 0:
-            kind = re.sub(r" (r|k)\d+| exact \d+", "", candidate["name"])
-            found.setdefault(kind, []).append((candidate["quality"]["keys"], candidate["quality"][measure]))
-    return {kind: sorted(points) for kind, points in found.items()}
+        name = candidate["name"].removesuffix(DISTILLED)
+        if name in curve_of and candidate["quality"] and candidate["quality"][measure] > 0:
+            curve = curve_of[name] + DISTILLED * (name != candidate["name"])
+            found.setdefault(curve, []).append((candidate["quality"]["keys"], candidate["quality"][measure]))
+    return {curve: sorted(found[curve]) for name in CURVES for curve in (name, name + DISTILLED) if curve in found}

@@ -4,25 +4,35 @@ The weights are those of adaptive-terrain-diffusion: OpenAI's UNet at 128 x 128 
 embedding of the terrain's difficulty. 28 of its layers attend, nine of them at 32 x 32.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vision_attn.bench.quality.contenders import Contender
-from vision_attn.bench.quality.fidelity import Bound
-from vision_attn.bench.quality.weights import TERRAIN, Graph, read_graph, run_onnx
-from vision_attn.conversion.conversion import convert
+from vision_attn.bench.quality.fidelity import Bound, keys_met
+from vision_attn.bench.quality.weights import (
+    TERRAIN,
+    Graph,
+    Sources,
+    Weights,
+    describe,
+    fetch,
+    read_weights,
+    run_onnx,
+)
 from vision_attn.grid import Grid
 from vision_attn.hosts import Host
-from vision_attn.processors.base import AttnSpec
 
 SIGMAS = (80.0, 5.0, 0.5, 0.05)
 SIDE, LEVELS, LAYERS = 128, 5, 4  # pixels; levels of the UNet and residual blocks in each
 MIN_TOKENS = 1024  # the layers at 32 x 32
 _DATA, _LEAST = 0.5, 0.002  # EDM's sigma_data and sigma_min
+_HIGHEST, _FINE = 22.16864013671875, 0.1  # metres: the range of heights, and below which they are linear
 
 
 @dataclass(frozen=True)
@@ -32,12 +42,16 @@ class TerrainCase:
     Args:
         contenders: Who takes part.
         samples: How many noisy maps of each noise level.
+        drawn: How many maps are drawn.
         bounds: What must hold.
+        sources: Where the weights are.
     """
 
     contenders: tuple[Contender, ...]
     samples: int = 4
+    drawn: int = 16
     bounds: tuple[Bound, ...] = ()
+    sources: Sources = field(default_factory=Sources)
 
     @property
     def name(self) -> str:
@@ -56,8 +70,9 @@ class TerrainCase:
 
     def shape(self) -> dict[str, Any]:
         """Return what defines the case, for the JSON."""
-        about = dict(weights=TERRAIN.package, pixels=SIDE, sigmas=list(SIGMAS), samples=self.samples)
-        return about | dict(min_tokens=MIN_TOKENS, dtype="float32")
+        about = describe(TERRAIN, self.sources.files)
+        counts = dict(sigmas=list(SIGMAS), samples=self.samples, drawn=self.drawn, min_tokens=MIN_TOKENS)
+        return dict(**about, pixels=SIDE, **counts, dtype="float32")
 
     def reference(self, device: torch.device) -> "Predictions":
         """Run the dense model."""
@@ -65,7 +80,7 @@ class TerrainCase:
 
 
 class Predictions:
-    """The UNet with its dense predictions of noise of each level.
+    """The UNet with its dense predictions of noise of each level, and the maps that it draws in one step from noise.
 
     Args:
         case: How many samples.
@@ -73,34 +88,52 @@ class Predictions:
     """
 
     def __init__(self, case: TerrainCase, device: torch.device) -> None:
-        self.model = Terrain(read_graph(TERRAIN)).to(device)
+        self.model = Terrain(read_weights(TERRAIN, case.sources.files)).to(device)
         draw = torch.Generator().manual_seed(0)
         noise = torch.randn(len(SIGMAS), case.samples, 1, SIDE, SIDE, generator=draw).to(device)
         self.difficulty = torch.linspace(0.1, 1, case.samples).to(device)
         self.inputs = [sigma * each for sigma, each in zip(SIGMAS, noise, strict=True)]
-        self.dense = [self._predict(x, sigma) for sigma, x in zip(SIGMAS, self.inputs, strict=True)]
+        self.noise = torch.randn(case.drawn, 1, SIDE, SIDE, generator=draw).to(device)
+        self.dense = [self._predict(x, sigma, self.difficulty) for sigma, x in zip(SIGMAS, self.inputs, strict=True)]
+        self.maps = self._draw()
 
-    def _predict(self, x: Tensor, sigma: float) -> Tensor:
+    def _predict(self, x: Tensor, sigma: float, difficulty: Tensor) -> Tensor:
         with torch.no_grad():
-            return self.model(x, x.new_full((len(x),), sigma), self.difficulty)
+            return self.model(x, x.new_full((len(x),), sigma), difficulty)
 
-    def measure(self, spec: AttnSpec) -> dict[str, float]:
+    def _draw(self) -> Tensor:
+        """Draw maps in one step from the highest noise, as the package does."""
+        difficulty = torch.linspace(0, 1, len(self.noise)).to(self.noise)
+        return self._predict(SIGMAS[0] * self.noise, SIGMAS[0], difficulty)
+
+    def measure(self, contender: Contender) -> dict[str, float]:
         """Compare the converted model with the dense one.
 
         Returns:
             `sigma_S` for each noise level S: the root mean square of the prediction's error over that of the dense
-            prediction, in the mean over samples; `keys`, how many keys a token of the grid meets, in the mean.
+            prediction, in the mean over samples; `psnr_db` of drawn maps, whose values are in [-1, 1]; `metres`, the
+            root mean square error of their heights; `keys`, how many keys a token of the grid meets, in the mean.
         """
-        conversion = convert(self.model.unet, spec, host=HOST, min_tokens=MIN_TOKENS)
+        conversion = contender.put_into(self.model.unet, host=HOST, min_tokens=MIN_TOKENS)
         try:
             found = {}
             for sigma, x, dense in zip(SIGMAS, self.inputs, self.dense, strict=True):
-                error = (self._predict(x, sigma) - dense).square().mean((1, 2, 3)).sqrt()
+                error = (self._predict(x, sigma, self.difficulty) - dense).square().mean((1, 2, 3)).sqrt()
                 found[f"sigma_{sigma:g}"] = (error / dense.square().mean((1, 2, 3)).sqrt()).mean().item()
-            keys = max((row.tokens or 0) * (row.attended or 0) for row in conversion.layers)
+            maps = self._draw()
+            keys = keys_met(conversion)
         finally:
             conversion.revert()
-        return found | dict(keys=keys)
+        error = (maps - self.maps).square().mean((1, 2, 3)).clamp(min=4e-10)
+        heights = (height_of(maps) - height_of(self.maps)).square().mean((1, 2, 3)).sqrt()
+        psnr = (-10 * (error / 4).log10()).mean().item()
+        return found | dict(psnr_db=psnr, metres=heights.mean().item(), keys=keys)
+
+
+def height_of(maps: Tensor) -> Tensor:
+    """Return heights in metres of maps in [-1, 1]: the package stores asinh(height / 0.1), scaled."""
+    most = math.asinh(_HIGHEST / _FINE)
+    return _FINE * ((maps + 1) / 2 * most).sinh()
 
 
 def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -119,10 +152,10 @@ class Terrain(nn.Module):
     """A `diffusers.UNet2DModel` in EDM's preconditioning.
 
     Args:
-        graph: Where the weights are.
+        weights: Its tensors; None for random ones.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, weights: Weights | None) -> None:
         super().__init__()
         from vision_attn._compat import ensure_torchvision  # noqa: PLC0415
 
@@ -140,10 +173,8 @@ class Terrain(nn.Module):
             flip_sin_to_cos=True, freq_shift=0,
         )  # fmt: skip
         self.label = nn.Sequential(nn.Linear(1, 128), nn.SiLU(), nn.Linear(128, 128))
-        named = openai_weights(graph)
-        label = {name: t for name, t in named.items() if name.startswith("label_emb.")}
-        self.label.load_state_dict({name.removeprefix("label_emb."): t for name, t in label.items()})
-        self.unet.load_state_dict(unet_weights({name: t for name, t in named.items() if name not in label}))
+        if weights is not None:
+            self.load_state_dict(weights)
         self.eval().requires_grad_(False)
 
     def forward(self, x: Tensor, sigma: Tensor, difficulty: Tensor) -> Tensor:
@@ -166,7 +197,22 @@ def _spread(values: Tensor) -> Tensor:
     return values[:, None, None, None]
 
 
-def openai_weights(graph: Graph) -> dict[str, Tensor]:
+def fetch_weights(sources: Sources) -> Path:
+    """Download the weights (39 MB); see `fetch`."""
+    return fetch(TERRAIN, sources.files, weights_of, difference)
+
+
+def weights_of(graph: Graph) -> Weights:
+    """Return the state dict of `Terrain`."""
+    named = openai_weights(graph)
+    label = {name: t for name, t in named.items() if name.startswith("label_emb.")}
+    unet = unet_weights({name: t for name, t in named.items() if name not in label})
+    return {f"unet.{name}": t for name, t in unet.items()} | {
+        f"label.{name.removeprefix('label_emb.')}": t for name, t in label.items()
+    }
+
+
+def openai_weights(graph: Graph) -> Weights:
     """Return the state dict under OpenAI's names. Norms lost theirs: the convolution that reads one tells its place."""
     readers: dict[str, list[Any]] = {}
     for node in graph.nodes:
@@ -280,11 +326,16 @@ _ENDS = {
 }
 
 
-def difference() -> float:
-    """Return the largest difference of our predictions to those of onnxruntime, on noise at all noise levels."""
+def difference(weights: Weights, onnx: Path) -> float:
+    """Return the largest difference of our predictions to those of onnxruntime, on noise at all noise levels.
+
+    Args:
+        weights: What `weights_of` returns.
+        onnx: The file that they are from.
+    """
     sigma, draw = torch.tensor(SIGMAS), torch.Generator().manual_seed(0)
     x = torch.randn(len(SIGMAS), 1, SIDE, SIDE, generator=draw) * _spread(sigma)
     difficulty = torch.linspace(0.1, 1, len(SIGMAS))
     with torch.no_grad():
-        ours = Terrain(read_graph(TERRAIN))(x, sigma, difficulty)
-    return (ours - run_onnx(TERRAIN, dict(noisy=x, sigma=sigma, difficulty=difficulty))).abs().max().item()
+        ours = Terrain(weights)(x, sigma, difficulty)
+    return (ours - run_onnx(onnx, dict(noisy=x, sigma=sigma, difficulty=difficulty))).abs().max().item()
