@@ -134,5 +134,5 @@ def test_fields_on_the_command_line() -> None:
     assert spec_of_text("neighborhood:dilation=[2,1],kernel_size=3") == Neighborhood(3, (2, 1))
     with pytest.raises(TypeError, match="kernel_size must be an int or a pair"):
         spec_of_text("neighborhood:kernel_size=(3,5")
-    with pytest.raises(ValueError, match=r"unknown processor 'schedule': known are agent, .*rala, softmax, supertoken$"):
+    with pytest.raises(ValueError, match=r"unknown processor 'schedule': known are agent, .*softmax, supertoken$"):
         spec_of_text("schedule:stages=3")
