@@ -268,3 +268,16 @@ def test_one_layer_in_several_is_compared():
     assert student.compared("single_*", 2) == [name for name in names[::2] if name.startswith("single_")]
     with pytest.raises(ValueError, match="none of one in 99 of the converted layers"):
         student.compared("single_*", 99)
+
+
+def test_a_mixture_of_heads_learns_with_the_loss_of_its_load(root):
+    fields = {"spec": {"class": "Clear", "radius": 3}, "share": 0.5, "shared": 0}
+    mixed = dict(student__processor="MoH", student__fields=fields, run__checkpointing="true", run__steps=2)
+    folder = train(settings(root, **mixed))
+    assert all(line["balance"] > 0 for line in metrics(root))
+    pipe = load_teacher("nano")
+    assert vision_attn.load(pipe, folder).spec == vision_attn.MoH(vision_attn.Clear(radius=3), share=0.5, shared=0)
+    train(settings(root, **mixed, run__out=root / "other" / "out", loss__balance=0))
+    (with_load, *_), (without, *_) = metrics(root), metrics(root / "other")
+    assert "balance" not in without
+    assert with_load["total"] == pytest.approx(without["total"] + 0.01 * with_load["balance"], rel=1e-3)

@@ -14,6 +14,7 @@ from vision_attn import (
     HiLo,
     LinearLocal,
     LinFusion,
+    MoH,
     Multipole,
     Neighborhood,
     SuperToken,
@@ -36,6 +37,7 @@ SPECS = {
     "hilo": HiLo(),
     "rala": RALA(),
     "rala-plain": RALA(0),
+    "moh": MoH(Clear(8)),
     "super-token": SuperToken(),
     "super-token-twice": SuperToken(iterations=2),
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vision_attn._checks import check_number, check_one_of
-from vision_attn.processors import AttnSpec, make_spec
+from vision_attn.processors import AttnSpec, from_config
 
 PROJECTIONS = ("q", "k", "v", "out")
 
@@ -44,7 +44,7 @@ class StudentConfig:
 
     Args:
         processor: Name of a processor, such as 'Clear'.
-        fields: Fields of the processor, such as `radius: 16`.
+        fields: Fields of the processor, such as `radius: 16`; a spec among them as `spec: {class: Clear, radius: 8}`.
         where: Which layers to convert: a pattern of layer names, as for `vision_attn.convert`. All layers if None.
         min_tokens: Layers with fewer grid tokens keep their own attention, as for `vision_attn.convert`.
         init: Where the projections start: 'inherited' from the host, or 'random', as in LinFusion's released training
@@ -84,7 +84,7 @@ class StudentConfig:
     def spec(self) -> AttnSpec:
         """Return the processor's spec."""
         try:
-            return make_spec(self.processor, **self.fields)
+            return from_config({"class": self.processor, **self.fields})  # type: ignore[no-any-return]
         except (TypeError, ValueError) as error:
             raise ValueError(f"student.processor: {error}") from None
 
@@ -99,6 +99,7 @@ class LossConfig:
         attention: Weight of the error of attention outputs against the teacher's.
         variance: Weight of the error of learned variances against the teacher's (LiT: 0.05). It counts only for models
             that learn variances.
+        balance: Weight of the loss of the load of a mixture of heads (MoH: 0.01). It counts only for `MoH`.
         layers: Pattern of the layers whose outputs are compared.
         every: Compare one in this many converted layers, beginning with the first, if it fits the pattern.
         noise_levels: How noise levels are drawn: 'none' draws all equally often, 'logit_normal' and 'mode' as
@@ -109,12 +110,13 @@ class LossConfig:
     prediction: float = 0.5
     attention: float = 0.5
     variance: float = 0.05
+    balance: float = 0.01
     layers: str = "*"
     every: int = 1
     noise_levels: Literal["none", "logit_normal", "mode"] = "none"
 
     def __post_init__(self) -> None:
-        _at_least("loss", self, 0, "task", "prediction", "attention", "variance")
+        _at_least("loss", self, 0, "task", "prediction", "attention", "variance", "balance")
         _at_least("loss", self, 1, "every")
         if not (self.task or self.prediction or self.attention):
             raise ValueError("loss: all weights are zero: nothing would be trained")

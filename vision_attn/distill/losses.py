@@ -2,16 +2,17 @@
 
     loss = task * |student - target|^2 + prediction * |student - teacher|^2
            + attention * mean over layers of |a_student - a_teacher|^2 + variance * |var_student - var_teacher|^2
+           + balance * mean over mixtures of heads of sum_h f_h P_h
 
 where |.|^2 is a mean over the elements. Flow matching: x_t = (1 - s) x_0 + s e, target e - x_0. Diffusion:
 x_t = sqrt(a) x_0 + sqrt(1 - a) e, target e, v = sqrt(a) e - sqrt(1 - a) x_0, or x_0: the scheduler's `prediction_type`.
 
 Papers: 'CLEAR' - https://arxiv.org/abs/2412.16112, 'LinFusion' - https://arxiv.org/abs/2409.02097 (1, 0.5, 0.5),
-'LiT' - https://arxiv.org/abs/2501.12976 (the variance)
+'LiT' - https://arxiv.org/abs/2501.12976 (the variance), 'MoH' - https://arxiv.org/abs/2410.11842 (the balance)
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from vision_attn.distill.config import Config, LossConfig
 from vision_attn.distill.denoiser import Batch, Interface
 from vision_attn.distill.parameters import holds_shards, own
-from vision_attn.distill.student import Student, attention_outputs
+from vision_attn.distill.student import Student, attention_outputs, routed_queries
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,11 @@ class Step:
         return distillation_losses(learned, taught or learned, noisy.target, weights)
 
     def _forward(self, model: Any, inner: Any, noisy: Noisy) -> "Outputs":
-        with attention_outputs(inner, self.layers) as attention:
+        with attention_outputs(inner, self.layers) as attention, routed_queries(inner) as queries:
             output = model(**noisy.call)[0]
-        return Outputs.of(output, noisy.latents, dict(attention))
+        loads = [mixture.balance(q) for mixture, q in queries] if self.config.loss.balance else []
+        outputs = Outputs.of(output, noisy.latents, dict(attention))
+        return replace(outputs, balance=torch.stack(loads).mean()) if loads else outputs
 
 
 @dataclass(frozen=True)
@@ -97,11 +100,13 @@ class Outputs:
         prediction: Like the latents.
         variance: The learned variances, None if the model has none.
         attention: Outputs of the compared layers by name.
+        balance: Mean over the layers of the loss of the load, None if no layer is a mixture of heads.
     """
 
     prediction: Tensor
     variance: Tensor | None
     attention: Mapping[str, Tensor]
+    balance: Tensor | None = None
 
     @classmethod
     def of(cls, output: Tensor, latents: Tensor, attention: Mapping[str, Tensor]) -> "Outputs":
@@ -131,6 +136,8 @@ def distillation_losses(student: Outputs, teacher: Outputs, target: Tensor, weig
         losses["attention"] = torch.stack([_mse(*pair) for pair in pairs]).mean()
     if weights.variance and student.variance is not None and teacher.variance is not None:
         losses["variance"] = _mse(student.variance, teacher.variance)
+    if weights.balance and student.balance is not None:
+        losses["balance"] = student.balance
     total = torch.stack([getattr(weights, name) * loss for name, loss in losses.items()]).sum()
     return {**losses, "total": total}
 

@@ -17,6 +17,7 @@ from vision_attn.conversion.state import computing_dtype, is_quantised, model_st
 from vision_attn.distill.config import Config, StudentConfig
 from vision_attn.distill.denoiser import denoiser_of
 from vision_attn.processors.base import CHILD
+from vision_attn.processors.moh import MoHAttention
 
 _ROLES = {
     "q": ("to_q", "q_proj"),
@@ -242,6 +243,25 @@ def attention_outputs(model: nn.Module, names: list[str]) -> Iterator[dict[str, 
         return keep
 
     hooks = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    try:
+        yield kept
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+@contextmanager
+def routed_queries(model: nn.Module) -> Iterator[list[tuple[MoHAttention, Tensor]]]:
+    """Keep the queries of each mixture of heads that runs inside the `with` block.
+
+    What is computed of them belongs after the block: inside, gradient checkpointing would compute it again.
+    """
+    kept: list[tuple[MoHAttention, Tensor]] = []
+
+    def keep(module: Any, args: tuple[Any, ...]) -> None:
+        kept.append((module, args[0]))
+
+    hooks = [part.register_forward_pre_hook(keep) for part in model.modules() if isinstance(part, MoHAttention)]
     try:
         yield kept
     finally:

@@ -11,6 +11,7 @@ from vision_attn.processors.clear import Clear
 from vision_attn.processors.hilo import HiLo
 from vision_attn.processors.linear_local import LinearLocal
 from vision_attn.processors.linfusion import LinFusion
+from vision_attn.processors.moh import MoH
 from vision_attn.processors.multipole import Multipole
 from vision_attn.processors.neighborhood import Neighborhood
 from vision_attn.processors.rala import RALA
@@ -29,6 +30,7 @@ __all__ = [
     "Layer",
     "LinFusion",
     "LinearLocal",
+    "MoH",
     "Moment",
     "Multipole",
     "Neighborhood",
@@ -65,7 +67,8 @@ def make_spec(name: str, **fields: object) -> AttnSpec:
 def spec_of_text(text: str) -> AttnSpec:
     """Return the spec that a command line names: 'clear', 'clear:radius=8,pool=2', 'neighborhood:kernel_size=(3,5)'.
 
-    A schedule cannot be written this way, because its stages are specs.
+    A spec inside another stands in brackets: 'moh:spec=(clear:radius=8),share=0.5'. A schedule cannot be written this
+    way.
 
     Raises:
         ValueError: If a field has no value, or the processor is unknown.
@@ -80,6 +83,9 @@ def spec_of_text(text: str) -> AttnSpec:
         key, equals, value = field.partition("=")
         if not equals:
             raise ValueError(f"fields are written name=value, got {field!r} in {text!r}")
+        if key == "spec":
+            fields[key] = spec_of_text(value.removeprefix("(").removesuffix(")"))
+            continue
         try:
             fields[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -115,5 +121,7 @@ def from_config(value: Any) -> Any:
         TypeError: If a field is not known.
     """
     if isinstance(value, dict):
+        if "class" not in value:
+            raise ValueError(f"a spec is written with its class, {{'class': 'Clear', 'radius': 8}}, got {value!r}")
         return make_spec(value["class"], **{name: from_config(v) for name, v in value.items() if name != "class"})
     return tuple(from_config(item) for item in value) if isinstance(value, list) else value

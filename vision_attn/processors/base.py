@@ -144,8 +144,10 @@ class AttnSpec(ABC):
 
     def __str__(self) -> str:
         """Name the spec with the fields that differ from their defaults."""
-        fields = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]  # type: ignore[arg-type]
-        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in fields)})"
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        shown = {name: str(value) if isinstance(value, AttnSpec) else repr(value) for name, value in values.items()}
+        given = [f.name for f in dataclasses.fields(self) if values[f.name] != f.default]  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(f'{name}={shown[name]}' for name in given)})"
 
     @abstractmethod
     def build(self, layer: Layer) -> Processor:
