@@ -84,7 +84,7 @@ class StudentConfig:
     def spec(self) -> AttnSpec:
         """Return the processor's spec."""
         try:
-            return from_config({"class": self.processor, **self.fields})  # type: ignore[no-any-return]
+            return from_config({"class": self.processor, **self.fields})
         except (TypeError, ValueError) as error:
             raise ValueError(f"student.processor: {error}") from None
 
