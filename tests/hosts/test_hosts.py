@@ -10,10 +10,12 @@ from covering import quick
 from dense_oracle import KERNEL_3, RADIUS_2, DenseOracle, grid_of, mask_of
 from host_runs import BATCH, TEXT, distance, run, size_of, stock
 from tiny_hosts import HOST, HOSTS, KIND, VIDEO_HOSTS, HostCase, Layout
-from torch import Tensor
+from torch import Tensor, nn
 
 from vision_attn import Clear, Neighborhood, Softmax, convert
 from vision_attn.conversion.state import is_rerouted, state_of
+from vision_attn.grid import Grid
+from vision_attn.hosts.host import Host
 from vision_attn.kernels.local import Window
 
 LOCAL = {Clear(radius=2): RADIUS_2, Neighborhood(kernel_size=3): KERNEL_3}
@@ -229,3 +231,12 @@ def test_threads_do_not_see_each_others_grid() -> None:
 
     with ThreadPoolExecutor(3) as pool:
         assert all(pool.map(run_often, inputs))
+
+
+def test_of_two_modules_one_around_the_other_the_inner_one_is_the_layer():
+    """As in transformers before 5.1: `ViTAttention` has its projections in `ViTSelfAttention`."""
+    inner = nn.Module()
+    block = nn.ModuleDict(dict(attention=nn.ModuleDict(dict(attention=inner))))
+    model = nn.ModuleDict(dict(layer=nn.ModuleList([block])))
+    host = Host(layers=("layer.*.attention",), probe=lambda module, inputs: Grid(2, 2), others="prefix")
+    assert host.layer_names(model) == ["layer.0.attention.attention"]

@@ -156,6 +156,8 @@ class Host:
                 for name, module in part.named_modules()
                 if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.layers)
             ]
+            around = {name.rpartition(".")[0] for name, _ in found}  # transformers before 5.1 wraps `ViTSelfAttention`
+            found = [(name, module) for name, module in found if name not in around]
             if found:
                 yield self.watched(part), found
 
@@ -201,7 +203,6 @@ def heads_of(name: str, module: nn.Module) -> tuple[int, int]:
     Raises:
         ValueError: If the module does not say.
     """
-    module = _projecting(module)
     names = ("heads", "num_heads", "num_attention_heads")
     num_heads: Any = next((getattr(module, name) for name in names if getattr(module, name, None)), None)
     head_dim = getattr(module, "head_dim", getattr(module, "attention_head_size", None))
@@ -213,16 +214,10 @@ def heads_of(name: str, module: nn.Module) -> tuple[int, int]:
     return num_heads, inner // num_heads if head_dim is None else head_dim
 
 
-def _projecting(module: nn.Module) -> nn.Module:
-    """Return the module itself, or what has the projections in it: transformers before 5.1 wraps `ViTSelfAttention`."""
-    inner = getattr(module, "attention", None)
-    return inner if isinstance(inner, nn.Module) and hasattr(inner, "num_attention_heads") else module
-
-
 def input_dim(module: nn.Module) -> int | None:
     """Return the channels of the tokens that a module projects to queries, None if it does not say."""
     for name in ("to_q", "to_qkv", "to_qkv_mlp_proj", "qkv", "img_qkv_proj", "q_proj", "query"):
-        projection: Any = getattr(_projecting(module), name, None)
+        projection: Any = getattr(module, name, None)
         if projection is not None and hasattr(projection, "in_features"):
             return int(projection.in_features)
     return None

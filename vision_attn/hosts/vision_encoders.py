@@ -12,13 +12,22 @@ from vision_attn.hosts.vit import features_grid, global_blocks
 _ENCODERS = (
     *("Dinov2Model", "Dinov2Backbone", "Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"),
     *("DINOv3ViTModel", "DINOv3ViTBackbone", "CLIPVisionModel", "SiglipVisionModel", "Siglip2VisionModel", "ViTModel"),
+    *(
+        "CLIPVisionTransformer",
+        "SiglipVisionTransformer",
+        "Siglip2VisionTransformer",
+    ),  # inside older ones of the line above
 )
 _FAMILIES = ("Dinov2", "Dinov2WithRegisters", "DINOv3ViT", "CLIP", "Siglip", "ViT", "DepthAnything")
 
 
 def _encoders(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the model itself if it is an encoder, or those in it: of images beside text, or behind a head."""
-    return [(name, module) for name, module in model.named_modules() if type(module).__name__ in _ENCODERS]
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if type(module).__name__ in _ENCODERS and hasattr(module, "embeddings")
+    ]
 
 
 def _embeddings(encoder: nn.Module) -> nn.Module:
@@ -73,6 +82,7 @@ ENCODERS = (
             "model.layer.*.attention",
             "encoder.layers.*.self_attn",
             "layers.*.attention",
+            "layer.*.attention",
         ),
         parts=_encoders,
         watched=_embeddings,
