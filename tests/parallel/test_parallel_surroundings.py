@@ -43,8 +43,6 @@ def test_layers_of_a_cut_model_must_not_stay_dense(pair):
 
 
 def test_enable_says_what_it_cannot_cut():
-    with pytest.raises(ValueError, match="a UNet2DConditionModel cannot be cut over processes"):
-        enable(HOST["sd15-unet"].build())
     model = HOST["pixart"].build()
     with pytest.raises(ValueError, match="convert every self-attention"):
         enable(model)

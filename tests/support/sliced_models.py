@@ -29,7 +29,7 @@ def forward(case, size, spec, options, gradients):
 
 
 def results(case, model, inputs, gradients):
-    x = inputs["hidden_states"].requires_grad_(gradients)
+    x = inputs["sample" if "sample" in inputs else "hidden_states"].requires_grad_(gradients)
     output = model(**inputs, return_dict=False)[0]  # diffusers' hooks take tensors only
     if not gradients:
         return output.detach(), None, {}

@@ -21,10 +21,12 @@ from vision_attn.bench.candidate import reason_of
 from vision_attn.bench.overview import Must, judge
 from vision_attn.bench.pipelines.architectures import ARCHITECTURES, Architecture
 from vision_attn.bench.pipelines.steps import Clock, Steps
+from vision_attn.bench.training import training
 from vision_attn.conversion.conversion import Conversion, convert
 from vision_attn.conversion.state import model_state
 from vision_attn.grid import Grid
 from vision_attn.kernels.local import Window
+from vision_attn.parallel import enable
 from vision_attn.parallel.local import slab_of
 from vision_attn.parallel.multipole import near_slab
 from vision_attn.parallel.ranks import Cut, Ranks
@@ -71,6 +73,7 @@ class ParallelCase:
         ways: Names of the candidates.
         musts: What must hold on two GPUs.
         small: Whether to run the twin for a CPU, in float32.
+        trains: Whether a step is one of a distillation, not of denoising: see `training.py`.
     """
 
     architecture: str
@@ -78,11 +81,12 @@ class ParallelCase:
     ways: tuple[str, ...]
     musts: tuple[Must, ...] = ()
     small: bool = False
+    trains: bool = False
 
     @property
     def name(self) -> str:
-        """As in 'flux-8192'."""
-        return f"{self.architecture}-{self.pixels}"
+        """As in 'flux-8192', 'flux-train-2048'."""
+        return f"{self.architecture}{'-train' * self.trains}-{self.pixels}"
 
     @property
     def model(self) -> Architecture:
@@ -155,7 +159,8 @@ def parallel_row(case: ParallelCase, device: torch.device, chosen: Sequence[str]
         bandwidth_gbs=gbs,
     )  # fmt: skip
     label = f"{case.pixels} px, {case.grid.image_tokens} tokens, {group.size()} processes"
-    head = dict(case=case.name, label=label, group=case.model.title, shape=about, subject=None)
+    title = f"{case.model.title}{', a step of a distillation' * case.trains}"
+    head = dict(case=case.name, label=label, group=title, shape=about, subject=None)
     musts = judge(case.musts, results) if group.size() == 2 else []
     predicted = [p for p in (predict(case, results, group.size(), size, gbs) for size in (4, 8)) if p]
     return dict(**head, candidates=results, musts=musts, predicted=predicted)
@@ -171,13 +176,20 @@ def _measured(
         with torch.no_grad():
             model(**arguments)
 
-    with over(model, way.kind, group), converted(model, way.spec):
+    def agree(seconds: float) -> float:
+        return agreed(seconds, device, group)
+
+    if case.trains:
+        with training(model, way.spec, arguments, None if way.kind == ALONE else group) as update:
+            figures = Steps(update, model, (), device, agree=agree).measure(warm=True)
+        return figures | dict(launch="cpu" if device.type == "cpu" else "eager")
+    with converted(model, way.spec), over(model, way.kind, group):
         if way.kind == GATHERED:
             step()  # which finds its processes
             for context in model_state(model).contexts:
                 assert context.cut is not None
                 context.cut = replace(context.cut, gathers=True)
-        steps = Steps(step, model, case.model.stacks, device, agree=lambda seconds: agreed(seconds, device, group))
+        steps = Steps(step, model, case.model.stacks, device, agree=agree)
         figures = steps.measure(warm=True)
         if way.spec is not None and way.kind != ALONE:
             figures["moved"] = moved(model, step)
@@ -217,6 +229,13 @@ def over(model: Any, kind: str, group: dist.ProcessGroup) -> Iterator[None]:
     """
     if kind == ALONE:
         yield
+        return
+    if model._cp_plan is None:
+        enabled = enable(model)
+        try:
+            yield
+        finally:
+            enabled.disable()
         return
     from diffusers import ContextParallelConfig  # noqa: PLC0415
     from diffusers.hooks.context_parallel import remove_context_parallel  # noqa: PLC0415
@@ -269,7 +288,8 @@ def vectors(spec: AttnSpec, grid: Grid, size: int) -> int:
     """Return how many K and V token vectors a process receives in a layer, the most of all processes.
 
     Counted as in 'Many GPUs' of the project's notes: a halo for CLEAR, a halo and the finest means of the others for
-    multipole attention (without the cells that it asks for), nothing for linear attention; and the text of the others.
+    multipole attention (without the cells that it asks for); and the text of the others. For linear attention it is
+    the rows that convolutions get from neighbours, one from each.
     """
     ranks = Cut("", 0, size).of(grid)
     return max(_vectors_of(spec, ranks, rank) for rank in range(size))
@@ -285,7 +305,7 @@ def _vectors_of(spec: AttnSpec, ranks: Ranks, rank: int) -> int:
         first, stop = near_slab(ranks, spec.cells(), rank).span
         means = math.ceil(ranks.grid.height / spec.pool) * math.ceil(ranks.grid.width / spec.pool)
         return 2 * (stop - first - own + text + means * (ranks.size - 1) // ranks.size)
-    return 0
+    return ranks.grid.width * ((rank > 0) + (rank + 1 < ranks.size))
 
 
 def predict(

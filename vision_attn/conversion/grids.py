@@ -14,6 +14,7 @@ from vision_attn.grid import Grid
 from vision_attn.hosts.host import Found, Probe
 from vision_attn.parallel.models import cut_of
 from vision_attn.parallel.ranks import Cut
+from vision_attn.parallel.rows import LEVEL
 
 UNSEEN = "no forward pass of the host has been seen"
 OUTSIDE = "it runs outside of a forward of its model"
@@ -181,7 +182,7 @@ class GridContext:
         if self.after and isinstance(found, Grid):
             more = [inputs[name].shape[-2] for name in self.after if inputs.get(name) is not None]
             found = Grid(found.height, found.width, found.prefix, found.suffix + sum(more))
-        if self.cut is not None or getattr(module, "_parallel_config", None) is not None:
+        if self.cut is not None or LEVEL in vars(module) or getattr(module, "_parallel_config", None) is not None:
             self.cut, found = cut_of(module, inputs, found, self.cut)
         if tracing:
             self.found = found

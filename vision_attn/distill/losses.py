@@ -117,7 +117,9 @@ class Outputs:
         return cls(output, None, attention)
 
 
-def distillation_losses(student: Outputs, teacher: Outputs, target: Tensor, weights: LossConfig) -> dict[str, Tensor]:
+def distillation_losses(
+    student: Outputs, teacher: Outputs, target: Tensor, weights: LossConfig, group: Any = None
+) -> dict[str, Tensor]:
     """Return all losses by name, unweighted, and their weighted sum as 'total'. A loss of weight 0 is left out.
 
     Args:
@@ -125,6 +127,9 @@ def distillation_losses(student: Outputs, teacher: Outputs, target: Tensor, weig
         teacher: Without gradients.
         target: The prediction that the scheduler asks for.
         weights: The factors of the sum.
+        group: Processes that share each picture, which have whole predictions and slices of the layers' outputs. The
+            losses are then those of the whole picture, and the sum over the processes of what a parameter gets is its
+            gradient. None for one process.
     """
     losses: dict[str, Tensor] = {}
     if weights.task:
@@ -133,13 +138,23 @@ def distillation_losses(student: Outputs, teacher: Outputs, target: Tensor, weig
         losses["prediction"] = _mse(student.prediction, teacher.prediction)
     if weights.attention and student.attention:
         pairs = [(student.attention[name], teacher.attention[name]) for name in student.attention]
-        losses["attention"] = torch.stack([_mse(*pair) for pair in pairs]).mean()
+        each = torch.stack([_mse(*pair) for pair in pairs])
+        losses["attention"] = each.mean() if group is None else _over_slices(each, pairs, group)
     if weights.variance and student.variance is not None and teacher.variance is not None:
         losses["variance"] = _mse(student.variance, teacher.variance)
     if weights.balance and student.balance is not None:
         losses["balance"] = student.balance
     total = torch.stack([getattr(weights, name) * loss for name, loss in losses.items()]).sum()
     return {**losses, "total": total}
+
+
+def _over_slices(each: Tensor, pairs: list[tuple[Tensor, Tensor]], group: Any) -> Tensor:
+    """Return the mean over layers and all tokens, whose gradient is that of the own slices' part of it."""
+    held = torch.tensor([float(a.numel()) for a, _ in pairs], device=each.device)
+    parts = torch.stack([held, held * each.detach()])
+    torch.distributed.all_reduce(parts, group=group)
+    own = (each * held / parts[0]).mean()
+    return own + ((parts[1] / parts[0]).mean() - own).detach()
 
 
 def _mse(a: Tensor, b: Tensor) -> Tensor:

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from vision_attn.grid import Grid
-from vision_attn.hosts import find_host
 from vision_attn.hosts.host import Found
+from vision_attn.hosts.selection import denoisers_of, unwrapped
 from vision_attn.parallel.ranks import Cut
+from vision_attn.parallel.rows import LEVEL, ROWS, Level
+from vision_attn.parallel.unets import UNETS, EnabledUNet, unconverted
 
 _TEXT = "encoder_hidden_states"
 
 
 _TEXT_BEFORE = ("FluxTransformer2DModel", "Flux2Transformer2DModel", "QwenImageTransformer2DModel")  # by diffusers
 _TEXT_AFTER = {"SD3Transformer2DModel": True, "PixArtTransformer2DModel": False}  # models that `enable` cuts
-_LAYER = "_vision_attn"  # attribute of a converted layer
 
 
 class Enabled:
@@ -39,14 +40,16 @@ class Enabled:
                 processor._parallel_config = None
 
 
-def enable(model: Any) -> Enabled:
-    """Cut the tokens of a converted model over all processes: one picture over several GPUs.
+def enable(target: Any) -> Enabled | EnabledUNet:
+    """Cut a converted model over all processes: one picture over several GPUs.
 
     A model with a plan of diffusers (FLUX.1, FLUX.2, Qwen-Image) is cut by its own `enable_parallelism`. For SD3 and
-    PixArt, which have none, the tokens are cut before the first block and gathered after the last.
+    PixArt, which have none, the tokens are cut before the first block and gathered after the last. A UNet (Stable
+    Diffusion 1.5, 2.1, XL) is cut into whole rows, which its convolutions and group norms know of.
 
     Args:
-        model: A model of diffusers. Without a plan, every self-attention over the image must be converted.
+        target: A model of diffusers, or a pipeline with one denoiser. Without a plan, every self-attention over the
+            image must be converted.
 
     Returns:
         What takes it back.
@@ -54,23 +57,34 @@ def enable(model: Any) -> Enabled:
     Raises:
         ValueError: If the model cannot be cut, or a layer is not converted.
     """
+    model = target if isinstance(target, nn.Module) else _denoiser(target)
+    name = type(model).__name__
+    return EnabledUNet(model) if name in UNETS else _enable(model, name)
+
+
+def _denoiser(pipe: Any) -> nn.Module:
+    found = denoisers_of(pipe)
+    if len(found) != 1:
+        raise ValueError(f"give one model to cut: this {type(pipe).__name__} has the denoisers {', '.join(found)}")
+    return unwrapped(next(iter(found.values())))
+
+
+def _enable(model: Any, name: str) -> Enabled:
+    """Cut the tokens of a transformer."""
     from diffusers import ContextParallelConfig  # noqa: PLC0415
     from diffusers.models._modeling_parallel import (  # noqa: PLC0415
         ContextParallelInput,
         ContextParallelOutput,
     )
 
-    name = type(model).__name__
     plan = model._cp_plan if name in _TEXT_BEFORE else None
     if plan is None and name not in _TEXT_AFTER:
         raise ValueError(
-            f"a {name} cannot be cut over processes: known are {', '.join((*_TEXT_BEFORE, *_TEXT_AFTER))}. UNets "
-            "cannot, because their convolutions see rows of their neighbours at every level"
+            f"a {name} cannot be cut over processes: known are {', '.join((*_TEXT_BEFORE, *_TEXT_AFTER, *UNETS))}"
         )
     if plan is None:
-        layers = find_host(model).layer_names(model)
-        if missing := [layer for layer in layers if _LAYER not in vars(model.get_submodule(layer))]:
-            raise ValueError(f"convert every self-attention of this {name} before it is cut: {missing[0]} is not")
+        if stock := unconverted(model):
+            raise ValueError(f"convert every self-attention of this {name} before it is cut: {stock} is not")
         inputs = {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)}
         if _TEXT_AFTER[name]:
             inputs[_TEXT] = ContextParallelInput(split_dim=1, expected_dims=3)
@@ -82,7 +96,9 @@ def enable(model: Any) -> Enabled:
 
 def is_cut(model: nn.Module) -> bool:
     """Whether `enable` has cut a model whose own attention would not know of it."""
-    return type(model).__name__ in _TEXT_AFTER and getattr(model, "_parallel_config", None) is not None
+    return ROWS in vars(model) or (
+        type(model).__name__ in _TEXT_AFTER and getattr(model, "_parallel_config", None) is not None
+    )
 
 
 def cut_of(model: nn.Module, inputs: Mapping[str, Any], found: Found, last: Cut | None) -> tuple[Cut | None, Found]:
@@ -97,15 +113,16 @@ def cut_of(model: nn.Module, inputs: Mapping[str, Any], found: Found, last: Cut 
     Returns:
         None if nothing is cut; the grid with its text, or the reason why it cannot be told.
     """
+    level: Level | None = vars(model).get(LEVEL)
+    if level is not None:
+        return level.cut(last), found if isinstance(found, str) else level.grid
     config = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
     if config is None:
         return None, found
     group, own = config._flattened_mesh.get_group(), type(model).__name__ in _TEXT_AFTER
     cut = last if last is not None and last.group == group.group_name else replace(Cut.over(group), apart=own)
-    if isinstance(found, str):
-        return cut, found
-    if isinstance(found, tuple):
-        return cut, "each sample has its own grid, and their tokens are cut over processes"
+    if isinstance(found, (str, tuple)):
+        return cut, found if isinstance(found, str) else "each sample has its own grid, and their tokens are cut"
     if own:
         text = inputs[_TEXT].shape[1] if _TEXT_AFTER[type(model).__name__] else 0
         return cut, Grid(found.height, found.width, suffix=text)

@@ -48,6 +48,7 @@ class Cut:
         size: How many processes there are.
         gathers: As for `Ranks`.
         apart: Whether the suffix is cut by itself, not with the grid.
+        rows: Where each process's rows of the grid begin, and the end of the last; empty if tokens are cut.
         traffic: As for `Ranks`.
     """
 
@@ -56,6 +57,7 @@ class Cut:
     size: int
     gathers: bool = False
     apart: bool = False
+    rows: tuple[int, ...] = ()
     traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
 
     @classmethod
@@ -66,6 +68,10 @@ class Cut:
     def of(self, grid: Grid) -> "Ranks":
         """Return the slices of a sequence: the prefix is cut by itself, the grid with the suffix if that is not."""
         n = grid.image_tokens
+        if self.rows:
+            image = tuple(row * grid.width for row in self.rows)
+            prefix, suffix = (cuts_of(count, self.size) for count in (grid.prefix, grid.suffix))
+            return Ranks(grid, self.group, self.rank, prefix, image, suffix, self.gathers, self.traffic)
         if self.apart:
             prefix, image, suffix = (cuts_of(count, self.size) for count in (grid.prefix, n, grid.suffix))
             return Ranks(grid, self.group, self.rank, prefix, image, suffix, self.gathers, self.traffic)

@@ -9,9 +9,9 @@ from vision_attn.bench.overview import Columns, Must, overview, speedup
 from vision_attn.bench.parallel import ALONE, GATHERED, OVER, SPECS, WAYS, ParallelCase, parallel_row
 
 TITLE = (
-    "One denoising step of one picture over several processes, random weights in bf16 (on a CPU small twins in "
-    "float32), batch 1. `alone` is one process, `over` moves what a processor needs, `gathered` moves all keys and "
-    "computes the same; `ulysses` and `ring` are diffusers' own"
+    "One step of one picture over several processes, of denoising or of a distillation, random weights in bf16 (on a "
+    "CPU small twins in float32), batch 1. `alone` is one process, `over` moves what a processor needs, "
+    "`gathered` moves all keys and computes the same; `ulysses` and `ring` are diffusers' own"
 )
 TIMING = (
     "Candidates one after another in one run of all processes: a warm-up, then medians of 5 steps below 0.5 s, 3 below "
@@ -42,11 +42,25 @@ def _flux(pixels: int, small: bool = False) -> ParallelCase:
     return ParallelCase("flux", pixels, ways, () if small else _musts(pixels), small)
 
 
+def _sdxl(pixels: int, small: bool = False) -> ParallelCase:
+    """Convolutions, group norms and linear attention; diffusers has no plan for a UNet."""
+    over, alone = f"linfusion {OVER}", f"linfusion {ALONE}"
+    musts = (Must(over, (alone,), 1.75),) if pixels == 8192 else ()
+    return ParallelCase("sdxl", pixels, (alone, over), musts, small)
+
+
+def _training(pixels: int, small: bool = False) -> ParallelCase:
+    """A teacher in Ulysses' way, and a student with halos."""
+    ways = tuple(f"{name} {kind}" for name in _FLUX for kind in (ALONE, OVER))
+    musts = () if small else tuple(Must(f"{name} {OVER}", (f"{name} {ALONE}",), 1.8) for name in _FLUX)
+    return ParallelCase("flux", pixels, ways, musts, small, trains=True)
+
+
 def cases(device: torch.device, quick: bool = False) -> list[ParallelCase]:
     """Return the cases for a device; a CPU gets small twins in float32."""
     if device.type == "cpu":
-        return [_flux(128, small=True)]
-    found = [_flux(4096), _flux(8192)]
+        return [_flux(128, small=True), _sdxl(256, small=True), _training(128, small=True)]
+    found = [_flux(4096), _flux(8192), _flux(16384), _sdxl(8192), _sdxl(16384), _training(2048)]
     return found[:1] if quick else found
 
 
