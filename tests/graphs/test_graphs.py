@@ -4,6 +4,7 @@ import copy
 import inspect
 import pickle
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -286,6 +287,56 @@ def test_what_cannot_be_recorded_runs_eagerly_and_leaves_all_usable_needs_a_gpu(
     with pytest.raises(Exception):  # noqa: B017, whatever the model says to a wrong input
         eager(model, {**inputs, "sample": inputs["sample"][:, :2]})
     assert torch.equal(eager(model, inputs), want)
+    assert torch.randn(3, device="cuda").isfinite().all()  # the generator is not left in the capture that failed
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+class Noisy(torch.nn.Module):
+    """Draws random numbers, after a while if `slow`."""
+
+    def __init__(self, inner, slow):
+        super().__init__()
+        self.inner, self.slow = inner, slow
+
+    def forward(self, x):
+        if self.slow and torch.cuda.is_current_stream_capturing():
+            time.sleep(0.5)
+        return self.inner(x) + (0 if self.slow else 1e-3 * torch.randn_like(x))
+
+
+@GPU
+def test_a_model_that_draws_random_numbers_is_recorded_needs_a_gpu():
+    model = on_gpu("sd15-unet", None)
+    inputs = inputs_of("sd15-unet", 4, 4, 1, 5)
+    model.conv_out = Noisy(model.conv_out, False)
+    found = graphs.enable(model)
+    torch.manual_seed(5)
+    want = [eager(model, inputs) for _ in range(4)]
+    assert "1 recorded" in found.status[""]
+    graphs.disable(model)
+    torch.manual_seed(5)
+    got = [eager(model, inputs) for _ in range(4)]
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert not torch.equal(got[2], got[3])
+
+
+@GPU
+def test_other_threads_draw_random_numbers_while_one_records_needs_a_gpu():
+    model = on_gpu("sd15-unet", None)
+    inputs = inputs_of("sd15-unet", 4, 4, 1, 5)
+    model.conv_out = Noisy(model.conv_out, True)
+    found = graphs.enable(model)
+    with ThreadPoolExecutor(1) as threads:
+        work = threads.submit(lambda: [eager(model, inputs) for _ in range(3)])
+        torch.manual_seed(5)
+        drawn = []
+        while not work.done():
+            drawn.append(torch.randn(2, device="cuda"))
+            time.sleep(0.001)
+        work.result()
+    assert "1 recorded" in found.status[""]
+    torch.manual_seed(5)
+    assert all(torch.equal(torch.randn(2, device="cuda"), each) for each in drawn)
 
 
 @GPU

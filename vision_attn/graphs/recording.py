@@ -1,6 +1,8 @@
 """One recorded forward: a CUDA graph with the memory of its inputs and outputs."""
 
+import gc
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -29,9 +31,11 @@ class Recording:
         before = torch.cuda.memory_reserved(device)
         with torch.inference_mode(False), torch.no_grad():
             self._inputs = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            output = forward(self._inputs)
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()
+            gc.collect()
+            torch.cuda.empty_cache()
+            self._graph, output = _captured(lambda: forward(self._inputs), pool, device.index)
         self._outputs, self._tree = pytree.tree_flatten(output)
         static = sum(t.numel() * t.element_size() for t in self._inputs if isinstance(t, Tensor))
         self.bytes = static + max(0, torch.cuda.memory_reserved(device) - before)
@@ -45,3 +49,54 @@ class Recording:
             self._graph.replay()
             outputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self._outputs]
         return pytree.tree_unflatten(outputs, self._tree)
+
+
+def _captured(call: Callable[[], Any], pool: Any, device: int) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Capture a call; return its graph and output.
+
+    While a graph is captured PyTorch refuses random numbers to all other threads, because the generator of the GPU
+    takes part. So a copy of it takes part first; a call that draws random numbers itself is captured again.
+    """
+    try:
+        return _capture(call, pool, device, apart=True)
+    except RuntimeError as error:
+        if "generator" not in str(error):
+            raise
+    return _capture(call, pool, device, apart=False)
+
+
+def _capture(call: Callable[[], Any], pool: Any, device: int, apart: bool) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Capture a call, with a copy of the GPU's generator if `apart`."""
+    graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[device]
+    with torch.cuda.stream(torch.cuda.Stream()):
+        own = generator.graphsafe_get_state()
+        if apart:
+            generator.graphsafe_set_state(generator.clone_state())
+        try:
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        finally:
+            generator.graphsafe_set_state(own)
+        try:
+            output = call()
+        except BaseException:
+            with suppress(RuntimeError):
+                graph.capture_end()
+            _clean_up(pool, device, apart)
+            raise
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            _clean_up(pool, device, apart)
+            raise
+    return graph, output
+
+
+def _clean_up(pool: Any, device: int, apart: bool) -> None:
+    """Undo what a capture that failed leaves behind: memory goes to its pool, and the generator believes in it."""
+    with suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(device, pool)
+    if not apart:
+        spare = torch.cuda.CUDAGraph()
+        spare.capture_begin(capture_error_mode="thread_local")
+        torch.zeros((), device=torch.device("cuda", device))
+        spare.capture_end()

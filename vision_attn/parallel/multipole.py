@@ -136,7 +136,9 @@ class _Means:
         first, stop = self.ranks.rows(unit=pool)
         if weights is None:
             return own_cells(t, pool, self.ranks, self.count.dtype) / self.count[:, first:stop]
-        image = squares(own_image(t.to(self.count.dtype), pool, self.ranks), pool)  # [B, rows, pool, columns, pool, H, D]
+        image = squares(
+            own_image(t.to(self.count.dtype), pool, self.ranks), pool
+        )  # [B, rows, pool, columns, pool, H, D]
         sums = torch.einsum("byixjhd,ij->byxhd", image, weights)
         return sums / _weight_sums(self.grid, weights)[:, first:stop]
 

@@ -81,7 +81,14 @@ def _axis(length: int, kernel: int, step: int, reach: int) -> Axis:
             seen += [i < len(near) and start <= b < stop for i, b in enumerate(columns)]
         queries += [phase + a * step for a in rows]
         keys += [phase + b * step for b in columns]
-    return Axis((len(cuts), T, S), tuple(queries), tuple(keys), tuple(offsets), tuple(seen), tuple(places[i] for i in range(length)))
+    return Axis(
+        (len(cuts), T, S),
+        tuple(queries),
+        tuple(keys),
+        tuple(offsets),
+        tuple(seen),
+        tuple(places[i] for i in range(length)),
+    )
 
 
 def plain_attention(
