@@ -212,8 +212,8 @@ def test_the_moment_and_the_grid_choose_the_recording_needs_a_gpu():
     model = on_gpu("flux", SPECS["schedule"])
     calls = []
     for grid in ((4, 6), (6, 4)):
-        for time in (0.9, 0.1):
-            calls.append({**inputs_of("flux", *grid, 1, 5), "timestep": torch.tensor([time], device="cuda")})
+        for step in (0.9, 0.1):
+            calls.append({**inputs_of("flux", *grid, 1, 5), "timestep": torch.tensor([step], device="cuda")})
     want = [eager(model, inputs) for inputs in calls]
     assert not torch.equal(want[0], want[1]) and not torch.equal(want[0], want[2])
     graphs.enable(model)
@@ -261,9 +261,9 @@ def test_numbers_as_timesteps_are_no_kinds_of_their_own_needs_a_gpu():
     model = on_gpu("sd15-unet", Clear(radius=1))
     found = graphs.enable(model)
     inputs = inputs_of("sd15-unet", 4, 4, 1, 5)
-    for time in (999, 700, 400, 1):
-        got = eager(model, {**inputs, "timestep": time})
-        assert torch.equal(got, eager(model, {**inputs, "timestep": torch.tensor(time)}))
+    for step in (999, 700, 400, 1):
+        got = eager(model, {**inputs, "timestep": step})
+        assert torch.equal(got, eager(model, {**inputs, "timestep": torch.tensor(step)}))
     assert "1 recorded" in found.status[""]
 
 
