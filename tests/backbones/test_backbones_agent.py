@@ -5,8 +5,8 @@ import timm
 import torch
 from backbone_families import FAMILIES, images
 
+from vision_attn.backbones.conv_layers import PointwiseConv2d
 from vision_attn.backbones.position import resize_for, resized_positions
-from vision_attn.backbones.ravlt.attention import PointwiseConv2d
 
 AGENTS = [name for name in FAMILIES if name.startswith("agent")]
 WHOLE = {

@@ -266,6 +266,21 @@ FAMILIES = {
             embed_dims=(8, 16, 24, 32), depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4), projection=48, drop_path_rate=0.0
         ),
     ),
+    "svit": Family(
+        "svit_s",
+        dict,  # there are no golden cases: see test_svit.py
+        {},
+        dict(
+            embed_dims=(8, 16, 24, 32),
+            depths=(1, 1, 2, 1),
+            num_heads=(1, 2, 2, 4),
+            sizes=(4, 2, 1, 1),
+            iterations=(1, 2, 1, 1),
+            layer_scales=(None, None, 0.5, 0.5),
+            projection=48,
+            drop_path_rate=0.0,
+        ),
+    ),
     "litv2": Family(
         "litv2_small",
         litv2_arguments,

@@ -20,6 +20,7 @@ from vision_attn.backbones.nat import dinat, dinat_s, nat, nat_isotropic  # noqa
 from vision_attn.backbones.nat.nat import NAT  # noqa: E402
 from vision_attn.backbones.nat.nat_isotropic import NATIsotropic  # noqa: E402
 from vision_attn.backbones.ravlt import ravlt  # noqa: E402
+from vision_attn.backbones.svit import svit  # noqa: E402
 
 __all__ = [
     "NAT",
@@ -35,4 +36,5 @@ __all__ = [
     "nat",
     "nat_isotropic",
     "ravlt",
+    "svit",
 ]

@@ -11,38 +11,16 @@ Paper: 'Breaking the Low-Rank Dilemma of Linear Attention' - https://arxiv.org/a
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.models import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
+from vision_attn.backbones.conv_layers import PointwiseConv2d
 from vision_attn.backbones.registry import operator
 from vision_attn.grid import Grid
 from vision_attn.kernels.dense import dense_attention
 from vision_attn.kernels.linear import rotate_pairs
 from vision_attn.processors.positional import add_depthwise
 from vision_attn.processors.rala import rank_augmented_attention
-
-
-@register_notrace_module
-class PointwiseConv2d(nn.Conv2d):
-    """A 1 x 1 convolution that computes one matrix product on channels-last maps.
-
-    The product also adds the bias. After a convolution, cuDNN adds it in a second pass over the output.
-
-    Args:
-        in_channels: Channels of the map.
-        out_channels: Channels of the result.
-        **dd: Device and dtype of the parameters.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, **dd: Any) -> None:
-        super().__init__(in_channels, out_channels, 1, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return a map `[B, out_channels, height, width]`; it is channels-last if `x` is."""
-        if not x.is_contiguous(memory_format=torch.channels_last):
-            return self._conv_forward(x, self.weight, self.bias)
-        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 @register_notrace_function

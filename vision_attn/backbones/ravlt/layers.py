@@ -1,4 +1,4 @@
-"""RAVLT's layers on maps `[B, C, height, width]`: stem, merging, block, stage, and the projection before the head."""
+"""RAVLT's layers on maps `[B, C, height, width]`: stem, block and stage."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,8 @@ from timm.layers import DropPath, LayerNorm2d, LayerScale2d
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from vision_attn.backbones.ravlt.attention import PointwiseConv2d, RALASelfAttention, rotary
+from vision_attn.backbones.conv_layers import ConvolvedFfn
+from vision_attn.backbones.ravlt.attention import RALASelfAttention, rotary
 
 
 class ConvStem(nn.Module):
@@ -26,49 +27,6 @@ class ConvStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the map."""
         return self.proj(x)
-
-
-class ConvMerging(nn.Module):
-    """A strided 3 x 3 convolution and a batch norm, which halve a map's sides, rounded up."""
-
-    def __init__(
-        self, dim: int, out_dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        self.reduction = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, device=device, dtype=dtype)
-        self.norm = nn.BatchNorm2d(out_dim, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the merged map."""
-        return self.norm(self.reduction(x))
-
-
-class ConvolvedFfn(nn.Module):
-    """An MLP whose hidden channels pass through a depth-wise convolution with a skip connection.
-
-    y = GELU(fc1(x)),    o = fc2(y + dwconv(y))
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        hidden: int,
-        *,
-        drop: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.fc1 = PointwiseConv2d(dim, hidden, device=device, dtype=dtype)
-        self.act = nn.GELU()
-        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, device=device, dtype=dtype)
-        self.fc2 = PointwiseConv2d(hidden, dim, device=device, dtype=dtype)
-        self.drop = nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return a map of the shape of `x`."""
-        x = self.act(self.fc1(x))
-        return self.drop(self.fc2(self.drop(x + self.dwconv(x))))
 
 
 class RALABlock(nn.Module):
@@ -144,19 +102,3 @@ class RALAStage(nn.Module):
         for block in self.blocks:
             x = block(x, angles)
         return x
-
-
-class Projection(nn.Module):
-    """The last layer before pooling: a 1 x 1 convolution, a batch norm and SiLU."""
-
-    def __init__(
-        self, dim: int, out_dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        self.proj = PointwiseConv2d(dim, out_dim, device=device, dtype=dtype)
-        self.norm = nn.BatchNorm2d(out_dim, device=device, dtype=dtype)
-        self.act = nn.SiLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the projected map."""
-        return self.act(self.norm(self.proj(x)))

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from vision_attn.backbones.backbone import Backbone
 from vision_attn.backbones.blocks import levels_of
 from vision_attn.backbones.checkpoints import refuse_mismatch, rename, unwrap
-from vision_attn.backbones.ravlt.layers import ConvMerging, ConvStem, Projection, RALABlock, RALAStage
+from vision_attn.backbones.conv_layers import ConvMerging, Projection
+from vision_attn.backbones.ravlt.layers import ConvStem, RALABlock, RALAStage
 from vision_attn.backbones.registry import cfg, register
 
 
