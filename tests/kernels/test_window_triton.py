@@ -6,7 +6,7 @@ from interpreted import cell_tiles, pair_tiles
 from operator_cases import CASES, Case, check_case, draw, one_head
 
 from vision_attn.grid import Grid
-from vision_attn.kernels.window import window_attention
+from vision_attn.kernels.window import Haloed, window_attention
 
 interpreter = pytest.mark.interpreter
 WINDOW = [one_head(case) for case in CASES if case.operator == "window"]
@@ -22,7 +22,10 @@ def test_error_is_within_the_budget(case, dtype):
 
 
 @interpreter
-@pytest.mark.parametrize("size", [(8, 3), 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (7, 1))], ids=str)
+@pytest.mark.parametrize(
+    "size", [(8, 3), 2, Haloed(3, (1, 4)), *(pytest.param(n, marks=pytest.mark.slow) for n in (7, 1, Haloed(5, 2)))],
+    ids=str,
+)  # fmt: skip
 def test_windows_larger_than_a_tile_are_walked(size, monkeypatch):
     cell_tiles(monkeypatch, 16)
     pair_tiles(monkeypatch, 16)
@@ -47,8 +50,8 @@ def test_opcheck_and_compile():
 
     q, k, v = (draw(1, 20, 1, 16) for _ in range(3))
     shared, mask = [draw(1, 3, 1, 16) for _ in range(2)], torch.tensor([[True, False, True]])
-    torch.library.opcheck(_window.registered, (q, k, v, *shared, mask, [4, 5], [2, 2], 0.25))
-    torch.library.opcheck(_window.registered, (q, k, v, None, None, None, [4, 5], [2, 3], 0.25))
+    torch.library.opcheck(_window.registered, (q, k, v, *shared, mask, [4, 5], [2, 2], [0, 0], 0.25))
+    torch.library.opcheck(_window.registered, (q, k, v, None, None, None, [4, 5], [2, 3], [1, 0], 0.25))
     function = torch.compile(window_attention, fullgraph=True, backend="aot_eager")
     o = [f(q, k, v, Grid(4, 4, prefix=4), 2, backend="triton") for f in (function, window_attention)]
     for a, b in zip(*(torch.autograd.grad(t.square().sum(), (q, k, v)) for t in o), strict=True):
@@ -60,3 +63,5 @@ def test_a_wrong_window_is_caught():
     q, k, v = (draw(1, 48, 1, 16) for _ in range(3))
     ours = window_attention(q, k, v, Grid(6, 8), (2, 3), backend="triton")
     assert (ours - window_attention(q, k, v, Grid(6, 8), 2, backend="reference")).abs().max() > 1e-3
+    haloed = [window_attention(q, k, v, Grid(6, 8), Haloed((2, 3), n), backend="triton") for n in (0, 1)]
+    assert torch.equal(haloed[0], ours) and (haloed[1] - ours).abs().max() > 1e-3

@@ -96,6 +96,28 @@ class _Inputs(torch.autograd.Function):
         return None, *plain_gradients(_plain, (*ctx.saved_tensors, ctx.second.scale), do)[:-1]
 
 
+def biased_attention(
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, allowed: Tensor, bias: Tensor, *, scale: float | None = None
+) -> Tensor:
+    """Attend with a bias for each pair of tokens, and from the grid's tokens to some of the grid alone.
+
+    Args:
+        q: Queries `[B, N, H, D]`, with `N == grid.tokens`.
+        k: Keys, like `q`.
+        v: Values, like `q`.
+        grid: Where the image tokens lie in the sequence.
+        allowed: Bool `[height * width, height * width]`, True where a query (row) of the grid sees a key.
+        bias: Added to the scaled logits; broadcasts to `[B, H, N, N]`.
+        scale: Factor of the logits, `D ** -0.5` if None.
+
+    Returns:
+        `[B, N, H, D]` in the dtype of `q`.
+    """
+    hidden = torch.zeros(grid.tokens, grid.tokens, dtype=torch.bool, device=q.device)
+    hidden[grid.image, grid.image] = ~allowed
+    return dense_attention(q, k, v, mask=bias.to(q.dtype).masked_fill(hidden, -torch.inf), scale=scale)
+
+
 def full_mask(mask: Tensor | None, grid: Grid, extra: int = 0) -> Tensor | None:
     """Widen a mask of the keys outside the grid to the whole sequence, for `dense_attention`.
 

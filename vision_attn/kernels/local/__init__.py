@@ -25,8 +25,9 @@ from torch import Tensor
 
 from vision_attn._checks import check_int, check_number
 from vision_attn.grid import Grid
+from vision_attn.kernels import dense
 from vision_attn.kernels.backend import Implementation, PerAxis, check_inputs, check_mask, per_axis, pick
-from vision_attn.kernels.dense import dense_attention, full_mask
+from vision_attn.kernels.dense import full_mask
 from vision_attn.kernels.local.op import local_attention_lse, local_attention_triton
 from vision_attn.kernels.local.portable import local_attention_torch
 from vision_attn.kernels.triton.launching import triton_reasons
@@ -243,9 +244,7 @@ def biased_attention(
         ValueError: If the window does not fit the grid.
     """
     window.check(grid)
-    hidden = torch.zeros(grid.tokens, grid.tokens, dtype=torch.bool, device=q.device)
-    hidden[grid.image, grid.image] = ~window.allowed(grid, q.device)
-    return dense_attention(q, k, v, mask=bias.to(q.dtype).masked_fill(hidden, -torch.inf), scale=scale)
+    return dense.biased_attention(q, k, v, grid, window.allowed(grid, q.device), bias, scale=scale)
 
 
 def _check_window(q: Tensor, grid: Grid, window: Window) -> None:

@@ -44,6 +44,7 @@ class Cells:
     size: tuple[int, int]
     cell: tuple[int, int]
     scale: float
+    halo: tuple[int, int] = (0, 0)
 
     @property
     def count(self) -> int:
@@ -54,6 +55,12 @@ class Cells:
     def slots(self) -> int:
         """Slots of a cell."""
         return max(2, next_power(self.cell[0] * self.cell[1]))
+
+    @property
+    def wide_slots(self) -> int:
+        """Slots of a cell and its halo."""
+        (h, w), (a, b) = self.cell, self.halo
+        return max(2, next_power((h + 2 * a) * (w + 2 * b)))
 
     def shared(self) -> dict[str, Any]:
         """Return the shared keys, by the names of the kernels' arguments."""
@@ -67,6 +74,11 @@ class Cells:
         v_strides = dict(zip(("sv_b", "sv_n", "sv_h"), v.stride()[:3], strict=True))
         tensors = dict(sk=k, sv=v, mask=self.q if mask is None else mask)
         return dict(**tensors, **k_strides, **v_strides, mask_b=mask_b, outside=E, SHARED=E > 0, MASK=mask is not None)
+
+    def around(self) -> dict[str, Any]:
+        """Return the halo of a cell, by the names of the kernels' arguments."""
+        halo = any(self.halo)
+        return dict(halo_h=self.halo[0], halo_w=self.halo[1], HALO=self.wide_slots if halo else 0)
 
     def launch(
         self, name: str, kernel: Kernel, args: Sequence[Any], more: Callable[[Launch], dict[str, Any]] = lambda _: {},
@@ -98,14 +110,15 @@ class Cells:
 
 def cells_of(
     q: Tensor, k: Tensor, v: Tensor, shared_k: Tensor | None, shared_v: Tensor | None, mask: Tensor | None,
-    size: Sequence[int], cell: Sequence[int], scale: float,
+    size: Sequence[int], cell: Sequence[int], scale: float, halo: Sequence[int] = (0, 0),
 ) -> Cells:  # fmt: skip
     """Pack the tokens of a grid, and those outside it, for the kernels."""
     k_out, v_out = (None if t is None else packed(t) for t in (shared_k, shared_v))
     height, width = size
     return Cells(
-        packed(q), packed(k), packed(v), k_out, v_out, bytes_of_mask(mask), (height, width), (cell[0], cell[1]), scale
-    )
+        packed(q), packed(k), packed(v), k_out, v_out, bytes_of_mask(mask), (height, width), (cell[0], cell[1]), scale,
+        (halo[0], halo[1]),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -117,6 +130,52 @@ def slots_of(first, height, width, cell_h, cell_w, SLOTS: tl.constexpr, ROWS: tl
     y, x = cell // across * cell_h + i // cell_w, cell % across * cell_w + i % cell_w  # [ROWS]
     there = (i < cell_h * cell_w) & (y < height) & (x < width)
     return cell, tl.where(there, y * width + x, height * width)
+
+
+@triton.jit
+def wide_slots_of(
+    first, height, width, cell_h, cell_w, halo_h, halo_w, SLOTS: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """What `slots_of` returns for cells with their halos, whose slots are more: tokens are in several of them."""
+    slot = first + tl.arange(0, ROWS)  # [ROWS]
+    cell, i = slot // SLOTS, slot % SLOTS  # [ROWS]
+    across, tall, wide = tl.cdiv(width, cell_w), cell_h + 2 * halo_h, cell_w + 2 * halo_w
+    y = cell // across * cell_h - halo_h + i // wide  # [ROWS]
+    x = cell % across * cell_w - halo_w + i % wide  # [ROWS]
+    there = (i < tall * wide) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    return cell, tl.where(there, y * width + x, height * width)
+
+
+@triton.jit
+def near_slots_of(
+    first, near, height, width, cell_h, cell_w, halo_h, halo_w, SLOTS: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """For each slot of some cells, the cell and the token of the slot in the cell that is their neighbor `near`.
+
+    Neighbors are counted row by row. The token is height * width where there is none.
+    """
+    slot = first + tl.arange(0, ROWS)  # [ROWS]
+    cell, i = slot // SLOTS, slot % SLOTS  # [ROWS]
+    across, reach_h, reach_w = tl.cdiv(width, cell_w), tl.cdiv(halo_h, cell_h), tl.cdiv(halo_w, cell_w)
+    down = cell // across + near // (2 * reach_w + 1) - reach_h  # [ROWS]
+    right = cell % across + near % (2 * reach_w + 1) - reach_w  # [ROWS]
+    y, x = down * cell_h + i // cell_w, right * cell_w + i % cell_w  # [ROWS]
+    there = (i < cell_h * cell_w) & (down >= 0) & (y < height) & (right >= 0) & (x < width)
+    return cell, tl.where(there, y * width + x, height * width)
+
+
+@triton.jit
+def neighbors_of(cell_h, cell_w, halo_h, halo_w):
+    """How many cells have tokens in the halo of a cell, with the cell itself."""
+    return (2 * tl.cdiv(halo_h, cell_h) + 1) * (2 * tl.cdiv(halo_w, cell_w) + 1)
+
+
+@triton.jit
+def in_halo(row, column, width, cell_h, cell_w, halo_h, halo_w):
+    """Whether the keys `column` are in the halos of the cells of the queries `row`, `[rows, columns]`."""
+    top, left = row // width // cell_h * cell_h - halo_h, row % width // cell_w * cell_w - halo_w  # [rows]
+    y, x = (column // width)[None, :] - top[:, None], (column % width)[None, :] - left[:, None]  # [rows, columns]
+    return (y >= 0) & (y < cell_h + 2 * halo_h) & (x >= 0) & (x < cell_w + 2 * halo_w)
 
 
 @triton.jit

@@ -1,14 +1,16 @@
-"""Attention inside windows that do not overlap; all tokens outside the grid see and are seen by everything.
+"""Attention of cells of the grid to themselves and their halos; tokens outside the grid see and are seen by everything.
 
-    o_i = softmax_j(scale * q_i . k_j) v_j,    j in cell(i) + prefix + suffix
+    o_i = softmax_j(scale * q_i . k_j) v_j,    j in cell(i) + halo of cell(i) + prefix + suffix
 
-The grid is cut into cells of `window_size` from its top left corner; cells at the right and bottom border are smaller
-where it does not divide.
+The grid is cut into cells from its top left corner; cells at the right and bottom border are smaller where it does not
+divide. The halo of a cell are the tokens at most so many rows and columns beyond its sides; the border cuts it.
 
 Papers: 'Swin Transformer' - https://arxiv.org/abs/2103.14030, 'Fast Vision Transformers with HiLo Attention' -
-https://arxiv.org/abs/2205.13213
+https://arxiv.org/abs/2205.13213, 'Scaling Local Self-Attention for Parameter Efficient Visual Backbones' (HaloNet) -
+https://arxiv.org/abs/2103.12731
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,25 +37,71 @@ from vision_attn.kernels.window.op import window_attention_triton
 _MAX_SCORES = 1 << 24  # logits computed at a time: 64 MiB in float32
 
 
+@dataclass(frozen=True)
+class Haloed:
+    """Cells of a grid, each with a halo.
+
+    Args:
+        size: Side of a cell in tokens, or a (height, width) pair.
+        halo: Rows and columns of tokens around a cell that its queries see too, or a (vertical, horizontal) pair.
+
+    Raises:
+        TypeError: If a side is no int or pair of ints.
+        ValueError: If a cell has no token, or a halo is below 0.
+    """
+
+    size: PerAxis
+    halo: PerAxis = 0
+
+    def __post_init__(self) -> None:
+        _ = self.cell, self.around
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        """Height and width of a cell."""
+        return per_axis(self.size, "window_size", 1)
+
+    @property
+    def around(self) -> tuple[int, int]:
+        """Rows and columns of the halo on each side."""
+        return per_axis(self.halo, "halo", 0)
+
+    def pairs(self, grid: Grid) -> int:
+        """Count the (query, key) pairs inside the grid."""
+        counts = []
+        for side, cell, halo in zip((grid.height, grid.width), self.cell, self.around, strict=True):
+            spans = ((i, min(i + cell, side)) for i in range(0, side, cell))
+            counts.append(sum((stop - i) * (min(i + cell + halo, side) - max(i - halo, 0)) for i, stop in spans))
+        return counts[0] * counts[1]
+
+    def allowed(self, grid: Grid, device: torch.device | None = None) -> Tensor:
+        """Return the definition: a bool mask `[height * width, height * width]`, True where query (row) sees key."""
+        rows, columns = (
+            _near(length, cell, halo, device)
+            for length, cell, halo in zip((grid.height, grid.width), self.cell, self.around, strict=True)
+        )
+        return (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1)
+
+
 def window_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     grid: Grid,
-    window_size: PerAxis,
+    window_size: PerAxis | Haloed,
     *,
     mask: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attend from each grid token to its cell of the grid and to every token outside the grid.
+    """Attend from each grid token to its cell of the grid, the halo of that and to every token outside the grid.
 
     Args:
         q: Queries `[B, N, H, D]`, with `N == grid.tokens`; any strides.
         k: Keys, like `q`.
         v: Values, like `q`.
         grid: Where the image tokens lie in the sequence.
-        window_size: Side of a cell in tokens, or a (height, width) pair.
+        window_size: Side of a cell in tokens, or a (height, width) pair; cells and their halos as `Haloed`.
         mask: Bool `[B, prefix + suffix]` (or batch 1): False hides a key outside the grid from all queries.
         scale: Factor of the logits, `D ** -0.5` if None.
         backend: 'triton' (CUDA, fused), 'torch' (any device), 'reference' (dense, small inputs), or 'auto' for the
@@ -69,22 +117,26 @@ def window_attention(
     """
     check_inputs(q, k, v, grid)
     check_mask(q, grid, mask)
-    cell = per_axis(window_size, "window_size", 1)
+    cells = window_size if isinstance(window_size, Haloed) else Haloed(window_size)
+    # a cell or a halo is never larger than the grid
+    cell, halo = ((min(a, grid.height), min(b, grid.width)) for a, b in (cells.cell, cells.around))
     implementations = {
         "triton": Implementation(window_attention_triton, triton_reasons(q, auto=backend == "auto")),
         "torch": Implementation(_torch),
         "reference": Implementation(_reference),
     }
     run = pick("window_attention", backend, implementations)
-    return run(q, k, v, grid, cell, mask, q.shape[-1] ** -0.5 if scale is None else scale)
+    return run(q, k, v, grid, cell, halo, mask, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def _torch(
-    q: Tensor, k: Tensor, v: Tensor, grid: Grid, cell: tuple[int, int], mask: Tensor | None, scale: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, cell: tuple[int, int], halo: tuple[int, int], mask: Tensor | None,
+    scale: float,
+) -> Tensor:  # fmt: skip
     image, shared = grid.image, grid.prefix + grid.suffix
-    queries, keys, values = (to_cells(t[:, image], grid, cell) for t in (q, k, v))
-    inside = inside_cells(grid, cell, q.device)
+    queries = to_cells(q[:, image], grid, cell)
+    keys, values = (_to_halos(t[:, image], grid, cell, halo) for t in (k, v))
+    inside = inside_cells(grid, cell, q.device, halo)
     if shared:
         k_shared, v_shared = (outside(t, grid).transpose(1, 2) for t in (k, v))
         o = _with_shared(queries * scale, keys, values, k_shared, v_shared, inside, mask)
@@ -115,12 +167,25 @@ def from_cells(t: Tensor, grid: Grid, cell: tuple[int, int]) -> Tensor:
     return t.flatten(3, 4).flatten(1, 2)[:, : grid.height, : grid.width].flatten(1, 2)
 
 
-def inside_cells(grid: Grid, cell: tuple[int, int], device: torch.device) -> Tensor | None:
-    """Bool `[cells, L]`: which places of a cell lie in the grid; None if all do."""
-    if not (grid.height % cell[0] or grid.width % cell[1]):
+def _to_halos(t: Tensor, grid: Grid, cell: tuple[int, int], halo: tuple[int, int]) -> Tensor:
+    """Cut `[B, height * width, H, D]` into `[B, cells, L, H, D]` of cells and halos, with zeros beyond the border."""
+    if not any(halo):
+        return to_cells(t, grid, cell)
+    (h, w), (a, b) = cell, halo
+    t = F.pad(t.unflatten(1, (grid.height, grid.width)), (0, 0, 0, 0, b, b + -grid.width % w,
+                                                          a, a + -grid.height % h))  # fmt: skip
+    t = t.unfold(1, h + 2 * a, h).unfold(2, w + 2 * b, w)  # [B, rows, columns, H, D, h + 2 a, w + 2 b]
+    return t.permute(0, 1, 2, 5, 6, 3, 4).flatten(3, 4).flatten(1, 2)
+
+
+def inside_cells(
+    grid: Grid, cell: tuple[int, int], device: torch.device, halo: tuple[int, int] = (0, 0)
+) -> Tensor | None:
+    """Bool `[cells, L]`: which places of a cell and its halo lie in the grid; None if all do."""
+    if not (grid.height % cell[0] or grid.width % cell[1] or any(halo)):
         return None
     ones = torch.ones(1, grid.image_tokens, 1, 1, dtype=torch.bool, device=device)
-    return to_cells(ones, grid, cell)[0, :, :, 0, 0]
+    return _to_halos(ones, grid, cell, halo)[0, :, :, 0, 0]
 
 
 @full_precision
@@ -131,7 +196,7 @@ def _with_shared(
     if transformed() or exporting():  # neither knows of checkpoints, and an exported batch has any size
         return _cells(q, k, v, k_shared, v_shared, inside, mask)
     cells, L = q.shape[1:3]
-    step = max(1, _MAX_SCORES // max(1, q.shape[0] * q.shape[3] * L * (L + k_shared.shape[2])))
+    step = max(1, _MAX_SCORES // max(1, q.shape[0] * q.shape[3] * L * (k.shape[2] + k_shared.shape[2])))
     outputs = []
     for i in range(0, cells, step):
         part = slice(i, i + step)
@@ -162,19 +227,26 @@ def _cells(
 
 @full_precision
 def _reference(
-    q: Tensor, k: Tensor, v: Tensor, grid: Grid, cell: tuple[int, int], mask: Tensor | None, scale: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, cell: tuple[int, int], halo: tuple[int, int], mask: Tensor | None,
+    scale: float,
+) -> Tensor:  # fmt: skip
     """The definition: a dense mask and a softmax, in float64 if q is, else float32."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    number = cell_numbers(grid, cell, q.device)
     seen = torch.ones(q.shape[0], grid.tokens, grid.tokens, dtype=torch.bool, device=q.device)
-    seen[:, grid.image, grid.image] = number == number[:, None]
+    seen[:, grid.image, grid.image] = Haloed(cell, halo).allowed(grid, q.device)
     whole = full_mask(mask, grid)
     if whole is not None:
         seen = seen & whole[:, 0]
     logits = torch.einsum("bnhd,bmhd->bhnm", q.to(dtype), k.to(dtype)) * scale
     weights = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
     return torch.einsum("bhnm,bmhd->bnhd", weights, v.to(dtype)).to(q.dtype)
+
+
+def _near(length: int, cell: int, halo: int, device: torch.device | None) -> Tensor:
+    """Return which keys (columns) the queries (rows) of an axis see, `[length, length]`."""
+    i = torch.arange(length, device=device)
+    offset = i - (i // cell * cell)[:, None]
+    return (offset >= -halo) & (offset < cell + halo)
 
 
 def cell_numbers(grid: Grid, cell: tuple[int, int], device: torch.device) -> Tensor:

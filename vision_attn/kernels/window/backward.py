@@ -14,7 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels.triton.cells import Cells, cell_logits, first_slot, shared_logits, slots_of
+from vision_attn.kernels.triton.cells import (
+    Cells,
+    cell_logits,
+    first_slot,
+    in_halo,
+    near_slots_of,
+    neighbors_of,
+    shared_logits,
+    slots_of,
+    wide_slots_of,
+)
 from vision_attn.kernels.triton.launching import Kernel, strides_of
 from vision_attn.kernels.triton.pairs import Pairs, key_gradients
 from vision_attn.kernels.triton.rows import ds_of, head_of, load_rows_below, own_head, program_of, store_rows_below
@@ -24,16 +34,16 @@ from vision_attn.kernels.triton.rows import ds_of, head_of, load_rows_below, own
 @triton.jit
 def _query_gradients(
     q, k, v, o, do, lse, delta, dq, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h,
-    sk, sv, sk_b, sk_n, sk_h, sv_b, sv_n, sv_h, mask, mask_b, outside, height, width, cell_h, cell_w, heads,
-    batch_heads, scale, SHARED: tl.constexpr, MASK: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
-    TILES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    sk, sv, sk_b, sk_n, sk_h, sv_b, sv_n, sv_h, mask, mask_b, outside, height, width, cell_h, cell_w, halo_h, halo_w,
+    heads, batch_heads, scale, SHARED: tl.constexpr, MASK: tl.constexpr, HALO: tl.constexpr, SLOTS: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients dq, and delta of a tile of queries.
 
     Inputs: q, k, v, do `[B, n, H, D]` of the grid's n tokens, shared keys sk and values sv `[B, outside, H, D]`, each
     with strides `_b, _n, _h`; o like q, contiguous; lse `[B, H, n]`; mask `[B, outside]` with its stride.
     Outputs: dq `[B, n, H, D]`, delta `[B, H, n]`.
-    Grid: `height` x `width` tokens in cells of `cell_h` x `cell_w`, of `SLOTS` slots, walked in `TILES` of `ROWS`.
+    Grid: as in the forward.
     """
     b, h, bh, _, block = program_of(heads, batch_heads, 1)
     tokens = height * width
@@ -48,8 +58,14 @@ def _query_gradients(
     tl.store(delta + bh.to(tl.int64) * tokens + row, delta_rows, mask=row < tokens)
     dq_rows = tl.zeros([ROWS, BLOCK_D], tl.float32)  # [ROWS, BLOCK_D]
     start = first_slot(block, ROWS, TILES)
-    for j in tl.range(0, TILES):
-        other, column = slots_of(start + j * ROWS, height, width, cell_h, cell_w, SLOTS, ROWS)  # [ROWS]
+    KEY_TILES: tl.constexpr = TILES * HALO // SLOTS if HALO else TILES
+    for j in tl.range(0, KEY_TILES):
+        if HALO:
+            other, column = wide_slots_of(
+                start // SLOTS * HALO + j * ROWS, height, width, cell_h, cell_w, halo_h, halo_w, HALO, ROWS
+            )  # [ROWS]
+        else:
+            other, column = slots_of(start + j * ROWS, height, width, cell_h, cell_w, SLOTS, ROWS)  # [ROWS]
         k_rows = load_rows_below(head_of(k, b, h, k_b, k_h), column, tokens, k_n, 0, D, BLOCK_D)  # [ROWS, BLOCK_D]
         v_rows = load_rows_below(head_of(v, b, h, v_b, v_h), column, tokens, v_n, 0, D, BLOCK_D)  # [ROWS, BLOCK_D]
         s = cell_logits(q_rows, k_rows, cell, other, column, tokens, scale, PRECISION)  # [ROWS, ROWS]
@@ -76,14 +92,14 @@ def _query_gradients(
 @triton.jit
 def _key_gradients(
     q, k, v, do, lse, delta, dk, dv, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h,
-    height, width, cell_h, cell_w, heads, batch_heads, scale, SLOTS: tl.constexpr, ROWS: tl.constexpr,
-    TILES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    height, width, cell_h, cell_w, halo_h, halo_w, heads, batch_heads, scale, HALO: tl.constexpr, SLOTS: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients dk and dv of a tile of the grid's keys.
 
     Inputs: q, k, v, do `[B, n, H, D]`, each with strides `_b, _n, _h`; lse, delta `[B, H, n]`.
     Outputs: dk, dv `[B, n, H, D]`.
-    Grid: `height` x `width` tokens in cells of `cell_h` x `cell_w`, of `SLOTS` slots, walked in `TILES` of `ROWS`.
+    Grid: as in the forward. With a `HALO` the queries of all cells are walked in whose halo a key may be.
     """
     b, h, bh, _, block = program_of(heads, batch_heads, 1)
     tokens = height * width
@@ -95,14 +111,23 @@ def _key_gradients(
     dk_rows = tl.zeros([ROWS, BLOCK_D], tl.float32)  # [ROWS, BLOCK_D]
     dv_rows = tl.zeros([ROWS, BLOCK_D], tl.float32)  # [ROWS, BLOCK_D]
     start = first_slot(block, ROWS, TILES)
-    for i in tl.range(0, TILES):
-        cell, row = slots_of(start + i * ROWS, height, width, cell_h, cell_w, SLOTS, ROWS)  # [ROWS]
+    count = TILES * neighbors_of(cell_h, cell_w, halo_h, halo_w) if HALO else TILES
+    for i in tl.range(0, count):
+        if HALO:
+            cell, row = near_slots_of(
+                start + i % TILES * ROWS, i // TILES, height, width, cell_h, cell_w, halo_h, halo_w, SLOTS, ROWS
+            )  # [ROWS]
+        else:
+            cell, row = slots_of(start + i * ROWS, height, width, cell_h, cell_w, SLOTS, ROWS)  # [ROWS]
         q_rows = load_rows_below(head_of(q, b, h, q_b, q_h), row, tokens, q_n, 0, D, BLOCK_D)  # [ROWS, BLOCK_D]
         do_rows = load_rows_below(head_of(do, b, h, do_b, do_h), row, tokens, do_n, 0, D, BLOCK_D)  # [ROWS, BLOCK_D]
         lse_rows = tl.load(lse + row, mask=row < tokens, other=0.0)  # [ROWS]
         delta_rows = tl.load(delta + row, mask=row < tokens, other=0.0)  # [ROWS]
         s = cell_logits(q_rows, k_rows, cell, other, column, tokens, scale, PRECISION)  # [ROWS, ROWS]
-        p = tl.where((row < tokens)[:, None], tl.math.exp2(s - lse_rows[:, None]), 0.0)  # [ROWS, ROWS]
+        seen = (row < tokens)[:, None]  # [ROWS, 1]
+        if HALO:
+            seen &= in_halo(row, column, width, cell_h, cell_w, halo_h, halo_w)  # [ROWS, ROWS]
+        p = tl.where(seen, tl.math.exp2(s - lse_rows[:, None]), 0.0)  # [ROWS, ROWS]
         dv_rows += tl.dot(tl.trans(p.to(do_rows.dtype)), do_rows, input_precision=PRECISION)
         ds = ds_of(p, do_rows, v_rows, delta_rows, PRECISION)  # [ROWS, ROWS]
         dk_rows += tl.dot(tl.trans(ds.to(q_rows.dtype)), q_rows, input_precision=PRECISION)
@@ -118,11 +143,11 @@ def backward(call: Cells, do: Tensor, o: Tensor, lse: Tensor) -> tuple[Tensor, T
     if not q.numel():
         return dq, dk, dv, shared_dk, shared_dv
     delta, strides = torch.empty_like(lse), strides_of(q, k, v, do)
-    args, shared = (q, k, v, o, do, lse, delta, dq, *strides), call.shared()
-    programs, named = call.launch("window.queries", _query_gradients, args, lambda _: shared)
+    args, more = (q, k, v, o, do, lse, delta, dq, *strides), call.shared() | call.around()
+    programs, named = call.launch("window.queries", _query_gradients, args, lambda _: more, (call.halo,))
     _query_gradients[(programs,)](*args, **named)
     args = q, k, v, do, lse, delta, dk, dv, *strides
-    programs, named = call.launch("window.keys", _key_gradients, args)
+    programs, named = call.launch("window.keys", _key_gradients, args, lambda _: call.around(), (call.halo,))
     _key_gradients[(programs,)](*args, **named)
     if call.shared_k is not None and call.shared_v is not None:
         pairs = Pairs(q, call.shared_k, call.shared_v, None, call.mask, 0, (call.scale, call.scale))

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels.triton.cells import Cells, cell_logits, first_slot, meet_shared, slots_of
+from vision_attn.kernels.triton.cells import Cells, cell_logits, first_slot, meet_shared, slots_of, wide_slots_of
 from vision_attn.kernels.triton.launching import Kernel, strides_of
 from vision_attn.kernels.triton.rows import (
     NO_KEY,
@@ -26,16 +26,17 @@ from vision_attn.kernels.triton.rows import (
 @triton.jit
 def _forward(
     q, k, v, o, lse, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, sk, sv, sk_b, sk_n, sk_h, sv_b, sv_n, sv_h,
-    mask, mask_b, outside, height, width, cell_h, cell_w, heads, batch_heads, scale,
-    SHARED: tl.constexpr, MASK: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    mask, mask_b, outside, height, width, cell_h, cell_w, halo_h, halo_w, heads, batch_heads, scale,
+    SHARED: tl.constexpr, MASK: tl.constexpr, HALO: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
+    TILES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of a tile of queries.
 
     Inputs: q, k, v `[B, n, H, D]` of the grid's n tokens, shared keys sk and values sv `[B, outside, H, D]`, each with
     strides `_b, _n, _h`; mask `[B, outside]` with its own.
     Outputs: o `[B, n, H, D]`, lse `[B, H, n]`.
-    Grid: `height` x `width` tokens in cells of `cell_h` x `cell_w`, of `SLOTS` slots, walked in `TILES` of `ROWS`.
+    Grid: `height` x `width` tokens in cells of `cell_h` x `cell_w`, of `SLOTS` slots, walked in `TILES` of `ROWS`; keys
+    also in the `halo_h` rows and `halo_w` columns around a cell, then `HALO` slots hold it.
     """
     b, h, bh, _, block = program_of(heads, batch_heads, 1)
     tokens = height * width
@@ -45,8 +46,14 @@ def _forward(
     l = tl.zeros([ROWS], tl.float32)  # [ROWS]
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)  # [ROWS, BLOCK_D]
     start = first_slot(block, ROWS, TILES)
-    for j in tl.range(0, TILES):
-        other, column = slots_of(start + j * ROWS, height, width, cell_h, cell_w, SLOTS, ROWS)  # [ROWS]
+    KEY_TILES: tl.constexpr = TILES * HALO // SLOTS if HALO else TILES
+    for j in tl.range(0, KEY_TILES):
+        if HALO:
+            other, column = wide_slots_of(
+                start // SLOTS * HALO + j * ROWS, height, width, cell_h, cell_w, halo_h, halo_w, HALO, ROWS
+            )  # [ROWS]
+        else:
+            other, column = slots_of(start + j * ROWS, height, width, cell_h, cell_w, SLOTS, ROWS)  # [ROWS]
         k_rows = load_rows_below(head_of(k, b, h, k_b, k_h), column, tokens, k_n, 0, D, BLOCK_D)  # [ROWS, BLOCK_D]
         v_rows = load_rows_below(head_of(v, b, h, v_b, v_h), column, tokens, v_n, 0, D, BLOCK_D)  # [ROWS, BLOCK_D]
         s = cell_logits(q_rows, k_rows, cell, other, column, tokens, scale, PRECISION)  # [ROWS, ROWS]
@@ -68,7 +75,7 @@ def forward(call: Cells) -> tuple[Tensor, Tensor]:
     B, N, H, _ = q.shape
     o, lse = q.new_empty(q.shape), q.new_empty((B, H, N), dtype=torch.float32)
     if o.numel():
-        args, shared = (q, k, v, o, lse, *strides_of(q, k, v)), call.shared()
-        programs, named = call.launch("window.forward", _forward, args, lambda _: shared)
+        args, more = (q, k, v, o, lse, *strides_of(q, k, v)), call.shared() | call.around()
+        programs, named = call.launch("window.forward", _forward, args, lambda _: more, (call.halo,))
         _forward[(programs,)](*args, **named)
     return o, lse
