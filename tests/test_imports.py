@@ -94,7 +94,7 @@ def test_import_is_light():
 def test_public_names_exist_and_are_few():
     import vision_attn
 
-    assert len(vision_attn.__all__) <= 24 and set(vision_attn.__all__) == set(vision_attn._PLACE)
+    assert len(vision_attn.__all__) <= 28 and set(vision_attn.__all__) == set(vision_attn._PLACE)
     assert all(getattr(vision_attn, name) is not None for name in vision_attn.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Clera'"):
         _ = vision_attn.Clera

@@ -78,7 +78,18 @@ def test_adapters_take_part_with_their_weights(tmp_path):
 def test_each_processor_has_one_curve():
     names = [contender.name for contender in EVERY]
     specs = {type(contender.spec).__name__ for contender in EVERY}
-    assert specs == {"Multipole", "Clear", "Neighborhood", "Agent", "HiLo", "LinearLocal", "LinFusion", "RALA"}
+    assert specs == {
+        "Multipole",
+        "Clear",
+        "Neighborhood",
+        "Agent",
+        "HiLo",
+        "LinearLocal",
+        "LinFusion",
+        "RALA",
+        "Halo",
+        "InLine",
+    }
     assert len(set(names)) == len(names) and DEFAULT in CURVES["Multipole, cells of 8"]
 
 

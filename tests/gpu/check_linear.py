@@ -27,10 +27,10 @@ from vision_attn.grid import Grid
 from vision_attn.kernels.agent import Agents, agent_attention
 from vision_attn.kernels.hedgehog import hedgehog
 from vision_attn.kernels.linear import Features, feature_mean, linear_attention
-from vision_attn.kernels.window import window_attention
+from vision_attn.kernels.window import Haloed, window_attention
 
 DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
-OPERATORS = ("linear", "agent", "window")
+OPERATORS = ("linear", "linear_injective", "agent", "window")
 
 
 def row(operator, id, **options):
@@ -44,11 +44,18 @@ TUNED = [
     *(row("linear", f"rala-d{D}", N=1501, M=1501, H=2, D=D, F=D, globals=True, weight=True) for D in (32, 64, 128)),
     *(row("linear", f"rotary-d{D}", N=1501, M=1501, H=2, D=D, F=D, rotary=True) for D in (32, 64, 128, 256)),
     *(row("linear", f"strided-d{D}", N=1501, M=1501, H=2, D=D, F=D, strided=True) for D in (64, 128)),
+    *(row("linear_injective", f"d{D}", N=1501, M=2111, H=3, D=D, F=D) for D in (32, 40, 64, 72, 128, 256)),
+    row("linear_injective", "hidden-d64", N=1501, M=2111, H=3, D=64, F=64, weight=True, hidden=True, held=True),
     *(row("agent", f"a{A}-d{D}", N=1500, M=2100, A=A, H=2, D=D) for A in (1, 49, 256) for D in (40, 64, 128, 256)),
     *(row("agent", f"biases-a{A}", N=1500, M=1501, A=A, H=2, D=64, biases=True, direct=77) for A in (9, 49, 144)),
     row("agent", "hidden", N=1500, M=2100, A=49, H=2, D=64, direct=77, mask=True, biases=True, query_scale=0.2),
     *(row("window", f"w{w}-d{D}", grid=Grid(37, 50), size=w, H=2, D=D) for w in (2, 4, 7, 8, 16) for D in (64, 128)),
     *(row("window", f"text-d{D}", grid=Grid(37, 50, prefix=77), size=8, H=2, D=D) for D in (40, 64, 256)),
+    *(
+        row("window", f"halo-b{b}-h{h}-d{D}", grid=Grid(37, 50), size=Haloed(b, h), H=2, D=D)
+        for b, h in ((8, 3), (8, 1), (4, 5), (2, 1), (16, 7)) for D in (64, 128)
+    ),
+    row("window", "halo-text", grid=Grid(37, 50, prefix=77, suffix=5), size=Haloed(8, 3), H=2, D=64, mask=True),
     row("window", "text-w2", grid=Grid(37, 50, prefix=77), size=2, H=2, D=64),
     *(row("linear_local", f"d{D}", grid=Grid(37, 50), size=8, H=2, D=D, F=2 * D) for D in (40, 64, 128)),
     *(row("linear_local", f"w{w}", grid=Grid(37, 50), size=w, H=2, D=64, F=96) for w in (2, 7, 16)),

@@ -31,8 +31,8 @@ LIMITS = {  # bytes of shared memory of a block
 DTYPES, DIMS = ("bfloat16", "float16", "float32"), (40, 64, 72, 128, 160, 256)
 OPERATORS = (
     "local-disc", "local-square", "local-dilated", "local-bias", "local-pooled", "multipole", "multipole-far",
-    "multipole-pool2", "multipole-cell4", "multipole-narrow", "linear", "linear-features", "rala", "agent", "window",
-    "linear_local", "hedgehog",
+    "multipole-pool2", "multipole-cell4", "multipole-narrow", "linear", "linear-features", "injective", "rala", "agent",
+    "window", "window-halo", "linear_local", "hedgehog",
 )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def _call(operator: str, dtype: Any, D: int) -> Any:
     """Call an operator by its Triton backend, with gradients."""
     import torch
 
-    from vision_attn import RALA, Agent, HiLo, LinearLocal, LinFusion
+    from vision_attn import RALA, Agent, Halo, HiLo, InLine, LinearLocal, LinFusion
     from vision_attn.grid import Grid
     from vision_attn.kernels.linear import Features, linear_attention
     from vision_attn.kernels.local import Window, local_attention
@@ -160,6 +160,8 @@ def _call(operator: str, dtype: Any, D: int) -> Any:
         "rala": RALA(),
         "agent": Agent(num_agents=49),
         "window": HiLo(alpha=0.5, window_size=8),
+        "window-halo": Halo(),
+        "injective": InLine(),
         "linear_local": LinearLocal(),
         "hedgehog": LinFusion(feature_map="hedgehog"),
     }

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vision_attn import RALA, Agent, Clear, HiLo, LinearLocal, LinFusion, Multipole, Neighborhood
+from vision_attn import RALA, Agent, Clear, Halo, HiLo, InLine, LinearLocal, LinFusion, Multipole, Neighborhood
 from vision_attn.grid import Grid
 from vision_attn.kernels.triton import launching
 from vision_attn.processors.base import Layer
@@ -21,6 +21,8 @@ SPECS = {
     "multipole": Multipole(),
     "multipole-means": Multipole(exact=0, pool=2),
     "window": HiLo(alpha=0.5, window_size=2),
+    "halo": Halo(block=4, halo=3),
+    "inline": InLine(),
     "agent": Agent(num_agents=4),
     "linear": LinFusion(),
     "hedgehog": LinFusion(feature_map="hedgehog"),

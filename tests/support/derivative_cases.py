@@ -9,11 +9,11 @@ import torch
 from vision_attn.grid import Grid
 from vision_attn.kernels.agent import Agents, Direct, agent_attention
 from vision_attn.kernels.hedgehog import hedgehog
-from vision_attn.kernels.linear import Features, feature_mean, linear_attention
+from vision_attn.kernels.linear import Features, feature_mean, injective_attention, linear_attention
 from vision_attn.kernels.linear_local import linear_local_attention
 from vision_attn.kernels.local import Window, local_attention
 from vision_attn.kernels.multipole import Cells, multipole_attention
-from vision_attn.kernels.window import window_attention
+from vision_attn.kernels.window import Haloed, window_attention
 
 B, H, D = 2, 2, 2
 
@@ -133,6 +133,11 @@ def phi(t, backend):
     return hedgehog(*t, backend="torch" if backend == "reference" else backend)
 
 
+def injective(t, backend):
+    """Run injective linear attention, with weights if there are any."""
+    return injective_attention(*t[:3], key_weight=t[3] if len(t) > 3 else None, scale=0.7, backend=backend)
+
+
 def mean(t, backend):
     """Run the mean of features, weighed if there are weights."""
     return feature_mean(t[0], weight=t[1] if len(t) > 1 else None, backend=backend)
@@ -155,12 +160,16 @@ CASES = [
     linear("rotary-global", M=4, rotary=True, **{"+key_weight": (B, 4, 1), "global_query": (B, H, 4)}),
     Case("mean-plain", dict(q=(B, 4, H, D)), mean),
     Case("mean-weighed", {"q": (B, 4, H, D), "+weight": (B, 4, H)}, mean),
+    Case("injective-plain", dict(q=(B, 4, H, 3), k=(B, 5, H, 3), v=(B, 5, H, D)), injective),
+    Case("injective-weights", {"q": (B, 4, H, D), "k": (B, 5, H, D), "v": (B, 5, H, D), "+w": (B, 5, 1)}, injective),
     agent("plain"),
     agent("biases-mask", mask=HIDDEN, **BIASES),
     agent("biases-direct-mask", mask=HIDDEN, seen=HIDDEN[:, :2], query_scale=0.4, **BIASES, **DIRECT),
     window("even", Grid(4, 4), 2),
     window("cut", Grid(3, 4), (2, 3)),
     window("cut-text-mask", TEXT, 2, mask=HIDDEN),
+    window("halo", BARE, Haloed((2, 1), 1)),
+    window("halo-text-mask", TEXT, Haloed(2, (0, 1)), mask=HIDDEN),
     linear_local("even", Grid(4, 4), 2),
     linear_local("cut-text-mask", TEXT, 2, mask=HIDDEN),
     linear_local("one-cell", Grid(2, 3, prefix=1), 4),
@@ -174,6 +183,9 @@ CASES = [
 
 # Rows whose Triton kernels have a backward; a cell of less than 3 x 3 tokens is too small for multipole's
 TRITON = [
-    case for case in CASES if str(case) in ("local-disc", "linear-elu", "mean-plain", "agent-plain", "window-even")
+    case
+    for case in CASES
+    if str(case)
+    in ("local-disc", "linear-elu", "injective-plain", "mean-plain", "agent-plain", "window-even", "window-halo")
 ]
 TRITON.append(multipole("cells-of-3", Grid(6, 6), dict(cell=3, near=0, pool=3, exact=1)))

@@ -7,9 +7,9 @@ import torch
 
 from vision_attn.grid import Grid
 from vision_attn.kernels.agent import Agents, Direct, agent_attention
-from vision_attn.kernels.linear import Features, linear_attention
+from vision_attn.kernels.linear import Features, injective_attention, linear_attention
 from vision_attn.kernels.linear_local import linear_local_attention
-from vision_attn.kernels.window import window_attention
+from vision_attn.kernels.window import Haloed, window_attention
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,10 @@ class Case:
 
 def linear(id, **options):
     return Case("linear", id, dict(N=90, M=90, H=3, D=16, F=16) | options)
+
+
+def injective(id, **options):
+    return Case("linear_injective", id, dict(N=90, M=90, H=3, D=16, F=16) | options)
 
 
 def agent(id, **options):
@@ -52,6 +56,11 @@ CASES = [
     linear("strided", strided=True, D=40, F=40),
     linear("one-token", N=1, M=1),
     linear("zero-keys", map="relu", zero=True, eps=1e-4),
+    injective("plain"),
+    injective("hidden", M=130, weight=True, hidden=True, held=True, scale=0.7),
+    injective("weights", N=13, weight=True, F=24),
+    injective("strided", strided=True, D=40, F=40),
+    injective("one-token", N=1, M=1),
     agent("plain"),
     agent("biases", biases=True),
     agent("direct", direct=5),
@@ -65,6 +74,10 @@ CASES = [
     window("whole", Grid(5, 6), 16),
     window("stripe", Grid(8, 8), (8, 2), scale=0.4),
     window("one-row", Grid(1, 9, suffix=2), 3),
+    window("halo", Grid(8, 12), Haloed(4, 1)),
+    window("halo-cut-text-hidden", Grid(7, 11, prefix=5, suffix=3), Haloed((4, 3), (2, 4)), mask=True, strided=True),
+    window("halo-cut", Grid(9, 7), Haloed(2, 3), scale=0.4),
+    window("halo-whole", Grid(5, 6, prefix=1), Haloed(3, 16)),
     linear_local("even", Grid(8, 12), 4),
     linear_local("cut-text", Grid(7, 10, prefix=5), 4),
     linear_local("hidden", Grid(9, 6, prefix=5, suffix=3), (4, 3), mask=True, strided=True, scale=0.6),
@@ -89,7 +102,7 @@ def inputs_of(case, dtype=torch.float64):
     def keep(n):
         return torch.rand(2, n, generator=generator) > 0.4
 
-    if case.operator == "linear":
+    if case.operator in ("linear", "linear_injective"):
         features = o.get("map") == "none"
         t = dict(q=tokens(o["N"], o["F"], features), k=tokens(o["M"], o["F"], features), v=tokens(o["M"], o["D"]))
         if o.get("zero"):
@@ -98,6 +111,8 @@ def inputs_of(case, dtype=torch.float64):
             t["key_weight"] = draw(2, o["M"], o["H"], positive=True)
             if o.get("hidden"):
                 t["key_weight"] = (t["key_weight"].detach() * keep(o["M"])[..., None]).requires_grad_()
+            if o.get("held"):
+                t["key_weight"] = t["key_weight"].detach()
         if o.get("globals"):
             t["global_query"] = draw(2, o["H"], o["F"])
         return t
@@ -132,6 +147,9 @@ def call(case, t, backend):
         weights = {name: t.get(name) for name in ("key_weight", "global_query")}
         eps = o.get("eps", 1e-6)
         return linear_attention(t["q"], t["k"], t["v"], features=features, **weights, eps=eps, backend=backend)
+    if case.operator == "linear_injective":
+        options = dict(key_weight=t.get("key_weight"), scale=o.get("scale"), backend=backend)
+        return injective_attention(t["q"], t["k"], t["v"], **options)
     if case.operator == "agent":
         agents = Agents(t["agents"], t.get("key_bias"), t.get("query_bias"), o.get("query_scale"))
         direct = Direct(t["k_direct"], t["v_direct"], t.get("direct_mask")) if "k_direct" in t else None

@@ -1,4 +1,4 @@
-"""The linear family: LinFusion's, RALA's, agent and HiLo attention on a square grid, and who computes them.
+"""The linear family: LinFusion's, RALA's, InLine, agent, HiLo and Halo on a square grid, and who computes them.
 
 The papers' formulas, in plain PyTorch and any precision, are peers of our operators and their definition. They share no
 code with the operators. All take and return `[B, N, H, D]`.
@@ -26,13 +26,15 @@ from vision_attn.bench.candidate import (
 )
 from vision_attn.grid import Grid
 from vision_attn.kernels.agent import Agents, agent_attention
-from vision_attn.kernels.linear import linear_attention
+from vision_attn.kernels.linear import injective_attention, linear_attention
 from vision_attn.processors.base import Layer
+from vision_attn.processors.halo import Halo
 from vision_attn.processors.hilo import HiLo
 from vision_attn.processors.rala import rank_augmented_attention
 
 # What a candidate can compute.
 SAME, LOOSE, DENSE, COPY = "the same function", "the paper's formula in this dtype", "dense attention", "a copy"
+HALO = Halo(block=8, halo=3)
 _ROWS = 24
 
 
@@ -42,7 +44,7 @@ class LinearProblem:
 
     Args:
         group: The table it belongs to.
-        kind: 'linear', 'rala', 'agent' or 'hilo'.
+        kind: 'linear', 'rala', 'inline', 'agent', 'hilo' or 'halo'.
         side: Side of the grid in tokens.
         peers: Names of the candidates besides ours.
         backward: Names of the candidates whose backward is timed too.
@@ -89,6 +91,11 @@ class LinearProblem:
         """
         return 7 if gradients else 5 if self.kind == "rala" else 4
 
+    @property
+    def windowed(self) -> bool:
+        """Whether pairs of tokens have a softmax; such a kind has no formula, and sampled rows are its definition."""
+        return self.kind in ("hilo", "halo")
+
     def moved(self, gradients: bool) -> int:
         """Count the bytes of these tensors; 'copy' moves as many."""
         size = self.side**2 * self.heads * self.head_dim * torch.empty(0, dtype=self.torch_dtype).element_size()
@@ -121,22 +128,24 @@ class LinearProblem:
         return Inputs((*drawn.tensors, agents), drawn.cotangent)
 
     def formula(self) -> Callable[..., Tensor]:
-        """Return the paper's formula, for all kinds but HiLo."""
-        known: dict[str, Callable[..., Tensor]] = dict(linear=linfusion_formula, rala=rala_formula, agent=agent_formula)
+        """Return the paper's formula, for all kinds but HiLo and Halo."""
+        known: dict[str, Callable[..., Tensor]] = dict(
+            linear=linfusion_formula, rala=rala_formula, inline=inline_formula, agent=agent_formula
+        )
         return known[self.kind]
 
     def errors(self, computes: str, run: Callable[..., Tensor], inputs: Inputs, gradients: bool) -> dict[str, float]:
         """Check a candidate against float64.
 
         The formula in float32 sets the budget, see `budget_shares`; for a candidate that is itself the formula in the
-        inputs' dtype, the formula in that dtype does. HiLo and dense attention are checked at sampled rows.
+        inputs' dtype, the formula in that dtype does. HiLo, Halo and dense attention are checked at sampled rows.
         """
         got = results_of(run, inputs, gradients)
         if computes == COPY:
             whole = [inputs.tensors[0], *[inputs.cotangent] * 3]
             return {"o": 0.0 if all(map(torch.equal, got[:4], whole)) else 2.0}
         narrow = self.torch_dtype if computes == LOOSE else torch.float32
-        if self.kind == "hilo" or computes == DENSE:
+        if self.windowed or computes == DENSE:
             rows = _sampled(self.side**2).to(got[0].device)
             true, near = (self._rows(computes, inputs, dtype, rows) for dtype in (torch.float64, narrow))
             return budget_shares([got[0][:, rows]], [true], [near.to(self.torch_dtype)], "o")
@@ -154,13 +163,15 @@ class LinearProblem:
         q, k, v = (t.to(dtype) for t in inputs.tensors[:3])
         if computes == DENSE:
             return dense_rows(q, k, v, rows)
-        return hilo_rows(q, k, v, self.grid, rows)
+        return (hilo_rows if self.kind == "hilo" else halo_rows)(q, k, v, self.grid, rows)
 
     def needed_flop(self, gradients: bool) -> int:
         """Count 4 D^2 operations per token and head, or 4 D per pair that is attended to; twice that for gradients."""
         N = self.side**2
         if self.kind == "agent":
             pairs = 2 * N * self.agents * self.heads
+        elif self.kind == "halo":
+            pairs = HALO.cells.pairs(self.grid) * self.heads
         elif self.kind == "hilo":
             pairs = N * (4 * (self.heads - self.heads // 2) + N // 4 * (self.heads // 2))
         else:
@@ -191,6 +202,16 @@ def _linear(phi_q: Tensor, phi_k: Tensor, v: Tensor, eps: float) -> Tensor:
     share = v.shape[2] ** -0.5
     normaliser = phi_q @ phi_k.mean(2, keepdim=True).transpose(2, 3) + eps
     return (phi_q @ ((phi_k * share).transpose(2, 3) @ (v * share)) / normaliser).transpose(1, 2)
+
+
+def inline_formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """InLine's sums as its authors write them, without the local residual, https://github.com/LeapLabTHU/InLine."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    scale = q.shape[-1] ** -0.5
+    share = (scale / k.shape[2]) ** 0.5
+    state = (k * share).transpose(2, 3) @ (v * share)
+    rest = 1 - q @ k.mean(2, keepdim=True).transpose(2, 3) * scale
+    return (q @ state + rest * v.mean(2, keepdim=True)).transpose(1, 2)
 
 
 def agent_formula(q: Tensor, k: Tensor, v: Tensor, agents: Tensor) -> Tensor:
@@ -225,6 +246,21 @@ def hilo_rows(q: Tensor, k: Tensor, v: Tensor, grid: Grid, rows: Tensor) -> Tens
     return torch.cat([o, dense_rows(q[:, :, high:], keys, values, rows)], 2)
 
 
+def halo_rows(q: Tensor, k: Tensor, v: Tensor, grid: Grid, rows: Tensor) -> Tensor:
+    """Halo attention of some queries: one after another, with the keys of its block and the halo."""
+    (cell, _), (halo, _) = HALO.cells.cell, HALO.cells.around
+    outputs = []
+    for row in rows.tolist():
+        top, left = (i // cell * cell - halo for i in divmod(row, grid.width))
+        y, x = (
+            torch.arange(max(first, 0), min(first + cell + 2 * halo, side), device=q.device)
+            for first, side in ((top, grid.height), (left, grid.width))
+        )
+        places = (y[:, None] * grid.width + x).flatten()
+        outputs.append(dense_rows(q, k[:, places], v[:, places], torch.tensor([row], device=q.device)))
+    return torch.cat(outputs, 1)
+
+
 def _ours(problem: LinearProblem, device: torch.device) -> Prepared:
     return _with_backend("triton" if device.type == "cuda" else "torch", problem, device)
 
@@ -235,14 +271,17 @@ def _with_backend(backend: str, problem: LinearProblem, device: torch.device) ->
         return Prepared(partial(linear_attention, eps=1e-4, backend=backend))
     if problem.kind == "rala":
         return Prepared(partial(rank_augmented_attention, backend=backend))
+    if problem.kind == "inline":
+        return Prepared(partial(injective_attention, backend=backend))
     if problem.kind == "agent":
         return Prepared(lambda q, k, v, agents: agent_attention(q, k, v, Agents(agents), backend=backend))
-    processor = HiLo(alpha=0.5, window_size=2).build(Layer("hilo", problem.heads, problem.head_dim, backend))
+    spec = HALO if problem.kind == "halo" else HiLo(alpha=0.5, window_size=2)
+    processor = spec.build(Layer(problem.kind, problem.heads, problem.head_dim, backend))
     return Prepared(lambda q, k, v: processor(q, k, v, problem.grid))
 
 
 def _formula(compiled: bool, problem: LinearProblem, device: torch.device) -> Prepared:
-    eager = _with_backend("torch", problem, device).run if problem.kind == "hilo" else problem.formula()
+    eager = _with_backend("torch", problem, device).run if problem.windowed else problem.formula()
     if not compiled:
         return Prepared(eager)
     if device.type == "cpu":

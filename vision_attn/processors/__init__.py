@@ -8,7 +8,9 @@ from vision_attn.processors.agent import Agent
 from vision_attn.processors.agent_sd import AgentSD
 from vision_attn.processors.base import REGISTRY, AttnSpec, Layer, Moment, Processor, register, registrations
 from vision_attn.processors.clear import Clear
+from vision_attn.processors.halo import Halo
 from vision_attn.processors.hilo import HiLo
+from vision_attn.processors.inline import InLine
 from vision_attn.processors.linear_local import LinearLocal
 from vision_attn.processors.linfusion import LinFusion
 from vision_attn.processors.moh import MoH
@@ -26,7 +28,9 @@ __all__ = [
     "AgentSD",
     "AttnSpec",
     "Clear",
+    "Halo",
     "HiLo",
+    "InLine",
     "Layer",
     "LinFusion",
     "LinearLocal",

@@ -122,7 +122,7 @@ class Processor(nn.Module, ABC):
         """
         raise ValueError(
             f"the host adds relative positions to the logits of each pair of tokens, and {type(self).__name__} cannot: "
-            "use Clear without pool, Neighborhood, or Softmax"
+            "use Clear without pool, Halo, Neighborhood, or Softmax"
         )
 
     def at(self, moment: Moment) -> "Processor":

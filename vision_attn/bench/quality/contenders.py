@@ -7,7 +7,19 @@ from typing import Any
 from vision_attn.adapters.adapter import read_adapter
 from vision_attn.conversion.conversion import Conversion, convert, load
 from vision_attn.hosts import Host
-from vision_attn.processors import RALA, Agent, AttnSpec, Clear, HiLo, LinearLocal, LinFusion, Multipole, Neighborhood
+from vision_attn.processors import (
+    RALA,
+    Agent,
+    AttnSpec,
+    Clear,
+    Halo,
+    HiLo,
+    InLine,
+    LinearLocal,
+    LinFusion,
+    Multipole,
+    Neighborhood,
+)
 
 
 @dataclass(frozen=True)
@@ -112,5 +124,7 @@ CURVES = {
         Contender("linfusion hedgehog", LinFusion(mid_dim=-1, feature_map="hedgehog")),
     ),
     "RALA": (Contender("rala", RALA()),),
+    "Halo": tuple(Contender(f"halo b{b} h{h}", Halo(block=b, halo=h)) for b, h in ((4, 2), (8, 3), (8, 8), (16, 8))),
+    "InLine": (Contender("inline", InLine()),),
 }  # fmt: skip
 EVERY = tuple(contender for curve in CURVES.values() for contender in curve)

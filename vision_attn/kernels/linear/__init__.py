@@ -1,12 +1,19 @@
-"""Normalised linear attention over all tokens of a sequence, in time and memory O(N).
+"""Linear attention over all tokens of a sequence, in time and memory O(N).
+
+Normalised by division:
 
     o_i = (r_i phi(q_i)) sum_j w_j (r_j phi(k_j)) v_j^T / (phi(q_i) . sum_j w_j phi(k_j) + M eps),    j = 1..M
 
 `phi` maps features, `w` weighs keys, and `r` rotates by position in the numerator only (RALA); each is optional. With a
 global query g the weights are w_j = M softmax_j(g . phi(k_j)). LinFusion: 'elu' features, no weights, no rotation.
 
+Normalised by subtraction, which leaves different queries different weights (`injective_attention`):
+
+    o_i = sum_j w_j / W (scale q_i . (k_j - k_m) + 1) v_j,    W = sum_j w_j,    k_m = sum_j w_j k_j / W
+
 Papers: 'Transformers are RNNs' - https://arxiv.org/abs/2006.16236, 'LinFusion' - https://arxiv.org/abs/2409.02097,
-'Breaking the Low-Rank Dilemma of Linear Attention' (RALA) - https://arxiv.org/abs/2411.07635
+'Breaking the Low-Rank Dilemma of Linear Attention' (RALA) - https://arxiv.org/abs/2411.07635,
+'Bridging the Divide: Reconsidering Softmax and Linear Attention' (InLine) - https://arxiv.org/abs/2412.06590
 """
 
 from dataclasses import dataclass
@@ -18,13 +25,22 @@ from torch import Tensor
 from vision_attn.kernels.backend import Implementation, full_precision, pick, refuse_unlike
 from vision_attn.kernels.linear.op import (
     feature_mean_triton,
+    injective_attention_triton,
     linear_attention_triton,
     linear_output,
     linear_state,
 )
 from vision_attn.kernels.triton.launching import triton_reasons
 
-__all__ = ["Features", "feature_mean", "linear_attention", "linear_output", "linear_state", "rotate_pairs"]
+__all__ = [
+    "Features",
+    "feature_mean",
+    "injective_attention",
+    "linear_attention",
+    "linear_output",
+    "linear_state",
+    "rotate_pairs",
+]
 
 _MAPS = ("elu", "relu", "none")
 
@@ -108,6 +124,48 @@ def linear_attention(
     }
     run = pick("linear_attention", backend, implementations)
     return run(q, k, v, features, key_weight, global_query, eps)
+
+
+def injective_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_weight: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attend from each query to all keys through a sum over the keys, with weights that subtraction makes sum to one.
+
+    Sums are computed in float32 at least. A weight may be negative.
+
+    Args:
+        q: Features of the queries `[B, N, H, F]`, any strides.
+        k: Features of the keys `[B, M, H, F]`.
+        v: Values `[B, M, H, D]`.
+        key_weight: Weights w `[B, M, H]`, not negative, broadcasting; 0 hides a key.
+        scale: Factor of the products q . k, `F ** -0.5` if None.
+        backend: 'triton' (CUDA, fused, without a gradient of `key_weight`), 'torch' (any device), 'reference' (dense,
+            small inputs), or 'auto' for the fastest that can run.
+
+    Returns:
+        `[B, N, H, D]` in the dtype of `q`; zero if there are no keys.
+
+    Raises:
+        TypeError: If dtypes differ or are not floating point.
+        ValueError: If shapes or devices do not fit each other, or a named backend cannot run (every reason is listed).
+    """
+    _check(q, k, v, Features("none"), key_weight, None)
+    reasons = triton_reasons(q, v, auto=backend == "auto")
+    if key_weight is not None and key_weight.requires_grad and torch.is_grad_enabled():
+        reasons.append("key_weight needs a gradient")
+    implementations = {
+        "triton": Implementation(injective_attention_triton, reasons),
+        "torch": Implementation(_injective_torch),
+        "reference": Implementation(_injective_reference),
+    }
+    run = pick("injective_attention", backend, implementations)
+    return run(q, k, v, key_weight, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def feature_mean(
@@ -215,3 +273,34 @@ def _reference(
     weights = torch.einsum("bnhc,bmhc->bhnm", features.rotated(phi_q), features.rotated(phi_k))
     normaliser = torch.einsum("bnhc,bmhc->bhn", phi_q, phi_k) + k.shape[1] * eps
     return torch.einsum("bhnm,bmhd->bnhd", weights / normaliser[..., None], v.to(dtype)).to(q.dtype)
+
+
+def _shares(k: Tensor, key_weight: Tensor | None) -> Tensor:
+    """Return w_j / W `[B, M, H, 1]`; zeros if all keys are hidden."""
+    if key_weight is None:
+        return torch.full((1, 1, 1, 1), 1 / max(k.shape[1], 1), dtype=k.dtype, device=k.device).expand(*k.shape[:3], 1)
+    weight = key_weight.to(k.dtype)[..., None].expand(*k.shape[:3], 1)
+    total = weight.sum(1, keepdim=True)
+    return weight / torch.where(total > 0, total, 1)
+
+
+@full_precision
+def _injective_torch(q: Tensor, k: Tensor, v: Tensor, key_weight: Tensor | None, scale: float) -> Tensor:
+    """One matrix of centred keys and values per head, then one product for each query."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    k, v = k.to(dtype), v.to(dtype)
+    share = _shares(k, key_weight)
+    state = torch.einsum("bmhc,bmhd->bhcd", share * (k - (share * k).sum(1, keepdim=True)), v)
+    o = torch.einsum("bnhc,bhcd->bnhd", q.to(dtype) * scale, state) + (share * v).sum(1, keepdim=True)
+    return o.to(q.dtype)
+
+
+@full_precision
+def _injective_reference(q: Tensor, k: Tensor, v: Tensor, key_weight: Tensor | None, scale: float) -> Tensor:
+    """The definition: a dense matrix of weights, in float64 if q is, else float32."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    k = k.to(dtype)
+    share = _shares(k, key_weight).permute(0, 2, 3, 1)  # [B, H, 1, M]
+    products = torch.einsum("bnhc,bmhc->bhnm", q.to(dtype) * scale, k)
+    weights = share * (products - (share * products).sum(-1, keepdim=True) + 1)
+    return torch.einsum("bhnm,bmhd->bnhd", weights, v.to(dtype)).to(q.dtype)

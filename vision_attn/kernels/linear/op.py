@@ -31,6 +31,13 @@ def feature_mean_triton(q: Tensor, features: Any, weight: Tensor | None) -> Tens
     return _mean(q, weight, features.map)[0]
 
 
+def injective_attention_triton(q: Tensor, k: Tensor, v: Tensor, key_weight: Tensor | None, scale: float) -> Tensor:
+    """Run `injective_attention` on checked inputs."""
+    if key_weight is not None:
+        key_weight = _narrow(key_weight).expand(k.shape[:3])
+    return _injective(q, k, v, key_weight, scale)[0]
+
+
 def linear_state(
     k: Tensor, v: Tensor, weight: Tensor | None = None, map_: str = "none", factor: float = 1.0
 ) -> tuple[Tensor, Tensor]:
@@ -205,3 +212,55 @@ def _mean_gradient(ctx: Any, dmean: Tensor | None, unused: object) -> tuple:
 
 
 _mean.register_autograd(_mean_gradient, setup_context=_save_mean)
+
+
+@custom_op("vision_attn::injective_triton", repeats=True)
+def _injective(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output; for the backward the centred state with its factor, the means of keys and values, the sum of weights."""
+    from vision_attn.kernels.linear.injective import forward  # noqa: PLC0415
+
+    return forward(_call(q, k, v, None, None, weight, None, "none", 0.0), scale)
+
+
+@_injective.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *args: object) -> tuple[Tensor, ...]:
+    (B, N, H, F), D = q.shape, v.shape[-1]
+    made = (q.new_empty(shape, dtype=torch.float32) for shape in ((B, H), (B, H, F), (B, H, D), (B, H)))
+    return q.new_empty((B, N, H, D)), q.new_empty((B, H, F, D)), *made
+
+
+@custom_op("vision_attn::injective_triton_backward")
+def _injective_backward(
+    do: Tensor, matrix: Tensor, factor: Tensor, norm: Tensor, middle: Tensor, total: Tensor, q: Tensor, k: Tensor,
+    v: Tensor, weight: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v."""
+    from vision_attn.kernels.linear.injective import backward  # noqa: PLC0415
+
+    call = _call(q, k, v, None, None, weight, None, "none", 0.0)
+    return backward(call, aligned(do), matrix, factor, norm, middle, total, scale)
+
+
+@_injective_backward.register_fake
+def _(
+    do: Tensor, matrix: Tensor, factor: Tensor, norm: Tensor, middle: Tensor, total: Tensor, q: Tensor, k: Tensor,
+    v: Tensor, *args: object,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return tuple(t.new_empty(t.shape) for t in (q, k, v))
+
+
+def _save_injective(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:4], *output[1:])
+    ctx.scale = inputs[4]
+
+
+def _injective_gradient(ctx: Any, do: Tensor | None, *unused: object) -> tuple:
+    q, k, v, weight, *sums = ctx.saved_tensors
+    do = v.new_zeros((*q.shape[:3], v.shape[-1])) if do is None else do
+    return *_injective_backward(do, *sums, q, k, v, weight, ctx.scale), None, None
+
+
+_injective.register_autograd(_injective_gradient, setup_context=_save_injective)
