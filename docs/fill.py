@@ -17,6 +17,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from vision_attn.bench.entries.parallel import predictions
 from vision_attn.bench.pipelines.attention import STOCK, WAYS
 from vision_attn.bench.quality.contenders import (
     DEFAULT,
@@ -365,6 +366,14 @@ def choice() -> str:
     )
 
 
+def parallel() -> str:
+    """What is predicted for 4 and 8 GPUs from two, and what was measured there."""
+    if not (ROOT / PARALLEL).exists():
+        return "No result is stored yet: `vision-attn bench parallel` on two GPUs measures it."
+    return predictions(stored(PARALLEL)).strip()
+
+
+PARALLEL = "bench/results/parallel_h200.json"
 UNTRAINED = (
     ("quality_teachers", "flux-128", "psnr_db", "PSNR of the pictures, dB", ".1f"),
     ("quality_teachers", "flux-256", "psnr_db", "PSNR of the pictures, dB", ".1f"),
@@ -397,6 +406,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "highres": highres,
     "demo": demo,
     "backbones": backbones,
+    "parallel": parallel,
 }
 PLACE = re.compile(r"<!-- (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 

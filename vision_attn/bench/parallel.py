@@ -71,9 +71,10 @@ class ParallelCase:
         architecture: Name of the denoiser's architecture.
         pixels: Side of the square image.
         ways: Names of the candidates.
-        musts: What must hold on two GPUs.
+        musts: What must hold on as many GPUs.
         small: Whether to run the twin for a CPU, in float32.
         trains: Whether a step is one of a distillation, not of denoising: see `training.py`.
+        processes: Over how many processes.
     """
 
     architecture: str
@@ -82,11 +83,13 @@ class ParallelCase:
     musts: tuple[Must, ...] = ()
     small: bool = False
     trains: bool = False
+    processes: int = 2
 
     @property
     def name(self) -> str:
-        """As in 'flux-8192', 'flux-train-2048'."""
-        return f"{self.architecture}{'-train' * self.trains}-{self.pixels}"
+        """As in 'flux-8192', 'flux-train-2048', and for more than two processes 'flux-8192-x4'."""
+        more = f"-x{self.processes}" if self.processes != 2 else ""
+        return f"{self.architecture}{'-train' * self.trains}-{self.pixels}{more}"
 
     @property
     def model(self) -> Architecture:
@@ -161,9 +164,7 @@ def parallel_row(case: ParallelCase, device: torch.device, chosen: Sequence[str]
     label = f"{case.pixels} px, {case.grid.image_tokens} tokens, {group.size()} processes"
     title = f"{case.model.title}{', a step of a distillation' * case.trains}"
     head = dict(case=case.name, label=label, group=title, shape=about, subject=None)
-    musts = judge(case.musts, results) if group.size() == 2 else []
-    predicted = [p for p in (predict(case, results, group.size(), size, gbs) for size in (4, 8)) if p]
-    return dict(**head, candidates=results, musts=musts, predicted=predicted)
+    return dict(**head, candidates=results, musts=judge(case.musts, results))
 
 
 def _measured(
@@ -308,23 +309,27 @@ def _vectors_of(spec: AttnSpec, ranks: Ranks, rank: int) -> int:
     return ranks.grid.width * ((rank > 0) + (rank + 1 < ranks.size))
 
 
-def predict(
-    case: ParallelCase, results: Sequence[dict[str, Any]], measured: int, size: int, gbs: float
-) -> dict[str, Any] | None:
-    """Predict a step over `size` processes from one over `measured`.
+def predict(row: dict[str, Any], size: int) -> dict[str, dict[str, float]]:
+    """Predict a step over `size` processes from a stored row, which was measured over fewer.
 
     What a step takes beyond its share of one process's time grows with what a process receives, and is at least the
     time that this takes at the measured bandwidth, as if nothing overlapped.
+
+    Returns:
+        `ms`, `speedup` and `efficiency` by the name of what attends.
     """
-    by_name = {r["name"]: r["forward"] for r in results}
+    about = row["shape"]
+    measured, side = about["processes"], math.isqrt(about["tokens"])
+    grid = Grid(side, side, prefix=ARCHITECTURES[about["architecture"]].prefix)
+    by_name = {r["name"]: r["forward"] for r in row["candidates"]}
     found = {}
     for name, spec in SPECS.items():
         one, many = by_name.get(f"{name} {ALONE}"), by_name.get(f"{name} {OVER}")
         if not (one and many and "moved" in many):
             continue
-        grows = max(vectors(spec, case.grid, size), 1) / max(vectors(spec, case.grid, measured), 1)
+        grows = vectors(spec, grid, size) / vectors(spec, grid, measured)
         beyond = max(many["median_ms"] - one["median_ms"] / measured, 0.0) * grows
-        transfer = many["moved"]["bytes"] * grows / gbs / 1e6
+        transfer = many["moved"]["bytes"] * grows / about["bandwidth_gbs"] / 1e6
         ms = one["median_ms"] / size + max(beyond, transfer)
         found[name] = dict(ms=ms, speedup=one["median_ms"] / ms, efficiency=one["median_ms"] / ms / size)
-    return dict(processes=size, candidates=found) if found else None
+    return found

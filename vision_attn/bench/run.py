@@ -152,7 +152,8 @@ def _run_entry(
     path = out / f"{short}_{device_slug(where)}.json"
     place = dict(schema=SCHEMA, entry=short, title=entry.TITLE, device=device_name(where), versions=versions())
     stored, rows = stored_rows(path, place), []
-    order = [case.name for case in (*entry.cases(where, False), *entry.cases(where, True))]
+    order = [*getattr(entry, "NAMES", ())]  # cases of other numbers of processes, which stay stored
+    order += [case.name for case in (*entry.cases(where, False), *entry.cases(where, True))]
     for case in cases:
         rows.append(entry.row(case, measurement) | run)
         timing = getattr(entry, "TIMING", _TIMING)
