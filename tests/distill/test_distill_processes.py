@@ -91,6 +91,23 @@ class Sharded(Forks):
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
+class Sharing(Forks):
+    """Forks that compute one batch together. diffusers divides by the number of accelerators, and a CPU has none."""
+
+    @staticmethod
+    def prepare():
+        torch.accelerator.device_count = lambda: 1
+
+
+class SharingShards(Sharing):
+    """The same, with parameters that are spread over both too."""
+
+    @staticmethod
+    def prepare():
+        Sharded.prepare()
+        Sharing.prepare()
+
+
 class Launched:
     """The same by the command: torchrun, because `accelerate launch` starts CPU processes through MPI only."""
 
@@ -186,6 +203,30 @@ def test_a_sharded_model_learns_what_two_whole_ones_learn(root, killed, tmp_path
         assert sharded == pytest.approx(whole, rel=1e-4)
     check_trained(tmp_path)
     assert set(adapter(tmp_path)) == set(adapter(root))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("start", "trainable"), [(Sharing, "attention"), (Sharing, "lora"), (SharingShards, "attention")]
+)
+def test_two_processes_that_share_a_batch_learn_what_one_learns(root, tmp_path, start, trainable):
+    """Tokens are cut over both, the teacher's too: as the model itself with LoRA, as a copy of it otherwise."""
+    more = dict(student__trainable=trainable, loss__task=0.5, run__checkpointing="true", run__save_every=0)
+    shared = settings(root, **SHORT | more | dict(run__share=2, run__steps=3, run__out=tmp_path / "shared" / "out"))
+    start(shared).finish()
+    alone = settings(root, **SHORT | more | dict(run__steps=3, run__out=tmp_path / "alone" / "out"))
+    train(alone)
+    lines = metrics(tmp_path / "alone")
+    assert lines[0]["attention"] > 0 and lines[0]["prediction"] > 0
+    for found, expected in zip(metrics(tmp_path / "shared"), lines, strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+    for name, tensor in adapter(tmp_path / "alone").items():
+        torch.testing.assert_close(adapter(tmp_path / "shared")[name], tensor, atol=1e-5, rtol=1e-3)
+
+
+def test_a_batch_is_not_shared_by_processes_that_are_not_there(root, tmp_path):
+    with pytest.raises(ValueError, match=r"run\.share: 2 does not divide 1 processes"):
+        train(settings(root, run__share=2, run__out=tmp_path / "out"))
 
 
 @pytest.mark.slow

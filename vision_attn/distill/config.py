@@ -150,7 +150,7 @@ class DataConfig:
         sizes: Sizes (height, width) in pixels. Each image goes to the size that is nearest to its shape.
         native: Size (height, width) in pixels that a FLUX was trained at. Positions of larger sizes are scaled into it;
             if None, they are as the pipeline makes them.
-        batch_size: Samples of a batch, per process.
+        batch_size: Samples of a batch, per process or per `run.share` processes.
         null_prob: Share of the prompts that are replaced by the empty prompt, for the guidance at inference.
         shard_size: Samples per file of the cache.
         workers: Processes that load data.
@@ -220,6 +220,8 @@ class RunConfig:
         steps: Stop after this many updates.
         minutes: Stop after this many minutes, even before `steps`.
         accumulate: Batches per update.
+        share: How many processes compute one batch together, each a part of its tokens: for pictures that are too large
+            or too slow for one GPU. FLUX.1, FLUX.2 and Qwen-Image only; 1 for a batch per process.
         precision: Precision of the computation; 'no' for that of the weights.
         checkpointing: Compute activations again in the backward pass, to save memory.
         seed: Seed of all random numbers.
@@ -237,6 +239,7 @@ class RunConfig:
     steps: int = 1000
     minutes: float | None = None
     accumulate: int = 1
+    share: int = 1
     precision: Literal["no", "bf16", "fp16"] = "no"
     checkpointing: bool = False
     seed: int = 0
@@ -250,7 +253,7 @@ class RunConfig:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        _at_least("run", self, 1, "steps", "accumulate", "keep", "sheet_inference_steps")
+        _at_least("run", self, 1, "steps", "accumulate", "share", "keep", "sheet_inference_steps")
         _at_least("run", self, 0, "save_every", "sheet_every", "seed")
         if self.minutes is not None and self.minutes <= 0:
             raise ValueError(f"run.minutes must be above 0, got {self.minutes}")

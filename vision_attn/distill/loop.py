@@ -45,6 +45,9 @@ def _train(config: Config, accelerator: Any, pipe: Any) -> Path:  # noqa: PLR091
     torch.manual_seed(run.seed)  # every process draws the same new parameters
     student = make_student(config, pipe)
     student.to(accelerator.device)
+    if run.share > 1:
+        student.share(run.share)
+    groups, group = accelerator.num_processes // run.share, accelerator.process_index // run.share
     data = CachedData(config.data, config.model.base, type(student.model).__name__)
     computing = Step(config, student, data.interface)
     _leave_frozen(student.model)
@@ -67,7 +70,7 @@ def _train(config: Config, accelerator: Any, pipe: Any) -> Path:  # noqa: PLR091
     metrics = Metrics(config, accelerator, step)
 
     def sheet() -> None:
-        if accelerator.is_main_process or is_sharded(accelerator):
+        if accelerator.is_main_process or is_sharded(accelerator) or run.share > 1:
             with averaging.evaluated():
                 write_sheet(config, student, data, step, main=accelerator.is_main_process)
                 shards.reshard()
@@ -76,13 +79,13 @@ def _train(config: Config, accelerator: Any, pipe: Any) -> Path:  # noqa: PLR091
         averaging.begin()
         for micro in range(run.accumulate):
             batch = next(batches).to(accelerator.device, student.dtype)
-            number = (step * run.accumulate + micro) * accelerator.num_processes + accelerator.process_index
+            number = (step * run.accumulate + micro) * groups + group
             noisy = computing.noisy(batch, number)
             with accelerator.accumulate(model), accelerator.autocast():
                 losses = computing.losses(model, noisy)
                 if not losses["total"].isfinite():
                     raise explain(step + 1, "the loss", computing, noisy)
-                accelerator.backward(losses["total"])
+                accelerator.backward(losses["total"] * run.share)  # gradients are sums over those who share a batch
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(parameters, config.optimizer.clip or float("inf"))
                     skips = run.precision == "fp16"  # the scaler leaves out an update that is not finite
@@ -115,8 +118,8 @@ def _batches(config: Config, accelerator: Any, data: CachedData, start: int) -> 
     order = Order(
         data.buckets,
         batch_size=config.data.batch_size,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
+        rank=accelerator.process_index // config.run.share,
+        world=accelerator.num_processes // config.run.share,
         seed=config.run.seed,
         start=start,
     )

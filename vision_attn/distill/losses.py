@@ -82,7 +82,7 @@ class Step:
             needed = bool(weights.prediction or self.layers or weights.variance)
             taught = self._forward(teacher, student.copy or student.model, noisy) if needed else None
         learned = self._forward(model, student.model, noisy)
-        return distillation_losses(learned, taught or learned, noisy.target, weights)
+        return distillation_losses(learned, taught or learned, noisy.target, weights, student.group)
 
     def _forward(self, model: Any, inner: Any, noisy: Noisy) -> "Outputs":
         with attention_outputs(inner, self.layers) as attention, routed_queries(inner) as queries:

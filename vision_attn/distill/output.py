@@ -29,7 +29,7 @@ from vision_attn.processors.base import model_name
 STATE, TRAINED = "state.json", "trained.safetensors"
 _PREFIX = "checkpoint-"
 _FREE_RUN = {"out", "steps", "minutes", "save_every", "keep", "sheet_every", "sheet_inference_steps"}
-_FREE_RUN |= {"trackers", "save_dtype", "export", "quiet"}
+_FREE_RUN |= {"trackers", "save_dtype", "export", "quiet", "share"}
 _FREE_DATA = {"cache", "images", "prompts", "num_inference_steps", "shard_size", "workers"}
 _PICTURES = 6  # of a sheet's row
 _log = logging.getLogger(__name__)
@@ -239,7 +239,7 @@ def write_sheet(config: Config, student: Student, data: CachedData, step: int, *
 
     Args:
         config: `run` is used.
-        student: All processes run its model if it is sharded.
+        student: All processes run its model if it is sharded or shared.
         data: The cache.
         step: The file is named after it.
         main: Whether this process writes the file.

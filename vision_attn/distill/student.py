@@ -16,6 +16,8 @@ from vision_attn.conversion.conversion import Conversion, convert, load
 from vision_attn.conversion.state import computing_dtype, is_quantised, model_state
 from vision_attn.distill.config import Config, StudentConfig
 from vision_attn.distill.denoiser import denoiser_of
+from vision_attn.parallel import enable
+from vision_attn.parallel.models import has_plan
 from vision_attn.processors.base import CHILD
 from vision_attn.processors.moh import MoHAttention
 
@@ -40,6 +42,7 @@ class Student:
         parameters: The trained parameters by name.
         copy: The teacher, if the model cannot be both.
         dtype: Dtype of the frozen weights.
+        group: The processes over which student and teacher are cut, None for one.
     """
 
     pipe: Any
@@ -48,6 +51,25 @@ class Student:
     parameters: dict[str, nn.Parameter]
     copy: nn.Module | None
     dtype: torch.dtype
+    group: Any = None
+
+    def share(self, count: int) -> None:
+        """Cut student and teacher over `count` processes each, which compute a batch together.
+
+        Raises:
+            ValueError: If diffusers has no plan for the model, or `count` does not divide the processes.
+        """
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        if world % count:
+            raise ValueError(f"run.share: {count} does not divide {world} processes")
+        if not has_plan(self.model):
+            name = type(self.model).__name__
+            raise ValueError(
+                f"run.share: a teacher attends over processes as diffusers plans, and a {name} has no plan"
+            )
+        for model in (self.model, self.copy):
+            if model is not None:
+                self.group = enable(model, share=count).group
 
     def to(self, device: torch.device) -> None:
         """Move the student and its teacher; the rest of the pipeline stays where it is."""

@@ -36,8 +36,8 @@ def transfer(config: Config, accelerator: Any, computing: Step, batches: Iterato
     new = list(student.conversion.parameters())
     if not new:
         raise ValueError(f"transfer.steps: {config.student.processor} has no parameters of its own to train")
-    if is_sharded(accelerator):
-        raise ValueError("transfer.steps: the layer-wise stage runs on whole models: use DDP, or 0")
+    if is_sharded(accelerator) or student.group is not None:
+        raise ValueError("transfer.steps: the layer-wise stage runs on whole models: use DDP and run.share=1, or 0")
     optimizer = torch.optim.AdamW(new, lr=config.transfer.learning_rate, weight_decay=0)
     quiet = config.run.quiet or not accelerator.is_main_process
     with tqdm(total=steps, desc="layers", unit="step", disable=quiet) as bar, accelerator.autocast():

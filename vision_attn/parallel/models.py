@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vision_attn._checks import check_int
 from vision_attn.grid import Grid
 from vision_attn.hosts.host import Found
 from vision_attn.hosts.selection import denoisers_of, unwrapped
@@ -23,10 +24,14 @@ _TEXT_AFTER = {"SD3Transformer2DModel": True, "PixArtTransformer2DModel": False}
 
 
 class Enabled:
-    """A model that `enable` has cut over processes."""
+    """A model that `enable` has cut over processes.
 
-    def __init__(self, model: Any, plan: Any) -> None:
-        self._model, self._plan = model, plan
+    Attributes:
+        group: The processes that share a picture with this one.
+    """
+
+    def __init__(self, model: Any, plan: Any, group: Any) -> None:
+        self._model, self._plan, self.group = model, plan, group
 
     def disable(self) -> None:
         """Let the model run in one process again."""
@@ -40,8 +45,8 @@ class Enabled:
                 processor._parallel_config = None
 
 
-def enable(target: Any) -> Enabled | EnabledUNet:
-    """Cut a converted model over all processes: one picture over several GPUs.
+def enable(target: Any, *, share: int | None = None) -> Enabled | EnabledUNet:
+    """Cut a converted model over processes: one picture over several GPUs.
 
     A model with a plan of diffusers (FLUX.1, FLUX.2, Qwen-Image) is cut by its own `enable_parallelism`. For SD3 and
     PixArt, which have none, the tokens are cut before the first block and gathered after the last. A UNet (Stable
@@ -50,16 +55,36 @@ def enable(target: Any) -> Enabled | EnabledUNet:
     Args:
         target: A model of diffusers, or a pipeline with one denoiser. Without a plan, every self-attention over the
             image must be converted.
+        share: How many processes share one picture: ranks 0 to share - 1 the first, and so on. All if None.
 
     Returns:
         What takes it back.
 
     Raises:
-        ValueError: If the model cannot be cut, or a layer is not converted.
+        ValueError: If the model cannot be cut, a layer is not converted, or `share` does not divide the processes.
     """
     model = target if isinstance(target, nn.Module) else _denoiser(target)
     name = type(model).__name__
-    return EnabledUNet(model) if name in UNETS else _enable(model, name)
+    if name not in (*_TEXT_BEFORE, *_TEXT_AFTER, *UNETS):
+        raise ValueError(
+            f"a {name} cannot be cut over processes: known are {', '.join((*_TEXT_BEFORE, *_TEXT_AFTER, *UNETS))}"
+        )
+    if name not in _TEXT_BEFORE + UNETS and (stock := unconverted(model)):
+        raise ValueError(f"convert every self-attention of this {name} before it is cut: {stock} is not")
+    world = torch.distributed.get_world_size()
+    share = world if share is None else share
+    check_int("share", share, least=2)
+    if world % share:
+        raise ValueError(f"share={share} does not divide {world} processes")
+    device = torch._C._get_accelerator().type if torch.accelerator.is_available() else "cpu"
+    sides = (world // share, 1, share)
+    mesh = torch.distributed.device_mesh.init_device_mesh(device, sides, mesh_dim_names=("pictures", "ring", "ulysses"))
+    return EnabledUNet(model, mesh["ulysses"].get_group()) if name in UNETS else _enable(model, name, mesh)
+
+
+def has_plan(model: nn.Module) -> bool:
+    """Whether diffusers cuts a model itself, so that layers which no processor answers attend over processes too."""
+    return type(model).__name__ in _TEXT_BEFORE
 
 
 def _denoiser(pipe: Any) -> nn.Module:
@@ -69,7 +94,7 @@ def _denoiser(pipe: Any) -> nn.Module:
     return unwrapped(next(iter(found.values())))
 
 
-def _enable(model: Any, name: str) -> Enabled:
+def _enable(model: Any, name: str, mesh: Any) -> Enabled:
     """Cut the tokens of a transformer."""
     from diffusers import ContextParallelConfig  # noqa: PLC0415
     from diffusers.models._modeling_parallel import (  # noqa: PLC0415
@@ -78,20 +103,14 @@ def _enable(model: Any, name: str) -> Enabled:
     )
 
     plan = model._cp_plan if name in _TEXT_BEFORE else None
-    if plan is None and name not in _TEXT_AFTER:
-        raise ValueError(
-            f"a {name} cannot be cut over processes: known are {', '.join((*_TEXT_BEFORE, *_TEXT_AFTER, *UNETS))}"
-        )
     if plan is None:
-        if stock := unconverted(model):
-            raise ValueError(f"convert every self-attention of this {name} before it is cut: {stock} is not")
         inputs = {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)}
         if _TEXT_AFTER[name]:
             inputs[_TEXT] = ContextParallelInput(split_dim=1, expected_dims=3)
         plan = {"transformer_blocks.0": inputs, "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3)}
-    config = ContextParallelConfig(ulysses_degree=torch.distributed.get_world_size(), ulysses_anything=True)
+    config = ContextParallelConfig(ulysses_degree=mesh["ulysses"].size(), ulysses_anything=True, mesh=mesh)
     model.enable_parallelism(config=config, cp_plan=plan)
-    return Enabled(model, plan)
+    return Enabled(model, plan, mesh["ulysses"].get_group())
 
 
 def is_cut(model: nn.Module) -> bool:

@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vision_attn.hosts import find_host
@@ -30,12 +29,17 @@ _RESIDUALS = (
 
 
 class EnabledUNet:
-    """A UNet that `enable` has cut over processes."""
+    """A UNet that `enable` has cut over processes.
 
-    def __init__(self, model: Any) -> None:
+    Attributes:
+        group: The processes that share a picture with this one.
+    """
+
+    def __init__(self, model: Any, group: Any) -> None:
         _refuse(model)
+        self.group = group
         self._model, levels, host = model, len(model.config.block_out_channels), find_host(model)
-        self._rows = Rows(Cut.over(torch.distributed.group.WORLD), levels)
+        self._rows = Rows(Cut.over(group), levels)
         side = 2 ** (levels - 1)
         for name, part in host.parts(model):
             halvings = (side // host.size(model, name, side, side)[0]).bit_length() - 1
