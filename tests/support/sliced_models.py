@@ -157,7 +157,7 @@ def sharded(rank, name, size, spec):
         model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=dist.get_world_size()))
     vision_attn.convert(model, spec)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks, model):
         fully_shard(block, mesh=mesh)
     output, _, grads = results(case, model, inputs, True)
     return output, {n: g.full_tensor() for n, g in grads.items() if hasattr(g, "full_tensor")}

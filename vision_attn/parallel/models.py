@@ -23,6 +23,12 @@ _TEXT_BEFORE = ("FluxTransformer2DModel", "Flux2Transformer2DModel", "QwenImageT
 _TEXT_AFTER = {"SD3Transformer2DModel": True, "PixArtTransformer2DModel": False}  # models that `enable` cuts
 
 
+def _kind(model: Any) -> str:
+    """Return the name of a model's class as it is known here: FSDP and users derive classes from it."""
+    names = [cls.__name__ for cls in type(model).__mro__]
+    return next((name for name in names if name in (*_TEXT_BEFORE, *_TEXT_AFTER, *UNETS)), names[0])
+
+
 class Enabled:
     """A model that `enable` has cut over processes.
 
@@ -64,7 +70,7 @@ def enable(target: Any, *, share: int | None = None) -> Enabled | EnabledUNet:
         ValueError: If the model cannot be cut, a layer is not converted, or `share` does not divide the processes.
     """
     model = target if isinstance(target, nn.Module) else _denoiser(target)
-    name = type(model).__name__
+    name = _kind(model)
     if name not in (*_TEXT_BEFORE, *_TEXT_AFTER, *UNETS):
         raise ValueError(
             f"a {name} cannot be cut over processes: known are {', '.join((*_TEXT_BEFORE, *_TEXT_AFTER, *UNETS))}"
@@ -84,7 +90,7 @@ def enable(target: Any, *, share: int | None = None) -> Enabled | EnabledUNet:
 
 def has_plan(model: nn.Module) -> bool:
     """Whether diffusers cuts a model itself, so that layers which no processor answers attend over processes too."""
-    return type(model).__name__ in _TEXT_BEFORE
+    return _kind(model) in _TEXT_BEFORE
 
 
 def _denoiser(pipe: Any) -> nn.Module:
@@ -116,7 +122,7 @@ def _enable(model: Any, name: str, mesh: Any) -> Enabled:
 def is_cut(model: nn.Module) -> bool:
     """Whether `enable` has cut a model whose own attention would not know of it."""
     return ROWS in vars(model) or (
-        type(model).__name__ in _TEXT_AFTER and getattr(model, "_parallel_config", None) is not None
+        _kind(model) in _TEXT_AFTER and getattr(model, "_parallel_config", None) is not None
     )
 
 
@@ -138,15 +144,15 @@ def cut_of(model: nn.Module, inputs: Mapping[str, Any], found: Found, last: Cut 
     config = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
     if config is None:
         return None, found
-    group, own = config._flattened_mesh.get_group(), type(model).__name__ in _TEXT_AFTER
+    group, own = config._flattened_mesh.get_group(), _kind(model) in _TEXT_AFTER
     cut = last if last is not None and last.group == group.group_name else replace(Cut.over(group), apart=own)
     if isinstance(found, (str, tuple)):
         return cut, found if isinstance(found, str) else "each sample has its own grid, and their tokens are cut"
     if own:
-        text = inputs[_TEXT].shape[1] if _TEXT_AFTER[type(model).__name__] else 0
+        text = inputs[_TEXT].shape[1] if _TEXT_AFTER[_kind(model)] else 0
         return cut, Grid(found.height, found.width, suffix=text)
-    if type(model).__name__ not in _TEXT_BEFORE or not isinstance(inputs.get(_TEXT), Tensor):
-        return cut, f"how a {type(model).__name__} cuts its tokens over processes is not known"
+    if _kind(model) not in _TEXT_BEFORE or not isinstance(inputs.get(_TEXT), Tensor):
+        return cut, f"how a {_kind(model)} cuts its tokens over processes is not known"
     return cut, Grid(found.height, found.width, prefix=inputs[_TEXT].shape[1], suffix=found.suffix)
 
 
