@@ -159,6 +159,22 @@ def test_extreme_logits_keep_the_budget():
 
 
 @interpreter
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(Grid(10, 12), dict(kernel_size=5), head_dim=16, scale=60.0),
+        pytest.param(Case(Grid(10, 12, prefix=3), dict(radius=3), head_dim=64, scale=100.0), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_weights_of_logits_in_the_thousands_add_up_to_one(case):
+    """A log-sum-exp in one float32 would be rounded by more than plain PyTorch's weights are wrong."""
+    low, exact = exact_and_plain(case, torch.float32, batch=1, heads=1)
+    ours, plain = triton_run(case, low), run(case, low, "reference")
+    assert within_budget(ours[3], plain[3], exact[3], torch.float32)
+
+
+@interpreter
 def test_opcheck_and_compile():
     """PyTorch's rules hold (schema, fake kernels, autograd), and one graph holds the operator."""
     from vision_attn.kernels.local.op import _local

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from vision_attn.kernels.triton.launching import Kernel, added, strides_of
 from vision_attn.kernels.triton.pairs import Pairs, key_gradients, logits_of
-from vision_attn.kernels.triton.rows import ds_of, head_of, load_rows_below, own_head, program_of, store_rows_below
+from vision_attn.kernels.triton.rows import (
+    ds_of,
+    head_of,
+    load_lse,
+    load_rows_below,
+    own_head,
+    program_of,
+    store_rows_below,
+    weights_of,
+)
 
 
 @Kernel
@@ -25,12 +34,12 @@ def _query_gradients(
     q, k, v, o, do, lse, delta, dq, dbias, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h,
     bias, bias_h, bias_n, bias_m, mask, mask_b, first, first_scale, scale, queries, tokens, heads, batch_heads,
     blocks, length, BIAS: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr, LEN: tl.constexpr,
-    STAGES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TWO: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients dq of a tile of queries from a part of the keys, delta, and the bias's gradient of each batch entry.
 
     Inputs: q, do `[B, queries, H, D]`, k, v `[B, tokens, H, D]`, each with strides `_b, _n, _h`; o like q, contiguous;
-    lse `[B, H, queries]`; bias `[H, queries, first]` and mask `[B, tokens]` with their strides.
+    lse `[1 + TWO, B, H, queries]`; bias `[H, queries, first]` and mask `[B, tokens]` with their strides.
     Outputs: dq `[parts, B, queries, H, D]`, delta `[B, H, queries]`, dbias `[B, H, queries, first]`.
     Logits: `first_scale` for the `first` keys, `scale` for the others.
     Launch: `blocks` of `ROWS` queries, parts of `length` keys, in steps of `LEN`.
@@ -44,7 +53,8 @@ def _query_gradients(
         own_head(o, b, h, queries, heads, D), row, queries, heads * D, 0, D, BLOCK_D
     )  # [ROWS, BLOCK_D]
     delta_rows = tl.sum(do_rows.to(tl.float32) * o_rows.to(tl.float32), 1)  # [ROWS]
-    lse_rows = tl.load(lse + bh.to(tl.int64) * queries + row, mask=row < queries, other=0.0)  # [ROWS]
+    low, place = tl.cast(batch_heads, tl.int64) * queries, bh.to(tl.int64) * queries + row
+    lse_rows, low_rows = load_lse(lse, place, low, row < queries, TWO)  # [ROWS]
     tl.store(delta + bh.to(tl.int64) * queries + row, delta_rows, mask=(row < queries) & (part == 0))
     dq_rows = tl.zeros([ROWS, BLOCK_D], tl.float32)  # [ROWS, BLOCK_D]
     stop = tl.minimum(tokens, (part + 1) * length)
@@ -56,7 +66,7 @@ def _query_gradients(
             q_rows, k_rows, row, column, stop, b, h, bias, bias_h, bias_n, bias_m, mask, mask_b, first, first_scale,
             scale, queries, BIAS, MASK, PRECISION,
         )  # fmt: skip
-        p = tl.math.exp2(s - lse_rows[:, None])  # [ROWS, LEN]
+        p = weights_of(s, lse_rows, low_rows, TWO)  # [ROWS, LEN]
         ds = ds_of(p, do_rows, v_rows, delta_rows, PRECISION)  # [ROWS, LEN]
         if BIAS:
             place = (bh.to(tl.int64) * queries + row)[:, None] * first + column[None, :]
@@ -76,11 +86,11 @@ def backward(pairs: Pairs, do: Tensor, o: Tensor, lse: Tensor) -> tuple[Tensor, 
         dbias = bias.new_zeros((len(q), *bias.shape), dtype=wide if len(q) != 1 else bias.dtype)
     if not q.numel():
         return q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), added(dbias, dbias.dtype)
-    delta = torch.empty_like(lse)
+    delta = torch.empty_like(lse[0])
     inputs, strides = (q, k, v, o, do, lse, delta), strides_of(q, k, v, do)
     programs, parts, named = pairs.launch(
         "agent.queries", _query_gradients, lambda parts: (*inputs, wide if parts > 1 else q.dtype, dbias, *strides),
-        q.shape[1], k.shape[1],
+        q.shape[1], k.shape[1], TWO=len(lse) == 2,
     )  # fmt: skip
     dq = q.new_empty((parts, *q.shape), dtype=wide if parts > 1 else q.dtype)
     _query_gradients[(programs,)](*inputs, dq, dbias, *strides, **named)

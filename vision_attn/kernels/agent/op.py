@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vision_attn.kernels.backend import custom_op
-from vision_attn.kernels.triton.launching import bytes_of_mask, packed
+from vision_attn.kernels.triton.launching import bytes_of_mask, floats_of, packed
 
 
 def agent_attention_triton(
@@ -41,7 +41,10 @@ def read_agents_triton(q: Tensor, gathered: Tensor, agents: Any, direct: Any, sc
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, first: int, scales: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp in base 2; the first keys have a bias `[H, N, first]` and a scale of their own."""
+    """Output and log-sum-exp in base 2, `[floats, B, H, N]`.
+
+    The first keys have a bias `[H, N, first]` and a scale of their own.
+    """
     from vision_attn.kernels.agent.forward import forward  # noqa: PLC0415
 
     return forward(pairs_of(q, k, v, bias, mask, first, scales))
@@ -50,7 +53,7 @@ def _attend(
 @_attend.register_fake
 def _(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     B, N, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, H, N), dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty((floats_of(q), B, H, N), dtype=torch.float32)
 
 
 @custom_op("vision_attn::few_triton_backward")

@@ -39,7 +39,8 @@ def dense_part(
         if q.is_cuda and q.dtype != torch.float64:
             from vision_attn.kernels.agent.forward import forward  # noqa: PLC0415
 
-            return forward(_pairs(q, k, v, mask, scale, bias))
+            rows, floats = forward(_pairs(q, k, v, mask, scale, bias))
+            return rows, floats[0]
         o, lse = torch.empty_like(q), []
         for h in range(q.shape[2]):
             logits = _logits(q[:, :, h], k[:, :, h], mask, scale, None if bias is None else bias[h])
@@ -72,7 +73,7 @@ def dense_part_gradients(
         from vision_attn.kernels.agent.backward import backward  # noqa: PLC0415
 
         pairs = _pairs(q, k, v, mask, scale, bias)
-        *grads, added = backward(pairs, do.contiguous(), o.contiguous(), lse.contiguous())
+        *grads, added = backward(pairs, do.contiguous(), o.contiguous(), lse.contiguous()[None])
         return *grads, None if bias is None else added  # type: ignore[return-value]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     for h in range(q.shape[2]):

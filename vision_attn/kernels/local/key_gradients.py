@@ -65,9 +65,9 @@ def _step(k_rows, v_rows, q_rows, do_rows, p, delta_rows, dk_rows, dv_rows, PREC
 
 @triton.jit
 def _sequence(
-    k_rows, v_rows, seen, dk_rows, dv_rows, q, do, q_box, do_box, lse, delta, b, h, first, stop, q_n, do_n, c,
+    k_rows, v_rows, seen, dk_rows, dv_rows, q, do, q_box, do_box, lse, low, delta, b, h, first, stop, q_n, do_n, c,
     LEN: tl.constexpr, RAGGED: tl.constexpr, MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, TWO: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Meet the queries `first .. stop - 1` of the sequence."""
     for i in tl.range(first, stop, LEN):
@@ -79,6 +79,8 @@ def _sequence(
         lse_rows = tl.load(lse + index)  # [LEN]
         delta_rows = tl.load(delta + index)  # [LEN]
         s = tl.dot(k_rows, tl.trans(q_rows), input_precision=PRECISION) * c - lse_rows[None, :]  # [M, LEN]
+        if TWO:
+            s -= tl.load(lse + low + index)[None, :]
         if RAGGED:
             s += tl.where(i + tl.arange(0, LEN) < stop, 0.0, HIDDEN)[None, :]
         p = tl.math.exp2(s)  # [M, LEN]
@@ -97,12 +99,12 @@ def _key_gradients(
     row_programs, part_length, together, parts,
     TALL: tl.constexpr, WIDE: tl.constexpr, KEY_TALL: tl.constexpr, KEY_WIDE: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, DISC: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, PREFIX: tl.constexpr,
-    SUFFIX: tl.constexpr, RAGGED_PREFIX: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SUFFIX: tl.constexpr, RAGGED_PREFIX: tl.constexpr, TMA: tl.constexpr, TWO: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients dk and dv of a tile of keys: of the grid, or of the tokens outside it over a part of the queries.
 
-    Inputs: q, k, v, do `[B, N, H, D]`, each with strides `_b, _n, _h`; lse, delta `[B, H, N]`; bias
-    `[H, 2 KY - 1, 2 KX - 1]`; mask `[B, outside]` with its stride.
+    Inputs: q, k, v, do `[B, N, H, D]`, each with strides `_b, _n, _h`; lse `[1 + TWO, B, H, N]`, delta `[B, H, N]`;
+    bias `[H, 2 KY - 1, 2 KX - 1]`; mask `[B, outside]` with its stride.
     Boxes: q_seq, do_seq of the sequence, q_grid, do_grid of the grid; with `TMA` only.
     Outputs: dk, dv `[B, N, H, D]`; of the tokens outside the grid part_dkv `[parts, 2, B, outside, H, D]` if there are
     several parts.
@@ -113,6 +115,7 @@ def _key_gradients(
     pid = tl.program_id(0)
     image = height * width
     c = scale * LOG2E
+    low = tl.cast(batch, tl.int64) * heads * N
     dk_rows = tl.zeros([M, BLOCK_D], tl.float32)  # [M, BLOCK_D]
     dv_rows = tl.zeros([M, BLOCK_D], tl.float32)  # [M, BLOCK_D]
     if pid < row_programs:
@@ -123,9 +126,9 @@ def _key_gradients(
         first = part * part_length
         dk_rows, dv_rows = _sequence(
             k_rows, v_rows, seen, dk_rows, dv_rows, head_of(q, b, h, q_b, q_h), head_of(do, b, h, do_b, do_h), q_seq,
-            do_seq, lse + bh.to(tl.int64) * N, delta + bh.to(tl.int64) * N, b, h, first,
+            do_seq, lse + bh.to(tl.int64) * N, low, delta + bh.to(tl.int64) * N, b, h, first,
             tl.minimum(first + part_length, N), q_n, do_n, c, LEN, True, MASK, D, BLOCK_D,
-            TMA and (PREFIX or SUFFIX), PRECISION,
+            TMA and (PREFIX or SUFFIX), TWO, PRECISION,
         )  # fmt: skip
         dk_rows *= scale
         if parts == 1:
@@ -149,13 +152,13 @@ def _key_gradients(
         delta += bh.to(tl.int64) * N
         if PREFIX:
             dk_rows, dv_rows = _sequence(
-                k_rows, v_rows, keep, dk_rows, dv_rows, q, do, q_seq, do_seq, lse, delta, b, h, 0, prefix, q_n, do_n,
-                c, LEN, RAGGED_PREFIX, False, D, BLOCK_D, TMA, PRECISION,
+                k_rows, v_rows, keep, dk_rows, dv_rows, q, do, q_seq, do_seq, lse, low, delta, b, h, 0, prefix, q_n,
+                do_n, c, LEN, RAGGED_PREFIX, False, D, BLOCK_D, TMA, TWO, PRECISION,
             )  # fmt: skip
         if SUFFIX:
             dk_rows, dv_rows = _sequence(
-                k_rows, v_rows, keep, dk_rows, dv_rows, q, do, q_seq, do_seq, lse, delta, b, h, prefix + image, N, q_n,
-                do_n, c, LEN, True, False, D, BLOCK_D, TMA, PRECISION,
+                k_rows, v_rows, keep, dk_rows, dv_rows, q, do, q_seq, do_seq, lse, low, delta, b, h, prefix + image, N,
+                q_n, do_n, c, LEN, True, False, D, BLOCK_D, TMA, TWO, PRECISION,
             )  # fmt: skip
         count, row, column, stop, near = walk(y0, x0, sub, window, KEY_TALL, KEY_WIDE, TALL, WIDE, True, DISC)
         ky, kx = coordinates(y0, x0, KEY_TALL, KEY_WIDE, DISC)  # [M]
@@ -174,6 +177,8 @@ def _key_gradients(
             lse_rows = tl.load(lse + place)  # [LEN]
             delta_rows = tl.load(delta + place)  # [LEN]
             s = tl.dot(k_rows, tl.trans(q_rows), input_precision=PRECISION) * c - lse_rows[None, :]  # [M, LEN]
+            if TWO:
+                s -= tl.load(lse + low + place)[None, :]
             qy, qx = coordinates(row, column, TALL, WIDE, DISC)  # [LEN]
             s = windowed(
                 s, ky[:, None], kx[:, None], qy[None, :], qx[None, :], sub, window, table, True, BIAS, DISC
@@ -190,12 +195,13 @@ def _key_gradients(
 def _pooled_gradients(
     q, do, k, v, part_dkv, lse, delta, q_b, q_n, q_h, do_b, do_n, do_h, k_b, k_n, k_h, v_b, v_n, v_h,
     N, heads, batch, prefix, image, pooled, scale, part_length,
-    M: tl.constexpr, LEN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, LEN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TWO: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients dk and dv of some pooled keys over a part of the grid's queries.
 
-    Inputs: q, do `[B, N, H, D]`, pooled k, v `[B, pooled, H, D]`, each with strides `_b, _n, _h`; lse, delta
-    `[B, H, N]`.
+    Inputs: q, do `[B, N, H, D]`, pooled k, v `[B, pooled, H, D]`, each with strides `_b, _n, _h`; lse
+    `[1 + TWO, B, H, N]`, delta `[B, H, N]`.
     Outputs: part_dkv `[parts, 2, B, pooled, H, D]`.
     """
     row = tl.program_id(0) * M + tl.arange(0, M)  # [M]
@@ -210,9 +216,9 @@ def _pooled_gradients(
     first = prefix + part * part_length
     dk_rows, dv_rows = _sequence(
         k_rows, v_rows, keep, dk_rows, dv_rows, head_of(q, b, h, q_b, q_h), head_of(do, b, h, do_b, do_h), q, do,
-        lse + bh.to(tl.int64) * N, delta + bh.to(tl.int64) * N, b, h, first,
+        lse + bh.to(tl.int64) * N, tl.cast(batch, tl.int64) * heads * N, delta + bh.to(tl.int64) * N, b, h, first,
         tl.minimum(first + part_length, prefix + image), q_n, do_n, scale * LOG2E, LEN, True, False, D, BLOCK_D, False,
-        PRECISION,
+        TWO, PRECISION,
     )  # fmt: skip
     place = (part * 2 * batch + b) * pooled * heads + h
     store_rows(part_dkv + place * D, row, heads * D, dk_rows * scale, keep, D, BLOCK_D)
@@ -233,12 +239,12 @@ def _bias_gradient(
     q, k, v, do, lse, delta, bias, part_bias, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h,
     N, heads, batch, prefix, height, width, KY, KX, step_y, step_x, scale,
     WIDE: tl.constexpr, BLOCK_K: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TWO: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The part that `WIDE` query columns have in one relative row of one head's bias.
 
-    Inputs: q, k, v, do `[B, N, H, D]`, each with strides `_b, _n, _h`; lse, delta `[B, H, N]`; bias
-    `[H, 2 KY - 1, 2 KX - 1]`.
+    Inputs: q, k, v, do `[B, N, H, D]`, each with strides `_b, _n, _h`; lse `[1 + TWO, B, H, N]`, delta `[B, H, N]`;
+    bias `[H, 2 KY - 1, 2 KX - 1]`.
     Outputs: part_bias `[tiles, H, 2 KY - 1, 2 KX - 1]`.
     Grid and window: see `tiles.py`.
     """
@@ -281,7 +287,11 @@ def _bias_gradient(
                     s += bias_of(
                         table, qy[:, None], qx[:, None], ky[None, :], kx[None, :], length_y, length_x, KY, KX, BIAS
                     )  # [WIDE, WIDE]
-                    p = tl.math.exp2(s + penalty - lse_rows[:, None])  # [WIDE, WIDE]
+                    s = s + penalty - lse_rows[:, None]  # [WIDE, WIDE]
+                    if TWO:
+                        low = tl.cast(batch, tl.int64) * heads * N
+                        s -= tl.load(lse + low + place + q_token)[:, None]
+                    p = tl.math.exp2(s)  # [WIDE, WIDE]
                     acc += ds_of(p, do_rows, v_rows, delta_rows, PRECISION)
             distance = kx[None, :] - qx[:, None]  # [WIDE, WIDE]
             for d in range(1 - WIDE, WIDE):
@@ -326,7 +336,7 @@ def _pooled(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor,
         )
 
     rest = *strides_of(q, do, k, v), N, H, B, prefix, image, pooled, call.scale
-    more = dict(D=D, BLOCK_D=call.block_d, PRECISION=thrice(q))
+    more = dict(D=D, BLOCK_D=call.block_d, TWO=len(lse) == 2, PRECISION=thrice(q))
     launch = launch_of(
         "local.keys", q, ("pooled",), columns=call.span,
         needs=lambda launch: _pooled_gradients.needs(
@@ -348,7 +358,10 @@ def bias_gradient(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     B, N, H, D = q.shape
     height, width, prefix, _ = call.size
     numbers = *strides_of(q, k, v, do), N, H, B, prefix, height, width, *call.kernel, *call.steps, call.scale
-    more = dict(BLOCK_K=block_of(bias.shape[2]), BIAS=call.bias_block, D=D, BLOCK_D=call.block_d, PRECISION="ieee")
+    more = dict(
+        BLOCK_K=block_of(bias.shape[2]), BIAS=call.bias_block, D=D, BLOCK_D=call.block_d, TWO=len(lse) == 2,
+        PRECISION="ieee",
+    )  # fmt: skip
 
     def of(launch: Launch) -> dict[str, Any]:
         return dict(WIDE=launch.rows, num_warps=launch.warps, num_stages=launch.stages, **more)

@@ -17,6 +17,7 @@ from vision_attn.kernels.backend import custom_op
 from vision_attn.kernels.triton.launching import (
     block_of,
     bytes_of_mask,
+    floats_of,
     layout,
     next_power,
     packed,
@@ -94,7 +95,8 @@ class Call:
             N=self.q.shape[1], heads=self.q.shape[2], prefix=prefix, height=height, width=width, outside=self.outside,
             limit=float(self.limit) if disc else 0.0, reach=math.isqrt(self.limit) if disc else 0,
             KY=self.kernel[0], KX=self.kernel[1], step_y=self.steps[0], step_x=self.steps[1],
-            scale=self.scale, DISC=disc, D=self.q.shape[-1], BLOCK_D=self.block_d, PRECISION=thrice(self.q),
+            scale=self.scale, DISC=disc, D=self.q.shape[-1], BLOCK_D=self.block_d, TWO=floats_of(self.q) == 2,
+            PRECISION=thrice(self.q),
         )  # fmt: skip
 
     def tiles(self, tile: tuple[int, int]) -> int:
@@ -127,7 +129,7 @@ def local_attention_lse(
 ) -> tuple[Tensor, Tensor]:
     """Also return the log-sum-exp of the logits, `[B, H, N]` in float32, with which outputs can be merged."""
     o, lse = _run(q, k, v, grid, window, mask, scale)
-    return o, lse * math.log(2)
+    return o, lse[0] * math.log(2)
 
 
 def _run(
@@ -145,7 +147,8 @@ def _local(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and log-sum-exp in base 2; `size` is height, width, prefix, suffix, and radius 0 means a square.
 
-    In base 2 the backward takes it as it is: rounded twice, large logits would lose what float32 has.
+    The log-sum-exp is `[floats, B, H, N]`, for the backward alone in all its floats: rounded, large logits would lose
+    what float32 has.
     """
     from vision_attn.kernels.local.queries import forward  # noqa: PLC0415
 
@@ -157,7 +160,7 @@ def _local(
 @_local.register_fake
 def _(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     B, N, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, H, N), dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty((floats_of(q), B, H, N), dtype=torch.float32)
 
 
 @custom_op("vision_attn::local_triton_backward")
@@ -201,7 +204,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 def _backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple:
     *inputs, o, lse = ctx.saved_tensors
     do = torch.zeros_like(o) if do is None else do
-    grads = _local_backward(do, dlse, o, lse, *inputs, *ctx.rest)
+    grads = _local_backward(do, None if dlse is None else dlse[0], o, lse, *inputs, *ctx.rest)
     return *(None if t is None else g for g, t in zip(grads, inputs[:6], strict=True)), *[None] * 6
 
 

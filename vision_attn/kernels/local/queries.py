@@ -35,7 +35,7 @@ from vision_attn.kernels.local.tiles import (
     walk,
     windowed,
 )
-from vision_attn.kernels.triton.launching import Kernel
+from vision_attn.kernels.triton.launching import Kernel, floats_of
 from vision_attn.kernels.triton.rows import (
     LOG2E,
     NO_KEY,
@@ -51,6 +51,7 @@ from vision_attn.kernels.triton.rows import (
     outside_tokens,
     own_head,
     seen_tokens,
+    store_lse,
     store_rows,
     update_raw,
 )
@@ -66,19 +67,19 @@ def _forward(
     TALL: tl.constexpr, WIDE: tl.constexpr, KEY_TALL: tl.constexpr, KEY_WIDE: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, DISC: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, PREFIX: tl.constexpr,
     SUFFIX: tl.constexpr, POOLED: tl.constexpr, RAGGED_PREFIX: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, TWO: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of a tile of queries: of the grid, or of the tokens outside it over a part of the keys.
 
     Inputs: q, k, v `[B, N, H, D]`, pooled_k, pooled_v `[B, pooled, H, D]`, each with strides `_b, _n, _h`; bias
     `[H, 2 KY - 1, 2 KX - 1]`; mask `[B, outside]` with its stride.
     Boxes: k_seq, v_seq of the sequence, k_grid, v_grid of the grid; with `TMA` only.
-    Outputs: o `[B, N, H, D]`, lse `[B, H, N]`; of the tokens outside the grid part_o `[parts, B, H, outside, D]` and
-    part_lse if there are several parts.
+    Outputs: o `[B, N, H, D]`, lse `[1 + TWO, B, H, N]`; of the tokens outside the grid part_o
+    `[parts, B, H, outside, D]` and part_lse if there are several parts.
     Grid and window: see `tiles.py`.
     Launch: `row_programs` programs for the tokens outside the grid, each over `part_length` keys, then those of the
     grid, `together` heads in turn; tiles of `TALL` x `WIDE` queries and `KEY_TALL` x `KEY_WIDE` keys.
-    Flags: what there is, and `RAGGED_` if no whole number of tiles covers it.
+    Flags: what there is, and `RAGGED_` if no whole number of tiles covers it; `TWO` floats of lse, see `store_lse`.
     """
     SUMS: tl.constexpr = 16 if PRECISION == "ieee" else 8  # AMD has no narrower tiles
     M: tl.constexpr = TALL * WIDE
@@ -86,6 +87,7 @@ def _forward(
     pid = tl.program_id(0)
     image = height * width
     c = scale * LOG2E
+    low = tl.cast(batch, tl.int64) * heads * N
     m = tl.full([M], START, tl.float32) * c  # [M]
     l = tl.zeros([M, SUMS], tl.float32)  # [M, SUMS]
     acc = tl.zeros([M, BLOCK_D], tl.float32)  # [M, BLOCK_D]
@@ -103,11 +105,11 @@ def _forward(
         if parts == 1:
             token = outside_tokens(rank, prefix, image)  # [M], anew: kept over the loop it would take registers
             store_rows(own_head(o, b, h, N, heads, D), token, heads * D, acc, keep, D, BLOCK_D)
-            tl.store(lse + bh.to(tl.int64) * N + token, m + tl.log2(total), mask=keep)
+            store_lse(lse, bh.to(tl.int64) * N + token, low, m, total, keep, TWO)
         else:
             place = (part * batch * heads + bh).to(tl.int64) * outside
             store_rows(part_o + place * D, rank, D, acc, keep, D, BLOCK_D)
-            tl.store(part_lse + place + rank, m + tl.log2(total), mask=keep)
+            store_lse(part_lse, place + rank, tl.cast(parts * batch * heads, tl.int64) * outside, m, total, keep, TWO)
     else:
         whole, window = (height, width, prefix, step_y, step_x), (KY, KX, reach, limit)
         b, h, bh, sub, y0, x0, keep, token = grid_program(pid - row_programs, heads, together, whole, TALL, WIDE)
@@ -153,22 +155,22 @@ def _forward(
         acc = acc * (1.0 / total)[:, None]
         token = tile_tokens(y0, x0, sub, whole, TALL, WIDE)  # [M], anew: kept over the loop it would take registers
         store_rows(own_head(o, b, h, N, heads, D), token, heads * D, acc, keep, D, BLOCK_D)
-        tl.store(lse + bh.to(tl.int64) * N + token, m + tl.log2(total), mask=keep)
+        store_lse(lse, bh.to(tl.int64) * N + token, low, m, total, keep, TWO)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """Return the output `[B, N, H, D]` and its log-sum-exp in base 2, `[B, H, N]` in float32."""
+    """Return the output `[B, N, H, D]` and its log-sum-exp in base 2, `[floats, B, H, N]` in float32."""
     q, k, v = call.q, call.k, call.v
     B, N, H, D = q.shape
     o = q.new_empty(q.shape)
-    lse = q.new_empty((B, H, N), dtype=torch.float32)
+    lse = q.new_empty((floats_of(q), B, H, N), dtype=torch.float32)
     if not o.numel():
         return o, lse
     plan = plan_queries(call, _forward, "local.forward")
     part_o = part_lse = lse
     if plan.parts > 1:
         part_o = q.new_empty((plan.parts, B, H, call.outside, D), dtype=torch.float32)
-        part_lse = q.new_empty((plan.parts, B, H, call.outside), dtype=torch.float32)
+        part_lse = q.new_empty((len(lse), plan.parts, B, H, call.outside), dtype=torch.float32)
     plan.run(
         q, k, v, k if call.pooled_k is None else call.pooled_k, v if call.pooled_v is None else call.pooled_v, o, lse,
         part_o, part_lse, lse if call.bias is None else call.bias, lse if call.mask is None else call.mask,
@@ -181,15 +183,17 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _sequence(
-    q_rows, do_rows, lse_rows, delta_rows, dq_rows, k, v, k_box, v_box, mask, b, h, first, stop, k_n, v_n, prefix,
-    image, c, LEN: tl.constexpr, RAGGED: tl.constexpr, MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    q_rows, do_rows, lse_rows, low_rows, delta_rows, dq_rows, k, v, k_box, v_box, mask, b, h, first, stop, k_n, v_n,
+    prefix, image, c, LEN: tl.constexpr, RAGGED: tl.constexpr, MASK: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, TMA: tl.constexpr, TWO: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Meet the tokens `first .. stop - 1` of a sequence."""
     for j in tl.range(first, stop, LEN):
         k_rows = load_tile(k, k_box, b, h, j, stop, k_n, LEN, D, BLOCK_D, TMA)  # [LEN, BLOCK_D]
         v_rows = load_tile(v, v_box, b, h, j, stop, v_n, LEN, D, BLOCK_D, TMA)  # [LEN, BLOCK_D]
         s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION) * c - lse_rows[:, None]  # [M, LEN]
+        if TWO:
+            s -= low_rows[:, None]
         p = tl.math.exp2(s)  # [M, LEN]
         if RAGGED or MASK:
             seen = seen_tokens(j + tl.arange(0, LEN), stop, mask, prefix, image, MASK)  # [LEN]
@@ -209,12 +213,12 @@ def _query_gradients(
     TALL: tl.constexpr, WIDE: tl.constexpr, KEY_TALL: tl.constexpr, KEY_WIDE: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, DISC: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, PREFIX: tl.constexpr,
     SUFFIX: tl.constexpr, POOLED: tl.constexpr, RAGGED_PREFIX: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, TWO: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients dq of a tile of queries: of the grid, or of the tokens outside it over a part of the keys.
 
-    Inputs: q, k, v, do `[B, N, H, D]`, pooled_k, pooled_v `[B, pooled, H, D]`, each with strides `_b, _n, _h`; lse,
-    delta `[B, H, N]`; bias `[H, 2 KY - 1, 2 KX - 1]`; mask `[B, outside]` with its stride.
+    Inputs: q, k, v, do `[B, N, H, D]`, pooled_k, pooled_v `[B, pooled, H, D]`, each with strides `_b, _n, _h`; lse
+    `[1 + TWO, B, H, N]`, delta `[B, H, N]`; bias `[H, 2 KY - 1, 2 KX - 1]`; mask `[B, outside]` with its stride.
     Boxes: k_seq, v_seq of the sequence, k_grid, v_grid of the grid; with `TMA` only.
     Outputs: dq `[B, N, H, D]`; of the tokens outside the grid part_dq `[parts, B, outside, H, D]` if there are several
     parts.
@@ -225,18 +229,21 @@ def _query_gradients(
     pid = tl.program_id(0)
     image = height * width
     c = scale * LOG2E
+    low = tl.cast(batch, tl.int64) * heads * N
     dq_rows = tl.zeros([M, BLOCK_D], tl.float32)  # [M, BLOCK_D]
     if pid < row_programs:
         b, h, bh, part, rank, keep, token = outside_program(pid, outside, heads, N, prefix, image, M, parts)
         q_rows = load_rows(head_of(q, b, h, q_b, q_h), token, q_n, D, BLOCK_D)  # [M, BLOCK_D]
         do_rows = load_rows(head_of(do, b, h, do_b, do_h), token, do_n, D, BLOCK_D)  # [M, BLOCK_D]
         lse_rows = tl.load(lse + bh.to(tl.int64) * N + token)  # [M]
+        low_rows = tl.load(lse + low + bh.to(tl.int64) * N + token) if TWO else lse_rows  # [M]
         delta_rows = tl.load(delta + bh.to(tl.int64) * N + token)  # [M]
         first = part * part_length
         dq_rows = _sequence(
-            q_rows, do_rows, lse_rows, delta_rows, dq_rows, head_of(k, b, h, k_b, k_h), head_of(v, b, h, v_b, v_h),
-            k_seq, v_seq, mask + b * mask_b, b, h, first, tl.minimum(first + part_length, N), k_n, v_n, prefix, image,
-            c, LEN, True, MASK, D, BLOCK_D, TMA and (PREFIX or SUFFIX), PRECISION,
+            q_rows, do_rows, lse_rows, low_rows, delta_rows, dq_rows, head_of(k, b, h, k_b, k_h),
+            head_of(v, b, h, v_b, v_h), k_seq, v_seq, mask + b * mask_b, b, h, first,
+            tl.minimum(first + part_length, N), k_n, v_n, prefix, image, c, LEN, True, MASK, D, BLOCK_D,
+            TMA and (PREFIX or SUFFIX), TWO, PRECISION,
         )  # fmt: skip
         if parts == 1:
             store_rows(own_head(dq, b, h, N, heads, D), token, heads * D, dq_rows * scale, keep, D, BLOCK_D)
@@ -250,24 +257,25 @@ def _query_gradients(
         q_rows = load_rows(head_of(q, b, h, q_b, q_h), token, q_n, D, BLOCK_D)  # [M, BLOCK_D]
         do_rows = load_rows(head_of(do, b, h, do_b, do_h), token, do_n, D, BLOCK_D)  # [M, BLOCK_D]
         lse_rows = tl.load(lse + bh.to(tl.int64) * N + token)  # [M]
+        low_rows = tl.load(lse + low + bh.to(tl.int64) * N + token) if TWO else lse_rows  # [M]
         delta_rows = tl.load(delta + bh.to(tl.int64) * N + token)  # [M]
         k, v = head_of(k, b, h, k_b, k_h), head_of(v, b, h, v_b, v_h)
         mask += b * mask_b
         if PREFIX:
             dq_rows = _sequence(
-                q_rows, do_rows, lse_rows, delta_rows, dq_rows, k, v, k_seq, v_seq, mask, b, h, 0, prefix, k_n, v_n,
-                prefix, image, c, LEN, RAGGED_PREFIX, MASK, D, BLOCK_D, TMA, PRECISION,
+                q_rows, do_rows, lse_rows, low_rows, delta_rows, dq_rows, k, v, k_seq, v_seq, mask, b, h, 0, prefix,
+                k_n, v_n, prefix, image, c, LEN, RAGGED_PREFIX, MASK, D, BLOCK_D, TMA, TWO, PRECISION,
             )  # fmt: skip
         if SUFFIX:
             dq_rows = _sequence(
-                q_rows, do_rows, lse_rows, delta_rows, dq_rows, k, v, k_seq, v_seq, mask, b, h, prefix + image, N, k_n,
-                v_n, prefix, image, c, LEN, True, MASK, D, BLOCK_D, TMA, PRECISION,
+                q_rows, do_rows, lse_rows, low_rows, delta_rows, dq_rows, k, v, k_seq, v_seq, mask, b, h,
+                prefix + image, N, k_n, v_n, prefix, image, c, LEN, True, MASK, D, BLOCK_D, TMA, TWO, PRECISION,
             )  # fmt: skip
         if POOLED:
             dq_rows = _sequence(
-                q_rows, do_rows, lse_rows, delta_rows, dq_rows, head_of(pooled_k, b, h, pk_b, pk_h),
+                q_rows, do_rows, lse_rows, low_rows, delta_rows, dq_rows, head_of(pooled_k, b, h, pk_b, pk_h),
                 head_of(pooled_v, b, h, pv_b, pv_h), pooled_k, pooled_v, mask, b, h, 0, pooled, pk_n, pv_n, 0, 0, c,
-                LEN, True, False, D, BLOCK_D, False, PRECISION,
+                LEN, True, False, D, BLOCK_D, False, TWO, PRECISION,
             )  # fmt: skip
         table = bias_table(bias, h, KY, KX, BIAS)
         count, row, column, stop, near = walk(y0, x0, sub, window, TALL, WIDE, KEY_TALL, KEY_WIDE, False, DISC)
@@ -280,6 +288,8 @@ def _query_gradients(
                 v, v_grid, b, v_lane, row, column, sub, whole, v_n, KEY_TALL, KEY_WIDE, D, BLOCK_D, TMA
             )  # [LEN, BLOCK_D]
             s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION) * c - lse_rows[:, None]  # [M, LEN]
+            if TWO:
+                s -= low_rows[:, None]
             ky, kx = coordinates(row, column, KEY_TALL, KEY_WIDE, DISC)  # [LEN]
             s = windowed(
                 s, qy[:, None], qx[:, None], ky[None, :], kx[None, :], sub, window, table, False, BIAS, DISC

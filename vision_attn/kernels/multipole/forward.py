@@ -163,7 +163,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     part_o = part_lse = lse
     if plan.parts > 1:
         part_o = q.new_empty((plan.parts, B, H, call.outside, D), dtype=torch.float32)
-        part_lse = q.new_empty((plan.parts, B, H, call.outside), dtype=torch.float32)
+        part_lse = q.new_empty((1, plan.parts, B, H, call.outside), dtype=torch.float32)
     plan.run(
         q, k, v, call.means_k, call.means_v, o, lse, part_o, part_lse, call.chosen,
         masses(call.chosen, call.mass, call.size, tiles), lse if call.mask is None else call.mask,

@@ -144,6 +144,11 @@ def precision_of(t: Tensor) -> str:
     return thrice(t) if t.shape[-1] <= 128 else "ieee"
 
 
+def floats_of(t: Tensor) -> int:
+    """Return in how many floats a log-sum-exp is kept for the backward: see `store_lse`."""
+    return 2 if t.dtype == torch.float32 else 1
+
+
 def cut(tokens: int, programs: int, launch: Launch, t: Tensor, *, least: int, fill: bool = True) -> tuple[int, int]:
     """Return into how many parts, and of what length, a loop over `tokens` is cut.
 

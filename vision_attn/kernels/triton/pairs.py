@@ -33,9 +33,11 @@ from vision_attn.kernels.triton.rows import (
     LOG2E,
     ds_of,
     head_of,
+    load_lse,
     load_rows_below,
     program_of,
     store_rows_below,
+    weights_of,
 )
 
 
@@ -65,7 +67,7 @@ class Pairs:
 
     def launch(
         self, name: str, kernel: Kernel, args: Callable[[int], Sequence[Any]], owned: int, walked: int, *,
-        split: bool = False,
+        split: bool = False, **more: Any,
     ) -> tuple[int, int, dict[str, Any]]:  # fmt: skip
         """Plan a launch whose programs own some tokens and walk others: programs, parts, and arguments by name.
 
@@ -77,6 +79,7 @@ class Pairs:
             owned: Tokens that programs own.
             walked: Tokens that they walk.
             split: Whether the kernel has to know if there are several parts.
+            more: Further constants.
         """
         numbers = self.numbers()
         batch_heads = numbers["batch_heads"]
@@ -86,11 +89,11 @@ class Pairs:
             parts, length = cut(walked, batch_heads * blocks, launch, self.q, least=4, fill=False)
             named = dict(
                 blocks=blocks, length=length, ROWS=launch.rows, LEN=launch.length, STAGES=launch.stages,
-                num_warps=launch.warps, **numbers, **(dict(SPLIT=parts > 1) if split else {}),
+                num_warps=launch.warps, **numbers, **(dict(SPLIT=parts > 1) if split else {}), **more,
             )  # fmt: skip
             return parts * blocks * batch_heads, parts, named
 
-        about = None if self.bias is None else self.bias.dtype, self.mask is None
+        about = None if self.bias is None else self.bias.dtype, self.mask is None, *more.values()
 
         def needs(launch: Launch) -> int:
             _, parts, named = planned(launch)
@@ -123,18 +126,19 @@ def _key_gradients(
     q, k, v, do, lse, delta, dk, dv, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h,
     bias, bias_h, bias_n, bias_m, mask, mask_b, first, first_scale, scale, queries, tokens, heads, batch_heads,
     blocks, length, BIAS: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr, LEN: tl.constexpr,
-    STAGES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TWO: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients dk and dv of a tile of keys from a part of the queries.
 
-    Inputs: q, do `[B, queries, H, D]`, k, v `[B, tokens, H, D]`, each with strides `_b, _n, _h`; lse, delta
-    `[B, H, queries]`; bias `[H, queries, first]` and mask `[B, tokens]` with theirs.
+    Inputs: q, do `[B, queries, H, D]`, k, v `[B, tokens, H, D]`, each with strides `_b, _n, _h`; lse
+    `[1 + TWO, B, H, queries]`, delta `[B, H, queries]`; bias `[H, queries, first]` and mask `[B, tokens]` with theirs.
     Outputs: dk, dv `[parts, B, tokens, H, D]`.
     Logits: `first_scale` for the `first` keys, `scale` for the others.
     Launch: `blocks` of `ROWS` keys, parts of `length` queries, in steps of `LEN`.
     """
     b, h, bh, block, part = program_of(heads, batch_heads, blocks)
     q, do = head_of(q, b, h, q_b, q_h), head_of(do, b, h, do_b, do_h)
+    low = tl.cast(batch_heads, tl.int64) * queries
     lse += bh.to(tl.int64) * queries
     delta += bh.to(tl.int64) * queries
     column = block * ROWS + tl.arange(0, ROWS)  # [ROWS]
@@ -148,13 +152,13 @@ def _key_gradients(
         q_rows = load_rows_below(q, row, stop, q_n, 0, D, BLOCK_D)  # [LEN, BLOCK_D]
         # zero from `stop` on: these rows add nothing
         do_rows = load_rows_below(do, row, stop, do_n, 0, D, BLOCK_D)  # [LEN, BLOCK_D]
-        lse_rows = tl.load(lse + row, mask=row < stop, other=0.0)  # [LEN]
+        lse_rows, low_rows = load_lse(lse, row, low, row < stop, TWO)  # [LEN]
         delta_rows = tl.load(delta + row, mask=row < stop, other=0.0)  # [LEN]
         s, _ = logits_of(
             q_rows, k_rows, row, column, tokens, b, h, bias, bias_h, bias_n, bias_m, mask, mask_b, first, first_scale,
             scale, queries, BIAS, MASK, PRECISION,
         )  # fmt: skip
-        p = tl.where((row < stop)[:, None], tl.math.exp2(s - lse_rows[:, None]), 0.0)  # [LEN, ROWS]
+        p = tl.where((row < stop)[:, None], weights_of(s, lse_rows, low_rows, TWO), 0.0)  # [LEN, ROWS]
         dv_rows += tl.dot(tl.trans(p.to(do_rows.dtype)), do_rows, input_precision=PRECISION)
         ds = ds_of(p, do_rows, v_rows, delta_rows, PRECISION)  # [LEN, ROWS]
         dk_rows += tl.dot(tl.trans(ds.to(q_rows.dtype)), q_rows, input_precision=PRECISION)
@@ -165,7 +169,7 @@ def _key_gradients(
 
 
 def key_gradients(pairs: Pairs, do: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of k and v, given the log-sum-exp in base 2 and delta = dO . o, both `[B, H, N]`."""
+    """Return the gradients of k and v, given the log-sum-exp `[floats, B, H, N]` and delta = dO . o `[B, H, N]`."""
     q, k, v = pairs.q, pairs.k, pairs.v
     inputs, strides = (q, k, v, do, lse, delta), strides_of(q, k, v, do)
 
@@ -173,8 +177,9 @@ def key_gradients(pairs: Pairs, do: Tensor, lse: Tensor, delta: Tensor) -> tuple
         return torch.float32 if parts > 1 else k.dtype
 
     programs, parts, named = pairs.launch(
-        "pairs.keys", _key_gradients, lambda parts: (*inputs, *[dtype(parts)] * 2, *strides), k.shape[1], q.shape[1]
-    )
+        "pairs.keys", _key_gradients, lambda parts: (*inputs, *[dtype(parts)] * 2, *strides), k.shape[1], q.shape[1],
+        TWO=len(lse) == 2,
+    )  # fmt: skip
     dk, dv = (k.new_empty((parts, *k.shape), dtype=dtype(parts)) for _ in range(2))
     _key_gradients[(programs,)](*inputs, dk, dv, *strides, **named)
     return added(dk, k.dtype), added(dv, v.dtype)

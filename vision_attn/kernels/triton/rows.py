@@ -153,6 +153,38 @@ def update_softmax(s, v_rows, m, l, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def store_lse(lse, place, low, m, total, keep, TWO: tl.constexpr):
+    """Write the log-sum-exp m + log2(total) of some rows; if `TWO`, what rounding takes from it, `low` elements on.
+
+    A float32 in the thousands holds it to 1e-4 only, and every weight of a row would be wrong by as much.
+    """
+    rest = tl.log2(total)
+    high = m + rest
+    tl.store(lse + place, high, mask=keep)
+    if TWO:
+        tl.store(lse + low + place, rest - (high - m), mask=keep)
+
+
+@triton.jit
+def load_lse(lse, place, low, keep, TWO: tl.constexpr):
+    """Read what `store_lse` wrote: the log-sum-exp, and what rounding took from it (any number unless `TWO`)."""
+    high = tl.load(lse + place, mask=keep, other=0.0)
+    rest = high
+    if TWO:
+        rest = tl.load(lse + low + place, mask=keep, other=0.0)
+    return high, rest
+
+
+@triton.jit
+def weights_of(s, lse_rows, low_rows, TWO: tl.constexpr):
+    """The weights `[rows, columns]` of logits s, given the log-sum-exp of the rows: see `load_lse`."""
+    s -= lse_rows[:, None]
+    if TWO:
+        s -= low_rows[:, None]
+    return tl.math.exp2(s)
+
+
+@triton.jit
 def ds_of(p, do_rows, v_rows, delta_rows, PRECISION: tl.constexpr):
     """The gradient of the logits `[rows, columns]` for weights p: p (dO v^T - delta)."""
     dp = tl.dot(do_rows, tl.trans(v_rows), input_precision=PRECISION)  # [rows, columns]
@@ -231,16 +263,17 @@ def meet_sequence(
 @triton.jit
 def _merge(
     part_o, part_lse, o, lse, N, heads, batch, prefix, image, outside, parts, ROWS: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
     """Merge the parts of the tokens outside the grid by their log-sum-exp.
 
-    Inputs: part_o `[parts, B, H, outside, D]`, part_lse `[parts, B, H, outside]`.
-    Outputs: o `[B, N, H, D]`, lse `[B, H, N]`.
+    Inputs: part_o `[parts, B, H, outside, D]`, part_lse `[1 + TWO, parts, B, H, outside]`.
+    Outputs: o `[B, N, H, D]`, lse `[1 + TWO, B, H, N]`.
     """
     rank = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     bh = tl.program_id(1)
     keep = rank < outside
+    low = tl.cast(parts, tl.int64) * batch * heads * outside
     top = tl.full([ROWS], HIDDEN, tl.float32)  # [ROWS]
     for i in tl.range(0, parts):
         place = (i * batch * heads + bh).to(tl.int64) * outside
@@ -249,14 +282,15 @@ def _merge(
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)  # [ROWS, BLOCK_D]
     for i in tl.range(0, parts):
         place = (i * batch * heads + bh).to(tl.int64) * outside
-        weight = tl.math.exp2(tl.load(part_lse + place + rank, mask=keep, other=0.0) - top)  # [ROWS]
+        high, rest = load_lse(part_lse, place + rank, low, keep, TWO)  # [ROWS]
+        weight = tl.math.exp2(high - top + rest if TWO else high - top)  # [ROWS]
         rows = load_rows(part_o + place * D, tl.minimum(rank, outside - 1), D, D, BLOCK_D)  # [ROWS, BLOCK_D]
         total += weight
         acc += rows * weight[:, None]
     token = outside_tokens(rank, prefix, image)  # [ROWS]
     base = own_head(o, bh // heads, bh % heads, N, heads, D)
     store_rows(base, token, heads * D, acc / total[:, None], keep, D, BLOCK_D)
-    tl.store(lse + bh.to(tl.int64) * N + token, top + tl.log2(total), mask=keep)
+    store_lse(lse, bh.to(tl.int64) * N + token, tl.cast(batch, tl.int64) * heads * N, top, total, keep, TWO)
 
 
 def splits(t: Tensor, programs: int, length: int, others: int, block: int) -> tuple[int, int]:
@@ -284,15 +318,30 @@ def merge_outside(part_o: Tensor, part_lse: Tensor, o: Tensor, lse: Tensor, pref
 
     Args:
         part_o: Outputs of the parts `[parts, B, H, outside, D]`.
-        part_lse: Their log-sum-exp `[parts, B, H, outside]`.
+        part_lse: Their log-sum-exp `[1 or 2, parts, B, H, outside]`, see `store_lse`.
         o: Output of all tokens.
-        lse: Log-sum-exp of all tokens.
+        lse: Log-sum-exp of all tokens, in as many floats.
         prefix: Tokens before the grid.
     """
     B, N, H, D = o.shape
-    parts, outside = part_lse.shape[0], part_lse.shape[3]
+    floats, parts, _, _, outside = part_lse.shape
     _merge[(math.ceil(outside / 16), B * H)](
-        part_o, part_lse, o, lse, N, H, B, prefix, N - outside, outside, parts, 16, D, block_of(D), num_warps=4
+        part_o,
+        part_lse,
+        o,
+        lse,
+        N,
+        H,
+        B,
+        prefix,
+        N - outside,
+        outside,
+        parts,
+        16,
+        D,
+        block_of(D),
+        floats == 2,
+        num_warps=4,
     )
 
 
@@ -320,9 +369,9 @@ def _delta(
 
 
 def delta_of(do: Tensor, o: Tensor, dlse: Tensor | None, lse: Tensor) -> Tensor:
-    """Return delta, float32 `[B, H, N]`, of do and o `[B, N, H, D]`, and dlse and lse `[B, H, N]`."""
+    """Return delta, float32 `[B, H, N]`, of do and o `[B, N, H, D]`, and dlse `[B, H, N]`; lse may be of two floats."""
     B, N, H, D = o.shape
-    delta = torch.empty_like(lse)
+    delta = lse.new_empty((B, H, N))
     _delta[(math.ceil(N / 32), B * H)](
         do, o, lse if dlse is None else dlse.contiguous(), delta, *strides_of(do), N, H, ROWS=32, D=D,
         BLOCK_D=block_of(D), DLSE=dlse is not None, num_warps=4,

@@ -27,7 +27,16 @@ from vision_attn.kernels.triton.cells import (
 )
 from vision_attn.kernels.triton.launching import Kernel, strides_of
 from vision_attn.kernels.triton.pairs import Pairs, key_gradients
-from vision_attn.kernels.triton.rows import ds_of, head_of, load_rows_below, own_head, program_of, store_rows_below
+from vision_attn.kernels.triton.rows import (
+    ds_of,
+    head_of,
+    load_lse,
+    load_rows_below,
+    own_head,
+    program_of,
+    store_rows_below,
+    weights_of,
+)
 
 
 @Kernel
@@ -36,12 +45,13 @@ def _query_gradients(
     q, k, v, o, do, lse, delta, dq, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h,
     sk, sv, sk_b, sk_n, sk_h, sv_b, sv_n, sv_h, mask, mask_b, outside, height, width, cell_h, cell_w, halo_h, halo_w,
     heads, batch_heads, scale, SHARED: tl.constexpr, MASK: tl.constexpr, HALO: tl.constexpr, SLOTS: tl.constexpr,
-    ROWS: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TWO: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients dq, and delta of a tile of queries.
 
     Inputs: q, k, v, do `[B, n, H, D]` of the grid's n tokens, shared keys sk and values sv `[B, outside, H, D]`, each
-    with strides `_b, _n, _h`; o like q, contiguous; lse `[B, H, n]`; mask `[B, outside]` with its stride.
+    with strides `_b, _n, _h`; o like q, contiguous; lse `[1 + TWO, B, H, n]`; mask `[B, outside]` with its stride.
     Outputs: dq `[B, n, H, D]`, delta `[B, H, n]`.
     Grid: as in the forward.
     """
@@ -54,8 +64,9 @@ def _query_gradients(
         own_head(o, b, h, tokens, heads, D), row, tokens, heads * D, 0, D, BLOCK_D
     )  # [ROWS, BLOCK_D]
     delta_rows = tl.sum(do_rows.to(tl.float32) * o_rows.to(tl.float32), 1)  # [ROWS]
-    lse_rows = tl.load(lse + bh.to(tl.int64) * tokens + row, mask=row < tokens, other=0.0)  # [ROWS]
-    tl.store(delta + bh.to(tl.int64) * tokens + row, delta_rows, mask=row < tokens)
+    low, place = tl.cast(batch_heads, tl.int64) * tokens, bh.to(tl.int64) * tokens + row
+    lse_rows, low_rows = load_lse(lse, place, low, row < tokens, TWO)  # [ROWS]
+    tl.store(delta + place, delta_rows, mask=row < tokens)
     dq_rows = tl.zeros([ROWS, BLOCK_D], tl.float32)  # [ROWS, BLOCK_D]
     start = first_slot(block, ROWS, TILES)
     KEY_TILES: tl.constexpr = TILES * HALO // SLOTS if HALO else TILES
@@ -69,7 +80,7 @@ def _query_gradients(
         k_rows = load_rows_below(head_of(k, b, h, k_b, k_h), column, tokens, k_n, 0, D, BLOCK_D)  # [ROWS, BLOCK_D]
         v_rows = load_rows_below(head_of(v, b, h, v_b, v_h), column, tokens, v_n, 0, D, BLOCK_D)  # [ROWS, BLOCK_D]
         s = cell_logits(q_rows, k_rows, cell, other, column, tokens, scale, PRECISION)  # [ROWS, ROWS]
-        ds = ds_of(tl.math.exp2(s - lse_rows[:, None]), do_rows, v_rows, delta_rows, PRECISION)  # [ROWS, ROWS]
+        ds = ds_of(weights_of(s, lse_rows, low_rows, TWO), do_rows, v_rows, delta_rows, PRECISION)  # [ROWS, ROWS]
         dq_rows += tl.dot(ds.to(k_rows.dtype), k_rows, input_precision=PRECISION)
     if SHARED:
         for j in tl.range(0, outside, ROWS):
@@ -83,7 +94,7 @@ def _query_gradients(
             s = shared_logits(
                 q_rows, k_rows, row, column, outside, b, h, mask, mask_b, scale, tokens, MASK, PRECISION
             )  # [ROWS, ROWS]
-            ds = ds_of(tl.math.exp2(s - lse_rows[:, None]), do_rows, v_rows, delta_rows, PRECISION)  # [ROWS, ROWS]
+            ds = ds_of(weights_of(s, lse_rows, low_rows, TWO), do_rows, v_rows, delta_rows, PRECISION)  # [ROWS, ROWS]
             dq_rows += tl.dot(ds.to(k_rows.dtype), k_rows, input_precision=PRECISION)
     store_rows_below(own_head(dq, b, h, tokens, heads, D), row, tokens, heads * D, 0, dq_rows * scale, D, BLOCK_D)
 
@@ -93,11 +104,12 @@ def _query_gradients(
 def _key_gradients(
     q, k, v, do, lse, delta, dk, dv, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h,
     height, width, cell_h, cell_w, halo_h, halo_w, heads, batch_heads, scale, HALO: tl.constexpr, SLOTS: tl.constexpr,
-    ROWS: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TWO: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients dk and dv of a tile of the grid's keys.
 
-    Inputs: q, k, v, do `[B, n, H, D]`, each with strides `_b, _n, _h`; lse, delta `[B, H, n]`.
+    Inputs: q, k, v, do `[B, n, H, D]`, each with strides `_b, _n, _h`; lse `[1 + TWO, B, H, n]`, delta `[B, H, n]`.
     Outputs: dk, dv `[B, n, H, D]`.
     Grid: as in the forward. With a `HALO` the queries of all cells are walked in whose halo a key may be.
     """
@@ -106,6 +118,7 @@ def _key_gradients(
     other, column = slots_of(block * ROWS, height, width, cell_h, cell_w, SLOTS, ROWS)  # [ROWS]
     k_rows = load_rows_below(head_of(k, b, h, k_b, k_h), column, tokens, k_n, 0, D, BLOCK_D)  # [ROWS, BLOCK_D]
     v_rows = load_rows_below(head_of(v, b, h, v_b, v_h), column, tokens, v_n, 0, D, BLOCK_D)  # [ROWS, BLOCK_D]
+    low = tl.cast(batch_heads, tl.int64) * tokens
     lse += bh.to(tl.int64) * tokens
     delta += bh.to(tl.int64) * tokens
     dk_rows = tl.zeros([ROWS, BLOCK_D], tl.float32)  # [ROWS, BLOCK_D]
@@ -121,13 +134,13 @@ def _key_gradients(
             cell, row = slots_of(start + i * ROWS, height, width, cell_h, cell_w, SLOTS, ROWS)  # [ROWS]
         q_rows = load_rows_below(head_of(q, b, h, q_b, q_h), row, tokens, q_n, 0, D, BLOCK_D)  # [ROWS, BLOCK_D]
         do_rows = load_rows_below(head_of(do, b, h, do_b, do_h), row, tokens, do_n, 0, D, BLOCK_D)  # [ROWS, BLOCK_D]
-        lse_rows = tl.load(lse + row, mask=row < tokens, other=0.0)  # [ROWS]
+        lse_rows, low_rows = load_lse(lse, row, low, row < tokens, TWO)  # [ROWS]
         delta_rows = tl.load(delta + row, mask=row < tokens, other=0.0)  # [ROWS]
         s = cell_logits(q_rows, k_rows, cell, other, column, tokens, scale, PRECISION)  # [ROWS, ROWS]
         seen = (row < tokens)[:, None]  # [ROWS, 1]
         if HALO:
             seen &= in_halo(row, column, width, cell_h, cell_w, halo_h, halo_w)  # [ROWS, ROWS]
-        p = tl.where(seen, tl.math.exp2(s - lse_rows[:, None]), 0.0)  # [ROWS, ROWS]
+        p = tl.where(seen, weights_of(s, lse_rows, low_rows, TWO), 0.0)  # [ROWS, ROWS]
         dv_rows += tl.dot(tl.trans(p.to(do_rows.dtype)), do_rows, input_precision=PRECISION)
         ds = ds_of(p, do_rows, v_rows, delta_rows, PRECISION)  # [ROWS, ROWS]
         dk_rows += tl.dot(tl.trans(ds.to(q_rows.dtype)), q_rows, input_precision=PRECISION)
@@ -142,12 +155,13 @@ def backward(call: Cells, do: Tensor, o: Tensor, lse: Tensor) -> tuple[Tensor, T
     shared_dk, shared_dv = (q.new_zeros((0,) if t is None else t.shape) for t in (call.shared_k, call.shared_v))
     if not q.numel():
         return dq, dk, dv, shared_dk, shared_dv
-    delta, strides = torch.empty_like(lse), strides_of(q, k, v, do)
-    args, more = (q, k, v, o, do, lse, delta, dq, *strides), call.shared() | call.around()
+    delta, strides = torch.empty_like(lse[0]), strides_of(q, k, v, do)
+    about = call.around() | dict(TWO=len(lse) == 2)
+    args, more = (q, k, v, o, do, lse, delta, dq, *strides), call.shared() | about
     programs, named = call.launch("window.queries", _query_gradients, args, lambda _: more, (call.halo,))
     _query_gradients[(programs,)](*args, **named)
     args = q, k, v, do, lse, delta, dk, dv, *strides
-    programs, named = call.launch("window.keys", _key_gradients, args, lambda _: call.around(), (call.halo,))
+    programs, named = call.launch("window.keys", _key_gradients, args, lambda _: about, (call.halo,))
     _key_gradients[(programs,)](*args, **named)
     if call.shared_k is not None and call.shared_v is not None:
         pairs = Pairs(q, call.shared_k, call.shared_v, None, call.mask, 0, (call.scale, call.scale))

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vision_attn.kernels.triton.cells import Cells, cell_logits, first_slot, meet_shared, slots_of, wide_slots_of
-from vision_attn.kernels.triton.launching import Kernel, strides_of
+from vision_attn.kernels.triton.launching import Kernel, floats_of, strides_of
 from vision_attn.kernels.triton.rows import (
     NO_KEY,
     START,
@@ -17,6 +17,7 @@ from vision_attn.kernels.triton.rows import (
     load_rows_below,
     own_head,
     program_of,
+    store_lse,
     store_rows_below,
     update_softmax,
 )
@@ -28,13 +29,13 @@ def _forward(
     q, k, v, o, lse, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, sk, sv, sk_b, sk_n, sk_h, sv_b, sv_n, sv_h,
     mask, mask_b, outside, height, width, cell_h, cell_w, halo_h, halo_w, heads, batch_heads, scale,
     SHARED: tl.constexpr, MASK: tl.constexpr, HALO: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
-    TILES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    TILES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TWO: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of a tile of queries.
 
     Inputs: q, k, v `[B, n, H, D]` of the grid's n tokens, shared keys sk and values sv `[B, outside, H, D]`, each with
     strides `_b, _n, _h`; mask `[B, outside]` with its own.
-    Outputs: o `[B, n, H, D]`, lse `[B, H, n]`.
+    Outputs: o `[B, n, H, D]`, lse `[1 + TWO, B, H, n]`.
     Grid: `height` x `width` tokens in cells of `cell_h` x `cell_w`, of `SLOTS` slots, walked in `TILES` of `ROWS`; keys
     also in the `halo_h` rows and `halo_w` columns around a cell, then `HALO` slots hold it.
     """
@@ -66,16 +67,18 @@ def _forward(
     total = tl.maximum(l, NO_KEY)  # [ROWS], a slot without a token has no key
     acc = acc * (1.0 / total)[:, None]
     store_rows_below(own_head(o, b, h, tokens, heads, D), row, tokens, heads * D, 0, acc, D, BLOCK_D)
-    tl.store(lse + bh.to(tl.int64) * tokens + row, m + tl.log2(total), mask=row < tokens)
+    low = tl.cast(batch_heads, tl.int64) * tokens
+    store_lse(lse, bh.to(tl.int64) * tokens + row, low, m, total, row < tokens, TWO)
 
 
 def forward(call: Cells) -> tuple[Tensor, Tensor]:
-    """Return the output `[B, N, H, D]` and its log-sum-exp in base 2, `[B, H, N]` in float32."""
+    """Return the output `[B, N, H, D]` and its log-sum-exp in base 2, `[floats, B, H, N]` in float32."""
     q, k, v = call.q, call.k, call.v
     B, N, H, _ = q.shape
-    o, lse = q.new_empty(q.shape), q.new_empty((B, H, N), dtype=torch.float32)
+    o, lse = q.new_empty(q.shape), q.new_empty((floats_of(q), B, H, N), dtype=torch.float32)
     if o.numel():
-        args, more = (q, k, v, o, lse, *strides_of(q, k, v)), call.shared() | call.around()
+        args = q, k, v, o, lse, *strides_of(q, k, v)
+        more = call.shared() | call.around() | dict(TWO=len(lse) == 2)
         programs, named = call.launch("window.forward", _forward, args, lambda _: more, (call.halo,))
         _forward[(programs,)](*args, **named)
     return o, lse

@@ -12,7 +12,7 @@ from torch import Tensor
 from vision_attn.grid import Grid
 from vision_attn.kernels.backend import custom_op
 from vision_attn.kernels.dense import outside, with_dense_rows
-from vision_attn.kernels.triton.launching import packed
+from vision_attn.kernels.triton.launching import floats_of, packed
 
 
 def window_attention_triton(
@@ -34,7 +34,7 @@ def _window(
     q: Tensor, k: Tensor, v: Tensor, shared_k: Tensor | None, shared_v: Tensor | None, mask: Tensor | None,
     size: Sequence[int], cell: Sequence[int], halo: Sequence[int], scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output and log-sum-exp in base 2 of the grid's tokens."""
+    """Output and log-sum-exp in base 2 of the grid's tokens, `[floats, B, H, n]`."""
     from vision_attn.kernels.triton.cells import cells_of  # noqa: PLC0415
     from vision_attn.kernels.window.forward import forward  # noqa: PLC0415
 
@@ -44,7 +44,7 @@ def _window(
 @_window.register_fake
 def _(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     B, N, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, H, N), dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty((floats_of(q), B, H, N), dtype=torch.float32)
 
 
 @custom_op("vision_attn::window_triton_backward")
