@@ -30,7 +30,7 @@ from vision_attn.kernels.linear import Features, feature_mean, linear_attention
 from vision_attn.kernels.window import Haloed, window_attention
 
 DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
-OPERATORS = ("linear", "linear_injective", "agent", "window")
+OPERATORS = ("linear", "linear_injective", "agent", "window", "linear_local")
 
 
 def row(operator, id, **options):
@@ -119,28 +119,14 @@ def check(case, dtype):
     return shares(names_of(case), ours, plain, exact, dtype)
 
 
-def check_fused(case, dtype):
-    """Check a row of linear-local attention, which has no gradients."""
-    with torch.no_grad():
-        t = {kind: inputs_of(case, kind) for kind in (torch.float64, dtype)}
-        t = {kind: {k: x if x is None else x.cuda() for k, x in some.items()} for kind, some in t.items()}
-        o = [call(case, t[kind], backend) for kind, backend in backends(dtype)]
-    return shares("o", *([x] for x in o), dtype)
-
-
 def check_features(D, dtype):
     """Check the Hedgehog's features of heads of D channels."""
     x, weight = 3 * torch.randn(2, 1111, 3, D).half().cuda(), (torch.randn(3, D, D) / D**0.5).cuda()
     o = []
-    for kind, backend in backends(dtype, "torch"):
+    for kind, backend in ((dtype, "triton"), (dtype, "torch"), (torch.float64, "torch")):
         wide = torch.float64 if kind == torch.float64 else torch.float32
         o.append(hedgehog(x.to(kind), weight.to(wide), backend=backend))
     return shares("o", *([x] for x in o), dtype)
-
-
-def backends(dtype, plain="reference"):
-    """Dtypes and backends of what is checked, of plain PyTorch, and of the definition."""
-    return (dtype, "triton"), (dtype, plain), (torch.float64, plain)
 
 
 def gradients(function, leaves, do):
@@ -263,7 +249,6 @@ def main():
 
     result = dict(device=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__, check={})
     rows = [(check, case, case) for case in CASES + TUNED if case.operator in OPERATORS]
-    rows += [(check_fused, case, case) for case in CASES + TUNED if case.operator == "linear_local"]
     rows += [(check_features, D, f"hedgehog-d{D}") for D in (16, 40, 64, 72, 80, 128)]
     rows = [row for row in rows if args.only in str(row[2])]
     with pool() as workers:

@@ -128,9 +128,10 @@ def _call(operator: str, dtype: Any, D: int) -> Any:
     """Call an operator by its Triton backend, with gradients."""
     import torch
 
-    from vision_attn import RALA, Agent, Halo, HiLo, InLine, LinearLocal, LinFusion
+    from vision_attn import RALA, Agent, Halo, HiLo, InLine, LinFusion
     from vision_attn.grid import Grid
     from vision_attn.kernels.linear import Features, linear_attention
+    from vision_attn.kernels.linear_local import linear_local_attention
     from vision_attn.kernels.local import Window, local_attention
     from vision_attn.kernels.multipole import Cells, multipole_attention
     from vision_attn.processors.base import Layer
@@ -162,7 +163,6 @@ def _call(operator: str, dtype: Any, D: int) -> Any:
         "window": HiLo(alpha=0.5, window_size=8),
         "window-halo": Halo(),
         "injective": InLine(),
-        "linear_local": LinearLocal(),
         "hedgehog": LinFusion(feature_map="hedgehog"),
     }
     if operator in windows:
@@ -172,8 +172,12 @@ def _call(operator: str, dtype: Any, D: int) -> Any:
     if operator == "linear":
         return linear_attention(q, k, v, backend="triton")
     if operator == "linear-features":  # as the Hedgehog's
-        a, b = (draw(1, grid.tokens, 2, min(2 * D, 256)) for _ in range(2))
+        a, b = (draw(1, grid.tokens, 2, 2 * D) for _ in range(2))
         return linear_attention(a, b, v, features=Features("none"), backend="triton")
+    if operator == "linear_local":
+        a, b = (draw(1, grid.tokens, 2, 2 * D) for _ in range(2))
+        gate = torch.ones(2, requires_grad=True)
+        return linear_local_attention((q, a), (k, b), v, grid, 8, gate, backend="triton")
     return specs[operator].build(Layer("", 2, D, "triton", 2 * D)).to(dtype)(q, k, v, grid)
 
 

@@ -60,7 +60,9 @@ def pair_tiles(monkeypatch, length):
 def cell_tiles(monkeypatch, slots, features=64):
     """Take tiles of `slots` slots for window and linear-local attention, and some features at a time."""
     launch = _module("launches").Launch((slots,), warps=1, features=features)
-    names = "window__forward", "window__queries", "window__keys", "linear_local__forward"
+    names = [
+        f"{operator}__{kernel}" for operator in ("window", "linear_local") for kernel in ("forward", "queries", "keys")
+    ]
     take(monkeypatch, **dict.fromkeys(names, launch))
 
 

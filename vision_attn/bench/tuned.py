@@ -40,6 +40,8 @@ KERNELS: dict[str, tuple[str, bool]] = {
     "window.queries": ("window", True),
     "window.keys": ("window", True),
     "linear_local.forward": ("linear_local", False),
+    "linear_local.queries": ("linear_local", True),
+    "linear_local.keys": ("linear_local", True),
     "hedgehog.features": ("hedgehog", False),
     "multipole.forward": ("multipole", False),
     "multipole.gradients": ("multipole", True),
@@ -103,7 +105,7 @@ class Budget:
     def _results(self, dtype: torch.dtype, backend: str) -> list[Tensor]:
         case = self.case
         function, tensors, do = operator_call(case, _CHECKED, self.device, dtype, heads=2)
-        if case.operator in ("linear_local", "hedgehog"):
+        if case.operator == "hedgehog":
             with torch.no_grad():
                 return [function(*tensors, backend=_named(case, backend)).double()]
         leaves = [t.requires_grad_() for t in tensors]
@@ -153,8 +155,8 @@ def operator_call(
         a, b = (draw(1, grid.tokens, heads, min(2 * D, 256)).abs() for _ in range(2))
         gate = torch.ones(heads, device=device)
         return (
-            lambda q, k, v, backend: linear_local_attention((q, a), (k, b), v, grid, 8, gate, backend=backend),
-            [q, k, v], do[:, grid.image],
+            lambda q, k, v, a, b, backend: linear_local_attention((q, a), (k, b), v, grid, 8, gate, backend=backend),
+            [q, k, v, a, b], do[:, grid.image],
         )  # fmt: skip
     cells = Cells()
     if case.operator == "multipole" and side == _CHECKED:  # rounding chooses other cells in each dtype

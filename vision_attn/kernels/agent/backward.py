@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vision_attn.kernels.triton.launching import Kernel, added, strides_of
-from vision_attn.kernels.triton.pairs import Pairs, key_gradients, logits_of
+from vision_attn.kernels.triton.pairs import Pairs, key_gradients, logits_of, weights_of
 from vision_attn.kernels.triton.rows import (
     ds_of,
     head_of,
@@ -24,7 +24,6 @@ from vision_attn.kernels.triton.rows import (
     own_head,
     program_of,
     store_rows_below,
-    weights_of,
 )
 
 

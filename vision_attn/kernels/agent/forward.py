@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vision_attn.kernels.triton.launching import Kernel, block_of, floats_of, strides_of
-from vision_attn.kernels.triton.pairs import Pairs, logits_of
+from vision_attn.kernels.triton.pairs import Pairs, logits_of, update_softmax
 from vision_attn.kernels.triton.rows import (
     HIDDEN,
     NO_KEY,
@@ -29,7 +29,6 @@ from vision_attn.kernels.triton.rows import (
     program_of,
     store_lse,
     store_rows_below,
-    update_softmax,
 )
 
 

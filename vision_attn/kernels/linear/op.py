@@ -39,8 +39,9 @@ def injective_attention_triton(q: Tensor, k: Tensor, v: Tensor, key_weight: Tens
 
 
 def linear_state(
-    k: Tensor, v: Tensor, weight: Tensor | None = None, map_: str = "none", factor: float = 1.0
-) -> tuple[Tensor, Tensor]:
+    k: Tensor, v: Tensor, weight: Tensor | None = None, map_: str = "none", factor: float = 1.0,
+    sum_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Sum features times values, and features, over the tokens: for operators that fuse the rest themselves.
 
         S = factor sum_j w_j phi(k_j) v_j^T,    z = factor sum_j w_j phi(k_j)
@@ -53,6 +54,7 @@ def linear_state(
         weight: Weights w `[B, N, H]`.
         map_: The feature map, as `Features` has it.
         factor: Of both sums.
+        sum_weight: Further weights `[B, N, H]` of z alone, with the strides of `weight`.
 
     Returns:
         S `[B, H, F, D]` and z `[B, H, F]` in float32.
@@ -60,7 +62,7 @@ def linear_state(
     from vision_attn.kernels.linear.forward import Call, merged, state_parts  # noqa: PLC0415
 
     call = Call(k, k, v, None, None, weight, None, map_, 0.0)
-    part, _ = state_parts(call, k, v, weight, None, None)
+    part, _ = state_parts(call, k, v, weight, sum_weight, None)
     state, norm, _ = merged(call, part, None, torch.float32, factor)
     return state, norm
 

@@ -26,7 +26,7 @@ from vision_attn.kernels.backend import (
 )
 from vision_attn.kernels.dense import full_mask, outside
 from vision_attn.kernels.linear_local.op import linear_local_attention_triton
-from vision_attn.kernels.triton.launching import inference_reasons
+from vision_attn.kernels.triton.launching import triton_reasons
 from vision_attn.kernels.window import cell_numbers, from_cells, inside_cells, to_cells
 
 
@@ -56,7 +56,7 @@ def linear_local_attention(
             least; those over the grid if None. Where the grid is a part of a larger one, give those of the larger one.
         mask: Bool `[B, prefix + suffix]` (or batch 1): False hides a key outside the grid.
         scale: Factor of the logits, `D ** -0.5` if None.
-        backend: 'triton' (CUDA, fused, without gradients), 'torch' (any device), 'reference' (dense, small inputs), or
+        backend: 'triton' (CUDA, fused), 'torch' (any device), 'reference' (dense, small inputs), or
             'auto' for the fastest that can run.
 
     Returns:
@@ -78,7 +78,7 @@ def linear_local_attention(
     if gate.device != v.device:
         raise ValueError(f"all inputs must be on one device, got v on {v.device} and gate on {gate.device}")
     cell = per_axis(window_size, "window_size", 1)
-    reasons = inference_reasons(*q, *k, v, weights=(gate,), auto=backend == "auto")
+    reasons = triton_reasons(v, auto=backend == "auto")
     implementations = {
         "triton": Implementation(linear_local_attention_triton, reasons),
         "torch": Implementation(_torch),

@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vision_attn.kernels.launches import Launch
-from vision_attn.kernels.linear import linear_state
 from vision_attn.kernels.triton.cells import Cells, cell_logits, first_slot, meet_shared, slots_of
-from vision_attn.kernels.triton.launching import Kernel, block_of, precision_of, strides_of, thrice
+from vision_attn.kernels.triton.launching import Kernel, block_of, floats_of, precision_of, strides_of, thrice
+from vision_attn.kernels.triton.pairs import update_softmax
 from vision_attn.kernels.triton.rows import (
     NO_KEY,
     START,
@@ -26,26 +26,28 @@ from vision_attn.kernels.triton.rows import (
     load_rows_below,
     own_head,
     program_of,
+    store_lse,
     store_rows_below,
-    update_softmax,
 )
 
 
 @Kernel
 @triton.jit
 def _forward(
-    q, k, v, a, b_, state, norm, gate, o, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, a_b, a_n, a_h, b_b, b_n, b_h,
+    q, k, v, a, b_, state, norm, gate, o, lse, shares,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, a_b, a_n, a_h, b_b, b_n, b_h,
     sk, sv, sk_b, sk_n, sk_h, sv_b, sv_n, sv_h, mask, mask_b, outside, height, width, cell_h, cell_w, heads,
     batch_heads, scale, SHARED: tl.constexpr, MASK: tl.constexpr, FAR: tl.constexpr, SLOTS: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, F: tl.constexpr,
-    BLOCK_F: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_F: tl.constexpr, TWO: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Output of a tile of queries; without `FAR` the window is the whole grid.
+    """Output of a tile of queries, and what its backward needs; without `FAR` the window is the whole grid.
 
     Inputs: q, k, v `[B, n, H, D]` of the grid's n tokens, features a of queries and b_ of keys `[B, n, H, F]`, shared
     keys sk and values sv `[B, outside, H, D]`, each with strides `_b, _n, _h`; mask `[B, outside]` with its own; state
     `[B, H, F, D]` and norm `[B, H, F]` of the grid; gate `[H]`.
-    Outputs: o `[B, n, H, D]`.
+    Outputs: o `[B, n, H, D]`, shares `[B, H, n]`, one over the normaliser; lse `[1 + TWO, B, H, n]`, so that the weight
+    of a key in the window is 2^(s - lse), see `store_lse`.
     Grid: `height` x `width` tokens in cells of `cell_h` x `cell_w`, of `SLOTS` slots, walked in `TILES` of `ROWS`.
     """
     b, h, bh, _, block = program_of(heads, batch_heads, 1)
@@ -90,33 +92,46 @@ def _forward(
             far_weight += tl.sum(a_rows * tl.load(norm + bh * F + n, mask=n < F, other=0.0)[None, :], 1)
     g = tl.load(gate + h)
     total = tl.maximum(g * l + far_weight, NO_KEY)  # [ROWS], a slot without a token has no key
+    place, low = bh.to(tl.int64) * tokens + row, tl.cast(batch_heads, tl.int64) * tokens
+    tl.store(shares + place, 1.0 / total, mask=row < tokens)
+    store_lse(lse, place, low, m, total / g, row < tokens, TWO)
     o_rows = (g * acc + far) / total[:, None]  # [ROWS, BLOCK_D]
     store_rows_below(own_head(o, b, h, tokens, heads, D), row, tokens, heads * D, 0, o_rows, D, BLOCK_D)
 
 
 def forward(
-    call: Cells, a: Tensor, b: Tensor, gate: Tensor, state: Tensor | None = None, norm: Tensor | None = None
-) -> Tensor:
-    """Return the output of the grid's tokens `[B, n, H, D]`.
+    call: Cells, a: Tensor, b: Tensor, gate: Tensor, state: Tensor, norm: Tensor, far: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output of the grid's tokens `[B, n, H, D]`, and for the backward lse and shares: see `_forward`.
 
-    `a` and `b` are features `[B, n, H, F]`; `state` and `norm` are sums over more than the grid, if they are given.
+    Args:
+        call: Queries, keys and values.
+        a: Features of the queries `[B, n, H, F]`.
+        b: Features of the keys, like `a`.
+        gate: Weights of the softmax part `[H]`.
+        state: Sum of features times values `[B, H, F, D]`, of the grid or of a larger one.
+        norm: Sum of the features `[B, H, F]`.
+        far: Whether the sums are over more than each token's window.
     """
     q, k, v = call.q, call.k, call.v
-    F = a.shape[-1]
-    o = q.new_empty(q.shape)
+    (B, n, H, _), F = q.shape, a.shape[-1]
+    o, shares = q.new_empty(q.shape), q.new_empty((B, H, n), dtype=torch.float32)
+    lse = shares.new_empty((floats_of(q), B, H, n))
     if not o.numel():
-        return o
-    whole = state is not None and norm is not None
-    state, norm = (state, norm) if whole else linear_state(b, v)
-    far = whole or call.count > 1
-    args, shared = (q, k, v, a, b, state, norm, gate, o, *strides_of(q, k, v, a, b)), call.shared()
+        return o, lse, shares
+    args, shared = (q, k, v, a, b, state, norm, gate, o, lse, shares, *strides_of(q, k, v, a, b)), call.shared()
 
     # TF32 holds 16-bit features exactly, and their products with sums twice as well as 16 bits would
     wide = thrice(q) if q.dtype == torch.float32 else precision_of(q)
 
     def more(launch: Launch) -> dict[str, Any]:
-        return dict(FAR=far, F=F, BLOCK_F=min(block_of(F), launch.features), WIDE=wide, **shared)
+        return dict(FAR=far, F=F, BLOCK_F=features_of(F, launch), TWO=len(lse) == 2, WIDE=wide, **shared)
 
     programs, named = call.launch("linear_local.forward", _forward, args, more, (F, far))
     _forward[(programs,)](*args, **named)
-    return o
+    return o, lse, shares
+
+
+def features_of(F: int, launch: Launch) -> int:
+    """Return how many of F features are multiplied at a time."""
+    return min(block_of(F), launch.features)

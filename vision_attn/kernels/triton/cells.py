@@ -27,8 +27,8 @@ from vision_attn.kernels.triton.launching import (
     packed,
     precision_of,
 )
-from vision_attn.kernels.triton.pairs import logits_of
-from vision_attn.kernels.triton.rows import HIDDEN, LOG2E, load_rows_below, update_softmax
+from vision_attn.kernels.triton.pairs import logits_of, update_softmax
+from vision_attn.kernels.triton.rows import HIDDEN, LOG2E, load_rows_below
 
 
 @dataclass(frozen=True)

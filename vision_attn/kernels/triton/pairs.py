@@ -5,7 +5,7 @@
 Here are the inputs of a call, the logits, and the launch for the gradients of keys and values.
 """
 
-# ruff: noqa: ANN001, ANN202  # the compiler of a kernel reads no annotations
+# ruff: noqa: ANN001, ANN202, E741  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
 
 import math
@@ -37,13 +37,15 @@ from vision_attn.kernels.triton.rows import (
     load_rows_below,
     program_of,
     store_rows_below,
-    weights_of,
 )
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """The inputs of one call, checked. `bias` is `[H, N, first]`, `mask` uint8 `[B, M]` or `[1, M]`."""
+    """The inputs of one call, checked. `bias` is `[H, N, first]`, `mask` uint8 `[B, M]` or `[1, M]`.
+
+    In a backward, `greatest` is a key of each query `[B, H, N]` (none if it is below 0), and what is added to its ds.
+    """
 
     q: Tensor
     k: Tensor
@@ -52,6 +54,7 @@ class Pairs:
     mask: Tensor | None
     first: int
     scales: tuple[float, float]
+    greatest: tuple[Tensor, Tensor] | None = None
 
     def numbers(self) -> dict[str, Any]:
         """Return the arguments that all kernels take by name."""
@@ -103,6 +106,30 @@ class Pairs:
 
 
 @triton.jit
+def update_softmax(s, v_rows, m, l, acc, PRECISION: tl.constexpr):
+    """Add a tile of keys to an online softmax.
+
+    Logits s `[rows, columns]`, values `[columns, BLOCK_D]`; maximum m and sum l `[rows]`, weighed values acc
+    `[rows, BLOCK_D]`.
+    """
+    top = tl.maximum(m, tl.max(s, 1))  # [rows]
+    p = tl.math.exp2(s - top[:, None])  # [rows, columns]
+    shrink = tl.math.exp2(m - top)  # [rows]
+    l = l * shrink + tl.sum(p, 1)
+    acc = acc * shrink[:, None] + tl.dot(p.to(v_rows.dtype), v_rows, input_precision=PRECISION)
+    return top, l, acc
+
+
+@triton.jit
+def weights_of(s, lse_rows, low_rows, TWO: tl.constexpr):
+    """The weights `[rows, columns]` of logits s, given the log-sum-exp of the rows: see `load_lse`."""
+    s -= lse_rows[:, None]
+    if TWO:
+        s -= low_rows[:, None]
+    return tl.math.exp2(s)
+
+
+@triton.jit
 def logits_of(
     q_rows, k_rows, row, column, stop, b, h, bias, bias_h, bias_n, bias_m, mask, mask_b, first, first_scale, scale,
     queries, BIAS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
@@ -123,15 +150,17 @@ def logits_of(
 @Kernel
 @triton.jit
 def _key_gradients(
-    q, k, v, do, lse, delta, dk, dv, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h,
+    q, k, v, do, lse, delta, top, dtop, dk, dv, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h,
     bias, bias_h, bias_n, bias_m, mask, mask_b, first, first_scale, scale, queries, tokens, heads, batch_heads,
     blocks, length, BIAS: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr, LEN: tl.constexpr,
-    STAGES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TWO: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TWO: tl.constexpr, GREATEST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients dk and dv of a tile of keys from a part of the queries.
 
     Inputs: q, do `[B, queries, H, D]`, k, v `[B, tokens, H, D]`, each with strides `_b, _n, _h`; lse
-    `[1 + TWO, B, H, queries]`, delta `[B, H, queries]`; bias `[H, queries, first]` and mask `[B, tokens]` with theirs.
+    `[1 + TWO, B, H, queries]`, delta `[B, H, queries]`; bias `[H, queries, first]` and mask `[B, tokens]` with theirs;
+    if `GREATEST` top and dtop `[B, H, queries]`, see `Pairs`.
     Outputs: dk, dv `[parts, B, tokens, H, D]`.
     Logits: `first_scale` for the `first` keys, `scale` for the others.
     Launch: `blocks` of `ROWS` keys, parts of `length` queries, in steps of `LEN`.
@@ -161,6 +190,10 @@ def _key_gradients(
         p = tl.where((row < stop)[:, None], weights_of(s, lse_rows, low_rows, TWO), 0.0)  # [LEN, ROWS]
         dv_rows += tl.dot(tl.trans(p.to(do_rows.dtype)), do_rows, input_precision=PRECISION)
         ds = ds_of(p, do_rows, v_rows, delta_rows, PRECISION)  # [LEN, ROWS]
+        if GREATEST:
+            at = tl.load(top + bh.to(tl.int64) * queries + row, mask=row < stop, other=-1)  # [LEN]
+            more = tl.load(dtop + bh.to(tl.int64) * queries + row, mask=row < stop, other=0.0)  # [LEN]
+            ds += tl.where(at[:, None] == column[None, :], more[:, None], 0.0)
         dk_rows += tl.dot(tl.trans(ds.to(q_rows.dtype)), q_rows, input_precision=PRECISION)
     factor = tl.where(column < first, first_scale, scale)  # [ROWS]
     place = ((part.to(tl.int64) * (batch_heads // heads) + b) * tokens * heads + h) * D
@@ -171,14 +204,15 @@ def _key_gradients(
 def key_gradients(pairs: Pairs, do: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of k and v, given the log-sum-exp `[floats, B, H, N]` and delta = dO . o `[B, H, N]`."""
     q, k, v = pairs.q, pairs.k, pairs.v
-    inputs, strides = (q, k, v, do, lse, delta), strides_of(q, k, v, do)
+    greatest = pairs.greatest or (delta, delta)
+    inputs, strides = (q, k, v, do, lse, delta, *greatest), strides_of(q, k, v, do)
 
     def dtype(parts: int) -> torch.dtype:
         return torch.float32 if parts > 1 else k.dtype
 
     programs, parts, named = pairs.launch(
         "pairs.keys", _key_gradients, lambda parts: (*inputs, *[dtype(parts)] * 2, *strides), k.shape[1], q.shape[1],
-        TWO=len(lse) == 2,
+        TWO=len(lse) == 2, GREATEST=pairs.greatest is not None,
     )  # fmt: skip
     dk, dv = (k.new_empty((parts, *k.shape), dtype=dtype(parts)) for _ in range(2))
     _key_gradients[(programs,)](*inputs, dk, dv, *strides, **named)

@@ -138,21 +138,6 @@ def load_tile_below(
 
 
 @triton.jit
-def update_softmax(s, v_rows, m, l, acc, PRECISION: tl.constexpr):
-    """Add a tile of keys to an online softmax.
-
-    Logits s `[rows, columns]`, values `[columns, BLOCK_D]`; maximum m and sum l `[rows]`, weighed values acc
-    `[rows, BLOCK_D]`.
-    """
-    top = tl.maximum(m, tl.max(s, 1))  # [rows]
-    p = tl.math.exp2(s - top[:, None])  # [rows, columns]
-    shrink = tl.math.exp2(m - top)  # [rows]
-    l = l * shrink + tl.sum(p, 1)
-    acc = acc * shrink[:, None] + tl.dot(p.to(v_rows.dtype), v_rows, input_precision=PRECISION)
-    return top, l, acc
-
-
-@triton.jit
 def store_lse(lse, place, low, m, total, keep, TWO: tl.constexpr):
     """Write the log-sum-exp m + log2(total) of some rows; if `TWO`, what rounding takes from it, `low` elements on.
 
@@ -173,15 +158,6 @@ def load_lse(lse, place, low, keep, TWO: tl.constexpr):
     if TWO:
         rest = tl.load(lse + low + place, mask=keep, other=0.0)
     return high, rest
-
-
-@triton.jit
-def weights_of(s, lse_rows, low_rows, TWO: tl.constexpr):
-    """The weights `[rows, columns]` of logits s, given the log-sum-exp of the rows: see `load_lse`."""
-    s -= lse_rows[:, None]
-    if TWO:
-        s -= low_rows[:, None]
-    return tl.math.exp2(s)
 
 
 @triton.jit

@@ -26,7 +26,7 @@ from vision_attn.kernels.triton.cells import (
     wide_slots_of,
 )
 from vision_attn.kernels.triton.launching import Kernel, strides_of
-from vision_attn.kernels.triton.pairs import Pairs, key_gradients
+from vision_attn.kernels.triton.pairs import Pairs, key_gradients, weights_of
 from vision_attn.kernels.triton.rows import (
     ds_of,
     head_of,
@@ -35,7 +35,6 @@ from vision_attn.kernels.triton.rows import (
     own_head,
     program_of,
     store_rows_below,
-    weights_of,
 )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vision_attn.kernels.triton.cells import Cells, cell_logits, first_slot, meet_shared, slots_of, wide_slots_of
 from vision_attn.kernels.triton.launching import Kernel, floats_of, strides_of
+from vision_attn.kernels.triton.pairs import update_softmax
 from vision_attn.kernels.triton.rows import (
     NO_KEY,
     START,
@@ -19,7 +20,6 @@ from vision_attn.kernels.triton.rows import (
     program_of,
     store_lse,
     store_rows_below,
-    update_softmax,
 )
 
 
