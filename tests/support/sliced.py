@@ -1,11 +1,14 @@
 """Processors over processes beside the same in one process: outputs and all gradients."""
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 
 from vision_attn.grid import Grid
 from vision_attn.parallel.processors import attend
 from vision_attn.parallel.ranks import Cut, Ranks
+from vision_attn.parallel.slabs import fits_slabs
 from vision_attn.processors import Layer
 
 HEADS, DIM, BATCH = 2, 8, 2
@@ -64,23 +67,21 @@ def whole(parts, cuts):
     return torch.cat(found, 1)
 
 
+def local_mask(ranks, grid, mask):
+    """Return the own slice of a mask of the tokens outside the grid."""
+    one = Grid(1, 1, grid.prefix, grid.suffix)
+    outside = Ranks(one, ranks.group, ranks.rank, ranks.prefix, (0,) * ranks.size + (1,), ranks.suffix)
+    padded = torch.cat([mask[:, : grid.prefix], mask[:, :1], mask[:, grid.prefix :]], 1)
+    return outside.own_outside(local(outside, padded))
+
+
 def over(rank, spec, grid, masked=False, cuts=None):
     """Return the same as `alone` of the own slice, and the bytes received."""
     ranks = ranks_of(grid, cuts)
     processor = build(spec)
     q, k, v, w, mask = inputs(grid, masked)
     q, k, v, w = (local(ranks, t).contiguous() for t in (q, k, v, w))
-    if mask is not None:
-        outside = Ranks(
-            Grid(1, 1, grid.prefix, grid.suffix),
-            ranks.group,
-            rank,
-            ranks.prefix,
-            (0,) * ranks.size + (1,),
-            ranks.suffix,
-        )
-        padded = torch.cat([mask[:, : grid.prefix], mask[:, :1], mask[:, grid.prefix :]], 1)
-        mask = outside.own_outside(local(outside, padded))
+    mask = None if mask is None else local_mask(ranks, grid, mask)
     for t in (q, k, v):
         t.requires_grad_()
     o = attend(processor, q, k, v, ranks, mask, None)
@@ -120,3 +121,17 @@ def compare(answers, expected, tolerance=2e-5):
         close(found, expected[n], name, tolerance)
     for name, grad in expected[4].items():
         close(answers[0][4][name], grad, name, 10 * tolerance)
+
+
+def inferred(rank, spec, grid, masked=False, gathers=False, cuts=None):
+    """Return the output of the own slice without gradients, in Triton: all that `over` returns that others compare."""
+    cut = Cut.over(dist.group.WORLD)
+    ranks = replace(ranks_of(grid, cuts), gathers=gathers)
+    processor = build(spec)
+    processor.backend = "triton"
+    q, k, v, _, mask = inputs(grid, masked)
+    q, k, v = (local(ranks, t) for t in (q, k, v))
+    with torch.no_grad():
+        assert fits_slabs(q, ranks, processor.spec.cells(), processor.backend) and cut.size == ranks.size
+        o = attend(processor, q, k, v, ranks, None if mask is None else local_mask(ranks, grid, mask), None)
+    return o, dict(ranks.traffic.received), ranks.cuts

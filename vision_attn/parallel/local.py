@@ -56,7 +56,16 @@ class Slab:
     def filled(self, t: Tensor, others: Tensor) -> Tensor:
         """Put own tokens and those of others in their places."""
         before = self.ranks.span()[0] - self.span[0] if self.first < self.stop else 0
-        return torch.cat([others[:, :before], t, others[:, before:]], 1)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return torch.cat([others[:, :before], t, others[:, before:]], 1)
+        n, more = t.shape[1], others.shape[1]  # `cat` copies a few bytes at a time where one tensor has gaps
+        whole = t.new_empty((t.shape[0], n + more, *t.shape[2:]))
+        whole[:, :before], whole[:, before : before + n], whole[:, before + n :] = (
+            others[:, :before],
+            t,
+            others[:, before:],
+        )
+        return whole
 
     def own(self, t: Tensor) -> Tensor:
         """Return the own tokens of the slab's `[B, tokens, H, D]`."""
@@ -80,6 +89,14 @@ class Halo:
         self._slab, self._whole = slabs[ranks.rank], Slab(ranks, 0, ranks.grid.height)
         wanted = [self._whole.span if ranks.gathers else slab.span for slab in slabs]
         self._pending: Pending = exchange(self._own, wanted, ranks, what)
+
+    def place(self, whole: Sequence[Tensor], before: int) -> None:
+        """Write the tokens of others to tensors of the whole grid `[B, before + height * width, H, D]`."""
+        held = self._whole if self._slab.ranks.gathers else self._slab
+        (begin, end), (first, stop) = held.span, held.ranks.span()
+        for t, other in zip(whole, apart(self._pending.wait(), self._own), strict=True):
+            t[:, before + begin : before + first] = other[:, : first - begin]
+            t[:, before + stop : before + end] = other[:, first - begin :]
 
     def wait(self) -> list[Tensor]:
         """Return the slab's tokens `[B, tokens, H, D]` of each tensor."""

@@ -18,6 +18,7 @@ from vision_attn.kernels.multipole.cells import cell_means, choose_for, levels_o
 from vision_attn.parallel.local import Halo, Slab
 from vision_attn.parallel.outside import Outside
 from vision_attn.parallel.ranks import Ranks
+from vision_attn.parallel.slabs import fits_slabs, slab_attention_over
 from vision_attn.parallel.sums import CellSums, cell_counts, own_cells, own_image, squares
 from vision_attn.parallel.transfers import gather, transfer
 
@@ -42,15 +43,18 @@ def multipole_attention_over(
         `[B, tokens, H, D]`.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    slabs = [near_slab(ranks, cells, rank) for rank in range(ranks.size)]
+    if not cells.covers(ranks.grid) and fits_slabs(q, ranks, cells, backend):
+        return slab_attention_over(q, k, v, ranks, cells, slabs, mask=mask, scale=scale)
     outside = Outside(q, k, v, ranks, mask, scale)
     if cells.covers(ranks.grid):
         return _dense(q, k, v, ranks, outside, scale)
     own = [ranks.own_image(t) for t in (q, k, v)]
     means = _Means(own, ranks, cells)
-    halo = Halo((k, v), [near_slab(ranks, cells, rank) for rank in range(ranks.size)])
+    halo = Halo((k, v), slabs)
     outside.wait()
     means_k, means_v, chosen = means.wait(scale)
-    n, begin = ranks.grid.image_tokens, near_slab(ranks, cells, ranks.rank).span[0]
+    n, begin = ranks.grid.image_tokens, slabs[ranks.rank].span[0]
     blank = torch.is_grad_enabled() or not q.is_cuda  # else nobody reads what is not filled
     keys, values = (
         _placed({0: shared, outside.count + begin: near}, outside.count + n, blank)

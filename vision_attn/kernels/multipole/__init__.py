@@ -27,7 +27,7 @@ from vision_attn.kernels.triton.launching import triton_reasons
 
 _MOST_CELLS = 1 << 21  # whose rows and columns kernels find by products of floats
 
-__all__ = ["Cells", "choose_cells", "multipole_attention", "part_attention"]
+__all__ = ["Cells", "choose_cells", "multipole_attention", "part_attention", "slab_reasons"]
 
 
 def multipole_attention(
@@ -87,6 +87,11 @@ def _triton_reasons(q: Tensor, grid: Grid, cells: Cells, auto: bool) -> list[str
     if auto and cells.covers(grid):
         reasons.append("the neighbourhood of every token is the whole grid, which is dense attention")
     return reasons
+
+
+def slab_reasons(q: Tensor, grid: Grid, cells: Cells, auto: bool) -> list[str]:
+    """List why processes cannot attend from slabs in Triton, as `slabs.py` lays them out; empty if they can."""
+    return [*_triton_reasons(q, grid, cells, auto), *["no choice on AMD's GPUs"] * (torch.version.hip is not None)]
 
 
 def check_cells(q: Tensor, grid: Grid, cells: Cells) -> None:

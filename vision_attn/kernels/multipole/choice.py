@@ -33,22 +33,22 @@ def _ordered(s, place, LEN: tl.constexpr):
 @Kernel
 @triton.jit
 def _choose(
-    mean_q, keys, chosen, heads, batch, height, width, cell, near, columns, cells, scale, EXACT: tl.constexpr,
-    EXACT_BLOCK: tl.constexpr, SPREAD: tl.constexpr, ROWS: tl.constexpr, LEN: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    mean_q, keys, chosen, heads, batch, height, width, cell, near, columns, cells, own, before, scale,
+    EXACT: tl.constexpr, EXACT_BLOCK: tl.constexpr, SPREAD: tl.constexpr, ROWS: tl.constexpr, LEN: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The further cells that some cells weigh most.
 
-    Inputs: mean_q `[B, cells, H, D]`; keys `[1, B, cells, H, D]`, with `SPREAD` `[2, B, cells, H, D]`, the first for
-    positive channels of a query, the second for negative ones.
-    Outputs: chosen `[B, H, cells, EXACT]`, `cells` for none.
+    Inputs: mean_q `[B, own, H, D]` of the cells from `before` on; keys `[1, B, cells, H, D]`, with `SPREAD`
+    `[2, B, cells, H, D]`, the first for positive channels of a query, the second for negative ones.
+    Outputs: chosen `[B, H, own, EXACT]`, `cells` for none.
     """
     bh = tl.program_id(1)
     b, h = bh // heads, bh % heads
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    mean_q, first = own_head(mean_q, b, h, cells, heads, D), own_head(keys, b, h, cells, heads, D)
+    mean_q, first = own_head(mean_q, b, h, own, heads, D), own_head(keys, b, h, cells, heads, D)
     second = own_head(keys, b + batch, h, cells, heads, D)
-    q_rows = load_rows(mean_q, tl.minimum(row, cells - 1), heads * D, D, BLOCK_D)  # [ROWS, BLOCK_D]
+    q_rows = load_rows(mean_q, tl.minimum(row, own - 1), heads * D, D, BLOCK_D)  # [ROWS, BLOCK_D]
     e = tl.arange(0, EXACT_BLOCK)  # [EXACT_BLOCK]
     n = tl.arange(0, LEN)  # [LEN]
     # the best so far, each with its cell in the lower half; places that are not asked for hold what is never replaced
@@ -69,8 +69,8 @@ def _choose(
         s *= scale
         y, x = column // columns, column % columns  # [LEN]
         s += tl.log(tl.maximum(area(y, x, cell, height, width), 1).to(tl.float32))[None, :]
-        close = (tl.abs((row // columns)[:, None] - y[None, :]) <= near) & (
-            tl.abs((row % columns)[:, None] - x[None, :]) <= near
+        close = (tl.abs(((before + row) // columns)[:, None] - y[None, :]) <= near) & (
+            tl.abs(((before + row) % columns)[:, None] - x[None, :]) <= near
         )  # [ROWS, LEN]
         rank = tl.where(close | (column >= cells)[None, :], -(2**31), _ordered(s, n[None, :], LEN))  # [ROWS, LEN]
         top, least = tl.max(rank, 1), tl.min(best, 1)  # [ROWS]
@@ -83,8 +83,8 @@ def _choose(
             found = (top.to(tl.int64) << 32) + (j + LEN - 1 - (top & (LEN - 1)))  # [ROWS]
             better = (top > -(2**31)) & (top > (least >> 32))  # [ROWS]
     index = tl.where((best >> 32) > -(2**31), best & 0x7FFFFFFF, cells).to(tl.int32)  # [ROWS, EXACT_BLOCK]
-    place = chosen + (bh.to(tl.int64) * cells + row[:, None]) * EXACT + e[None, :]
-    tl.store(place, index, mask=(row < cells)[:, None] & (e < EXACT)[None, :])
+    place = chosen + (bh.to(tl.int64) * own + row[:, None]) * EXACT + e[None, :]
+    tl.store(place, index, mask=(row < own)[:, None] & (e < EXACT)[None, :])
 
 
 def choose(
@@ -104,28 +104,45 @@ def choose(
     """
     B, _, H, D = q.shape
     cells = math.prod(pyramid(size).cells)
-    chosen = q.new_empty((B, H, cells, exact), dtype=torch.int32)
-    if chosen.numel():
-        mean_q, keys = q.new_empty((B, cells, H, D)), q.new_empty((1 + (spread > 0), B, cells, H, D))
+    mean_q, keys = q.new_empty((B, cells, H, D)), q.new_empty((1 + (spread > 0), B, cells, H, D))
+    if mean_q.numel() and exact:
         square_means(q, mean_q, size)
         cell_keys(means_k, low, high, keys, size, spread)
+    return choose_rows(mean_q, keys, size, 0, exact, scale)
+
+
+def choose_rows(mean_q: Tensor, keys: Tensor, size: Sequence[int], before: int, exact: int, scale: float) -> Tensor:
+    """Return int32 `[B, H, n, exact]` for the n cells from `before` on.
+
+    Args:
+        mean_q: Their mean queries `[B, n, H, D]`.
+        keys: The keys that stand for all cells, as of `cell_keys`.
+        size: As for `choose`.
+        before: The cells before them.
+        exact: As for `choose`.
+        scale: As for `choose`.
+    """
+    B, own, H, _ = mean_q.shape
+    chosen = mean_q.new_empty((B, H, own, exact), dtype=torch.int32)
+    if chosen.numel():
         if scale < 0:  # a bound on products is one for queries of the other sign
             mean_q, scale = -mean_q, -scale
-        _plan(Sized((mean_q,), (*size, exact, spread > 0, scale)))(mean_q, keys, chosen)
+        _plan(Sized((mean_q,), (*size[:7], exact, len(keys) > 1, before, scale)))(mean_q, keys, chosen)
     return chosen
 
 
 @planned
 def _plan(call: Sized) -> Bound:
-    """Plan the launch for mean queries `[B, cells, H, D]`."""
-    (q,), (height, width, _, _, cell, near, _, exact, spread, scale) = call.tensors, call.numbers
-    B, cells, H, D = q.shape
+    """Plan the launch for mean queries `[B, n, H, D]` of the cells from `before` on."""
+    (q,), (height, width, _, _, cell, near, _, exact, spread, before, scale) = call.tensors, call.numbers
+    (B, own, H, D), cells = q.shape, math.prod(pyramid(call.numbers).cells)
     block = block_of(D)
     small = block * q.element_size() <= 512
     rows, length = (64 if small else 16), (64 if small else 16)
     numbers = dict(
         heads=H, batch=B, height=height, width=width, cell=cell, near=near, columns=math.ceil(width / cell),
-        cells=cells, scale=scale, EXACT=exact, EXACT_BLOCK=next_power(exact), SPREAD=spread, ROWS=rows, LEN=length,
+        cells=cells, own=own, before=before, scale=scale, EXACT=exact, EXACT_BLOCK=next_power(exact), SPREAD=spread,
+        ROWS=rows, LEN=length,
         D=D, BLOCK_D=block, num_warps=4,
     )  # fmt: skip
-    return Bound(_choose, (math.ceil(cells / rows), B * H), (), numbers)
+    return Bound(_choose, (math.ceil(own / rows), B * H), (), numbers)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels.multipole.pyramid import Sized, pyramid
+from vision_attn.kernels.multipole.pyramid import Pyramid, Sized, pyramid
 from vision_attn.kernels.multipole.tiles import area, mean_row
 from vision_attn.kernels.triton.launching import Bound, Kernel, block_of, next_power, planned, strides_of
 from vision_attn.kernels.triton.rows import load_rows, own_head, store_rows
@@ -261,33 +261,62 @@ def means(
 
     And the least and largest keys of the finest means, `[B, rows of the first level, H, D]`; no rows without `bounds`.
     """
-    B, _, H, D = k.shape
     rows = pyramid(size)
     finest = rows.finest if bounds else 0
-    means_k, means_v, low, high = (
-        (t.new_empty if rows.full else t.new_zeros)((B, count, H, D))
-        for t, count in ((k, rows.rows), (v, rows.rows), (k, finest), (k, finest))
-    )
+    means_k, means_v, low, high = _rows(rows, (k, v, k, k), (rows.rows, rows.rows, finest, finest))
     if means_k.numel():
-        first, further = _plan_means(Sized((k, v, weights), (*size, bounds)))
-        first(k, v, means_k, means_v, low, high, k if weights is None else weights.contiguous())
-        for launch in further:
-            launch(means_k, means_v, rows.table(k.device))
+        _plan_first(Sized((k, v, weights), (*size, bounds, rows.rows)))(
+            k, v, means_k, means_v, low, high, k if weights is None else weights.contiguous()
+        )
+        further_means(means_k, means_v, size)
     return means_k, means_v, low, high
 
 
-@planned
-def _plan_means(call: Sized) -> tuple[Bound, list[Bound]]:
-    """Plan the launch of the finest means, and those of further ones."""
-    (k, v, weights), (*size, bounds) = call.tensors, call.numbers
+def finest_means(
+    k: Tensor, v: Tensor, weights: Tensor | None, size: Sequence[int], bounds: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the same as `means`, of the first level only."""
     rows = pyramid(size)
-    B, _, H, D = k.shape
-    counts = [math.prod(rows.means(level)) for level in range(rows.levels)]
-    finest = _bound_finest(
-        (k, v), size, side=rows.pool, across=rows.means(0)[1], blocks=rows.blocks(0)[1], M=rows.rows,
-        programs=counts[0], PER_CELL=rows.per_cell, BLOCK=rows.block, WEIGHTS=weights is not None, BOTH=True,
-        BOUNDS=bounds,
+    finest = rows.finest if bounds else 0
+    means_k, means_v, low, high = _rows(rows, (k, v, k, k), (rows.finest, rows.finest, finest, finest))
+    _plan_first(Sized((k, v, weights), (*size, bounds, rows.finest)))(
+        k, v, means_k, means_v, low, high, k if weights is None else weights.contiguous()
+    )
+    return means_k, means_v, low, high
+
+
+def further_means(means_k: Tensor, means_v: Tensor, size: Sequence[int]) -> None:
+    """Fill the rows of all further levels of `[B, M, H, D]`, whose first level is there."""
+    for launch in _plan_further(Sized((means_k,), tuple(size))):
+        launch(means_k, means_v, pyramid(size).table(means_k.device))
+
+
+def _rows(rows: Pyramid, like: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+    """Return memory for rows of means `[B, count, H, D]`; those that hold no mean are zero."""
+    B, _, H, D = like[0].shape
+    return [
+        (t.new_empty if rows.full else t.new_zeros)((B, count, H, D)) for t, count in zip(like, counts, strict=True)
+    ]
+
+
+@planned
+def _plan_first(call: Sized) -> Bound:
+    """Plan the launch of the finest means, to `M` rows."""
+    (k, v, weights), (*size, bounds, M) = call.tensors, call.numbers
+    rows = pyramid(size)
+    return _bound_finest(
+        (k, v), size, side=rows.pool, across=rows.means(0)[1], blocks=rows.blocks(0)[1], M=M,
+        programs=math.prod(rows.means(0)), PER_CELL=rows.per_cell, BLOCK=rows.block, WEIGHTS=weights is not None,
+        BOTH=True, BOUNDS=bounds,
     )  # fmt: skip
+
+
+@planned
+def _plan_further(call: Sized) -> list[Bound]:
+    """Plan the launches of the means of all further levels."""
+    (means_k,), size = call.tensors, call.numbers
+    rows, (B, _, H, D) = pyramid(size), means_k.shape
+    counts = [math.prod(rows.means(level)) for level in range(rows.levels)]
     block, further = _channel_block(H, D), []
     for source, last in ((0, min(2, rows.levels)), (1, rows.levels)):
         programs = sum(counts[source + 1 : last])
@@ -297,7 +326,7 @@ def _plan_means(call: Sized) -> tuple[Bound, list[Bound]]:
                 M=rows.rows, levels=last, PER_CELL=rows.per_cell, BLOCK=rows.block, D=D, CHANNELS=block, num_warps=4,
             )  # fmt: skip
             further.append(Bound(_further, (programs, math.ceil(H * D / block), B), (), numbers))
-    return finest, further
+    return further
 
 
 @Kernel

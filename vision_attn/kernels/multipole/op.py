@@ -147,6 +147,17 @@ def part_attention_triton(
     return _multipole(q, k, v, means_k, means_v, chosen, cells.mass, mask, size, scale)[0][:, grid.image]
 
 
+def slab_attention(
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, cells: Cells, means: tuple[Tensor, Tensor], rows: tuple[int, int],
+    mask: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    """Do what `part_attention` does, with means and exact cells as the kernels make them; returns all tokens."""
+    size = [grid.height, grid.width, grid.prefix, 0, cells.cell, cells.near, cells.pool, *rows]
+    assert cells.chosen is not None
+    o: Tensor = _multipole(q, k, v, *means, cells.chosen, cells.mass, mask, size, scale)[0]
+    return o
+
+
 def _run(
     q: Tensor, k: Tensor, v: Tensor, grid: Grid, cells: Cells, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
