@@ -1,6 +1,14 @@
 """What stands around a model over processes: models without a plan, compiled blocks, FSDP, the decoder."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
+import sliced_highres
 import sliced_models
 import torch
 from processes import PRELOAD, Group
@@ -15,7 +23,7 @@ SPECS = {"clear": Clear(radius=2), "multipole": Multipole(cell=2, near=0, pool=1
 
 @pytest.fixture(scope="module")
 def pair():
-    group = Group(2, [*PRELOAD, "sliced_models"])
+    group = Group(2, [*PRELOAD, "sliced_models", "sliced_highres"])
     yield group
     group.close()
 
@@ -76,3 +84,44 @@ def test_sharded_weights(pair):
         assert grads
         for key, value in grads.items():
             torch.testing.assert_close(2 * value, expected[2][key], atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["flux", "sdxl", "sd3"])
+def test_generate_highres(pair, kind):
+    expected = sliced_highres.drawn(kind, False)
+    assert len(expected) == 2 and all(pixels.float().std() > 5 for pixels in expected)
+    for pictures in pair.run("sliced_highres:over", kind, seconds=280):
+        for found, pixels in zip(pictures, expected, strict=True):
+            assert (found - pixels).abs().max() <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flux", "sd15-unet"])
+def test_torchrun_ends_all_when_one_is_killed(name, tmp_path):
+    program, died = Path(__file__).parents[1] / "support" / "dying.py", tmp_path / "died"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
+    running = subprocess.Popen(
+        [*command, name, str(died)],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = running.communicate(timeout=200)
+    finally:
+        if running.poll() is None:
+            os.killpg(running.pid, signal.SIGKILL)
+    assert running.returncode and died.exists(), output[-3000:]
+    assert time.time() - float(died.read_text()) < 60
+
+
+@pytest.mark.slow
+def test_different_sizes_in_turn(pair):
+    sizes = [(6, 8, 2, 8), (5, 10, 1, 12), (6, 8, 2, 8)]
+    for outputs in pair.run("sliced_models:in_turn", "flux", sizes, SPECS["multipole"]):
+        for size, output in zip(sizes, outputs, strict=True):
+            expected = sliced_models.forward(HOST["flux"], size, SPECS["multipole"], {}, False)[0]
+            torch.testing.assert_close(output, expected, atol=2e-5, rtol=2e-5)

@@ -100,6 +100,14 @@ def test_wrong_rows_are_caught(groups, part):
 
 
 @pytest.mark.slow
+def test_compiled_blocks(groups):
+    expected = sliced_unets.alone("sd15-unet", SIZES["odd"], Clear(radius=2), {})[0]
+    for outputs in groups(2).run("sliced_unets:compiled", "sd15-unet", SIZES["odd"], Clear(radius=2), seconds=280):
+        for output in outputs:
+            close(output, expected, "output", 2e-5)
+
+
+@pytest.mark.slow
 def test_what_is_refused(groups):
     for said in groups(2).run("sliced_unets:refused", "sd15-unet", SIZES["odd"], Clear(radius=2)):
         for words, message in zip(

@@ -54,6 +54,18 @@ def over(rank, name, size, spec, options, ways, gradients=False):
     return output, grad, grads, None if conversion is None else conversion.status
 
 
+def in_turn(rank, name, sizes, spec):
+    """Return the outputs of one model for several sizes."""
+    from vision_attn.parallel import enable
+
+    case = HOST[name]
+    model, _ = built(case, sizes[0])
+    vision_attn.convert(model, spec)
+    with patch("torch.accelerator.device_count", lambda: 1):
+        enable(model)
+    return [results(case, model, case.inputs(*size), False)[0] for size in sizes]
+
+
 def dies(rank, name, size, spec, ways):
     """Kill rank 1 inside a layer: rank 0 must not wait for ever."""
     import os

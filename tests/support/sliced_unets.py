@@ -78,6 +78,20 @@ def in_turn(rank, name, sizes, spec):
     return found
 
 
+def compiled(rank, name, size, spec):
+    """Return outputs before and after the blocks are compiled, with gradients off and on."""
+    case, model, inputs, _ = prepared(name, size, spec, {})
+    enable(model)
+    with torch.no_grad():
+        found = [model(**inputs).sample]
+    for module in model.modules():
+        if type(module).__name__ in ("BasicTransformerBlock", "ResnetBlock2D"):
+            module.compile(backend="eager")
+    with torch.no_grad():
+        found += [model(**inputs).sample, model(**inputs).sample]
+    return [*found, results(case, model, inputs, True)[0]]
+
+
 def refused(rank, name, size, spec):
     """Return what is said of what a cut UNet cannot do."""
     case, model, inputs, conversion = prepared(name, size, spec, {})
