@@ -8,6 +8,7 @@ import torch
 
 from vision_attn.grid import Grid
 from vision_attn.kernels.agent import Agents, Direct, agent_attention
+from vision_attn.kernels.block_sparse import Blocks, block_sparse_attention
 from vision_attn.kernels.hedgehog import hedgehog
 from vision_attn.kernels.linear import Features, feature_mean, injective_attention, linear_attention
 from vision_attn.kernels.linear_local import linear_local_attention
@@ -128,6 +129,19 @@ def multipole(id, grid, fields, *, mask=None, learned=True):
     return Case(f"multipole-{id}", tokens(grid, mask, **more), call)
 
 
+def block_sparse(id, grid, count, kept, *, mask=None):
+    """A row of block-sparse attention in a random order."""
+    draw = torch.Generator().manual_seed(3)
+    order = torch.rand(H, grid.image_tokens, generator=draw).argsort(1)
+    own = 2 * torch.eye(count)
+    blocks = Blocks(order, (torch.rand(H, count, count, generator=draw) - own).argsort(2)[..., :kept])
+
+    def call(t, backend):
+        return block_sparse_attention(*t, grid, blocks, mask=mask, scale=0.6, backend=backend)
+
+    return Case(f"block-sparse-{id}", tokens(grid, mask), call)
+
+
 def phi(t, backend):
     """Run the Hedgehog's features, which have no reference apart."""
     return hedgehog(*t, backend="torch" if backend == "reference" else backend)
@@ -170,6 +184,8 @@ CASES = [
     window("cut-text-mask", TEXT, 2, mask=HIDDEN),
     window("halo", BARE, Haloed((2, 1), 1)),
     window("halo-text-mask", TEXT, Haloed(2, (0, 1)), mask=HIDDEN),
+    block_sparse("even", Grid(4, 3), 4, 2),
+    block_sparse("cut-text-mask", TEXT, 5, 2, mask=HIDDEN),
     linear_local("even", Grid(4, 4), 2),
     linear_local("cut-text-mask", TEXT, 2, mask=HIDDEN),
     linear_local("one-cell", Grid(2, 3, prefix=1), 4),

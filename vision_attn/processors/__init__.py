@@ -16,6 +16,7 @@ from vision_attn.processors.linfusion import LinFusion
 from vision_attn.processors.moh import MoH
 from vision_attn.processors.multipole import Multipole
 from vision_attn.processors.neighborhood import Neighborhood
+from vision_attn.processors.paro import Paro
 from vision_attn.processors.rala import RALA
 from vision_attn.processors.schedule import Schedule
 from vision_attn.processors.softmax import Softmax
@@ -38,6 +39,7 @@ __all__ = [
     "Moment",
     "Multipole",
     "Neighborhood",
+    "Paro",
     "Processor",
     "Schedule",
     "Softmax",
