@@ -10,6 +10,7 @@ On a GPU it is PyTorch's FlexAttention. Elsewhere the kept blocks are gathered, 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,7 +140,7 @@ def _torch(
     outputs = []
     for first in range(0, count, step):
         part = slice(first, first + step)
-        arguments = (queries[:, :, part], keys, values, kept[:, part], there, *rest, mask, scale)
+        arguments: tuple[Any, ...] = (queries[:, :, part], keys, values, kept[:, part], there, *rest, mask, scale)
         many = step < count and torch.is_grad_enabled() and not transformed()
         outputs.append(checkpoint(_rows, *arguments, use_reentrant=False) if many else _rows(*arguments))
     o = torch.cat(outputs, 2).flatten(2, 3)  # [B, H, blocks * L, D]
