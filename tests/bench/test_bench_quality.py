@@ -89,6 +89,8 @@ def test_each_processor_has_one_curve():
         "RALA",
         "Halo",
         "InLine",
+        "SuperToken",
+        "MoH",
     }
     assert len(set(names)) == len(names) and DEFAULT in CURVES["Multipole, cells of 8"]
 

@@ -17,8 +17,11 @@ from vision_attn.processors import (
     InLine,
     LinearLocal,
     LinFusion,
+    MoH,
     Multipole,
     Neighborhood,
+    Paro,
+    SuperToken,
 )
 
 
@@ -30,11 +33,13 @@ class Contender:
         name: Short and stable: a key of the JSON and a row of the tables.
         spec: The processor.
         adapter: Folder of trained weights for it; None for an untrained conversion.
+        calibrated: Whether it looks on while the dense model draws other pictures, before it is measured: PARO.
     """
 
     name: str
     spec: AttnSpec
     adapter: Path | None = None
+    calibrated: bool = False
 
     def put_into(self, target: Any, *, host: Host | None = None, min_tokens: int = 0) -> Conversion:
         """Convert a model; an adapter decides itself which layers keep their attention."""
@@ -126,5 +131,12 @@ CURVES = {
     "RALA": (Contender("rala", RALA()),),
     "Halo": tuple(Contender(f"halo b{b} h{h}", Halo(block=b, halo=h)) for b, h in ((4, 2), (8, 3), (8, 8), (16, 8))),
     "InLine": (Contender("inline", InLine()),),
+    "SuperToken": tuple(Contender(f"super token {size}", SuperToken(size)) for size in (2, 4, 8)),
+    "MoH": (Contender("moh", MoH()),),
 }  # fmt: skip
+# without a calibration it keeps near blocks
+BLOCKS = tuple(
+    Contender(f"paro {density:g}{name}", Paro(density=density), calibrated=not name)
+    for density in (0.25, 0.5, 0.68) for name in ("", " uncalibrated")
+)  # fmt: skip
 EVERY = tuple(contender for curve in CURVES.values() for contender in curve)
