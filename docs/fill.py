@@ -18,6 +18,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from vision_attn.bench.entries.parallel import predictions
+from vision_attn.bench.entries.training import fitting
 from vision_attn.bench.pipelines.attention import STOCK, WAYS
 from vision_attn.bench.quality.contenders import (
     DEFAULT,
@@ -248,6 +249,22 @@ def graphs() -> str:
     return table(["denoiser", "size", *names], rows)
 
 
+def training() -> str:
+    """Training steps of FLUX.1-dev: seconds, peak memory and the smallest GPU that holds it; a line if not measured."""
+    path = "bench/results/training_h200.json"
+    if not (ROOT / path).exists():
+        return "Not measured yet: `vision-attn bench training` measures it on a GPU."
+    rows = []
+    for row in stored(path)["rows"]:
+        weights = row["group"].partition("frozen weights in ")[2]
+        for name, step in timed(row).items():
+            seconds = bracketed(f"{step['median_ms'] / 1e3:.2f} s", step)
+            memory = bracketed(f"{step['memory']['bytes'] / 2**30:.0f} GiB", step)
+            faster = f"{step['speedup']:.1f}x" if step["speedup"] else "-"
+            rows.append([weights, size_of(row), name, seconds, faster, memory, fitting(step)])
+    return table(["frozen weights", "size", "attention", "a step", "of dense", "peak", "smallest GPU"], rows)
+
+
 def missed() -> str:
     """What was aimed at, measured, and not reached, of all stored results."""
     rows = [
@@ -401,6 +418,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "multipole_kernels": multipole_kernels,
     "graphs": graphs,
     "missed": missed,
+    "training": training,
     "models": models,
     "distilled": distilled,
     "highres": highres,

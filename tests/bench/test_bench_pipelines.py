@@ -166,7 +166,7 @@ def test_what_was_measured_outlives_a_lost_device(monkeypatch):
         if len(calls) == 2:  # after the first candidate
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(steps, "_free", lost)
+    monkeypatch.setattr(steps, "free", lost)
     first, second = pipeline_row(PipelineCase("pixart", 64, ("stock sdpa", "linfusion"), small=True), CPU)["candidates"]
     assert first["forward"] and first["reason"] is None
     assert second["forward"] is None and "illegal memory access" in second["reason"]

@@ -6,7 +6,7 @@ A step that would take too long is extrapolated from one block of each kind.
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -134,7 +134,7 @@ def pipeline_row(
     results: list[dict[str, Any]] = [dict(name=w.name, computes=w.computes, reason=None, forward=None) for w in ways]
     about = case.shape()
     try:
-        _free(device)
+        free(device)
         start = time.perf_counter()
         model = case.build(device)
         arguments = case.model.arguments(case.pixels, device, case.dtype)
@@ -146,7 +146,7 @@ def pipeline_row(
             except Exception as error:  # a candidate may fail in any way: that is a result, and the others go on
                 result["reason"] = reason_of(error)
             result["ready_s"] = time.perf_counter() - start
-            _free(device)
+            free(device)
     except Exception as error:  # the model was not built, or the device is lost: what was measured stays
         for result in results:
             result["reason"] = result["reason"] or (None if result["forward"] else reason_of(error))
@@ -171,7 +171,7 @@ def _measured(
         figures = steps.measure(warm=case.compiled)
         if conversion is not None:
             whole = not (figures["extrapolated"] or case.compiled)
-            figures["layers"] = _rerouted(conversion, way.min_tokens, whole)
+            figures["layers"] = rerouted(conversion, way.min_tokens, whole)
         if case.graphed and device.type == "cuda" and not figures["extrapolated"]:
             figures["graphs"] = _in_graphs(step, model, device)
     return figures | dict(launch="cpu" if device.type == "cpu" else case.mode)
@@ -189,7 +189,7 @@ def _in_graphs(step: Callable[[], None], model: nn.Module, device: torch.device)
         if not graphs.memory:
             raise RuntimeError(f"not recorded: {graphs.status['']}")
         clock, watch = Clock(device), PeakMemory(device)
-        return _figures([clock.time(step) for _ in range(9)], watch) | dict(bytes=graphs.memory)
+        return figures_of([clock.time(step) for _ in range(9)], watch.read()) | dict(bytes=graphs.memory)
 
 
 @contextmanager
@@ -231,7 +231,7 @@ def refuse_endless(way: Way, case: PipelineCase, model: nn.Module, device: torch
         raise AbsentError(f"not run: the attention alone would take {expected / 60:.1f} minutes by its operations")
 
 
-def _rerouted(conversion: Conversion, min_tokens: int, whole: bool) -> dict[str, int] | None:
+def rerouted(conversion: Conversion, min_tokens: int, whole: bool) -> dict[str, int] | None:
     """Count the layers that attended the new way in the last step.
 
     Args:
@@ -252,7 +252,8 @@ def _rerouted(conversion: Conversion, min_tokens: int, whole: bool) -> dict[str,
     return dict(rerouted=done, of=len(status)) if whole else None
 
 
-def _free(device: torch.device) -> None:
+def free(device: torch.device) -> None:
+    """Give memory that nobody uses back to the device."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
@@ -304,12 +305,19 @@ class _Timed(nn.Module):
 @contextmanager
 def shortened(model: nn.Module, stacks: Sequence[str], clock: Clock) -> Iterator[dict[str, _Timed]]:
     """Give a model one block of each stack inside the `with` block; all weights stay where they are."""
-    whole = {name: getattr(model, name) for name in stacks}
-    first = {name: _Timed(blocks[0], clock) for name, blocks in whole.items()}
-    try:
-        for name, block in first.items():
-            setattr(model, name, nn.ModuleList([block]))
+    first = {name: _Timed(getattr(model, name)[0], clock) for name in stacks}
+    with replaced(model, {name: [block] for name, block in first.items()}):
         yield first
+
+
+@contextmanager
+def replaced(model: nn.Module, stacks: Mapping[str, Sequence[nn.Module]]) -> Iterator[None]:
+    """Give a model other blocks in the lists of these names inside the `with` block."""
+    whole = {name: getattr(model, name) for name in stacks}
+    try:
+        for name, blocks in stacks.items():
+            setattr(model, name, nn.ModuleList(blocks))
+        yield
     finally:
         for name, blocks in whole.items():
             setattr(model, name, blocks)
@@ -364,7 +372,7 @@ class Steps:
                 blocks = {name: statistics.median(part[name] for part in parts) for name in self.stacks}
             expected = self.agree(min(samples) / 1e3)
             if expected > self.longest_s:
-                return _figures(samples, watch) | dict(extrapolated=True, blocks_ms=blocks)
+                return figures_of(samples, watch.read()) | dict(extrapolated=True, blocks_ms=blocks)
             if warm or expected < 2:
                 self.step()
             watch, timed = PeakMemory(self.device), []
@@ -375,7 +383,7 @@ class Steps:
             expected = self.agree(timed[0] / 1e3)
         count = next((count for limit, count in _COUNTS if expected < limit), 1)
         timed += [self.clock.time(self.step) for _ in range(count - len(timed))]
-        return _figures(timed, watch) | dict(extrapolated=False, blocks_ms=blocks or None)
+        return figures_of(timed, watch.read()) | dict(extrapolated=False, blocks_ms=blocks or None)
 
     def _short(self, first: dict[str, _Timed]) -> tuple[float, dict[str, float]]:
         """Time a shortened step; return what a whole one would take, and each stack's block."""
@@ -384,7 +392,8 @@ class Steps:
         return total + sum((self.lengths[name] - 1) * ms for name, ms in blocks.items()), blocks
 
 
-def _figures(samples: Sequence[float], watch: PeakMemory) -> dict[str, Any]:
+def figures_of(samples: Sequence[float], memory: dict[str, int] | None) -> dict[str, Any]:
+    """Return what is stored of samples in milliseconds and of the peak memory."""
     low, _, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else (0.0, 0.0, 0.0)
     figures = dict(median_ms=statistics.median(samples), min_ms=min(samples), iqr_ms=high - low, samples=len(samples))
-    return figures | dict(memory=watch.read())
+    return figures | dict(memory=memory)
