@@ -251,7 +251,7 @@ SMALL = {  # what stands for what takes long
     "--processor clear:radius=8 --out clock.png": "--processor clear:radius=8 --num-inference-steps 2 --out clock.png",
     "--highres --height 512 --width 512": "--highres --height 64 --width 64 --level-inference-steps 1",
     "vit_base_patch16_224 --height 1024 --width 1024": "vit_tiny_patch16_224 --height 256 --width 256",
-    "accelerate launch -m vision_attn.distill": "vision-attn distill train --print-config",
+    "accelerate launch -m vision_attn.distill run": "vision-attn distill run --print-config",
 }
 
 

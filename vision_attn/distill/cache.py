@@ -50,9 +50,7 @@ def write_cache(config: Config, *, device: str = "cpu", pipe: Any = None) -> dic
         FileNotFoundError: If the images do not exist.
         ValueError: If no image can be used, or the folder holds the cache of another model.
     """
-    if config.data.images is None:
-        raise ValueError("data.images is missing: where are the images to encode?")
-    items = find_items(config.data.images)
+    items = _items(config)
     pipe = load_pipeline(config.model).to(device) if pipe is None else pipe
     height, width = config.data.sizes[0]
     interface = interface_of(pipe, height, width, config.model.guidance, prompt="")
@@ -60,21 +58,17 @@ def write_cache(config: Config, *, device: str = "cpu", pipe: Any = None) -> dic
     folder.mkdir(parents=True, exist_ok=True)
     identity = _identity(config, pipe, interface)
     _refuse_other_model(folder, identity)
-    buckets, skipped = _buckets(items, config)
+    planned, skipped = _plan(items, config)
     samples = 0
     shards: list[Path] = []
-    with tqdm(total=sum(map(len, buckets.values())), unit="image", disable=config.run.quiet) as bar:
-        for size, members in sorted(buckets.items()):
-            for first in range(0, len(members), config.data.shard_size):
-                part = members[first : first + config.data.shard_size]
-                digest = _digest([one for one, _ in part], size, config)
-                number = first // config.data.shard_size
-                path = folder / f"{size[0]}x{size[1]}-{number:05d}-{digest}.safetensors"
-                made, failed = _shard(path, [item for _, item in part], size, pipe, interface, config)
-                skipped |= failed
-                samples += made
-                shards += [path] if made else []
-                bar.update(len(part))
+    count = sum(len(part) for _, _, part in planned)
+    with tqdm(total=count, desc="cache", unit="image", disable=config.run.quiet) as bar:
+        for path, size, part in planned:
+            made, failed = _shard(path, part, size, pipe, interface, config)
+            skipped |= failed
+            samples += made
+            shards += [path] if made else []
+            bar.update(len(part))
     (folder / SKIPPED).write_text("".join(f"{key}: {why}\n" for key, why in sorted(skipped.items())))
     if not samples:
         raise ValueError(f"none of the {len(items)} images in {config.data.images} can be used: see {folder / SKIPPED}")
@@ -82,11 +76,50 @@ def write_cache(config: Config, *, device: str = "cpu", pipe: Any = None) -> dic
     return {"samples": samples, "shards": len(shards), "skipped": len(skipped)}
 
 
+def is_current(config: Config) -> bool:
+    """Whether the cache was finished, and would be made of the same files, settings and sizes again.
+
+    A shard of which no image could be read is not stored, so that such a cache is never current.
+
+    Raises:
+        FileNotFoundError: If the images do not exist.
+        ValueError: If `data.images` is missing or has no image, or the index is damaged.
+    """
+    items = _items(config)
+    if not (config.data.cache / INDEX).exists():
+        return False
+    planned, _ = _plan(items, config)
+    named = set(read_index(config.data.cache).get("shards", []))
+    return named == {path.name for path, _, _ in planned} and all(path.exists() for path, _, _ in planned)
+
+
+def _items(config: Config) -> list[Item]:
+    if config.data.images is None:
+        raise ValueError("data.images is missing: where are the images to encode?")
+    return find_items(config.data.images)
+
+
+Shard = tuple[Path, tuple[int, int], list[Item]]
+
+
+def _plan(items: list[Item], config: Config) -> tuple[list[Shard], dict[str, str]]:
+    """Return the shards that items go to, each with its size, and by key why other items cannot be read."""
+    buckets, skipped = _buckets(items, config)
+    planned: list[Shard] = []
+    for size, members in sorted(buckets.items()):
+        for first in range(0, len(members), config.data.shard_size):
+            part = members[first : first + config.data.shard_size]
+            digest, number = _digest([one for one, _ in part], size, config), first // config.data.shard_size
+            path = config.data.cache / f"{size[0]}x{size[1]}-{number:05d}-{digest}.safetensors"
+            planned.append((path, size, [item for _, item in part]))
+    return planned, skipped
+
+
 def _buckets(items: list[Item], config: Config) -> tuple[dict[tuple[int, int], list[tuple[str, Item]]], dict[str, str]]:
     """Return items with their digests by size, and by key why the others cannot be read."""
     buckets: dict[tuple[int, int], list[tuple[str, Item]]] = defaultdict(list)
     skipped: dict[str, str] = {}
-    for item in items:
+    for item in tqdm(items, desc="read", unit="image", disable=config.run.quiet):
         try:
             width, height = item.open().size
             buckets[nearest_size(width, height, config.data.sizes)].append((item.digest(), item))

@@ -1,4 +1,4 @@
-"""The command `distill`: one of four actions, and the settings for it."""
+"""The command `distill`: one of its actions, and the settings for it."""
 
 import json
 import logging
@@ -8,13 +8,14 @@ from typing import Any
 
 from vision_attn.distill.config import Config, read_config
 
-ACTIONS = ("train", "generate", "cache", "eval")
+ACTIONS = ("train", "generate", "cache", "eval", "run")
 _USAGE = f"""usage: vision-attn distill [{" | ".join(ACTIONS)}] --config FILE [--section.key VALUE ...] [--print-config]
 
   generate  draw images from data.prompts into data.images, by the teacher
   cache     encode data.images into data.cache: latents and prompt embeddings
   train     train the student into run.out; on several GPUs: accelerate launch -m vision_attn.distill --config FILE
   eval      compare the adapter with its teacher, into run.out/eval.json
+  run       do whatever is missing: generate, cache, train, eval
 
 All keys: vision-attn distill train --help
 """
@@ -62,11 +63,16 @@ def run(action: str, config: Config) -> dict[str, Any]:
         from vision_attn.distill.loop import train  # noqa: PLC0415, each action imports its own
 
         return {"adapter": str(train(config))}
-    device, rank, world = _this_process()
+    state = _this_process()
+    device = str(state.device)
+    if action == "run":
+        from vision_attn.distill.run import run_all  # noqa: PLC0415
+
+        return run_all(config, state)
     if action == "generate":
         from vision_attn.distill.images import generate  # noqa: PLC0415
 
-        return generate(config, device=device, rank=rank, world=world)
+        return generate(config, device=device, rank=state.process_index, world=state.num_processes)
     if action == "cache":
         from vision_attn.distill.cache import write_cache  # noqa: PLC0415
 
@@ -76,10 +82,9 @@ def run(action: str, config: Config) -> dict[str, Any]:
     return evaluate(config, device=device)
 
 
-def _this_process() -> tuple[str, int, int]:
-    """Return the device, the number and the count of processes, as a training that is launched alike has them."""
+def _this_process() -> Any:
+    """Return accelerate's state: the device, the number and the count of processes, as a training has them."""
     from accelerate import PartialState  # noqa: PLC0415, of the extra 'distill'
     from accelerate.utils import parse_flag_from_env  # noqa: PLC0415
 
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    return str(state.device), state.process_index, state.num_processes
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))

@@ -24,6 +24,7 @@ from vision_attn.distill.student import load_lora
 from vision_attn.highres.positions import stretched_positions
 from vision_attn.highres.redraw import unit_of
 
+REPORT = "eval.json"
 _SAMPLES = 16  # of the cache, for the error of predictions
 
 
@@ -57,7 +58,7 @@ def evaluate(config: Config, *, device: str = "cpu") -> dict[str, Any]:
         "torch": torch.__version__,
     }
     config.run.out.mkdir(parents=True, exist_ok=True)
-    (config.run.out / "eval.json").write_text(json.dumps(report, indent=2) + "\n")
+    (config.run.out / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     return report
 
 
@@ -130,7 +131,8 @@ class Evaluation:
         samples = max(self.data.buckets.values(), key=len)[:_SAMPLES]
         generator = torch.Generator().manual_seed(self.config.run.seed)
         found = []
-        for first in range(0, len(samples), self.config.eval.batch_size):
+        firsts = range(0, len(samples), self.config.eval.batch_size)
+        for first in tqdm(firsts, desc=f"noise {sigma:g}", unit="batch", disable=self.config.run.quiet):
             batch = self.data[samples[first : first + self.config.eval.batch_size]]
             batch = batch.to(parameter.device, parameter.dtype)
             noise = torch.randn(batch.latents.shape, generator=generator).to(batch.latents)

@@ -186,16 +186,17 @@ def generate(config: Config, *, device: str = "cpu", pipe: Any = None, rank: int
         ValueError: If `data.images` or `data.prompts` is missing, or there are no prompts.
     """
     data = config.data
-    if data.images is None or data.prompts is None:
-        raise ValueError("data.images and data.prompts are needed: where to draw to, and what to draw")
-    prompts = read_prompts(data.prompts, "data.prompts")
+    prompts = _wanted(config)
     pipe = load_pipeline(config.model).to(device) if pipe is None else pipe
     pipe.set_progress_bar_config(disable=True)
+    assert data.images is not None
     data.images.mkdir(parents=True, exist_ok=True)
     own = range(rank, len(prompts), world)
-    missing = [i for i in own if not _is_drawn(_path(data.images, i), prompts[i])]
+    missing = [i for i in undrawn(config) if i in own]
     steps = {"num_inference_steps": data.num_inference_steps} if data.num_inference_steps else {}
-    with tqdm(total=len(own), initial=len(own) - len(missing), unit="image", disable=config.run.quiet) as bar:
+    with tqdm(
+        total=len(own), initial=len(own) - len(missing), desc="generate", unit="image", disable=config.run.quiet
+    ) as bar:
         for turn, size in enumerate(data.sizes):
             mine = [i for i in missing if i % len(data.sizes) == turn]
             for first in range(0, len(mine), data.batch_size):
@@ -211,6 +212,25 @@ def generate(config: Config, *, device: str = "cpu", pipe: Any = None, rank: int
                     path.with_suffix(".part").replace(path)
                 bar.update(len(part))
     return {"drawn": len(missing), "before": len(own) - len(missing)}
+
+
+def undrawn(config: Config) -> list[int]:
+    """Return the numbers of the prompts whose pictures are missing.
+
+    Raises:
+        FileNotFoundError: If the file of prompts does not exist.
+        ValueError: If `data.images` or `data.prompts` is missing, or there are no prompts.
+    """
+    prompts, folder = _wanted(config), config.data.images
+    assert folder is not None
+    return [i for i, prompt in enumerate(prompts) if not _is_drawn(_path(folder, i), prompt)]
+
+
+def _wanted(config: Config) -> list[str]:
+    """Return the prompts."""
+    if config.data.images is None or config.data.prompts is None:
+        raise ValueError("data.images and data.prompts are needed: where to draw to, and what to draw")
+    return read_prompts(config.data.prompts, "data.prompts")
 
 
 def _is_drawn(path: Path, prompt: str) -> bool:

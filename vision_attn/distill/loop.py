@@ -14,7 +14,7 @@ from vision_attn.distill.config import Config
 from vision_attn.distill.data import CachedData, Order, batches_of
 from vision_attn.distill.denoiser import Batch, load_pipeline
 from vision_attn.distill.losses import Step, explain
-from vision_attn.distill.output import Checkpoints, Metrics, save_adapter, write_sheet
+from vision_attn.distill.output import Checkpoints, Metrics, flat, save_adapter, settings_of, write_sheet
 from vision_attn.distill.parameters import Averaging, Shards, is_sharded, make_optimizer, make_schedule
 from vision_attn.distill.student import make_student
 from vision_attn.distill.transfer import transfer
@@ -185,7 +185,9 @@ def _make_accelerator(config: Config) -> Any:
     if str(accelerator.distributed_type).endswith("DEEPSPEED"):
         _set_up_deepspeed(config, accelerator.state.deepspeed_plugin)
     if config.run.trackers:
-        accelerator.init_trackers("vision_attn_distill")
+        accelerator.init_trackers(
+            "vision_attn_distill", config={name: str(value) for name, value in flat(settings_of(config)).items()}
+        )
     return accelerator
 
 

@@ -54,7 +54,7 @@ class Checkpoints:
 
     def found(self) -> list[Path]:
         """Return the complete checkpoints, the oldest first."""
-        return sorted(path.parent for path in self.folder.glob(f"{_PREFIX}*/{STATE}") if path.parent.suffix != ".part")
+        return complete(self.folder)
 
     def save(self, step: int) -> Path:
         """Save a checkpoint, then delete old ones until `run.keep` are left.
@@ -111,7 +111,7 @@ class Checkpoints:
             return None
         last = self.found()[-1]
         state = json.loads((last / STATE).read_text())
-        old, new = _flat(state["settings"]), _flat(self.settings)
+        old, new = flat(state["settings"]), flat(self.settings)
         changed = [f"{k} was {old.get(k)!r}, is {new.get(k)!r}" for k in old | new if old.get(k) != new.get(k)]
         if changed:
             raise ValueError(
@@ -124,6 +124,26 @@ class Checkpoints:
         return int(state["step"])
 
 
+def complete(folder: Path) -> list[Path]:
+    """Return the complete checkpoints in a folder, the oldest first."""
+    return sorted(path.parent for path in folder.glob(f"{_PREFIX}*/{STATE}") if path.parent.suffix != ".part")
+
+
+def last_step(config: Config) -> tuple[int | None, float]:
+    """Return the step of the last checkpoint that these settings would go on from, and when it was written.
+
+    Returns:
+        (None, 0) if there is none, or it is of other settings.
+    """
+    found = complete(config.run.out)
+    if not found:
+        return None, 0.0
+    state = json.loads((found[-1] / STATE).read_text())
+    if state["settings"] != settings_of(config):
+        return None, 0.0
+    return int(state["step"]), (found[-1] / STATE).stat().st_mtime
+
+
 def settings_of(config: Config) -> dict[str, Any]:
     """Return the settings that a run cannot change, as JSON holds them."""
     settings = asdict(config)
@@ -133,12 +153,11 @@ def settings_of(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(settings, default=str))
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by names with dots."""
     if not isinstance(value, dict):
         return {prefix: value}
-    return {
-        k: v for name, item in value.items() for k, v in _flat(item, f"{prefix}.{name}" if prefix else name).items()
-    }
+    return {k: v for name, item in value.items() for k, v in flat(item, f"{prefix}.{name}" if prefix else name).items()}
 
 
 def _saving(accelerator: Any, parameters: dict[str, nn.Parameter]) -> Any:
