@@ -179,7 +179,7 @@ def in_float8(model: nn.Module) -> str:
         for name, module in list(model.named_modules()):
             if chosen(module, name):
                 module.__class__ = CastLinear
-                module.weight.data = module.weight.data.to(torch.float8_e4m3fn)  # type: ignore[union-attr, operator]
+                module.weight.data = module.weight.data.to(torch.float8_e4m3fn)
         return "cast to and from float8 layer by layer"
     return "torchao's Float8WeightOnlyConfig"
 
