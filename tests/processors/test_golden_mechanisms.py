@@ -1,9 +1,10 @@
-"""The attention layers of Agent, HiLo and RALA against what the authors' own modules returned.
+"""The attention layers of Agent, HiLo, InLine and RALA against what the authors' own modules returned.
 
 The tolerance is atol 1e-5, rtol 1e-4; the cases' own suggestions, 1e-5 of the largest output, are wider.
 """
 
 import re
+from itertools import product
 
 import pytest
 import torch
@@ -12,6 +13,11 @@ from golden_layers import FAMILIES, LAYERS, ROTARY, build
 
 from vision_attn.backbones.agent.attention import AgentReducedAttention, AgentSelfAttention, AgentStripeAttention
 from vision_attn.backbones.cswin_layers import StripeAttention
+from vision_attn.backbones.inline.attention import (
+    InLineReducedAttention,
+    InLineSelfAttention,
+    InLineStripeAttention,
+)
 from vision_attn.backbones.litv2.attention import HiLoSelfAttention
 from vision_attn.backbones.pvt_layers import ReducedAttention
 from vision_attn.backbones.ravlt.attention import RALASelfAttention, rotary, rotary_frequencies
@@ -26,11 +32,14 @@ def test_all_mechanisms_have_cases():
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer_equals_the_authors(name):
     case, layer, call = build(name)
-    ((key, x),) = case["inputs"].items()
-    o = call(x.requires_grad_())
+    inputs = {key: x.requires_grad_() for key, x in case["inputs"].items()}
+    o = call(*inputs.values())
     torch.testing.assert_close(o, case["output"], **TOLERANCE)
     o.backward(case["cotangent"])
-    torch.testing.assert_close(x.grad, case["grad_input"][key], **TOLERANCE)
+    for key, x in inputs.items():
+        assert x.grad.norm().item() == pytest.approx(case["cfg"]["input_grad_l2"][key], rel=1e-4)
+        if key in case["grad_input"]:
+            torch.testing.assert_close(x.grad, case["grad_input"][key], **TOLERANCE)
     norms = case["cfg"]["param_grad_l2"]
     assert {parameter for parameter, _ in layer.named_parameters()} == set(norms)
     for parameter, norm in norms.items():
@@ -61,6 +70,8 @@ MAPS = [
     pytest.param(lambda: AgentStripeAttention(16, (4, 4), 0, 2, 2, agent_num=4), (3, 5), id="agent-stripe"),
     pytest.param(lambda: StripeAttention(16, (4, 4), 1, 2, 2), (5, 3), id="stripe"),
     pytest.param(lambda: HiLoSelfAttention(16, 4, alpha=0.5), (5, 3), id="hilo"),
+    pytest.param(lambda: InLineSelfAttention(16, 2, window=(4, 3)), (5, 7), id="inline-windows"),
+    pytest.param(lambda: InLineReducedAttention(16, 2), (5, 7), id="inline-reduced"),
 ]
 
 
@@ -89,6 +100,21 @@ def test_stripes_that_do_not_divide_the_map_are_stripes_of_a_smaller_map():
     torch.testing.assert_close(layer(qkv, (4, 5)), expected)
 
 
+def test_injective_stripes_share_the_kernels_of_the_whole_map():
+    """The authors' code refuses several stripes; each is a map of its own, with the kernels of all."""
+    layer = InLineStripeAttention(8, (4, 4), 1, 2, 2)
+    qkv, mean = torch.randn(3, 2, 5 * 4, 8), torch.randn(2, 8)
+    parts = [layer(qkv[:, :, 4 * i : 4 * min(i + 2, 5)], (min(2, 5 - i), 4), mean) for i in (0, 2, 4)]
+    torch.testing.assert_close(layer(qkv, (5, 4), mean), torch.cat(parts, 1))
+
+
+def test_injective_windows_are_maps_of_their_own():
+    layer, x = InLineSelfAttention(8, 2, window=(3, 4)), torch.randn(2, 5, 9, 8)
+    o = layer(x)
+    for rows, columns in product((slice(0, 3), slice(3, 5)), (slice(0, 4), slice(4, 8), slice(8, 9))):
+        torch.testing.assert_close(o[:, rows, columns], layer(x[:, rows, columns].contiguous()))
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 0.9, 1.0])
 def test_hilo_has_the_projections_of_its_heads(alpha):
     layer = HiLoSelfAttention(24, 12, alpha=alpha)
@@ -104,6 +130,8 @@ WRONG = [
     (lambda: StripeAttention(16, (4, 4), 2, 2, 2), "idx must be -1, 0 or 1, got 2"),
     (lambda: HiLoSelfAttention(16, 4, alpha=1.5), "alpha must be between 0 and 1"),
     (lambda: HiLoSelfAttention(16, 3), "num_heads 3"),
+    (lambda: InLineSelfAttention(16, 3), "num_heads 3"),
+    (lambda: InLineSelfAttention(16, 2, feature_map="elu"), "feature_map"),
     (lambda: RALASelfAttention(16, 8), r"dim 16 is not a multiple of 4 \* num_heads 8"),
 ]
 

@@ -167,6 +167,18 @@ def agent_deit_arguments(official: dict[str, Any]) -> dict[str, Any]:
     return ours
 
 
+def inline_arguments(official: dict[str, Any]) -> dict[str, Any]:
+    """As for Agent-*, whose code base the authors share; keys of linear attention are never reduced."""
+    ours = agent_deit_arguments(agent_swin_arguments(official))
+    if "split_size" in ours or "la_split_size" in ours:
+        ours = agent_cswin_arguments(ours)
+    ratios = ours.pop("la_sr_ratios", "1111")
+    assert set(str(ratios)) == {"1"}
+    if "agent_split_sizes" in ours:
+        ours["linear_split_sizes"] = ours.pop("agent_split_sizes")
+    return ours
+
+
 PYRAMID = dict(embed_dim=8, depths=(1, 2, 2, 1), num_heads=(1, 2, 4, 8), kernel_size=3, layer_scale=0.5)
 DILATED = dict(dilations=((1,), (1, 5), (1, 2), (1,)))
 
@@ -254,6 +266,57 @@ FAMILIES = {
             num_heads=(1, 2, 2, 4),
             mlp_ratios=(2, 2, 2, 2),
             agent_nums=(4, 4, 4, 4),
+            drop_path_rate=0.0,
+        ),
+        cuts=True,
+    ),
+    "inline_deit": Family(
+        "inline_deit_tiny",
+        inline_arguments,
+        same("inline_deit_tiny", "inline_deit_small", "inline_deit_base"),
+        dict(img_size=64, embed_dim=16, depth=4, num_heads=2),
+        feature_classes=("getter",),
+    ),
+    "inline_swin": Family(
+        "inline_swin_tiny",
+        inline_arguments,
+        same("inline_swin_tiny", "inline_swin_small", "inline_swin_base", "inline_swin_base_384"),
+        dict(
+            img_size=64,
+            embed_dim=8,
+            depths=(2, 1, 2, 2),
+            num_heads=(1, 2, 2, 4),
+            window_size=10,
+            attn_types="IIMS1",
+            drop_path_rate=0.0,
+        ),
+    ),
+    "inline_cswin": Family(
+        "inline_cswin_tiny",
+        inline_arguments,
+        same("inline_cswin_tiny", "inline_cswin_small", "inline_cswin_base", "inline_cswin_base_384"),
+        dict(
+            img_size=64,
+            embed_dim=8,
+            depths=(1, 1, 2, 1),
+            num_heads=(2, 2, 4, 4),
+            split_sizes=(1, 2, 2, 2),
+            linear_split_sizes=(16, 4, 4, 2),
+            attn_types="IISS",
+            drop_path_rate=0.0,
+        ),
+    ),
+    "inline_pvt": Family(
+        "inline_pvt_tiny",
+        inline_arguments,
+        same("inline_pvt_tiny", "inline_pvt_small", "inline_pvt_medium", "inline_pvt_large"),
+        dict(
+            img_size=64,
+            embed_dims=(8, 16, 24, 32),
+            depths=(1, 1, 2, 1),
+            num_heads=(1, 2, 2, 4),
+            mlp_ratios=(2, 2, 2, 2),
+            attn_types="IIIS",
             drop_path_rate=0.0,
         ),
         cuts=True,

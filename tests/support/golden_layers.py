@@ -1,4 +1,4 @@
-"""The golden cases of attention layers: Agent, HiLo and RALA as the authors' own modules computed them.
+"""The golden cases of attention layers: Agent, HiLo, InLine and RALA as the authors' own modules computed them.
 
 Cases are found by their files, and constructor arguments are mapped generally: a case with other arguments needs no
 change here.
@@ -7,16 +7,22 @@ change here.
 import re
 from math import isqrt
 
-from golden_case import GOLDEN, mechanism
+from golden_case import case_names, mechanism
 
 from vision_attn.backbones.agent.attention import AgentReducedAttention, AgentSelfAttention, AgentStripeAttention
 from vision_attn.backbones.cswin_layers import StripeAttention
+from vision_attn.backbones.inline.attention import (
+    InLineReducedAttention,
+    InLineSelfAttention,
+    InLineStripeAttention,
+)
 from vision_attn.backbones.litv2.attention import HiLoSelfAttention
 from vision_attn.backbones.pvt_layers import ReducedAttention
 from vision_attn.backbones.ravlt.attention import RALASelfAttention, rotary
 
-FAMILIES = [f"attn_agent_{name}" for name in ("deit", "pvt", "swin", "cswin", "dynamic")] + ["attn_hilo", "attn_rala"]
-CASES = sorted(f"{family}/{path.stem}" for family in FAMILIES for path in (GOLDEN / family).glob("*.json"))
+FAMILIES = [f"attn_agent_{name}" for name in ("deit", "pvt", "swin", "cswin", "dynamic")]
+FAMILIES += ["attn_hilo", "attn_inline", "attn_rala"]
+CASES = sorted(name for family in FAMILIES for name in case_names(family))
 ROTARY = [name for name in CASES if mechanism(name)["cfg"]["upstream_class"] == "RoPE"]
 LAYERS = [name for name in CASES if name not in ROTARY]
 
@@ -83,11 +89,33 @@ def rala_layer(case):
     return layer, lambda x: layer(x, rotary(x, kwargs["dim"] // kwargs["num_heads"]))
 
 
+def inline_layer(case):
+    """InLine: a layer on tokens `[B, N, C]`, or on stacked q, k and v and a mean token."""
+    kwargs = arguments(case)
+    kwargs["qkv_bias"] = any(name in case["state_dict"] for name in ("qkv.bias", "q.bias"))
+    if "get_v.weight" in case["state_dict"]:
+        del kwargs["qkv_bias"]
+        kwargs["resolution"] = pair(kwargs["resolution"])
+        layer = InLineStripeAttention(**kwargs)
+        return layer, lambda qkv, x_mean: layer(qkv, kwargs["resolution"], x_mean)
+    if "q.weight" in case["state_dict"]:
+        assert kwargs.pop("sr_ratio", 1) == 1
+        layer = InLineReducedAttention(**kwargs)
+        return layer, lambda x: layer(x.unflatten(1, called_size(case))).flatten(1, 2)
+    size = pair(kwargs.pop("window", None) or kwargs.pop("window_size", None))
+    kwargs["feature_map"] = kwargs.pop("kernel_func", "identity").replace("leakyrelu", "leaky_relu")
+    for name in ("shift_size", "qk_scale"):
+        assert not kwargs.pop(name, None)
+    layer = InLineSelfAttention(**kwargs)
+    return layer, lambda x: layer(x, size)
+
+
 def build(name):
-    """Return a case, the layer with the authors' weights, and a function of the case's input."""
+    """Return a case, the layer with the authors' weights, and a function of the case's inputs."""
     case = mechanism(name)
     family = name.split("/")[0]
     special = {"attn_agent_cswin": stripe_layer, "attn_hilo": hilo_layer, "attn_rala": rala_layer}
+    special["attn_inline"] = inline_layer
     layer, call = special.get(family, agent_layer)(case)
     layer.load_state_dict(case["state_dict"])
     return case, layer, call

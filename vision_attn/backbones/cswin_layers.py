@@ -1,4 +1,4 @@
-"""CSwin's layers on maps `[B, height, width, C]`: stem, merging, attention inside stripes, and the block.
+"""CSwin, and its layers on maps `[B, height, width, C]`: stem, merging, attention inside stripes, and the block.
 
     o = attention(q, k, v inside the stripe) + dwc(v inside the stripe)
 
@@ -8,20 +8,30 @@ they are one stripe, the map (-1). Where `split_size` does not divide the map, t
 Paper: 'CSWin Transformer' - https://arxiv.org/abs/2107.00652
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates
 from timm.models import checkpoint, register_notrace_module
 from torch import Tensor, nn
 
-from vision_attn.backbones.blocks import refuse_heads
+from vision_attn.backbones.blocks import Stage, last_layers, levels_of, map_size, refuse_heads
+from vision_attn.backbones.checkpoints import Rule, rename, unwrap
+from vision_attn.backbones.leaplab import PositionedBackbone, checkpoint_filter
 from vision_attn.backbones.registry import operator
 from vision_attn.grid import Grid
 from vision_attn.kernels.window import from_cells, to_cells, window_attention
 from vision_attn.processors.positional import add_depthwise
+
+CSWIN_RULES: tuple[Rule, ...] = (
+    (r"^stage1_conv_embed\.0\.", "patch_embed.proj."),
+    (r"^stage1_conv_embed\.2\.", "patch_embed.norm."),
+    (r"^merge(\d)\.", r"stages.\1.downsample."),
+    (r"^stage(\d)\.", lambda match: f"stages.{int(match[1]) - 1}.blocks."),
+)
+WRAPPERS = ("state_dict_ema", "model", "state_dict")
 
 
 class ConvEmbed(nn.Module):
@@ -200,12 +210,124 @@ class CSwinBlock(nn.Module):
             return checkpoint(self._forward, x)
         return self._forward(x)
 
-    def _forward(self, x: Tensor) -> Tensor:
-        size = (x.shape[1], x.shape[2])
-        qkv = self.qkv(self.norm1(x)).flatten(1, 2).unflatten(2, [3, -1]).permute(2, 0, 1, 3)
+    def project(self, x: Tensor) -> Tensor:
+        """Return q, k and v `[3, B, N, C]` of a map."""
+        return self.qkv(self.norm1(x)).flatten(1, 2).unflatten(2, [3, -1]).permute(2, 0, 1, 3)
+
+    def branch_outputs(self, x: Tensor) -> list[Tensor]:
+        """Return what each branch makes of its channels, `[B, N, C / branches]`."""
+        qkv = self.project(x)
         outputs: list[Tensor] = []
         for i, attn in enumerate(self.attns):
-            outputs.append(attn(qkv[..., i * self.share : (i + 1) * self.share], size))
-        attended = self.proj(torch.cat(outputs, 2)).reshape(x.shape)
+            outputs.append(attn(qkv[..., i * self.share : (i + 1) * self.share], (x.shape[1], x.shape[2])))
+        return outputs
+
+    def _forward(self, x: Tensor) -> Tensor:
+        attended = self.proj(torch.cat(self.branch_outputs(x), 2)).reshape(x.shape)
         x = x + self.drop_path1(attended)
         return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
+class CSwinBackbone(PositionedBackbone):
+    """CSwin with another attention in some blocks.
+
+    Args:
+        makers: Make this attention, for each stage: with the arguments of `StripeAttention`.
+        types: Letters of the blocks of each stage.
+        own: The letter of this attention; the others stand for softmax attention.
+        block: The class of the blocks with this attention.
+        img_size: Height and width of the images, or one number for both, for which the layers are made.
+        patch_size: Pixels per side of a cell of the first map.
+        in_chans: Channels of an image.
+        num_classes: Classes of the head; 0 for no classifier.
+        global_pool: How the last map is pooled.
+        embed_dim: Channels of the first stage.
+        num_heads: Heads of each stage.
+        split_sizes: Width of the stripes of softmax attention in each stage.
+        own_split_sizes: Width of the stripes of this attention in each stage. A stage whose map is not larger for
+            `img_size`, and the last stage, attend over the whole map.
+        mlp_ratio: Hidden channels of an MLP over its channels.
+        qkv_bias: Whether queries, keys and values have a bias.
+        drop_rate: Dropout before the classifier.
+        proj_drop_rate: Dropout of MLP outputs.
+        drop_path_rate: Share of samples that skip a branch in the last block; it rises linearly from 0 in the first.
+        **dd: Device and dtype of the parameters.
+    """
+
+    def __init__(  # noqa: PLR0913 - timm builds models from flat arguments
+        self,
+        makers: Sequence[Callable[..., nn.Module]],
+        types: Sequence[str],
+        own: str,
+        block: type[CSwinBlock] = CSwinBlock,
+        *,
+        img_size: int | tuple[int, int],
+        patch_size: int,
+        in_chans: int,
+        num_classes: int,
+        global_pool: str,
+        embed_dim: int,
+        num_heads: Sequence[int],
+        split_sizes: Sequence[int],
+        own_split_sizes: Sequence[int],
+        mlp_ratio: float,
+        qkv_bias: bool,
+        drop_rate: float,
+        proj_drop_rate: float,
+        drop_path_rate: float,
+        **dd: Any,
+    ) -> None:
+        dims = [embed_dim * 2**i for i in range(len(types))]
+        skips = iter(calculate_drop_path_rates(drop_path_rate, sum(map(len, types))))
+        options: dict[str, Any] = dict(mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, proj_drop=proj_drop_rate, **dd)
+        stages = []
+        for i, dim in enumerate(dims):
+            size = map_size(img_size, patch_size * 2**i)
+            blocks = []
+            for letter in types[i]:
+                is_own = letter == own
+                split = (own_split_sizes if is_own else split_sizes)[i]
+                whole = i == len(dims) - 1 or max(size) <= split
+                make = makers[i] if is_own else StripeAttention
+                attns = branches(make, dim, size, num_heads[i], None if whole else split, **dd)
+                blocks.append((block if is_own else CSwinBlock)(dim, attns, drop_path=next(skips), **options))
+            stages.append(Stage(NormedConv(dims[i - 1], dim, **dd) if i else nn.Identity(), blocks))
+        super().__init__(
+            ConvEmbed(in_chans, embed_dim, patch_size, **dd),
+            stages,
+            *last_layers(dims[-1], num_classes, global_pool, drop_rate, **dd),
+            in_chans=in_chans,
+            num_classes=num_classes,
+            levels=levels_of(dims, patch_size),
+        )
+
+
+def stripe_filter(argument: str) -> Callable[[Mapping[str, Any], nn.Module], dict[str, Tensor]]:
+    """Return a function that turns a checkpoint into one in a model's layout, and refuses weights of other stripes.
+
+    Args:
+        argument: The name of the model's argument with the width of its own attention's stripes.
+    """
+    plain = checkpoint_filter(CSWIN_RULES, WRAPPERS)
+
+    def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+        _refuse_other_stripes(rename(unwrap(checkpoint, WRAPPERS), CSWIN_RULES), model, argument)
+        return plain(checkpoint, model)
+
+    return checkpoint_filter_fn
+
+
+def _refuse_other_stripes(state_dict: Mapping[str, Tensor], model: nn.Module, argument: str) -> None:
+    """Refuse weights of whole maps for stripes, and of stripes for whole maps: they split channels differently."""
+    for i, stage in enumerate(model.stages):  # type: ignore[arg-type]
+        attns = stage.blocks[0].attns
+        given = [name for name in state_dict if name.startswith(f"stages.{i}.blocks.0.attns.")]
+        stripes = any(".attns.1." in name for name in given)
+        if given and stripes != (len(attns) > 1):
+            kinds = ("in stripes", "over the whole map")
+            (height, width), most = attns[0].resolution, "below" if stripes else "at least"
+            raise ValueError(
+                f"stage {i + 1} of the checkpoint attends {kinds[not stripes]}, but {kinds[stripes]} in a model of "
+                f"this img_size ({height} x {width} cells): use the checkpoint's img_size, other sizes run as well, "
+                f"or give {argument} (for softmax attention split_sizes) {most} {max(height, width)}"
+            )

@@ -1,16 +1,25 @@
-"""The parts of a vision transformer with a class token: stem, attention, block and head."""
+"""A vision transformer with a class token, and its parts: stem, attention, block and head."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, global_pool_nlc, trunc_normal_
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, global_pool_nlc, trunc_normal_
 from timm.models import checkpoint, register_notrace_module
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from vision_attn.backbones.backbone import checked_image
-from vision_attn.backbones.blocks import attend_densely
+from vision_attn.backbones.blocks import attend_densely, map_size
+from vision_attn.backbones.checkpoints import Rule
+from vision_attn.backbones.leaplab import PositionedBackbone
 from vision_attn.backbones.position import resized_positions
+
+TOKEN_RULES: tuple[Rule, ...] = (
+    (r"^(cls_token|pos_embed)$", r"patch_embed.\1"),
+    (r"^blocks\.", "stages."),
+)
 
 
 @register_notrace_module
@@ -156,3 +165,108 @@ class TokenHead(nn.Module):
         """Pool tokens and, without `pre_logits`, classify them."""
         x = self.drop(self.global_pool(x))
         return x if pre_logits else self.fc(x)
+
+
+class TokenBackbone(PositionedBackbone):
+    """Blocks on a class token and patches of one size; the output of each block is a feature.
+
+    Args:
+        attns: The attention of each block: turns tokens and the map's size into tokens.
+        img_size: Height and width of the images, or one number for both, for which position embeddings are made.
+        patch_size: Pixels per side of a patch.
+        in_chans: Channels of an image.
+        num_classes: Classes of the head; 0 for no classifier.
+        global_pool: How the last tokens are pooled; 'token' takes the class token.
+        embed_dim: Channels.
+        mlp_ratio: Hidden channels of an MLP over `embed_dim`.
+        drop_rate: Dropout before the classifier.
+        proj_drop_rate: Dropout of MLP outputs.
+        drop_path_rate: Share of samples that skip a branch in the last block; it rises linearly from 0 in the first.
+        **dd: Device and dtype of the parameters.
+    """
+
+    def __init__(  # noqa: PLR0913 - timm builds models from flat arguments
+        self,
+        attns: Sequence[nn.Module],
+        *,
+        img_size: int | tuple[int, int],
+        patch_size: int,
+        in_chans: int,
+        num_classes: int,
+        global_pool: str,
+        embed_dim: int,
+        mlp_ratio: float,
+        drop_rate: float,
+        proj_drop_rate: float,
+        drop_path_rate: float,
+        **dd: Any,
+    ) -> None:
+        rates = calculate_drop_path_rates(drop_path_rate, len(attns))
+        options: dict[str, Any] = dict(mlp_ratio=mlp_ratio, proj_drop=proj_drop_rate, **dd)
+        super().__init__(
+            TokenEmbed(in_chans, embed_dim, patch_size, map_size(img_size, patch_size), **dd),
+            [TokenBlock(embed_dim, a, drop_path=rate, **options) for a, rate in zip(attns, rates, strict=True)],
+            nn.LayerNorm(embed_dim, eps=1e-6, **dd),
+            TokenHead(embed_dim, num_classes, global_pool, drop_rate, **dd),
+            in_chans=in_chans,
+            num_classes=num_classes,
+            levels=[(embed_dim, patch_size)] * len(attns),
+            output_fmt="NLC",
+        )
+        self.patch_size, self.num_prefix_tokens = patch_size, 1
+        self.stages: Any = nn.ModuleList(self.stages)  # a Sequential would not pass the map's size to the blocks
+
+    def map_size_of(self, x: Tensor) -> tuple[int, int]:
+        """Return height and width of the map of images."""
+        side = self.patch_size
+        return (x.shape[2] + side - 1) // side, (x.shape[3] + side - 1) // side
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the last tokens `[B, 1 + N, C]` of images `[B, in_chans, height, width]`."""
+        tokens = self.patch_embed(x)
+        size = self.map_size_of(x)
+        for block in self.stages:
+            tokens = block(tokens, size)
+        return self.norm(tokens)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return the result of `forward_features`, and the features: see `Backbone.forward_intermediates`.
+
+        `output_fmt` may also be 'NLC'. Features have no class token.
+
+        Raises:
+            ValueError: If `output_fmt` is unknown, or the images have a wrong number of channels.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got '{output_fmt}'")
+        take, last_taken = feature_take_indices(len(self.stages), indices)
+        features: list[Tensor] = []
+        tokens = self.patch_embed(x)
+        size = self.map_size_of(x)
+        for i, block in enumerate(self.stages):
+            if not stop_early or i <= last_taken:
+                tokens = block(tokens, size)
+                if i in take:
+                    feature = (self.norm(tokens) if norm else tokens)[:, 1:]
+                    if output_fmt == "NCHW":
+                        feature = feature.transpose(1, 2).unflatten(2, [size[0], size[1]]).contiguous()
+                    features.append(feature)
+        if intermediates_only:
+            return features
+        return self.norm(tokens), features
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the parts that the requested features do not need: see `Backbone.prune_intermediate_layers`."""
+        take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        self.stages = nn.ModuleList(self.stages)
+        return take

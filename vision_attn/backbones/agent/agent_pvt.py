@@ -7,22 +7,19 @@ Paper: 'Agent Attention: On the Integration of Softmax and Linear Attention' - h
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
-from torch import nn
 
 from vision_attn.backbones.agent.attention import AgentReducedAttention
-from vision_attn.backbones.agent.family import AgentBackbone, agent_cfg, checkpoint_filter
-from vision_attn.backbones.blocks import PreNormBlock, levels_of, map_size, patches
-from vision_attn.backbones.checkpoints import Rule
-from vision_attn.backbones.pvt_layers import MapPatches, PositionedStage, Positions, ReducedAttention
+from vision_attn.backbones.leaplab import checkpoint_filter, leaplab_cfg
+from vision_attn.backbones.pvt_layers import PVT_RULES, PVTBackbone
 from vision_attn.backbones.registry import register
 
+PAPER = "2312.08874"
 
-class AgentPVT(AgentBackbone):
+
+class AgentPVT(PVTBackbone):
     """Agent attention in a pyramid of stages.
 
     Args:
@@ -75,60 +72,32 @@ class AgentPVT(AgentBackbone):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        dd: dict[str, Any] = dict(device=device, dtype=dtype)
-        given: dict[str, Any] = dict(depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, attn_types=attn_types)
-        given |= dict(agent_nums=agent_nums, agent_sr_ratios=agent_sr_ratios, sr_ratios=sr_ratios)
-        if any(len(values) != len(embed_dims) for values in given.values()) or set(attn_types) - {"A", "B"}:
-            raise ValueError(f"there must be one value per stage of embed_dims={embed_dims}, 'A' or 'B', got {given}")
-        skips = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
-        stages = []
-        for i, dim in enumerate(embed_dims):
-            size = map_size(img_size, patch_size * 2**i, up=False)
-            options: dict[str, Any] = dict(qkv_bias=qkv_bias, proj_drop=proj_drop_rate, **dd)
-            grid = None if agent_grids is None else agent_grids[i]
-            blocks = []
-            for _ in range(depths[i]):
-                attn: nn.Module
-                if attn_types[i] == "B":
-                    attn = ReducedAttention(dim, num_heads[i], sr_ratio=sr_ratios[i], **options)
-                else:
-                    place = (dim, num_heads[i], agent_nums[i], size)
-                    attn = AgentReducedAttention(*place, sr_ratio=agent_sr_ratios[i], agent_grid=grid, **options)
-                block = PreNormBlock(
-                    dim, attn, mlp_ratio=mlp_ratios[i], proj_drop=proj_drop_rate, drop_path=next(skips), **dd
-                )
-                block.norm1.eps = block.norm2.eps = 1e-6  # in the authors' code only blocks have this eps
-                blocks.append(block)
-            merging = MapPatches(embed_dims[i - 1], dim, **dd) if i else nn.Identity()
-            stages.append(PositionedStage(merging, Positions(dim, size, **dd), blocks))
+        if not len(agent_nums) == len(agent_sr_ratios) == len(embed_dims):
+            given = dict(agent_nums=agent_nums, agent_sr_ratios=agent_sr_ratios)
+            raise ValueError(f"there must be one value per stage of embed_dims={embed_dims}, got {given}")
+
+        def attend(stage: int, size: tuple[int, int]) -> AgentReducedAttention:
+            return AgentReducedAttention(
+                embed_dims[stage], num_heads[stage], agent_nums[stage], size, sr_ratio=agent_sr_ratios[stage],
+                agent_grid=None if agent_grids is None else agent_grids[stage], qkv_bias=qkv_bias,
+                proj_drop=proj_drop_rate, device=device, dtype=dtype,
+            )  # fmt: skip
+
         super().__init__(
-            patches(in_chans, embed_dims[0], patch_size, **dd),
-            stages,
-            nn.Identity(),
-            ClassifierHead(
-                embed_dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC", **dd
-            ),
-            in_chans=in_chans,
-            num_classes=num_classes,
-            levels=levels_of(embed_dims, patch_size),
-            cut=patch_size,
-        )
+            attend, attn_types, "AB", img_size=img_size, patch_size=patch_size, in_chans=in_chans,
+            num_classes=num_classes, global_pool=global_pool, embed_dims=embed_dims, depths=depths, num_heads=num_heads,
+            mlp_ratios=mlp_ratios, sr_ratios=sr_ratios, qkv_bias=qkv_bias, drop_rate=drop_rate,
+            proj_drop_rate=proj_drop_rate, drop_path_rate=drop_path_rate, device=device, dtype=dtype,
+        )  # fmt: skip
 
-
-RULES: tuple[Rule, ...] = (
-    (r"^patch_embed1\.", "patch_embed."),
-    (r"^patch_embed([2-9])\.", lambda match: f"stages.{int(match[1]) - 1}.downsample."),
-    (r"^pos_embed(\d)$", lambda match: f"stages.{int(match[1]) - 1}.positions.pos_embed"),
-    (r"^block(\d)\.", lambda match: f"stages.{int(match[1]) - 1}.blocks."),
-)
 
 default_cfgs = generate_default_cfgs(
     {
-        "agent_pvt_tiny.leaplab_in1k": agent_cfg("13fdf0e0a7c5498c934f"),
-        "agent_pvt_small.leaplab_in1k": agent_cfg("36b8be9a8863456685a3"),
-        "agent_pvt_medium.leaplab_in1k": agent_cfg("4d00ecacf18b45f9b88c"),
-        "agent_pvt_medium_256.leaplab_in1k": agent_cfg("654df734121643b19c52", 256),
-        "agent_pvt_large.leaplab_in1k": agent_cfg("040cfe0cfbbe4762ad09"),
+        "agent_pvt_tiny.leaplab_in1k": leaplab_cfg(PAPER, "13fdf0e0a7c5498c934f"),
+        "agent_pvt_small.leaplab_in1k": leaplab_cfg(PAPER, "36b8be9a8863456685a3"),
+        "agent_pvt_medium.leaplab_in1k": leaplab_cfg(PAPER, "4d00ecacf18b45f9b88c"),
+        "agent_pvt_medium_256.leaplab_in1k": leaplab_cfg(PAPER, "654df734121643b19c52", 256),
+        "agent_pvt_large.leaplab_in1k": leaplab_cfg(PAPER, "040cfe0cfbbe4762ad09"),
     }
 )
 
@@ -144,7 +113,7 @@ register(
         agent_pvt_medium_256=_MEDIUM | dict(img_size=256),
         agent_pvt_large=dict(depths=(3, 8, 27, 3), drop_path_rate=0.3),
     ),
-    checkpoint_filter(RULES),
+    checkpoint_filter(PVT_RULES),
     out_indices=(0, 1, 2, 3),
     flatten_sequential=True,
 )

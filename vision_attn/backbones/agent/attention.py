@@ -21,6 +21,7 @@ from vision_attn.backbones.blocks import refuse_heads
 from vision_attn.backbones.cswin_layers import StripeAttention
 from vision_attn.backbones.pvt_layers import ReducedAttention
 from vision_attn.backbones.registry import operator
+from vision_attn.backbones.swin_layers import RolledAttention
 from vision_attn.grid import Grid
 from vision_attn.kernels.agent import Agents, agent_attention
 from vision_attn.kernels.window import from_cells, inside_cells, to_cells
@@ -143,7 +144,7 @@ def agent_grid_of(agent_num: int, agent_grid: Size | None) -> Size:
 
 
 @register_notrace_module
-class AgentSelfAttention(nn.Module):
+class AgentSelfAttention(RolledAttention):
     """Agent attention over all tokens of a map, with or without a class token.
 
     Args:
@@ -157,9 +158,6 @@ class AgentSelfAttention(nn.Module):
         qkv_bias: Whether the projection to q, k and v has a bias.
         proj_drop: Dropout of the output.
         **dd: Device and dtype of the parameters.
-
-    Attributes:
-        shift: Whether windows that are smaller than the map are shifted by half a window, cyclically.
     """
 
     def __init__(
@@ -176,9 +174,9 @@ class AgentSelfAttention(nn.Module):
         proj_drop: float = 0.0,
         **dd: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(window)
         refuse_heads(dim, num_heads)
-        self.num_heads, self.class_token, self.window, self.shift = num_heads, class_token, window, False
+        self.num_heads, self.class_token = num_heads, class_token
         self.agents = agent_grid_of(agent_num, agent_grid)
         add_biases(self, num_heads, agent_num, size, class_token=class_token, **dd)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
@@ -190,20 +188,8 @@ class AgentSelfAttention(nn.Module):
         """Draw new biases."""
         reset_biases(self)
 
-    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Return the attended tokens, of the shape of `x`.
-
-        Args:
-            x: A map `[B, height, width, C]`, or the tokens `[B, N, C]` of a map of `size`.
-            size: Height and width of the map whose tokens `x` is; None if `x` is a map.
-        """
-        shape = x.shape
-        if self.window is not None and self.shift and size is None:
-            move = [-(w // 2) if w < s else 0 for w, s in zip(self.window, (shape[1], shape[2]), strict=True)]
-            return self._attend(x.roll(move, (1, 2))).roll([-m for m in move], (1, 2))
-        return self._attend(x, size)
-
-    def _attend(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    def attend(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Attend inside windows at their place: see `RolledAttention.forward`."""
         shape = x.shape
         if size is None:
             size = (shape[1], shape[2])
@@ -212,9 +198,7 @@ class AgentSelfAttention(nn.Module):
         tables = [self.an_bias, self.na_bias, self.ah_bias, self.aw_bias, self.ha_bias, self.wa_bias]
         if self.ac_bias is not None and self.ca_bias is not None:
             tables += [self.ac_bias, self.ca_bias]
-        cell = size
-        if self.window is not None:
-            cell = (min(self.window[0], size[0]), min(self.window[1], size[1]))
+        cell = self.cell(size)
         sizes = [size[0], size[1], size[0], size[1], cell[0], cell[1], self.agents[0], self.agents[1]]
         o = attend(qkv, tables, self.dwc.weight, self.dwc.bias, sizes)  # type: ignore[arg-type]
         return self.proj_drop(self.proj(o)).reshape(shape)

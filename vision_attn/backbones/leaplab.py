@@ -1,4 +1,4 @@
-"""What the Agent families share: parameters without weight decay, reading checkpoints, configurations of weights."""
+"""What Agent-* and InLine-* share: parameters without weight decay, reading checkpoints, configurations of weights."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from vision_attn.backbones.registry import cfg
 BUFFERS = ("relative_position_index", "attn_mask")
 
 
-class AgentBackbone(Backbone):
+class PositionedBackbone(Backbone):
     """A `Backbone` whose position biases and embeddings have no weight decay."""
 
     @torch.jit.ignore
@@ -47,8 +47,16 @@ def checkpoint_filter(
     return checkpoint_filter_fn
 
 
-def agent_cfg(share: str, size: int = 224, crop_pct: float = 0.875, **fields: Any) -> dict[str, Any]:
-    """Return the configuration of weights that the authors share under a key; images are squashed to a square."""
-    url = f"https://cloud.tsinghua.edu.cn/f/{share}/?dl=1"
-    fields = dict(first_conv="patch_embed.proj", license="unknown", paper_ids="arXiv:2312.08874") | fields
+def leaplab_cfg(paper: str, share: str, size: int = 224, crop_pct: float = 0.875, **fields: Any) -> dict[str, Any]:
+    """Return the configuration of weights of a paper; images are squashed to a square.
+
+    Args:
+        paper: The paper's number at arXiv.
+        share: The key under which the authors share the weights; empty if they share none.
+        size: As for `cfg`.
+        crop_pct: Which part of an image's side is left after it is cut.
+        fields: As for `cfg`.
+    """
+    url = f"https://cloud.tsinghua.edu.cn/f/{share}/?dl=1" if share else ""
+    fields = dict(first_conv="patch_embed.proj", license="unknown", paper_ids=f"arXiv:{paper}") | fields
     return cfg(url, size, crop_pct=crop_pct, crop_mode="squash", **fields)

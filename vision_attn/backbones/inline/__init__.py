@@ -1,0 +1,1 @@
+"""InLine-*: backbones with injective linear attention."""
