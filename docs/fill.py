@@ -212,9 +212,11 @@ def multipole_steps() -> str:
         stock, own = stock_step(row), timed(row)
         assert stock is not None
         cells = [factor(own.get(name)) for name in ("clear r16", "multipole", "multipole e0")]
-        seconds = f"{stock['median_ms'] / 1e3:.3f} s"
+        if any(c["name"] == "multipole" and "spread=0.0" in c["computes"] for c in row["candidates"]):
+            cells[1] += " (`spread=0`)"
+        seconds = bracketed(f"{stock['median_ms'] / 1e3:.3f} s", stock)
         rows.append([row["group"], size_of(row) + ", compiled" * is_compiled(row), seconds, *cells])
-    return table(["denoiser", "size", "stock", "`Clear(16)`", "`Multipole(spread=0)`", "`Multipole(exact=0)`"], rows)
+    return table(["denoiser", "size", "stock", "`Clear(16)`", "`Multipole()`", "`Multipole(exact=0)`"], rows)
 
 
 def multipole_kernels() -> str:
@@ -384,10 +386,18 @@ def choice() -> str:
 
 
 def parallel() -> str:
-    """What is predicted for 4 and 8 GPUs from two, and what was measured there."""
+    """What was measured on two GPUs, what is predicted for 4 and 8 from it, and what was measured there."""
     if not (ROOT / PARALLEL).exists():
         return "No result is stored yet: `vision-attn bench parallel` on two GPUs measures it."
-    return predictions(stored(PARALLEL)).strip()
+    rows = []
+    for row in stored(PARALLEL)["rows"]:
+        for name, step in timed(row).items():
+            seconds = bracketed(f"{step['median_ms'] / 1e3:.3f} s", step)
+            of_one = [f"{step['speedup']:.2f}x", f"{step['efficiency']:.0%}"] if "efficiency" in step else ["-", "-"]
+            moved = f"{step['moved']['bytes'] / 1e9:.2f} GB" if "moved" in step else "-"
+            rows.append([row["case"], name, seconds, *of_one, moved, f"{step['memory']['bytes'] / 2**30:.1f} GiB"])
+    measured = table(["case", "candidate", "a step", "of 1 GPU", "efficiency", "received", "peak memory"], rows)
+    return measured + "\n\nPredicted, not measured:\n\n" + predictions(stored(PARALLEL)).strip()
 
 
 PARALLEL = "bench/results/parallel_h200.json"
