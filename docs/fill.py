@@ -403,7 +403,6 @@ def parallel() -> str:
 PARALLEL = "bench/results/parallel_h200.json"
 UNTRAINED = (
     ("quality_teachers", "flux-128", "psnr_db", "PSNR of the pictures, dB", ".1f"),
-    ("quality_teachers", "flux-256", "psnr_db", "PSNR of the pictures, dB", ".1f"),
     ("quality_teachers", "unet-256", "psnr_db", "PSNR of the pictures, dB", ".1f"),
     ("quality_terrain", "terrain", "sigma_80", "error of the prediction at the highest noise", ".2g"),
     ("quality_dinov2", "dinov2-518", "cosine", "cosine of the features", ".3f"),
