@@ -39,7 +39,8 @@ def row(operator, id, **options):
 
 TUNED = [
     *(row("linear", f"d{D}", N=2111, M=2111, H=3, D=D, F=D) for D in (16, 32, 40, 64, 72, 80, 128, 144, 256)),
-    *(row("linear", f"hedgehog-d{D}", N=1500, M=1500, H=2, D=D, F=2 * D, map="none") for D in (40, 64, 128)),
+    *(row("linear", f"hedgehog-d{D}", N=1500, M=1500, H=2, D=D, F=2 * D, map="none") for D in (40, 64, 128, 256)),
+    row("linear", "many-features", N=1500, M=1900, H=2, D=72, F=300, weight=True, hidden=True),
     *(row("linear", f"weights-d{D}", N=1500, M=1900, H=2, D=D, F=D, weight=True, hidden=True) for D in (64, 128)),
     *(row("linear", f"rala-d{D}", N=1501, M=1501, H=2, D=D, F=D, globals=True, weight=True) for D in (32, 64, 128)),
     *(row("linear", f"rotary-d{D}", N=1501, M=1501, H=2, D=D, F=D, rotary=True) for D in (32, 64, 128, 256)),
@@ -60,6 +61,7 @@ TUNED = [
     *(row("linear_local", f"d{D}", grid=Grid(37, 50), size=8, H=2, D=D, F=2 * D) for D in (40, 64, 128)),
     *(row("linear_local", f"w{w}", grid=Grid(37, 50), size=w, H=2, D=64, F=96) for w in (2, 7, 16)),
     row("linear_local", "text", grid=Grid(32, 48, prefix=77, suffix=5), size=8, H=3, D=128, F=256, mask=True),
+    row("linear_local", "d256", grid=Grid(32, 48, prefix=5), size=8, H=2, D=256, F=512),
     row("window", "stripe", grid=Grid(32, 48, prefix=3, suffix=5), size=(32, 2), H=2, D=64, mask=True),
 ]  # fmt: skip
 

@@ -24,7 +24,8 @@ WIDE = Case("linear_local", "wide", dict(grid=Grid(9, 11, prefix=40), size=(3, 5
 QUICK = {
     (case.id, dtype) for case, dtype in zip(MIXED, (torch.float32, None, torch.float16, torch.float32), strict=True)
 }
-EVERY = [(case, dtype) for case in (*MIXED, HEADS, WIDE) for dtype in (torch.float32, torch.float16)]
+MANY = Case("linear_local", "many-features", dict(grid=Grid(6, 7, prefix=4), size=3, H=1, D=24, F=300))
+EVERY = [(case, dtype) for case in (*MIXED, HEADS, WIDE, MANY) for dtype in (torch.float32, torch.float16)]
 ROWS = [row for row in EVERY if (row[0].id, row[1]) in QUICK]
 SLOW = [row for row in EVERY if row not in ROWS]
 

@@ -13,12 +13,18 @@ LINEAR = [one_head(case) for case in CASES if case.operator == "linear"]
 WIDE = Case("linear", "wide", dict(N=30, M=30, H=1, D=144, F=160))
 NARROW = Case("linear", "wide-features", WIDE.options | dict(D=40))
 LONG = Case("linear", "wide-long", WIDE.options | dict(N=70, M=70))
+MANY = Case("linear", "many-features", dict(N=20, M=26, H=1, D=24, F=272, weight=True))
+HEDGEHOG = Case("linear", "hedgehog-d256", dict(N=40, M=40, H=2, D=256, F=512, map="none"))
 ROWS = [
+    (MANY, torch.float32),
     *((case, torch.float32) for case in LINEAR),
     *((case, torch.float16) for case in LINEAR if case.id in ("elu", "weights", "rala-hidden", "one-token")),
     (NARROW, torch.float32),
 ]
 SLOW = [
+    (MANY, torch.float16),
+    *((HEDGEHOG, dtype) for dtype in (torch.float32, torch.float16)),
+    (Case("linear", "many-hidden", MANY.options | dict(map="relu", hidden=True)), torch.float16),
     (WIDE, torch.float32),
     (LONG, torch.float32),
     (Case("linear", "wide-rala", LONG.options | dict(rotary=True, globals=True, weight=True)), torch.float16),
@@ -188,6 +194,8 @@ def test_every_reason_is_listed(monkeypatch):
     assert "rotary needs a gradient" in reasons
     with pytest.raises(ValueError, match=r"triton.*cuda.*320"):
         linear_attention(q, q, q, backend="triton")
+    with pytest.raises(ValueError, match="320 features, with a rotation or a global query, are above 256"):
+        linear_attention(q, q, q[..., :8], global_query=q[:, 0], backend="triton")
 
 
 @interpreter

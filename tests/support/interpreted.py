@@ -45,9 +45,10 @@ def local_tiles(monkeypatch):
 
 def linear_tiles(monkeypatch, length, programs=1, boxes=False):
     """Take tiles of `length` tokens for linear attention; `boxes` where TMA can load."""
-    launch = _module("launches").Launch(walk=(length,), warps=1, programs=programs)
+    launch = _module("launches").Launch(walk=(length,), warps=1, programs=programs, features=128)
     launch = replace(launch, boxes=launch if boxes else None)
-    names = "state", "heavy_state", "output", "scaled_output", "queries", "keys", "mean"
+    names = ["state", "heavy_state", "output", "scaled_output", "queries", "keys", "mean"]
+    names += [f"wide_{name}" for name in ("output", "queries", "keys")]
     take(monkeypatch, **{f"linear__{name}": launch for name in names})
 
 

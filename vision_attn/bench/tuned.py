@@ -11,7 +11,7 @@ from vision_attn.grid import Grid
 from vision_attn.kernels.agent import Agents, agent_attention
 from vision_attn.kernels.hedgehog import hedgehog
 from vision_attn.kernels.launches import Row
-from vision_attn.kernels.linear import feature_mean, linear_attention
+from vision_attn.kernels.linear import Features, feature_mean, linear_attention
 from vision_attn.kernels.linear_local import linear_local_attention
 from vision_attn.kernels.local import Window, local_attention
 from vision_attn.kernels.multipole import Cells, multipole_attention
@@ -33,6 +33,9 @@ KERNELS: dict[str, tuple[str, bool]] = {
     "linear.queries": ("linear", True),
     "linear.keys": ("linear", True),
     "linear.mean": ("rala", False),
+    "linear.wide_output": ("features", False),
+    "linear.wide_queries": ("features", True),
+    "linear.wide_keys": ("features", True),
     "agent.forward": ("agent", False),
     "agent.queries": ("agent", True),
     "pairs.keys": ("agent", True),
@@ -138,7 +141,8 @@ def operator_call(
 ) -> tuple[Callable[..., Tensor], list[Tensor], Tensor]:
     """Return the operator of a case as a function of tensors, these, and a gradient of its output."""
     D, generator = case.row.channels, torch.Generator(device).manual_seed(0)
-    grid = Grid(side, side, prefix=0 if case.operator in ("linear", "rala", "agent", "hedgehog") else _PREFIX)
+    whole = case.operator in ("linear", "features", "rala", "agent", "hedgehog")
+    grid = Grid(side, side, prefix=0 if whole else _PREFIX)
 
     def draw(*shape: int) -> Tensor:
         # drawn in bfloat16, so that all dtypes get the same numbers
@@ -148,6 +152,10 @@ def operator_call(
     if case.operator == "agent":
         a = draw(1, 49, heads, D)
         return lambda q, k, v, backend: agent_attention(q, k, v, Agents(a), backend=backend), [q, k, v], do
+    if case.operator == "features":
+        a, b = (draw(1, grid.tokens, heads, 512).abs() for _ in range(2))
+        none = Features("none")
+        return lambda a, b, v, backend: linear_attention(a, b, v, features=none, backend=backend), [a, b, v], do
     if case.operator == "hedgehog":
         weight = draw(heads, D, D).float() / D**0.5
         return lambda x, backend: hedgehog(x, weight.to(x.dtype), backend=backend), [q], do

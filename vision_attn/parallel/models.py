@@ -121,9 +121,7 @@ def _enable(model: Any, name: str, mesh: Any) -> Enabled:
 
 def is_cut(model: nn.Module) -> bool:
     """Whether `enable` has cut a model whose own attention would not know of it."""
-    return ROWS in vars(model) or (
-        _kind(model) in _TEXT_AFTER and getattr(model, "_parallel_config", None) is not None
-    )
+    return ROWS in vars(model) or (_kind(model) in _TEXT_AFTER and getattr(model, "_parallel_config", None) is not None)
 
 
 def cut_of(model: nn.Module, inputs: Mapping[str, Any], found: Found, last: Cut | None) -> tuple[Cut | None, Found]:

@@ -116,7 +116,9 @@ def linear_attention(
         ValueError: If shapes or devices do not fit each other, or a named backend cannot run (every reason is listed).
     """
     _check(q, k, v, features, key_weight, global_query)
-    reasons = triton_reasons(q, v, constants=features.rotary or (), auto=backend == "auto")
+    reasons = triton_reasons(v, constants=features.rotary or (), auto=backend == "auto")
+    if q.shape[-1] > 256 and not (features.rotary is None and global_query is None):
+        reasons.append(f"{q.shape[-1]} features, with a rotation or a global query, are above 256")
     implementations = {
         "triton": Implementation(linear_attention_triton, reasons),
         "torch": Implementation(_torch),

@@ -18,7 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vision_attn.kernels.launches import Launch
-from vision_attn.kernels.linear.forward import Call, fitting_plan, loading, merged, state_parts
+from vision_attn.kernels.linear import wide
+from vision_attn.kernels.linear.call import Call, fitting_plan
+from vision_attn.kernels.linear.forward import loading, merged, state_parts
 from vision_attn.kernels.linear.tiles import (
     centred,
     column,
@@ -258,7 +260,7 @@ def _key_gradients(
 
 def _fused(call: Call) -> bool:
     """Whether the program of a query's gradient holds the state's gradient too."""
-    return call.blocks[0] * call.v.shape[-1] <= _FUSED
+    return not call.wide and call.blocks[0] * call.v.shape[-1] <= _FUSED
 
 
 @planned
@@ -328,6 +330,9 @@ def backward(
     if call.scaled:  # float16 cannot hold sums over all queries
         size = dstate.abs().amax((2, 3)).clamp_(min=1e-30)
         dstate = (dstate / size[:, :, None, None]).to(q.dtype)
+    if call.wide:
+        wide.fill_key_gradients(call, dstate, y, size, means, dk, dv, dweight, weight_gradient)
+        return dq, dk, dv, dweight, dquery
     plan = _plan_keys(call, dstate.dtype, weight_gradient)
     part_query = norm.new_empty((plan.parts, B, H, 3, F)) if call.query is not None else norm
     plan.run(
@@ -347,15 +352,19 @@ def _state_gradients(
     """Fill dq and the means of the state; return dS, y `[B, H, F]`, and eps times the sum of delta / den `[B, H]`."""
     q = call.q
     B, N, H, F = q.shape
-    plan, fused = _plan_queries(call, do), _fused(call)
+    fused = _fused(call)
     part, factors, inverses, kappa = norm, norm, norm, norm
-    if fused:
-        part = norm.new_empty((plan.parts, B, H, F * do.shape[-1] + F))
-    else:
+    if not fused:
         inverses, factors = (norm.new_empty((B, H, N)).transpose(1, 2) for _ in range(2))
-    if call.query is not None:
-        kappa = norm.new_empty((plan.parts, B, H))
-    plan.run(q, do, state, norm, *call.rotary()[:2], dq, part, factors, inverses, kappa, means, boxed=(q, do))
+    if call.wide:
+        wide.fill_query_gradients(call, do, state, norm, dq, factors, inverses, means)
+    else:
+        plan = _plan_queries(call, do)
+        if fused:
+            part = norm.new_empty((plan.parts, B, H, F * do.shape[-1] + F))
+        if call.query is not None:
+            kappa = norm.new_empty((plan.parts, B, H))
+        plan.run(q, do, state, norm, *call.rotary()[:2], dq, part, factors, inverses, kappa, means, boxed=(q, do))
     if call.query is not None:
         kappa = kappa.sum(0)
     if not fused:

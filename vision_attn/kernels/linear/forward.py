@@ -8,17 +8,15 @@ parts in a fixed order (see `tiles.py`); the third reads q once and writes o onc
 # mypy: disable-error-code="no-untyped-def"
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels.launches import Launch, fitting
+from vision_attn.kernels.launches import Launch
+from vision_attn.kernels.linear.call import Call, fitting_plan
 from vision_attn.kernels.linear.tiles import (
     LOWEST,
     await_previous,
@@ -36,14 +34,10 @@ from vision_attn.kernels.triton.launching import (
     LANES,
     Bound,
     Kernel,
-    block_of,
     cut,
     dependent,
     hopper,
-    layout,
     planned,
-    precision_of,
-    roomless,
     tensor_memory,
     unit_strides_of,
 )
@@ -64,74 +58,6 @@ from vision_attn.kernels.triton.rows import (
 )
 
 
-@dataclass(frozen=True)
-class Call:
-    """The inputs of one call, checked; see `linear_attention`. `weight` is `[B, M, H]`, `query` float32 `[B, H, F]`."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    cos: Tensor | None
-    sin: Tensor | None
-    weight: Tensor | None
-    query: Tensor | None
-    map: str
-    eps: float
-
-    @cached_property
-    def key(self) -> tuple[Any, ...]:
-        """Everything that a launch depends on, except the values of the tensors."""
-        tensors = self.q, self.k, self.v, self.cos, self.sin, self.weight, self.query
-        return self.q.device, self.map, self.eps, *map(layout, tensors)
-
-    @property
-    def floor(self) -> float:
-        """The least divisor of the state."""
-        return max(self.eps, 1e-30)
-
-    @property
-    def scaled(self) -> bool:
-        """Whether products need factors that keep them in range."""
-        return self.q.dtype == torch.float16
-
-    @cached_property
-    def blocks(self) -> tuple[int, int, int]:
-        """Channels of a tile of features, of values, and of the values that one program takes."""
-        f, d = block_of(self.k.shape[-1]), block_of(self.v.shape[-1])
-        # a program's part of the state must fit in registers and shared memory
-        most = (64 if f > 128 else 128) if self.q.element_size() == 2 else 4096 // max(f, 64)
-        if f > 128 and roomless(self.q):
-            most = max(16, most // 2)
-        return f, d, min(d, most)
-
-    def rotary(self) -> tuple[Any, Any, int]:
-        """Return cosine, sine and the stride of a token."""
-        return (self.q, self.q, 0) if self.cos is None else (self.cos, self.sin, self.cos.stride(0))
-
-    def constants(self) -> dict[str, Any]:
-        """Return the constants that all kernels are compiled for."""
-        f, _, d = self.blocks
-        return dict(
-            MAP=self.map, ROTARY=self.cos is not None, F=self.k.shape[-1], BLOCK_F=f, D=self.v.shape[-1], BLOCK_D=d,
-            PRECISION=precision_of(self.q),
-        )  # fmt: skip
-
-
-def fitting_plan(call: Call, name: str, plan: Callable[[Launch], Plan], tensors: Sequence[Any], boxed: Any) -> Plan:
-    """Return the plan of the launch that fits; a dtype stands for a tensor that is yet to be made."""
-    f, d, _ = call.blocks
-
-    def attempt(launch: Launch) -> tuple[Plan, int]:
-        return plan(launch).needs(*tensors, boxed=boxed)
-
-    def without_pipeline(launch: Launch) -> Launch:
-        return replace(launch, walk=launch.walk if f <= 64 else (min(launch.length, 32),), stages=1, boxes=None)
-
-    # where the rotation is loaded too, there is no room for a pipeline
-    adjust = None if call.cos is None else without_pipeline
-    return fitting(name, call.q, attempt, channels=max(f, d), adjust=adjust)
-
-
 @Kernel
 @triton.jit
 def _state(
@@ -148,14 +74,17 @@ def _state(
     and sum_weight, which weighs the second sum once more, `[B, tokens, H]` with strides `w_`; query `[B, H, F]`; cos,
     sin `[tokens, F]`.
     Outputs: part_sums `[parts, B, H, F * D + F]`; part_top `[parts, B, H, 2]`, maximum and total of the query's logits.
-    Launch: blocks of `BLOCK_D` values, parts of `length` keys, in steps of `LEN`; sums of features by `PRODUCTS` where
-    they may be.
+    Launch: blocks of `BLOCK_F` features (one if there is a query or a rotation) and `BLOCK_D` values, parts of `length`
+    keys, in steps of `LEN`; sums of features by `PRODUCTS` where they may be.
     """
     D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    b, h, bh, block, part = program_of(heads, batch_heads, D_BLOCKS)
+    F_BLOCKS: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
+    b, h, bh, block, part = program_of(heads, batch_heads, D_BLOCKS * F_BLOCKS)
+    first = block // D_BLOCKS * BLOCK_F if F_BLOCKS > 1 else 0
+    block = block % D_BLOCKS if F_BLOCKS > 1 else block
     k, v = unit_head_of(k, b, h, k_b, k_h), unit_head_of(v, b, h, v_b, v_h)
     weight, sum_weight = head_of(weight, b, h, w_b, w_h), head_of(sum_weight, b, h, w_b, w_h)
-    f = tl.arange(0, BLOCK_F)  # [BLOCK_F]
+    f = first + tl.arange(0, BLOCK_F)  # [BLOCK_F]
     g = tl.load(query + bh * F + f, mask=f < F, other=0.0) if GLOBAL else 0.0  # [BLOCK_F]
     ALIKE: tl.constexpr = PRODUCTS and v.dtype.element_ty != tl.float32 and not ROTARY
     acc = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)  # [BLOCK_F, BLOCK_D]
@@ -165,7 +94,9 @@ def _state(
     stop = tl.minimum(tokens, (part + 1) * length)
     for j in tl.range(part * length, stop, LEN, num_stages=STAGES):
         row = j + tl.arange(0, LEN)  # [LEN]
-        k_rows = load_tile_below(k, k_box, b, h, j, stop, k_n * unit_of(k), 0, LEN, F, BLOCK_F, TMA)  # [LEN, BLOCK_F]
+        k_rows = load_tile_below(
+            k, k_box, b, h, j, stop, k_n * unit_of(k), first, LEN, F, BLOCK_F, TMA
+        )  # [LEN, BLOCK_F]
         v_rows = load_tile_below(
             v, v_box, b, h, j, stop, v_n * unit_of(v), block * BLOCK_D, LEN, D, BLOCK_D, TMA
         )  # [LEN, BLOCK_D]
@@ -189,7 +120,7 @@ def _state(
         most = 1.0
         if SCALED:  # float16 cannot hold features that are all small or all large
             there = row < stop  # elsewhere the feature is phi(0), which may be larger
-            if F < BLOCK_F:
+            if F % BLOCK_F != 0:
                 phi = tl.where((f < F)[None, :], phi, 0.0)
             most = tl.max(tl.where(there, tl.max(tl.abs(phi), 1), 0.0), 0)
             most = tl.where(most > 0.0, most, 1.0)
@@ -347,7 +278,7 @@ def _plan_state_launch(
 ) -> Plan:
     B, M, H, _ = k.shape
     constants = call.constants()
-    blocks = math.ceil(v.shape[-1] / constants["BLOCK_D"])
+    blocks = math.ceil(v.shape[-1] / constants["BLOCK_D"]) * math.ceil(k.shape[-1] / constants["BLOCK_F"])
     launch, boxes = loading(launch, (k, v), (constants["BLOCK_F"], constants["BLOCK_D"]))
     parts, length = cut(M, B * H * blocks, launch, k, least=4)
     w = (0, 0, 0) if weight is None else weight.stride()
@@ -434,7 +365,12 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     part, part_top = state_parts(call, k, v, call.weight, None, call.query)
     factor = 1.0 / k.shape[1] if call.query is None else 1.0
     state, norm, tops = merged(call, part, part_top, torch.float32, factor)
-    fill_output(call, state, norm, o)
+    if call.wide:
+        from vision_attn.kernels.linear.wide import fill_output as fill_wide_output  # noqa: PLC0415
+
+        fill_wide_output(call, state, norm, o)
+    else:
+        fill_output(call, state, norm, o)
     return o, state, norm, tops
 
 

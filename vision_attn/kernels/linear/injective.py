@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from vision_attn.kernels.launches import Launch
-from vision_attn.kernels.linear.forward import Call, fitting_plan, merged, state_parts
+from vision_attn.kernels.linear.call import Call, fitting_plan
+from vision_attn.kernels.linear.forward import merged, state_parts
 from vision_attn.kernels.linear.mean import feature_sums
 from vision_attn.kernels.linear.tiles import state_block
 from vision_attn.kernels.triton.launching import Bound, Kernel, block_of, cut, planned, unit_strides_of

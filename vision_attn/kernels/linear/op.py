@@ -59,7 +59,8 @@ def linear_state(
     Returns:
         S `[B, H, F, D]` and z `[B, H, F]` in float32.
     """
-    from vision_attn.kernels.linear.forward import Call, merged, state_parts  # noqa: PLC0415
+    from vision_attn.kernels.linear.call import Call  # noqa: PLC0415
+    from vision_attn.kernels.linear.forward import merged, state_parts  # noqa: PLC0415
 
     call = Call(k, k, v, None, None, weight, None, map_, 0.0)
     part, _ = state_parts(call, k, v, weight, sum_weight, None)
@@ -81,7 +82,8 @@ def linear_output(q: Tensor, state: Tensor, norm: Tensor, map_: str, eps: float)
         map_: The feature map, as `Features` has it.
         eps: Added to the normaliser.
     """
-    from vision_attn.kernels.linear.forward import Call, fill_output  # noqa: PLC0415
+    from vision_attn.kernels.linear.call import Call  # noqa: PLC0415
+    from vision_attn.kernels.linear.forward import fill_output  # noqa: PLC0415
 
     o = q.new_empty((*q.shape[:3], state.shape[-1]))
     if o.numel():
@@ -141,7 +143,7 @@ def _call(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, weight: Tensor | None,
     query: Tensor | None, map_: str, eps: float,
 ) -> Any:  # fmt: skip
-    from vision_attn.kernels.linear.forward import Call  # noqa: PLC0415
+    from vision_attn.kernels.linear.call import Call  # noqa: PLC0415
 
     q, k, v = (aligned(t) for t in (q, k, v))
     cos, sin = (None if t is None else t.contiguous() for t in (cos, sin))
