@@ -25,6 +25,19 @@ def reason_of(error: Exception) -> str:
 
 
 @dataclass(frozen=True)
+class Arranged:
+    """A candidate for tensors in an order of its own, in which a model could keep them: the way there is not timed.
+
+    Args:
+        arrange: Puts an input, or the cotangent of the output, in that order.
+        run: As that of `Prepared`, from such inputs to such an output.
+    """
+
+    arrange: Callable[[Tensor], Tensor]
+    run: Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A candidate made ready for one problem.
 
@@ -32,10 +45,19 @@ class Prepared:
         run: From the problem's inputs to the output; differentiable where the problem times its backward.
         visited_flop: Floating-point operations of one forward as its tiles or blocks do them, masked pairs included;
             None if unknown.
+        timed: What is timed in the place of `run`, if that is not `run` itself; `run` is checked.
     """
 
     run: Callable[..., Tensor]
     visited_flop: int | None = None
+    timed: Arranged | None = None
+
+    def to_time(self, inputs: "Inputs") -> tuple[Callable[..., Tensor], "Inputs"]:
+        """Return what is timed, and what it is called with."""
+        if self.timed is None:
+            return self.run, inputs
+        arrange = self.timed.arrange
+        return self.timed.run, Inputs(tuple(map(arrange, inputs.tensors)), arrange(inputs.cotangent))
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,8 @@ class _Forward:
     """A forward without arguments and without a graph."""
 
     def __init__(self, prepared: Prepared, inputs: Inputs) -> None:
-        self._run, self._tensors = prepared.run, inputs.tensors
+        self._run, timed = prepared.to_time(inputs)
+        self._tensors = timed.tensors
 
     def __call__(self) -> None:
         with torch.no_grad():
@@ -131,7 +132,8 @@ class _Backward:
     """A backward without arguments; `forward` makes the graph that one call consumes."""
 
     def __init__(self, prepared: Prepared, inputs: Inputs) -> None:
-        self._run, self._leaves, self._cotangent = prepared.run, inputs.leaves(), inputs.cotangent
+        self._run, timed = prepared.to_time(inputs)
+        self._leaves, self._cotangent = timed.leaves(), timed.cotangent
         self._output: Tensor | None = None
 
     def forward(self) -> None:

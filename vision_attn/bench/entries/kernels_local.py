@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from vision_attn.bench.local.candidates import OPERATORS
+from vision_attn.bench.local.fa4 import FA4
 from vision_attn.bench.local.flex import FLEX
 from vision_attn.bench.local.problem import LocalProblem
 from vision_attn.bench.measure import Measurement
@@ -13,12 +14,13 @@ from vision_attn.kernels.local import Window
 
 TITLE = (
     "Local attention, the whole operator on `[B, N, H, D]` tensors: discs (CLEAR) with text tokens, squares (NATTEN) "
-    "without. cuDNN, flash, SDPA and xformers compute dense attention; Flex tiles permutes tokens inside the timing"
+    "without. cuDNN, flash, SDPA and xformers compute dense attention; Flex tiles and Flex FLASH permute tokens inside "
+    "the timing, FA4 tiles outside of it"
 )
-CANDIDATES = (*OPERATORS, *FLEX)
+CANDIDATES = (*OPERATORS, *FLEX, *FA4)
 _DISCS = "Discs"
 _SQUARES = "Squares"
-_DISC_PEERS = ("cuDNN", "flash", "Flex raster", "Flex tiles", "xformers")
+_DISC_PEERS = ("cuDNN", "flash", "Flex raster", "Flex tiles", "Flex FLASH", "FA4 tiles", "xformers")
 _SLOW = ("flash",)  # two and a half seconds a call at a grid of 512, and slower than cuDNN everywhere
 _SQUARE_PEERS = ("cuDNN", "NATTEN")
 _QUICK = ("disc-64-r8", "disc-64-r16", "square-64-k13", "dilated-64-k7")
@@ -40,12 +42,12 @@ def row(case: LocalProblem, measurement: Measurement) -> dict[str, Any]:
 def _discs() -> list[LocalProblem]:
     problems = []
     for side, radius in [*((g, r) for g in (64, 128, 256) for r in (8, 16, 32)), (512, 16)]:
-        backward: tuple[str, ...] = ("ours", "cuDNN") if side <= 128 else ("ours",)
+        backward: tuple[str, ...] = ("ours", "cuDNN", "FA4 tiles") if side <= 128 else ("ours",)
         if (side, radius) == (128, 16):
             backward += ("Flex raster",)
         peers = [peer for peer in _DISC_PEERS if side < 512 or peer not in _SLOW]
         # FlexAttention compiles for seconds in each case, and one radius shows what tiles change
-        peers = [peer for peer in peers if radius == 16 or peer != "Flex tiles"]
+        peers = [peer for peer in peers if radius == 16 or peer not in ("Flex tiles", "Flex FLASH")]
         grid, window = Grid(side, side, prefix=512), Window(radius=radius)
         problems.append(LocalProblem(_DISCS, grid, window, tuple(peers), backward))
     return problems

@@ -6,7 +6,7 @@ in a forward: two products of D multiply-adds.
 
 import importlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -66,16 +66,21 @@ def _sdpa(backend: SDPBackend | None, problem: LocalProblem, device: torch.devic
     return Prepared(run, _dense_flop(problem))
 
 
-def _imported(module: str, function: str) -> Callable[..., Any]:
+def imported(module: str, name: str) -> Any:
+    """Return what a package has by a name.
+
+    Raises:
+        AbsentError: If it cannot be imported.
+    """
     try:
-        return getattr(importlib.import_module(module), function)
+        return getattr(importlib.import_module(module), name)
     except (ImportError, OSError, AttributeError) as error:
         raise AbsentError(f"{module} cannot be imported: {error}") from error
 
 
 def _xformers(problem: LocalProblem, device: torch.device) -> Prepared:
     del device
-    return Prepared(_imported("xformers.ops", "memory_efficient_attention"), _dense_flop(problem))
+    return Prepared(imported("xformers.ops", "memory_efficient_attention"), _dense_flop(problem))
 
 
 def _natten(problem: LocalProblem, device: torch.device) -> Prepared:
@@ -83,7 +88,7 @@ def _natten(problem: LocalProblem, device: torch.device) -> Prepared:
     grid, window = problem.grid, problem.window
     if window.radius is not None or grid.prefix + grid.suffix:
         raise AbsentError("NATTEN has neither discs nor tokens outside the grid")
-    na2d = _imported("natten", "na2d")
+    na2d = imported("natten", "na2d")
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (t.unflatten(1, (grid.height, grid.width)) for t in (q, k, v))

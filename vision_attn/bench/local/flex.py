@@ -96,8 +96,13 @@ def to_tiles(t: Tensor, grid: Grid, tile: tuple[int, int], inverse: bool = False
     return torch.cat([t[:, : grid.prefix], image], 1)
 
 
-def flex_operator(problem: LocalProblem, device: torch.device, tile: tuple[int, int]) -> tuple[Prepared, BlockMask]:
-    """Return the operator, not compiled, and its block mask; a tile of one whole row is raster order."""
+def flex_operator(
+    problem: LocalProblem, device: torch.device, tile: tuple[int, int], options: Any = None
+) -> tuple[Prepared, BlockMask]:
+    """Return the operator, not compiled, and its block mask; a tile of one whole row is raster order.
+
+    `options` are FlexAttention's `kernel_options`.
+    """
     grid = problem.grid
     blocks = block_mask(disc_mask(problem, tile), grid.tokens, device)
 
@@ -105,7 +110,7 @@ def flex_operator(problem: LocalProblem, device: torch.device, tile: tuple[int, 
         if tile[0] > 1:
             q, k, v = (to_tiles(t, grid, tile) for t in (q, k, v))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        o = flex_attention(q, k, v, block_mask=blocks)
+        o = flex_attention(q, k, v, block_mask=blocks, kernel_options=options)
         assert isinstance(o, Tensor)
         o = o.transpose(1, 2)
         return to_tiles(o, grid, tile, inverse=True) if tile[0] > 1 else o
@@ -113,25 +118,30 @@ def flex_operator(problem: LocalProblem, device: torch.device, tile: tuple[int, 
     return Prepared(run, 4 * problem.head_dim * problem.heads * kept_pairs(blocks)), blocks
 
 
-def _compiled(problem: LocalProblem, device: torch.device, tile: tuple[int, int]) -> Prepared:
+def compiled(problem: LocalProblem, device: torch.device, tile: tuple[int, int], options: Any = None) -> Prepared:
+    """Return what `flex_operator` does, compiled.
+
+    Raises:
+        AbsentError: If the device is no GPU.
+    """
     if device.type != "cuda":
         raise AbsentError("FlexAttention is compared compiled, on CUDA")
-    prepared, _ = flex_operator(problem, device, tile)
-    compiled = torch.compile(prepared.run, dynamic=False, fullgraph=True)
+    prepared, _ = flex_operator(problem, device, tile, options)
+    operator = torch.compile(prepared.run, dynamic=False, fullgraph=True)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with torch._dynamo.config.patch(recompile_limit=256):  # every case is compiled anew
-            return compiled(q, k, v)
+            return operator(q, k, v)
 
     return Prepared(run, prepared.visited_flop)
 
 
 def _raster(problem: LocalProblem, device: torch.device) -> Prepared:
-    return _compiled(problem, device, (1, problem.grid.width))
+    return compiled(problem, device, (1, problem.grid.width))
 
 
 def _tiles(problem: LocalProblem, device: torch.device) -> Prepared:
-    return _compiled(problem, device, TILE)
+    return compiled(problem, device, TILE)
 
 
 FLEX = (Candidate("Flex raster", LOCAL, _raster), Candidate("Flex tiles", LOCAL, _tiles))
