@@ -10,8 +10,7 @@ from tiny_host_case import Layout, build, noise
 from torch import Tensor, nn
 
 from vision_attn import Clear, Grid, Host, Neighborhood, Softmax, convert
-from vision_attn.processors import AttnSpec, make_spec
-from vision_attn.processors.clear import ClearAttention
+from vision_attn.processors import Agent, AttnSpec, HiLo, LinFusion, Multipole, make_spec
 
 
 class Grouped(nn.Module):
@@ -71,24 +70,50 @@ def test_a_window_equals_the_host_with_a_dense_mask(spec: AttnSpec, masked: bool
         torch.testing.assert_close(own.grad, parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_the_keys_are_a_view(monkeypatch: pytest.MonkeyPatch) -> None:
+ALIKE = {
+    "clear": Clear(radius=2),
+    "multipole": Multipole(cell=2, near=0, pool=1, exact=1),
+    "linfusion": LinFusion(mid_dim=-1),
+    "agent": Agent(num_agents=4),
+    "hilo-low": HiLo(alpha=1.0),
+}
+
+
+@pytest.mark.parametrize("spec", ALIKE.values(), ids=ALIKE)
+def test_keys_are_a_view_and_give_what_repeated_ones_give(spec: AttnSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs and the gradients of all parameters, those that a processor has for each head too."""
     seen: list[Any] = []
-    forward = ClearAttention.forward
-    monkeypatch.setattr(
-        ClearAttention, "forward", lambda self, q, k, v, *rest: seen.append(k) or forward(self, q, k, v, *rest)
-    )
-    model = build(Model)
-    convert(model, Clear(radius=2), host=HOST)
-    with torch.no_grad():
-        model(noise(2, 23, 48))
-    (keys,) = seen
-    assert tuple(keys.shape) == (4, 23, 3, 8) and keys.stride(2) == 0
+
+    def run(repeated: bool) -> tuple[Tensor, dict[str, Tensor | None]]:
+        model, x = build(Model, True), noise(2, 23, 48)
+        convert(model, spec, host=HOST)
+        processor: Any = model.layer.vision_attn  # type: ignore[union-attr]
+        for n, parameter in enumerate(processor.parameters()):
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(n))
+        assert processor.heads_alike
+        if repeated:
+            processor.heads_alike = False
+        forward = type(processor).forward
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                type(processor), "forward", lambda self, q, k, *rest: seen.append(k) or forward(self, q, k, *rest)
+            )
+            o = model(x)
+        (o * noise(*o.shape, seed=3)).sum().backward()
+        return o, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    (o, grads), (want, expected) = run(False), run(True)
+    view, whole = seen
+    assert tuple(view.shape) == (4, 23, 3, 8) and view.stride(2) == 0 and tuple(whole.shape) == (2, 23, 6, 8)
+    torch.testing.assert_close(o, want, rtol=0, atol=2e-5)
+    for name, grad in expected.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=2e-5, msg=name)
 
 
 def test_a_processor_with_parameters_of_heads_gets_repeated_keys() -> None:
     """Agent attention has biases for each of its 6 heads."""
     model = build(Model)
-    conversion = convert(model, make_spec("agent", num_agents=4), host=HOST)
+    conversion = convert(model, make_spec("agent", num_agents=4, biases=True), host=HOST)
     with torch.no_grad():
         assert model(noise(2, 23, 48)).isfinite().all()
     assert set(conversion.status.values()) == {"rerouted"}

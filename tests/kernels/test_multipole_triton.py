@@ -115,3 +115,35 @@ def test_a_wrong_mass_is_caught():
     o = multipole_attention(q, k, v, grid, Cells(**fields, chosen=chosen), backend="reference")
     wrong = Cells(**fields, chosen=chosen, mass=torch.full((1, 1), 0.1))
     assert (multipole_attention(q, k, v, grid, wrong, backend="triton") - o).abs().max() > 1e-3
+
+
+def grouped(backend, shared):
+    """Output and gradients of q, k, v and mass: 2 samples, 2 groups of 2 heads, in the batch or with repeated keys."""
+    grid, fields = Grid(7, 14, prefix=2), dict(cell=4, near=0, pool=2, exact=1)
+    q = draw(2, grid.tokens, 4, 16).requires_grad_()
+    k, v = (draw(2, grid.tokens, 2, 16, seed=seed).requires_grad_() for seed in (1, 2))
+    mass = draw(4, 2, seed=4).requires_grad_()
+    if shared:
+        queries = q.unflatten(2, (2, 2)).transpose(1, 2).flatten(0, 1)
+        keys, values = (t.transpose(1, 2).flatten(0, 1)[:, :, None].expand(-1, -1, 2, -1) for t in (k, v))
+    else:
+        queries, keys, values = q, *(t.repeat_interleave(2, 2) for t in (k, v))
+    o = multipole_attention(queries, keys, values, grid, Cells(**fields, mass=mass), backend=backend)
+    if shared:
+        o = o.unflatten(0, (2, 2)).transpose(1, 2).flatten(2, 3)
+    return [o, *torch.autograd.grad((o * draw(*o.shape, seed=9)).sum(), (q, k, v, mass))]
+
+
+@pytest.mark.parametrize(
+    "backend", ["reference", "torch", pytest.param("triton", marks=[interpreter, pytest.mark.slow])]
+)
+def test_heads_that_share_keys_in_memory_give_what_repeated_keys_give(backend):
+    for found, expected in zip(grouped(backend, True), grouped(backend, False), strict=True):
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_masses_of_other_samples_are_refused():
+    k = draw(2, 24, 2, 8)
+    for rows in (3, 8):
+        with pytest.raises(ValueError, match=r"mass must be \[H, levels\]"):
+            multipole_attention(k, k, k, Grid(4, 6), Cells(cell=2, near=0, pool=1, mass=draw(rows, 2)))

@@ -89,6 +89,7 @@ class AgentAttention(Processor):
     def __init__(self, spec: Agent, layer: Layer) -> None:
         super().__init__()
         self.spec, self.backend = spec, layer.backend
+        self.heads_alike = not (spec.biases or spec.dwc)
         if spec.biases:
             self.position = AgentBiases(layer.num_heads, spec.agent_grid, (7, 7), (7, 7))
         if spec.dwc:

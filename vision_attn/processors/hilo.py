@@ -75,6 +75,7 @@ class HiLoAttention(Processor):
         super().__init__()
         self.spec, self.backend = spec, layer.backend
         self.high = layer.num_heads - low_heads(layer.num_heads, spec.alpha, spec.window_size)
+        self.heads_alike = self.high in (0, layer.num_heads)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None = None, scale: float | None = None

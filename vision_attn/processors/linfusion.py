@@ -160,6 +160,7 @@ class LinFusionAttention(Processor):
     def __init__(self, spec: LinFusion, layer: Layer) -> None:
         super().__init__()
         self.spec, self.backend = spec, layer.backend
+        self.heads_alike = spec.feature_map != "hedgehog"
         if spec.mid_dim != -1:
             assert layer.dim is not None
             self.to_q_, self.to_k_ = (Residual(layer.dim, spec.width(layer)) for _ in range(2))

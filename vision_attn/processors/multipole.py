@@ -146,6 +146,8 @@ class MultipoleAttention(Processor):
         pool_weight: Logarithms of the weights of a mean's tokens `[pool, pool]`.
     """
 
+    heads_alike = True  # groups of heads in the batch have rows of their own in `mass`
+
     def __init__(self, spec: Multipole, layer: Layer) -> None:
         super().__init__()
         self.spec, self.backend = spec, layer.backend

@@ -20,7 +20,7 @@ from torch import Tensor
 from vision_attn.grid import Grid
 from vision_attn.kernels.backend import Implementation, check_inputs, check_mask, full_precision, pick
 from vision_attn.kernels.dense import full_mask
-from vision_attn.kernels.multipole.cells import Cells, choose_cells, counts_of, means_of
+from vision_attn.kernels.multipole.cells import Cells, by_head, choose_cells, counts_of, means_of
 from vision_attn.kernels.multipole.op import multipole_attention_triton, part_attention_triton
 from vision_attn.kernels.multipole.portable import multipole_attention_torch, part_attention_torch
 from vision_attn.kernels.triton.launching import triton_reasons
@@ -97,13 +97,18 @@ def slab_reasons(q: Tensor, grid: Grid, cells: Cells, auto: bool) -> list[str]:
 def check_cells(q: Tensor, grid: Grid, cells: Cells) -> None:
     """Refuse tensors of `cells` that do not fit q and the grid."""
     B, _, H, _ = q.shape
-    if cells.mass is not None and (cells.mass.dim() != 2 or cells.mass.shape[0] != H or not cells.mass.shape[1]):
+    if cells.mass is not None and not _fits(cells.mass, B, H):
         raise ValueError(f"mass must be [H, levels] = [{H}, levels], got {tuple(cells.mass.shape)}")
     if cells.weights is not None and tuple(cells.weights.shape) != (cells.pool, cells.pool):
         raise ValueError(f"weights must be [pool, pool] = {(cells.pool,) * 2}, got {tuple(cells.weights.shape)}")
     want = (B, H, cells.count(grid), cells.exact)
     if cells.chosen is not None and tuple(cells.chosen.shape) != want:
         raise ValueError(f"chosen must be [B, H, cells, exact] = {want}, got {tuple(cells.chosen.shape)}")
+
+
+def _fits(mass: Tensor, B: int, H: int) -> bool:
+    """Whether masses are those of the heads, or of several samples' heads that repeat over the batch."""
+    return mass.dim() == 2 and mass.shape[1] > 0 and mass.shape[0] % H == 0 and B * H % max(mass.shape[0], 1) == 0
 
 
 @full_precision
@@ -131,7 +136,7 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, grid: Grid, cells: Cells, mask: 
     far = torch.einsum("bnhd,bmhd->bhnm", q[:, image], means_k) * scale
     if cells.mass is not None:
         level = layout.levels[:M].clamp(max=cells.mass.shape[1] - 1)
-        far = far + cells.mass.to(device, wide)[:, level][:, None]
+        far = far + by_head(cells.mass.to(device, wide), B, H)[..., level][:, :, None]
     far = (far + count.clamp(min=1).log()).masked_fill(count == 0, -torch.inf)
     weights = torch.cat([logits.masked_fill(~seen, -torch.inf), far], -1).softmax(-1)
     o_image = torch.einsum("bhnm,bmhd->bnhd", weights, torch.cat([v, means_v], 1))

@@ -34,7 +34,8 @@ class Cells:
         group: How many neighbouring heads choose together; the last group may have fewer.
         spread: How much the spread of a cell's keys counts in the choice, from 0, where a cell counts as its mean key,
             to 1, where it counts as the best key that its keys' bounds allow.
-        mass: Added to the logits of the means, `[H, levels]`; levels beyond the last column take the last.
+        mass: Added to the logits of the means, `[H, levels]`; levels beyond the last column take the last. Rows of
+            several samples `[n * H, levels]` repeat over the batch: of groups of heads that stand there.
         weights: Logarithms of the weights of the tokens in a mean of the first level, `[pool, pool]`; equal if None.
         chosen: Indices of the exact cells `[B, H, cells, exact]` in row-major order, the number of cells for none: what
             `choose_cells` returned, to be used again. Chosen anew if None.
@@ -372,3 +373,13 @@ def _best(q: Tensor, k: Tensor, size: Tensor, near: Tensor, exact: int, group: i
     best, index = weight.topk(min(exact, C), -1)
     index = torch.where(best == -math.inf, C, index)
     return F.pad(index, (0, exact - index.shape[-1]), value=C)
+
+
+def by_head(mass: Tensor, B: int, H: int) -> Tensor:
+    """Return the masses of every head of every sample `[B, H, levels]`: see `Cells.mass`."""
+    return mass[torch.arange(B * H, device=mass.device).view(B, H) % len(mass)]
+
+
+def of_one_head(t: Tensor) -> Tensor:
+    """Return the one head of keys `[B, N, 1, D]` that all heads share in memory, or all of them `[B, N, H, D]`."""
+    return t[:, :, :1] if t.stride(2) == 0 else t

@@ -32,8 +32,8 @@ def _masses(
 
     Launch: the cells from `first_cell` on.
 
-    Inputs: mass `[H, mass_levels]`; table as in `Pyramid.table`; chosen `[B, H, cells, EXACT]`; `tiles` of `LEN` rows
-    as in `MeanTiles`, `across` to a row of parents.
+    Inputs: mass `[heads, mass_levels]`, whose rows repeat; table as in `Pyramid.table`; chosen `[B, H, cells, EXACT]`;
+    `tiles` of `LEN` rows as in `MeanTiles`, `across` to a row of parents.
     Outputs: found `[batch_heads, cells, tiles * LEN]`.
     """
     own = first_cell + tl.program_id(0)
@@ -82,7 +82,7 @@ def masses(chosen: Tensor, mass: Tensor | None, size: Sequence[int], tiles: Mean
 
     Args:
         chosen: Exact cells, int32 `[B, H, C, exact]`.
-        mass: Learned offsets `[H, levels]`, or None.
+        mass: Learned offsets `[H, levels]` as of `Cells.mass`, or None.
         size: Height, width, prefix, suffix, cell, near, pool, and the rows of cells that attend if not all do.
         tiles: The tiles of means that a cell meets.
 
@@ -107,8 +107,8 @@ def _plan_masses(call: Sized) -> Bound:
     heads = 1 if exact == 0 and mass is None else B * H
     each = min(heads, _HEADS)
     numbers = dict(
-        first_cell=first * rows.cells[1], heads=H, batch_heads=heads, height=rows.height, width=rows.width,
-        cell=rows.cell, near=rows.near, columns=rows.cells[1], cells=C, tiles=count, across=across,
+        first_cell=first * rows.cells[1], heads=H if mass is None else len(mass), batch_heads=heads,
+        height=rows.height, width=rows.width, cell=rows.cell, near=rows.near, columns=rows.cells[1], cells=C, tiles=count, across=across,
         mass_levels=1 if mass is None else mass.shape[1],
         PER_CELL=rows.per_cell, BLOCK=rows.block, SKIP=skip, LEN=length, EXACT=exact,
         EXACT_BLOCK=next_power(max(exact, 1)), MASS=mass is not None, HEADS=each, num_warps=1 if length < 64 else 2,

@@ -45,7 +45,7 @@ def _mean_gradients(
     q_b, q_n, q_h, do_b, do_n, do_h, mk_b, mk_n, mk_h, mv_b, mv_n, mv_h,
     N, heads, batch, prefix, height, width, cell, near, rows, columns, first_row, stop_row, scale, level, first, size,
     blocks, down, across,
-    level_rows, level_columns, tiles_x, mass_levels,
+    level_rows, level_columns, tiles_x, mass_heads, mass_levels,
     T: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, EXACT_BLOCK: tl.constexpr, SIDE: tl.constexpr,
     PER_CELL: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MASS: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -53,9 +53,9 @@ def _mean_gradients(
     """Gradients of `SIDE` x `SIDE` means of one level, from one cell of each of the level's cells that see them.
 
     Inputs: q, do `[B, N, H, D]`, means_k, means_v `[B, M, H, D]`, each with strides `_b, _n, _h`; lse, delta
-    `[B, H, N]`; chosen `[B, H, C, EXACT]`; mass `[H, mass_levels]`. The level has `down` x `across` means in `size`
-    rows from the `first` on, `blocks` blocks side by side, and `level_rows` x `level_columns` cells of `PER_CELL` x
-    `PER_CELL` means.
+    `[B, H, N]`; chosen `[B, H, C, EXACT]`; mass `[mass_heads, mass_levels]`. The level has `down` x `across` means in
+    `size` rows from the `first` on, `blocks` blocks side by side, and `level_rows` x `level_columns` cells of
+    `PER_CELL` x `PER_CELL` means.
     Outputs: part_dk, part_dv `[parts, B, size, H, D]`, part_mass `[parts, programs, B, H]`.
     """
     KEYS: tl.constexpr = SIDE * SIDE
@@ -91,7 +91,7 @@ def _mean_gradients(
     e = tl.arange(0, EXACT_BLOCK)  # [EXACT_BLOCK]
     offset = 0.0
     if MASS:
-        offset = tl.load(mass + h * mass_levels + tl.minimum(level, mass_levels - 1)) * LOG2E
+        offset = tl.load(mass + bh % mass_heads * mass_levels + tl.minimum(level, mass_levels - 1)) * LOG2E
     wide = to_x - from_x
     for i in tl.range(0, tl.maximum(to_y - from_y, 0) * wide * SPLIT * SPLIT):
         at = i // (SPLIT * SPLIT)
@@ -161,7 +161,7 @@ def fill_means(d_means: list[Tensor], d_mass: Tensor, call: Call, do: Tensor, ls
 
     def needs(launch: Launch) -> int:
         _, boxes, named = of(launch)
-        made, counts = [lse.dtype] * 3, (2,) * 10  # the counts of a level are no matter
+        made, counts = [lse.dtype] * 3, (2,) * 11  # the counts of a level are no matter
         return _mean_gradients.needs(
             q, do, call.means_k, call.means_v, *made, lse, delta, call.chosen, mass, *boxes, *strides, call.scale,
             *counts, **named, **more,
@@ -179,9 +179,10 @@ def fill_means(d_means: list[Tensor], d_mass: Tensor, call: Call, do: Tensor, ls
             q, do, call.means_k, call.means_v, dk, dv, part_mass, lse, delta, call.chosen, mass, *boxes, *strides,
             call.scale, level, first, size, rows.blocks(level)[1], down, across,
             *(math.ceil(n / (1 << level)) for n in rows.cells), tiles[1],
-            1 if call.mass is None else call.mass.shape[1], **named, **more,
+            *((1, 1) if call.mass is None else call.mass.shape), **named, **more,
         )  # fmt: skip
         for whole, part in zip(d_means, (dk, dv), strict=True):
             whole[:, first : first + size] = part.sum(0)
         if call.mass is not None:
-            d_mass[:, min(level, d_mass.shape[1] - 1)] += part_mass.sum((0, 1, 2))
+            by_row = part_mass.sum((0, 1)).view(-1, len(d_mass)).sum(0)
+            d_mass[:, min(level, d_mass.shape[1] - 1)] += by_row

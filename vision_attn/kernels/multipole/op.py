@@ -17,7 +17,7 @@ from torch import Tensor
 from vision_attn.grid import Grid
 from vision_attn.kernels.backend import custom_op
 from vision_attn.kernels.launches import Launch
-from vision_attn.kernels.multipole.cells import Cells, choose_cells, means_of
+from vision_attn.kernels.multipole.cells import Cells, choose_cells, means_of, of_one_head
 from vision_attn.kernels.multipole.pyramid import MeanTiles, Pyramid, pyramid
 from vision_attn.kernels.triton.launching import (
     block_of,
@@ -165,17 +165,22 @@ def _run(
     weights = cells.weights
     if weights is not None and weights.requires_grad and torch.is_grad_enabled():  # they learn in plain PyTorch
         sides, order = cells.layout(grid, q.device).sides, pyramid(size).order(q.device)
-        means = [F.pad(means_of(t[:, grid.image], grid, cells, sides), (0, 0, 0, 0, 0, 1))[:, order] for t in (k, v)]
+        each = (means_of(of_one_head(t)[:, grid.image], grid, cells, sides) for t in (k, v))
+        means = [F.pad(t, (0, 0, 0, 0, 0, 1))[:, order] for t in each]
         bounds = None
     else:
         asks = bool(cells.spread and cells.exact) and cells.group == 1 and cells.chosen is None and not _AMD
-        *means, low, high = _means(k, v, None if weights is None else weights.detach(), size, asks)
+        own = (k, v) if k.stride(2) or v.stride(2) else (of_one_head(k), of_one_head(v))
+        *means, low, high = _means(*own, None if weights is None else weights.detach(), size, asks)
         bounds = low, high
+    if means[0].shape[2] != q.shape[2]:
+        means = [t.expand(-1, -1, q.shape[2], -1) for t in means]
+        bounds = bounds and tuple(t.expand(-1, -1, q.shape[2], -1).contiguous() for t in bounds)
     chosen = None if cells.chosen is None else cells.chosen.sort(-1).values  # the kernels want those that are none last
     if chosen is None and (cells.group > 1 or bounds is None or _AMD or not means[0].shape[1]):
         chosen = choose_cells(q, k, grid, cells, scale=scale)
     elif chosen is None and bounds is not None:
-        tensors = (t.detach() for t in (q, means[0], *bounds))
+        tensors = (t.detach() for t in (q, means[0].contiguous(), *bounds))
         chosen = _choice(*tensors, size, cells.exact, float(cells.spread), scale)
     assert chosen is not None
     return _multipole(q, k, v, *means, chosen.int(), cells.mass, mask, size, scale)

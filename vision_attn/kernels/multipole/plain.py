@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vision_attn.grid import Grid
-from vision_attn.kernels.multipole.cells import Cells, counts_of
+from vision_attn.kernels.multipole.cells import Cells, by_head, counts_of
 from vision_attn.kernels.window import from_cells, inside_cells, to_cells
 
 
@@ -39,7 +39,7 @@ def plain_multipole(
     bias = count.clamp(min=1).to(wide).log()
     if mass is not None:
         level = layout.levels[layout.slots].clamp(max=mass.shape[1] - 1)
-        bias = bias + mass.to(wide)[:, level]
+        bias = bias + by_head(mass.to(wide), *chosen.shape[:2])[..., level]
     bias = bias.masked_fill(count == 0, -torch.inf)[:, :, :, None]
     means_k, means_v = (_means(t.to(wide), layout.slots) for t in (k_means, v_means))  # [B, H, C, P, D]
     parts, seen = [scores, queries @ means_k.mT + bias], [_cells(values, exact), means_v]

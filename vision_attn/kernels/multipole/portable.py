@@ -16,7 +16,7 @@ from torch import Tensor
 from vision_attn.grid import Grid
 from vision_attn.kernels.backend import custom_op, full_precision
 from vision_attn.kernels.dense import dense_attention, full_mask, outside, with_dense_rows
-from vision_attn.kernels.multipole.cells import Cells, Layout, choose_cells, counts_of, means_of
+from vision_attn.kernels.multipole.cells import Cells, Layout, choose_cells, counts_of, means_of, of_one_head
 from vision_attn.kernels.multipole.plain import plain_multipole
 
 _HIDDEN = -1e30
@@ -54,7 +54,8 @@ def _grid_rows(
     q: Tensor, k: Tensor, v: Tensor, grid: Grid, cells: Cells, mask: Tensor | None, scale: float, chosen: Tensor
 ) -> Tensor:
     layout, image = cells.layout(grid, q.device), grid.image
-    means = [means_of(t[:, image], grid, cells, layout.sides) for t in (k, v)]
+    means = [means_of(of_one_head(t)[:, image], grid, cells, layout.sides) for t in (k, v)]
+    means = [t.expand(-1, -1, q.shape[2], -1) for t in means]
     hidden = hidden_keys(mask, q)
     return grid_multipole(
         q[:, image], k[:, image], v[:, image], outside(k, grid), outside(v, grid), *means, cells.mass, hidden, chosen,
@@ -190,6 +191,11 @@ def _layout_of(size: Sequence[int], device: torch.device) -> Layout:
     return Cells(cell, near, pool, 0).layout(Grid(height, width), device)
 
 
+def _row(mass: Tensor, b: int, h: int, q: Tensor) -> int:
+    """Return the row of a head's masses: see `Cells.mass`."""
+    return (b * q.shape[2] + h) % len(mass)
+
+
 @custom_op("vision_attn::multipole_grid", plain_multipole)
 def grid_multipole(
     q: Tensor, k: Tensor, v: Tensor, k_shared: Tensor, v_shared: Tensor, k_means: Tensor, v_means: Tensor,
@@ -205,7 +211,9 @@ def grid_multipole(
     there = _there(layout, size, wide)
     for b, h, head in _heads(q, k, v, k_shared, v_shared, k_means, v_means, hidden, layout, size, scale):
         out = torch.zeros_like(head.q)
-        for part in _parts(head, layout, chosen[b, h], None if mass is None else mass[h].to(wide), there, size):
+        for part in _parts(
+            head, layout, chosen[b, h], None if mass is None else mass[_row(mass, b, h, q)].to(wide), there, size
+        ):
             weights = head.weights(part, weights)
             out[part.cells] = head.mix(weights, part, head.v_shared, head.v, head.v_means)
         o[b, :, h] = _from_cells(out, *size[:3])
@@ -234,7 +242,9 @@ def _multipole_backward(
         d_head = [torch.zeros_like(t) for t in (head.q, head.k, head.v, head.k_shared, head.v_shared)]
         d_head += [torch.zeros_like(t) for t in (head.k_means, head.v_means)]
         d_q, d_k, d_v, d_ks, d_vs, d_km, d_vm = d_head
-        for part in _parts(head, layout, chosen[b, h], None if mass is None else mass[h].to(wide), there, size):
+        for part in _parts(
+            head, layout, chosen[b, h], None if mass is None else mass[_row(mass, b, h, q)].to(wide), there, size
+        ):
             weights = head.weights(part, weights)
             rows = d_out[part.cells]
             d_weights = _scores(rows, part, head.v_shared, head.v, head.v_means)
@@ -245,7 +255,7 @@ def _multipole_backward(
             if mass is not None:
                 of_means = d_scores[..., -part.slots.shape[1] :].sum(1)
                 level = layout.levels[part.slots].clamp(max=mass.shape[1] - 1)
-                d_mass[h].index_add_(0, level.flatten(), of_means.flatten())
+                d_mass[_row(mass, b, h, q)].index_add_(0, level.flatten(), of_means.flatten())
         for grad, part_grad in zip(grads[:3], (d_q, d_k[:-1], d_v[:-1]), strict=True):
             grad[b, :, h] = _from_cells(part_grad, height, width, cell)
         for grad, part_grad in zip(grads[3:], (d_ks, d_vs, d_km[:-1], d_vm[:-1]), strict=True):
