@@ -108,8 +108,8 @@ def _plan_masses(call: Sized) -> Bound:
     each = min(heads, _HEADS)
     numbers = dict(
         first_cell=first * rows.cells[1], heads=H if mass is None else len(mass), batch_heads=heads,
-        height=rows.height, width=rows.width, cell=rows.cell, near=rows.near, columns=rows.cells[1], cells=C, tiles=count, across=across,
-        mass_levels=1 if mass is None else mass.shape[1],
+        height=rows.height, width=rows.width, cell=rows.cell, near=rows.near, columns=rows.cells[1], cells=C,
+        tiles=count, across=across, mass_levels=1 if mass is None else mass.shape[1],
         PER_CELL=rows.per_cell, BLOCK=rows.block, SKIP=skip, LEN=length, EXACT=exact,
         EXACT_BLOCK=next_power(max(exact, 1)), MASS=mass is not None, HEADS=each, num_warps=1 if length < 64 else 2,
     )  # fmt: skip
