@@ -15,6 +15,7 @@ ensure_torchvision()
 
 from vision_attn.backbones.agent import agent_cswin, agent_deit, agent_pvt, agent_swin  # noqa: E402
 from vision_attn.backbones.backbone import Backbone  # noqa: E402
+from vision_attn.backbones.halonet import halonet  # noqa: E402
 from vision_attn.backbones.inline import inline_cswin, inline_deit, inline_pvt, inline_swin  # noqa: E402
 from vision_attn.backbones.litv2 import litv2  # noqa: E402
 from vision_attn.backbones.nat import dinat, dinat_s, nat, nat_isotropic  # noqa: E402
@@ -33,6 +34,7 @@ __all__ = [
     "agent_swin",
     "dinat",
     "dinat_s",
+    "halonet",
     "inline_cswin",
     "inline_deit",
     "inline_pvt",

@@ -57,7 +57,7 @@ def refuse_mismatch(state_dict: Mapping[str, Tensor], model: nn.Module, shown: i
     wrong += [f"{name} {list(shape)} is unknown" for name, shape in given.items() if name not in own]
     for name in own.keys() & given.keys():
         mine, its = own[name], given[name]
-        other_images = name.startswith("patch_embed.") and mine[1:2] == channels and mine[2:] == its[2:]
+        other_images = name.startswith(("patch_embed.", "stem.")) and mine[1:2] == channels and mine[2:] == its[2:]
         if mine != its and not (other_images and mine[0] == its[0]):
             wrong.append(f"{name} is {list(its)} instead of {list(mine)}")
     if wrong:

@@ -1,0 +1,1 @@
+"""HaloNet, the backbone that halo attention comes from."""
