@@ -51,7 +51,7 @@ def timm_sam() -> nn.Module:
 
 
 def hf_sam() -> nn.Module:
-    """Its absolute positions have one size, so they are enlarged with the weights; its relative ones it interpolates."""
+    """Absolute positions have one size, so they are enlarged with the weights; relative ones the model interpolates."""
 
     def made(side: int) -> nn.Module:
         config = transformers.SamVisionConfig(
