@@ -18,6 +18,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from vision_attn.bench.entries.parallel import predictions
+from vision_attn.bench.entries.quality_tokens import CANDIDATES as TOKENS
 from vision_attn.bench.entries.training import fitting
 from vision_attn.bench.pipelines.attention import STOCK, WAYS
 from vision_attn.bench.quality.contenders import (
@@ -417,6 +418,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "settings_terrain": partial(fidelity_tables, "quality_terrain", SETTINGS),
     "quality_dinov2": partial(fidelity_tables, "quality_dinov2", names_of(EVERY)),
     "quality_terrain": partial(fidelity_tables, "quality_terrain", names_of(EVERY)),
+    "quality_tokens": partial(fidelity_tables, "quality_tokens", names_of(TOKENS)),
     "choice": choice,
     "speed": speed,
     "discs": discs,

@@ -4,6 +4,8 @@ import pytest
 import torch
 from operator_cases import shares
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention.flex_attention import flex_attention
 
 from vision_attn.grid import Grid
 from vision_attn.kernels import block_sparse
@@ -113,6 +115,40 @@ def test_the_squares_of_flex_attention_are_those_with_a_pair(n: int, rest: int, 
             assert all(met[h, row, column] == SQUARE**2 for column in full)
     if n == 512:  # its blocks are squares
         assert full_number.sum() > 0
+
+
+def test_other_blocks_of_the_same_shapes_compile_nothing_anew() -> None:
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("eager")
+    run = torch.compile(flex_attention, dynamic=False, backend=graphs)
+    q, k, v = torch.randn(3, 1, H, 200, 16)
+    for seed in range(3):
+        kept = torch.rand(H, 6, 6, generator=torch.Generator().manual_seed(seed)).argsort(2)[..., :2]
+        run(q, k, v, block_mask=squares(kept, 190, 10, None))
+    assert graphs.frame_count == 1
+
+
+def test_blocks_that_are_written_over_are_seen() -> None:
+    """The squares of a tensor are kept for its next call, unless its values or its memory are others."""
+    grid = Grid(8, 10)
+    q, k, v = tensors(grid, torch.float32)
+    first, second = drawn(grid, 5, 2), Blocks(drawn(grid, 5, 2).order, drawn(grid, 5, 2).kept.flip(1).clone())
+
+    def run() -> Tensor:
+        return flex_block_attention(q, k, v, grid, first.order, first.kept, None, 0.5)
+
+    def wanted(blocks: Blocks) -> Tensor:
+        return block_sparse_attention(q, k, v, grid, blocks, scale=0.5, backend="reference")
+
+    with torch.no_grad():
+        before = first.kept.clone()
+        torch.testing.assert_close(run(), wanted(first))
+        torch.testing.assert_close(run(), wanted(first))
+        first.kept.copy_(second.kept)
+        torch.testing.assert_close(run(), wanted(second))
+        first.kept.data = before
+        torch.testing.assert_close(run(), wanted(Blocks(first.order, before)))
+    assert (wanted(second) - wanted(Blocks(first.order, before))).abs().max() > 0.01
 
 
 def test_blocks_are_as_equal_as_they_can_be() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from vision_attn.grid import Grid
 from vision_attn.kernels.dense import around, outside
@@ -39,17 +40,37 @@ def flex_block_attention(
     rest, n = grid.prefix + grid.suffix, grid.image_tokens
     index = order.T[None, :, :, None].expand(q.shape[0], -1, -1, q.shape[3])  # [B, n, H, D]
     tensors = [torch.cat([outside(t, grid), t[:, grid.image].gather(1, index)], 1).transpose(1, 2) for t in (q, k, v)]
-    run: Callable[..., Any] = flex_attention
-    if q.is_cuda and not torch.compiler.is_compiling():
-        run = _compiled()
-    o = run(*tensors, block_mask=squares(kept, n, rest, mask), scale=scale).transpose(1, 2)
+    run: Callable[..., Any] = _compiled if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    o = run(*tensors, block_mask=_known_squares(kept, n, rest, mask), scale=scale).transpose(1, 2)
     image = torch.zeros_like(o[:, rest:]).scatter(1, index, o[:, rest:])
     return around(o[:, :rest], image, grid)
 
 
+def _compiled(*tensors: Tensor, **options: Any) -> Any:
+    """Run FlexAttention, compiled once for each shape: beyond the usual limit of eight it would make all logits."""
+    with torch._dynamo.config.patch(recompile_limit=256):
+        return _compilation()(*tensors, **options)
+
+
 @functools.cache
-def _compiled() -> Callable[..., Any]:
+def _compilation() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=False)
+
+
+def _known_squares(kept: Tensor, n: int, rest: int, mask: Tensor | None) -> BlockMask:
+    """Return `squares`, of an earlier call if the same tensor has the same blocks: they take fifty operations."""
+    passing = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or kept.is_inference()
+    if passing or mask is not None:
+        return squares(kept, n, rest, mask)
+    known = _squares.setdefault(kept, {})
+    state = kept._version, kept.data_ptr()
+    if (n, rest) not in known or known[n, rest][0] != state:
+        known[n, rest] = state, squares(kept, n, rest, None)
+    found: BlockMask = known[n, rest][1]
+    return found
+
+
+_squares = WeakTensorKeyDictionary()
 
 
 def squares(kept: Tensor, n: int, rest: int, mask: Tensor | None) -> BlockMask:
