@@ -150,20 +150,16 @@ class SViT(Backbone):
                 SuperTokenBlock(dim, num_heads[i], drop_path=next(skips), **options, **dd) for _ in range(depths[i])
             ]
             stages.append(Stage(ConvMerging(embed_dims[i - 1], dim, **dd) if i else nn.Identity(), blocks))
-        super().__init__(
-            NormLastStem(in_chans, embed_dims[0], **dd),
-            stages,
-            Projection(embed_dims[-1], projection, **dd),
-            ClassifierHead(projection, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd),
-            in_chans=in_chans,
-            num_classes=num_classes,
-            levels=levels_of(embed_dims, 4),
-            output_fmt="NCHW",
-        )
+        head = ClassifierHead(projection, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        stem, norm = NormLastStem(in_chans, embed_dims[0], **dd), Projection(embed_dims[-1], projection, **dd)
+        options = dict(levels=levels_of(embed_dims, 4), output_fmt="NCHW", num_classes=num_classes)
+        super().__init__(stem, stages, norm, head, in_chans=in_chans, **options)
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint, of the authors or of this package, under the model's names.
+
+    The weights of the authors' unfolding are constants, and are left out.
 
     Args:
         checkpoint: Tensors by name, or a wrapper around them; `model_ema` is preferred to `model`.
@@ -189,7 +185,7 @@ def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dic
     state_dict = {
         name: t.flatten() if name.endswith(".gamma") else t
         for name, t in rename(unwrap(checkpoint, ("model_ema", "model", "state_dict")), rules).items()
-        if not name.endswith((".unfold.weights", ".fold.weights"))  # constants
+        if not name.endswith((".unfold.weights", ".fold.weights"))
     }
     refuse_mismatch(state_dict, model)
     return state_dict

@@ -40,7 +40,9 @@ def flex_block_attention(
     rest, n = grid.prefix + grid.suffix, grid.image_tokens
     index = order.T[None, :, :, None].expand(q.shape[0], -1, -1, q.shape[3])  # [B, n, H, D]
     tensors = [torch.cat([outside(t, grid), t[:, grid.image].gather(1, index)], 1).transpose(1, 2) for t in (q, k, v)]
-    run: Callable[..., Any] = _compiled if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    run: Callable[..., Any] = flex_attention
+    if q.is_cuda and not torch.compiler.is_compiling():
+        run = _compiled
     o = run(*tensors, block_mask=_known_squares(kept, n, rest, mask), scale=scale).transpose(1, 2)
     image = torch.zeros_like(o[:, rest:]).scatter(1, index, o[:, rest:])
     return around(o[:, :rest], image, grid)
