@@ -67,7 +67,9 @@ def test_the_cases_are_the_issues():
     factors = {(m, size): f for size in (224, 384, 1024) for m, o, f in found[f"nat-{size}"].factors if o == swin}
     assert factors == {(f"{m}_tiny", s): f for m in ("nat", "dinat") for s, f in ((224, 1), (384, 1.3), (1024, 1.3))}
     twins = {m: o for name in ("nat-1024", "linear-1024") for m, o, _ in found[name].factors if "twin" in o}
-    assert set(twins) == {"nat_tiny", "dinat_tiny", "agent_swin_tiny", "litv2_small", "ravlt_small"}
+    assert set(twins) == {
+        "nat_tiny", "dinat_tiny", "agent_swin_tiny", "inline_swin_tiny", "litv2_small", "ravlt_small",
+    }  # fmt: skip
     assert all(twin in (*found["nat-1024"].models, *found["linear-1024"].models) for twin in twins.values())
     assert twins["dinat_tiny"] == "nat_tiny dense twin"
     assert {e.name for case in found.values() for e in case.entrants} <= {c.name for c in models.CANDIDATES}
@@ -81,7 +83,7 @@ def test_a_converted_transformer_attends_as_its_name_says():
     assert all(candidate["forward"]["speedup"] > 0 for candidate in row["candidates"]) and len(row["candidates"]) == 3
 
 
-@pytest.mark.parametrize("name", ["nat_mini", "agent_swin_tiny", "litv2_small", "ravlt_tiny"])
+@pytest.mark.parametrize("name", ["nat_mini", "agent_swin_tiny", "inline_swin_tiny", "litv2_small", "ravlt_tiny"])
 def test_a_dense_twin_attends_to_everything(name):
     model = timm.create_model(name).eval()
     before = sum(isinstance(m, NeighborhoodAttention) for m in model.modules())

@@ -9,12 +9,14 @@ from processes import Group
 from processor_table import PROCESSORS
 
 from vision_attn.grid import Grid
-from vision_attn.processors import Clear, HiLo, LinFusion, Multipole, Neighborhood, Schedule
+from vision_attn.processors import Clear, Halo, HiLo, LinFusion, Multipole, Neighborhood, Schedule
 
 SPECS = PROCESSORS | {
     "clear-3.2": Clear(radius=3.2),
     "clear-everything": Clear(radius=30),
     "neighborhood-dilated": Neighborhood(kernel_size=(4, 3), dilation=(2, 1)),
+    "halo-3": Halo(block=3, halo=4),
+    "halo-rows": Halo(block=(2, 5), halo=(1, 0)),
     "hilo-3": HiLo(alpha=0.5, window_size=3),
     "hilo-1": HiLo(alpha=0.5, window_size=1),
     "linfusion-bare": LinFusion(mid_dim=-1),

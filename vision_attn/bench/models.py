@@ -221,12 +221,14 @@ class DenseSelfAttention(nn.Module):
 def make_dense(model: nn.Module) -> nn.Module:
     """Replace a backbone's local and linear attention by dense softmax attention, in place.
 
-    RALA's layers have softmax attention of their own, which they switch to. Windows of Agent-Swin's last stage stay.
+    RALA's layers have softmax attention of their own, which they switch to. Windows of the last stages of Agent-Swin
+    and InLine-Swin stay.
 
     Raises:
         ValueError: If there is nothing to replace.
     """
     from vision_attn.backbones.agent.attention import AgentSelfAttention  # noqa: PLC0415, a table needs no timm
+    from vision_attn.backbones.inline.attention import InLineSelfAttention  # noqa: PLC0415
     from vision_attn.backbones.litv2.attention import HiLoSelfAttention  # noqa: PLC0415
     from vision_attn.backbones.nat.attention import NeighborhoodAttention  # noqa: PLC0415
     from vision_attn.backbones.ravlt.attention import RALASelfAttention  # noqa: PLC0415
@@ -237,7 +239,7 @@ def make_dense(model: nn.Module) -> nn.Module:
         attn = getattr(module, "attn", None)
         if isinstance(attn, RALASelfAttention):
             attn.linear = False
-        elif isinstance(attn, (NeighborhoodAttention, AgentSelfAttention)):
+        elif isinstance(attn, (NeighborhoodAttention, AgentSelfAttention, InLineSelfAttention)):
             module.attn = DenseSelfAttention(attn.proj.in_features, attn.num_heads)
         elif isinstance(attn, HiLoSelfAttention):
             module.attn = DenseSelfAttention(module.norm1.normalized_shape[0], attn.low + attn.high)

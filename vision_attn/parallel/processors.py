@@ -11,6 +11,7 @@ from torch import Tensor
 from vision_attn.kernels.agent import Agents
 from vision_attn.kernels.backend import full_precision
 from vision_attn.kernels.linear import Features
+from vision_attn.kernels.window import Haloed
 from vision_attn.parallel.agent import attend_through_over, pool_agents_over
 from vision_attn.parallel.linear import feature_mean_over, linear_attention_over, linear_local_attention_over
 from vision_attn.parallel.local import local_attention_over
@@ -27,6 +28,7 @@ from vision_attn.parallel.windows import (
 from vision_attn.processors.agent import AgentAttention
 from vision_attn.processors.base import Moment, Processor
 from vision_attn.processors.clear import ClearAttention
+from vision_attn.processors.halo import HaloAttention
 from vision_attn.processors.hilo import HiLoAttention
 from vision_attn.processors.linear_local import LinearLocalAttention
 from vision_attn.processors.linfusion import LinFusionAttention
@@ -182,18 +184,27 @@ def _agent(
 def _hilo(
     processor: HiLoAttention, q: Tensor, k: Tensor, v: Tensor, ranks: Ranks, mask: Tensor | None, scale: float | None
 ) -> Tensor:
-    h, size = processor.high, processor.spec.window_size
+    h, size, cells = processor.high, processor.spec.window_size, Haloed(processor.spec.window_size)
     outside = Outside(q, k, v, ranks, mask, q.shape[-1] ** -0.5 if scale is None else scale).wait()
     outputs = []
     if h:
         part = outside.heads(slice(0, h))
         tensors = [t[:, :, :h] for t in (q, k, v)]
-        outputs.append(window_attention_over(tensors, ranks, part, size, scale=scale, backend=processor.backend))
+        outputs.append(window_attention_over(tensors, ranks, part, cells, scale=scale, backend=processor.backend))
     if h < q.shape[2]:
         part = outside.heads(slice(h, None))
         tensors = [t[:, :, h:] for t in (q, k, v)]
         outputs.append(pooled_attention_over(tensors, ranks, part, size, scale=scale))
     return ranks.together(outside.rows(), torch.cat(outputs, 2))
+
+
+def _halo(
+    processor: HaloAttention, q: Tensor, k: Tensor, v: Tensor, ranks: Ranks, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    outside = Outside(q, k, v, ranks, mask, q.shape[-1] ** -0.5 if scale is None else scale).wait()
+    part, cells = outside.heads(slice(None)), processor.spec.cells
+    o = window_attention_over((q, k, v), ranks, part, cells, scale=scale, backend=processor.backend)
+    return ranks.together(outside.rows(), o)
 
 
 def _multipole(
@@ -212,6 +223,7 @@ _WAYS: dict[type, Way] = {
     RALAAttention: _rala,
     LinearLocalAttention: _linear_local,
     AgentAttention: _agent,
+    HaloAttention: _halo,
     HiLoAttention: _hilo,
     MultipoleAttention: _multipole,
 }

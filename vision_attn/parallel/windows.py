@@ -1,5 +1,6 @@
-"""Windows that do not overlap, pooled keys, and convolutions over processes: what HiLo, CLEAR and positions need."""
+"""Cells with halos, pooled keys, and convolutions over processes: what Halo, HiLo, CLEAR and positions need."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from vision_attn.grid import Grid
 from vision_attn.kernels.dense import dense_attention
-from vision_attn.kernels.window import window_attention
+from vision_attn.kernels.window import Haloed, window_attention
 from vision_attn.parallel.linear import cells_slab
 from vision_attn.parallel.local import Halo, Slab
 from vision_attn.parallel.outside import Shared
@@ -16,16 +17,24 @@ from vision_attn.parallel.sums import CellSums, cell_counts, own_cells, own_imag
 from vision_attn.processors.positional import add_depthwise
 
 
+def _slab_of(ranks: Ranks, cells: Haloed, rank: int) -> Slab:
+    """Return the rows of the cells that a slice touches, and of those that their halos reach."""
+    slab, height, reach = cells_slab(ranks, cells.cell[0], rank), ranks.grid.height, 0
+    if slab.first < slab.stop:
+        reach = math.ceil(cells.around[0] / cells.cell[0]) * cells.cell[0]
+    return Slab(ranks, max(slab.first - reach, 0), min(slab.stop + reach, height))
+
+
 def window_attention_over(
-    tensors: Sequence[Tensor], ranks: Ranks, outside: Shared, cell: int, *, scale: float | None, backend: str
+    tensors: Sequence[Tensor], ranks: Ranks, outside: Shared, cells: Haloed, *, scale: float | None, backend: str
 ) -> Tensor:
-    """Attend from the own tokens of the grid to their cells and to the tokens outside the grid.
+    """Attend from the own tokens of the grid to their cells, the halos of these and the tokens outside the grid.
 
     Args:
         tensors: Queries, keys and values of the own slice, each `[B, tokens, H, D]`.
         ranks: Who holds what.
         outside: The tokens outside the grid of these heads, which are there.
-        cell: Side of a cell in tokens.
+        cells: The cells and their halos.
         scale: Factor of the logits.
         backend: How the operators run.
 
@@ -33,7 +42,7 @@ def window_attention_over(
         `[B, own tokens of the grid, H, D]`.
     """
     q, k, v = tensors
-    slabs = [cells_slab(ranks, cell, rank) for rank in range(ranks.size)]
+    slabs = [_slab_of(ranks, cells, rank) for rank in range(ranks.size)]
     slab = slabs[ranks.rank]
     keys, values = Halo((k, v), slabs).wait()
     queries = slab.around(ranks.own_image(q))
@@ -43,7 +52,7 @@ def window_attention_over(
     grid = Grid(slab.grid.height, slab.grid.width, prefix=count)
     sequences = [torch.cat(pair, 1) for pair in ((outside.k, queries), (outside.k, keys), (outside.v, values))]
     o = window_attention(
-        sequences[0], sequences[1], sequences[2], grid, cell, mask=outside.mask, scale=scale, backend=backend
+        sequences[0], sequences[1], sequences[2], grid, cells, mask=outside.mask, scale=scale, backend=backend
     )
     return slab.own(o[:, count:])
 

@@ -1,4 +1,4 @@
-"""Whole classifiers: NAT, DiNAT and Agent-Swin beside Swin, LITv2 and RAVLT beside PVTv2, dense twins at 1024 px."""
+"""Whole classifiers: NAT, DiNAT, Agent- and InLine-Swin beside Swin, LITv2 and RAVLT beside PVTv2, dense twins."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +11,8 @@ from vision_attn.bench.overview import images_table
 
 TITLE = (
     "Image classifiers with random weights, one forward in bf16 and channels-last memory. A dense twin is the same "
-    "model with softmax attention over all cells in the place of its local or linear attention (Agent-Swin's last "
-    "stage has shifted windows in both); nat_tiny and dinat_tiny have the same dense twin"
+    "model with softmax attention over all cells in the place of its local or linear attention (the last stages of "
+    "Agent-Swin and InLine-Swin have shifted windows in both); nat_tiny and dinat_tiny have the same dense twin"
 )
 TIMING = (
     "Medians, candidates in turns in one run, eager and by `torch.compile(dynamic=False)`; `graph` is the same "
@@ -48,7 +48,8 @@ def cases(device: torch.device, quick: bool = False) -> list[ModelCase]:
         more = ModelCase("ViT, converted", 512, 1, (vit, *(f"{vit}{name}" for name in CONVERTED)), vit, dtype="float32")
         return every if quick else [*every, _case("Linear", ("ravlt_tiny",), "pvt_v2_b0", 64, 1.0, **small), more]
     sizes = ((224, 1.0), (384, 1.3), (1024, 1.3))
-    swins = [_case("NAT, DiNAT and Agent-Swin", (*_NAT, "agent_swin_tiny"), SWIN, size, f) for size, f in sizes]
+    others = "agent_swin_tiny", "inline_swin_tiny"
+    swins = [_case("NAT, DiNAT, Agent- and InLine-Swin", (*_NAT, *others), SWIN, size, f) for size, f in sizes]
     pvts = [_case("Linear: LITv2 and RAVLT", _LINEAR, PVT, size, f) for size, f in sizes]
     names = VIT, *(f"{VIT}{name}" for name in CONVERTED)
     vits = [ModelCase("ViT-S/14 (DINOv2), converted", side, 4 if side > 2000 else 16, names, VIT) for side in VIT_SIDES]
