@@ -108,10 +108,31 @@ def test_compiled_blocks(groups):
 
 
 @pytest.mark.slow
+def test_adapters_of_convolutions_may_come_later(groups):
+    for cut, alone in groups(2).run("sliced_unets:adapted", "sd15-unet", SIZES["odd"], Clear(radius=2)):
+        close(cut, alone, "output", 2e-5)
+
+
+@pytest.mark.slow
+def test_pairs_of_four_processes_draw_two_pictures(groups):
+    sizes = [SIZES["odd"], SIZES["even"]]
+    for rank, output in enumerate(groups(4).run("sliced_unets:paired", "sd15-unet", sizes, Clear(radius=2))):
+        close(output, sliced_unets.alone("sd15-unet", sizes[rank // 2], Clear(radius=2), {})[0], str(rank), 2e-5)
+
+
+@pytest.mark.slow
 def test_what_is_refused(groups):
     for said in groups(2).run("sliced_unets:refused", "sd15-unet", SIZES["odd"], Clear(radius=2)):
         for words, message in zip(
-            ("disable() that before", "slice alone", "ip_adapter_masks", "draw at least 5 rows", "already", "FreeU"),
+            (
+                "disable() that before",
+                "slice alone",
+                "ip_adapter_masks",
+                "draw at least 5 rows",
+                "already",
+                "FreeU",
+                "is not",
+            ),
             said,
             strict=True,
         ):

@@ -92,6 +92,32 @@ def compiled(rank, name, size, spec):
     return [*found, results(case, model, inputs, True)[0]]
 
 
+def adapted(rank, name, size, spec):
+    """Return the output with LoRA layers on convolutions that come after the cut, and the same in one process."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    found = []
+    for cut in (True, False):
+        _, model, inputs, _ = prepared(name, size, spec, {})
+        enabled = enable(model) if cut else None
+        with torch.no_grad():
+            model(**inputs)
+            torch.manual_seed(4)
+            lora = LoraConfig(r=2, target_modules=["conv1", "conv_in", "proj_in"], init_lora_weights=False)
+            inject_adapter_in_model(lora, model)
+            found.append(model(**inputs).sample)
+        if enabled is not None:
+            enabled.disable()
+    return found
+
+
+def paired(rank, name, sizes, spec):
+    """Return the output of two processes of four, which draw the picture of this size together."""
+    case, model, inputs, _ = prepared(name, sizes[rank // 2], spec, {})
+    enable(model, share=2)
+    return results(case, model, inputs, True)[0]
+
+
 def refused(rank, name, size, spec):
     """Return what is said of what a cut UNet cannot do."""
     case, model, inputs, conversion = prepared(name, size, spec, {})
@@ -112,11 +138,21 @@ def refused(rank, name, size, spec):
         except ValueError as error:
             said.append(str(error))
     model.enable_freeu(0.9, 0.2, 1.2, 1.4)
-    try:
-        model(**inputs)
-    except ValueError as error:
-        said.append(str(error))
+    late = [lambda: model(**inputs), lambda: model.disable_freeu() or bared(model)(**inputs)]
+    for call in late:
+        try:
+            call()
+        except ValueError as error:
+            said.append(str(error))
     return said
+
+
+def bared(model):
+    """Return the model with a self-attention that no processor answers, as if it had been replaced."""
+    from vision_attn.conversion.plan import restore
+
+    restore(next(module for module in model.modules() if "_vision_attn" in vars(module)))
+    return model
 
 
 def over_wrong(rank, part, *args):

@@ -14,7 +14,7 @@ from vision_attn.hosts.host import Found
 from vision_attn.hosts.selection import denoisers_of, unwrapped
 from vision_attn.parallel.ranks import Cut
 from vision_attn.parallel.rows import LEVEL, ROWS, Level
-from vision_attn.parallel.unets import UNETS, EnabledUNet, unconverted
+from vision_attn.parallel.unets import UNETS, EnabledUNet, refuse, unconverted
 
 _TEXT = "encoder_hidden_states"
 
@@ -77,6 +77,8 @@ def enable(target: Any, *, share: int | None = None) -> Enabled | EnabledUNet:
         )
     if name not in _TEXT_BEFORE + UNETS and (stock := unconverted(model)):
         raise ValueError(f"convert every self-attention of this {name} before it is cut: {stock} is not")
+    if name in UNETS:
+        refuse(model)
     world = torch.distributed.get_world_size()
     share = world if share is None else share
     check_int("share", share, least=2)

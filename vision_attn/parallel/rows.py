@@ -4,7 +4,7 @@ A process holds some rows of each level of a UNet. A convolution that sees beyon
 and zeros where the picture ends; a group norm takes its mean and variance over the rows of all.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -29,11 +29,13 @@ class Rows:
 
     Attributes:
         size: Height and width of the picture whose forward began last.
+        modules: Classes of the model's modules when all of them were last looked at.
     """
 
     cut: Cut
     levels: int
     size: tuple[int, int] = (0, 0)
+    modules: list[type[nn.Module]] = field(default_factory=list, compare=False, repr=False)
 
     def begin(self, height: int, width: int) -> None:
         """Note the size of the picture whose forward begins.

@@ -36,7 +36,6 @@ class EnabledUNet:
     """
 
     def __init__(self, model: Any, group: Any) -> None:
-        _refuse(model)
         self.group = group
         self._model, levels, host = model, len(model.config.block_out_channels), find_host(model)
         self._rows = Rows(Cut.over(group), levels)
@@ -53,15 +52,13 @@ class EnabledUNet:
         from diffusers.hooks import HookRegistry  # noqa: PLC0415
 
         HookRegistry.check_if_exists_or_initialize(self._model).remove_hook(_HOOK, recurse=False)
-        own: dict[Any, Any] = {RowConv: nn.Conv2d, RowNorm: nn.GroupNorm}
         for module in self._model.modules():
             for name in (ROWS, LEVEL):
                 vars(module).pop(name, None)
-            if type(module) in own:
-                module.__class__ = own[type(module)]
+            _take_back(module)
 
 
-def _refuse(model: Any) -> None:
+def refuse(model: Any) -> None:
     """Refuse a UNet with parts that see beyond their rows in another way.
 
     Raises:
@@ -97,8 +94,9 @@ def reach_all(model: nn.Module, rows: Rows) -> None:
         ValueError: If one cannot.
     """
     for name, module in model.named_modules():
-        if not isinstance(module, (nn.Conv2d, nn.GroupNorm)) or type(module) in (RowConv, RowNorm):
+        if not isinstance(module, (nn.Conv2d, nn.GroupNorm)) or ROWS in vars(module):
             continue
+        _take_back(module)  # adapters make layers of the class of those that they adapt
         ours = _class_for(module)
         if ours is None:
             raise ValueError(
@@ -108,6 +106,13 @@ def reach_all(model: nn.Module, rows: Rows) -> None:
         if ours is not type(module):
             setattr(module, ROWS, rows)
             module.__class__ = ours
+
+
+def _take_back(module: nn.Module) -> None:
+    """Give a convolution or group norm its own class back, if it has one that knows of the neighbours."""
+    own: dict[Any, Any] = {RowConv: nn.Conv2d, RowNorm: nn.GroupNorm}
+    if type(module) in own:
+        module.__class__ = own[type(module)]
 
 
 def _class_for(module: nn.Conv2d | nn.GroupNorm) -> Any:
@@ -148,7 +153,11 @@ def cut_inputs(model: Any, rows: Rows, inputs: dict[str, Any]) -> dict[str, Any]
         ValueError: If the model or an argument reaches over rows in a way that is not known.
     """
     _check_forward(model, inputs)
-    reach_all(model, rows)
+    if [type(module) for module in model.modules()] != rows.modules:  # adapters came, or a conversion went
+        if stock := unconverted(model):
+            raise ValueError(f"convert every self-attention of a UNet that is cut over processes: {stock} is not")
+        reach_all(model, rows)
+        rows.modules = [type(module) for module in model.modules()]
     rows.begin(*inputs["sample"].shape[-2:])
     cut: dict[str, Any] = {"sample": rows.own(inputs["sample"])}
     for name in _RESIDUALS:
@@ -162,8 +171,6 @@ def cut_inputs(model: Any, rows: Rows, inputs: dict[str, Any]) -> dict[str, Any]
 
 def _check_forward(model: Any, inputs: Mapping[str, Any]) -> None:
     """Refuse what would see one process's rows alone."""
-    if stock := unconverted(model):
-        raise ValueError(f"convert every self-attention of a UNet that is cut over processes: {stock} is not")
     if inputs.get("attention_mask") is not None:
         raise ValueError("a UNet that is cut over processes takes no attention_mask")
     if "ip_adapter_masks" in (inputs.get("cross_attention_kwargs") or {}):
