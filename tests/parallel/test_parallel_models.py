@@ -30,13 +30,6 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def pair():
-    group = Group(2, [*PRELOAD, "sliced_models"])
-    yield group
-    group.close()
-
-
 def check(group, name, size, spec, options, ways, gradients=True):
     """Compare a converted model over all processes with one process; return what became of the layers."""
     expected = sliced_models.forward(HOST[name], size, spec, options, gradients)

@@ -11,7 +11,6 @@ import pytest
 import sliced_highres
 import sliced_models
 import torch
-from processes import PRELOAD, Group
 from tiny_hosts import HOST
 
 import vision_attn
@@ -19,13 +18,6 @@ from vision_attn.parallel import enable
 from vision_attn.processors import Clear, LinFusion, Multipole
 
 SPECS = {"clear": Clear(radius=2), "multipole": Multipole(cell=2, near=0, pool=1, exact=1), "linfusion": LinFusion()}
-
-
-@pytest.fixture(scope="module")
-def pair():
-    group = Group(2, [*PRELOAD, "sliced_models", "sliced_highres"])
-    yield group
-    group.close()
 
 
 @pytest.mark.slow

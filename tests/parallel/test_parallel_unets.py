@@ -21,10 +21,12 @@ NAMES = ("sd15-unet", "sd21-unet", "sdxl-unet", "sd15-inpaint-unet")
 
 
 @pytest.fixture(scope="module")
-def groups():
+def groups(pair):
     found = {}
 
     def of(size):
+        if size == 2:
+            return pair
         if size not in found:
             found[size] = Group(size, [*PRELOAD, "sliced_unets"])
         return found[size]
