@@ -10,7 +10,7 @@ from tiny_host_case import Layout, build, noise
 from torch import Tensor, nn
 
 from vision_attn import Clear, Grid, Host, Neighborhood, Softmax, convert
-from vision_attn.processors import Agent, AttnSpec, HiLo, LinFusion, Multipole, make_spec
+from vision_attn.processors import Agent, AttnSpec, Halo, HiLo, InLine, LinFusion, Multipole, make_spec
 
 
 class Grouped(nn.Module):
@@ -76,6 +76,8 @@ ALIKE = {
     "linfusion": LinFusion(mid_dim=-1),
     "agent": Agent(num_agents=4),
     "hilo-low": HiLo(alpha=1.0),
+    "halo": Halo(block=2, halo=1),
+    "inline": InLine(kernel_size=0),
 }
 
 

@@ -18,12 +18,24 @@ import torch.distributed as dist
 from vision_attn.grid import Grid
 from vision_attn.parallel.processors import attend
 from vision_attn.parallel.ranks import Cut
-from vision_attn.processors import RALA, Agent, Clear, HiLo, Layer, LinearLocal, LinFusion, Multipole, Neighborhood
+from vision_attn.processors import (
+    RALA,
+    Agent,
+    Clear,
+    Halo,
+    HiLo,
+    InLine,
+    Layer,
+    LinearLocal,
+    LinFusion,
+    Multipole,
+    Neighborhood,
+)
 
 HEADS, DIM = 4, 64
 SPECS = [
     Clear(radius=16), Clear(radius=8, pool=4), Neighborhood(kernel_size=13), Multipole(), Multipole(exact=0),
-    LinFusion(mid_dim=-1), RALA(), LinearLocal(), Agent(num_agents=64), HiLo(alpha=0.5),
+    LinFusion(mid_dim=-1), RALA(), LinearLocal(), Agent(num_agents=64), HiLo(alpha=0.5), Halo(), InLine(),
 ]  # fmt: skip
 GRIDS = [Grid(64, 64, prefix=77), Grid(52, 76, prefix=64, suffix=32)]  # slices end with rows of cells, and do not
 

@@ -94,6 +94,7 @@ class InLineAttention(Processor):
     def __init__(self, spec: InLine, layer: Layer) -> None:
         super().__init__()
         self.spec, self.backend = spec, layer.backend
+        self.heads_alike = not spec.kernel_size
         if spec.kernel_size:
             self.residual = LocalKernels(layer.num_heads, layer.head_dim, spec.kernel_size)
 

@@ -1,4 +1,4 @@
-"""Untrained fidelity of super tokens, mixtures of heads and chosen blocks on both embedded teachers."""
+"""Untrained fidelity of super tokens, mixtures of heads, chosen blocks, halos and InLine on both embedded teachers."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,8 @@ TITLE = (
     "attention is there at about as many keys as PARO's quarter and two thirds of the blocks"
 )
 CANDIDATES: Sequence[Contender] = (
-    *DISCS, multipole(4, 4, 8, spread=0.5), DEFAULT, *BLOCKS, *CURVES["SuperToken"], *CURVES["MoH"],
+    *DISCS, multipole(4, 4, 8, spread=0.5), DEFAULT, *BLOCKS, *CURVES["Halo"], *CURVES["SuperToken"],
+    *CURVES["MoH"], *CURVES["InLine"],
 )  # fmt: skip
 
 
