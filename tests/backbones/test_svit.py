@@ -50,7 +50,9 @@ def in_authors_layout(state_dict):
     return layout
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "svit_s" else pytest.mark.slow) for name in PUBLISHED]
+)
 def test_published_sizes(name):
     from torch.utils.flop_counter import FlopCounterMode
 

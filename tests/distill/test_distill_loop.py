@@ -272,7 +272,7 @@ def test_one_layer_in_several_is_compared():
 
 def test_a_mixture_of_heads_learns_with_the_loss_of_its_load(root):
     fields = {"spec": {"class": "Clear", "radius": 3}, "share": 0.5, "shared": 0}
-    mixed = dict(student__processor="MoH", student__fields=fields, run__checkpointing="true", run__steps=2)
+    mixed = dict(student__processor="MoH", student__fields=fields, run__checkpointing="true", run__steps=1)
     folder = train(settings(root, **mixed))
     assert all(line["balance"] > 0 for line in metrics(root))
     pipe = load_teacher("nano")

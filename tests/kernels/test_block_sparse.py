@@ -56,7 +56,9 @@ def seen_pairs(grid: Grid, blocks: Blocks) -> Tensor:
     return seen
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "cut-text-mask" else pytest.mark.slow) for name in ROWS]
+)
 def test_output_and_gradients_are_those_of_the_definition(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`torch` gathers one row of blocks at a time here, with checkpoints; the last row is FlexAttention, uncompiled."""
     grid, count, kept, masked = ROWS[name]
@@ -117,6 +119,7 @@ def test_the_squares_of_flex_attention_are_those_with_a_pair(n: int, rest: int, 
         assert full_number.sum() > 0
 
 
+@pytest.mark.slow  # on a GPU tests/gpu/check_blocks.py counts
 def test_other_blocks_of_the_same_shapes_compile_nothing_anew() -> None:
     torch._dynamo.reset()
     graphs = CompileCounterWithBackend("eager")

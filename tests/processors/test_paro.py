@@ -148,6 +148,7 @@ def test_the_processor_is_the_operator_on_what_was_chosen(grid: Grid) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow  # tracing takes seconds
 def test_compiled_code_is_one_graph() -> None:
     grid = Grid(4, 6, prefix=2)
     q, k, v = tensors(grid, torch.float32)
@@ -156,7 +157,7 @@ def test_compiled_code_is_one_graph() -> None:
     torch.testing.assert_close(compiled(q, k, v, grid), processor(q, k, v, grid))
 
 
-@pytest.mark.parametrize("host_id", ["flux", "sd15-unet"])
+@pytest.mark.parametrize("host_id", ["flux", pytest.param("sd15-unet", marks=pytest.mark.slow)])
 def test_an_adapter_stores_order_and_blocks(host_id: str, tmp_path: Path) -> None:
     case = HOST[host_id]
     model = case.build()

@@ -109,6 +109,7 @@ def test_what_super_tokens_share_out_is_what_they_gather() -> None:
     torch.testing.assert_close(join(weight, torch.ones(1, 2, 3, 4, 1)), torch.ones(1, 2, 3, 1))
 
 
+@pytest.mark.slow  # tracing takes seconds
 def test_compiled_code_is_one_graph() -> None:
     spec, grid = SuperToken(3), Grid(5, 7, prefix=2)
     q, k, v = tensors(grid, torch.float32)
