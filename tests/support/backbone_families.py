@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import timm
@@ -167,15 +168,33 @@ def agent_deit_arguments(official: dict[str, Any]) -> dict[str, Any]:
     return ours
 
 
-def inline_arguments(official: dict[str, Any]) -> dict[str, Any]:
+# The authors' defaults where they differ from ours, which are those of their smallest variant.
+INLINE_DEFAULTS = {
+    "deit": dict(embed_dim=768, num_heads=12),
+    "swin": dict(window_size=7, attn_type="IIII"),
+    "cswin": dict(embed_dim=96, depth=[2, 2, 6, 2], la_split_size="1-2-7-7", attn_type="IIII"),
+    "pvt": dict(
+        patch_size=16,
+        embed_dims=[64, 128, 256, 512],
+        depths=[3, 4, 6, 3],
+        num_heads=[1, 2, 4, 8],
+        mlp_ratios=[4] * 4,
+        qkv_bias=False,
+        attn_type="IIII",
+    ),
+}
+
+
+def inline_arguments(family: str, official: dict[str, Any]) -> dict[str, Any]:
     """As for Agent-*, whose code base the authors share; keys of linear attention are never reduced."""
-    ours = agent_deit_arguments(agent_swin_arguments(official))
-    if "split_size" in ours or "la_split_size" in ours:
+    ours = agent_deit_arguments(agent_swin_arguments(INLINE_DEFAULTS[family] | official))
+    ratios = str(ours.pop("la_sr_ratios", "1111"))
+    assert all(r == "1" for r, kind in zip(ratios, ours.get("attn_types", ""), strict=False) if kind == "I")
+    if family == "cswin":
         ours = agent_cswin_arguments(ours)
-    ratios = ours.pop("la_sr_ratios", "1111")
-    assert set(str(ratios)) == {"1"}
-    if "agent_split_sizes" in ours:
         ours["linear_split_sizes"] = ours.pop("agent_split_sizes")
+        ours.pop("patch_size", None)  # their stem has one stride
+    ours.pop("num_stages", None)
     return ours
 
 
@@ -272,14 +291,14 @@ FAMILIES = {
     ),
     "inline_deit": Family(
         "inline_deit_tiny",
-        inline_arguments,
+        partial(inline_arguments, "deit"),
         same("inline_deit_tiny", "inline_deit_small", "inline_deit_base"),
         dict(img_size=64, embed_dim=16, depth=4, num_heads=2),
         feature_classes=("getter",),
     ),
     "inline_swin": Family(
         "inline_swin_tiny",
-        inline_arguments,
+        partial(inline_arguments, "swin"),
         same("inline_swin_tiny", "inline_swin_small", "inline_swin_base", "inline_swin_base_384"),
         dict(
             img_size=64,
@@ -293,7 +312,7 @@ FAMILIES = {
     ),
     "inline_cswin": Family(
         "inline_cswin_tiny",
-        inline_arguments,
+        partial(inline_arguments, "cswin"),
         same("inline_cswin_tiny", "inline_cswin_small", "inline_cswin_base", "inline_cswin_base_384"),
         dict(
             img_size=64,
@@ -308,7 +327,7 @@ FAMILIES = {
     ),
     "inline_pvt": Family(
         "inline_pvt_tiny",
-        inline_arguments,
+        partial(inline_arguments, "pvt"),
         same("inline_pvt_tiny", "inline_pvt_small", "inline_pvt_medium", "inline_pvt_large"),
         dict(
             img_size=64,

@@ -92,6 +92,8 @@ def rala_layer(case):
 def inline_layer(case):
     """InLine: a layer on tokens `[B, N, C]`, or on stacked q, k and v and a mean token."""
     kwargs = arguments(case)
+    for name in ("shift_size", "qk_scale", "dim_out"):
+        kwargs.pop(name, None)  # of no effect, or the usual one
     kwargs["qkv_bias"] = any(name in case["state_dict"] for name in ("qkv.bias", "q.bias"))
     if "get_v.weight" in case["state_dict"]:
         del kwargs["qkv_bias"]
@@ -104,8 +106,6 @@ def inline_layer(case):
         return layer, lambda x: layer(x.unflatten(1, called_size(case))).flatten(1, 2)
     size = pair(kwargs.pop("window", None) or kwargs.pop("window_size", None))
     kwargs["feature_map"] = kwargs.pop("kernel_func", "identity").replace("leakyrelu", "leaky_relu")
-    for name in ("shift_size", "qk_scale"):
-        assert not kwargs.pop(name, None)
     layer = InLineSelfAttention(**kwargs)
     return layer, lambda x: layer(x, size)
 

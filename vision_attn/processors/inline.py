@@ -42,7 +42,8 @@ def injective_features(x: Tensor, feature_map: str) -> Tensor:
 class InLine(AttnSpec):
     """Injective linear attention with a local residual. Needs training.
 
-    The last layer of f starts at zero, so training starts without the local residual.
+    The last layer of f starts at zero, so training starts without the local residual: with softmax attention to the
+    first order of small logits.
 
     Args:
         kernel_size: Side of the local residual's kernels in tokens, odd; 0 for no local residual.
