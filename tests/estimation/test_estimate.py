@@ -11,7 +11,7 @@ from tiny_hosts import HOST, HOSTS, HostCase
 from tiny_pipelines import PIPELINE
 from torch.utils.flop_counter import FlopCounterMode
 
-from vision_attn import Clear, HiLo, LinFusion, Neighborhood, Softmax, convert, estimate
+from vision_attn import Clear, HiLo, LinFusion, MoH, Neighborhood, Softmax, convert, estimate
 from vision_attn.conversion.state import is_converted, is_rerouted, state_of
 from vision_attn.estimation.cost import CPU, H200, Machine, seconds
 from vision_attn.estimation.step import Attending, Denoiser, Step
@@ -167,6 +167,16 @@ def test_a_schedule_costs_what_its_stages_do() -> None:
     model = HOST["flux"].build()
     found, exact = (estimate(model, spec, height=4096, width=4096, device="cuda") for spec in (whole, linear))
     assert found.converted_share == pytest.approx(exact.converted_share) and found.pays_from == exact.pays_from
+
+
+def test_a_mixture_of_heads_costs_its_processor_and_gates() -> None:
+    """It never pays by itself, and its gates take as long whatever attends."""
+    grid, layer = Grid(64, 64, prefix=512), Layer("", 24, 128)
+    dense, disc = (
+        seconds(MoH(s), grid, layer, H200, 2) - seconds(s, grid, layer, H200, 2) for s in (Softmax(), Clear(8))
+    )
+    assert dense == pytest.approx(disc) and 0 < dense < 0.2 * seconds(Softmax(), grid, layer, H200, 2)
+    assert break_even(MoH(), H200) == math.inf
 
 
 def test_layers_below_the_break_even_are_left_alone() -> None:

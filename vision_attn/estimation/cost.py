@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from vision_attn.grid import Grid
 from vision_attn.processors.base import AttnSpec, Layer
+from vision_attn.processors.moh import MoH
 from vision_attn.processors.schedule import Schedule
 from vision_attn.processors.softmax import Softmax
 
@@ -99,6 +100,10 @@ def seconds(spec: AttnSpec, grid: Grid, layer: Layer, machine: Machine, itemsize
     """
     if isinstance(spec, Schedule):
         return sum(share * seconds(stage, grid, layer, machine, itemsize) for share, stage in spec.shares)
+    if isinstance(spec, MoH):
+        moved = (spec.passes - spec.spec.passes) * least_bytes(grid, layer, itemsize) / machine.bandwidth
+        gates = moved + (spec.calls - spec.spec.calls) * machine.launch
+        return seconds(spec.spec, grid, layer, machine, itemsize) + gates
     products = spec.products(grid, layer)
     work, extra = spec.flops(grid, layer) - products, 0.0
     rate = machine.dense
