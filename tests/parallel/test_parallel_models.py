@@ -81,6 +81,23 @@ def test_more_processes(size):
 
 
 @pytest.mark.slow
+def test_pairs_of_four_processes_draw_two_pictures():
+    sizes, group = [(6, 8, 2, 8), (5, 10, 1, 12)], Group(4, [*PRELOAD, "sliced_models"])
+    try:
+        for name, spec in (("flux", SPECS["multipole"]), ("pixart", SPECS["clear"])):
+            for rank, output in enumerate(group.run("sliced_models:paired", name, sizes, spec)):
+                expected = sliced_models.forward(HOST[name], sizes[rank // 2], spec, {}, False)[0]
+                torch.testing.assert_close(output, expected, atol=2e-5, rtol=2e-5)
+    finally:
+        group.close()
+
+
+def test_a_share_that_does_not_divide_the_processes_is_refused(pair):
+    for said in pair.run("sliced_models:refused", "flux", 3):
+        assert said == "share=3 does not divide 2 processes"
+
+
+@pytest.mark.slow
 def test_a_process_that_dies_ends_all(pair):
     """gloo tells the others at once; torchrun ends the processes of a group when one has died."""
     group = Group(2, [*PRELOAD, "sliced_models"])

@@ -66,6 +66,28 @@ def in_turn(rank, name, sizes, spec):
     return [results(case, model, case.inputs(*size), False)[0] for size in sizes]
 
 
+def paired(rank, name, sizes, spec):
+    """Return the output of two processes of four, which draw the picture of this size together."""
+    from vision_attn.parallel import enable
+
+    case = HOST[name]
+    model, inputs = built(case, sizes[rank // 2])
+    vision_attn.convert(model, spec)
+    with patch("torch.accelerator.device_count", lambda: 1):
+        enable(model, share=2)
+    return results(case, model, inputs, False)[0]
+
+
+def refused(rank, name, share):
+    """Return what `enable` says of a share."""
+    from vision_attn.parallel import enable
+
+    try:
+        enable(HOST[name].build(), share=share)
+    except ValueError as error:
+        return str(error)
+
+
 def dies(rank, name, size, spec, ways):
     """Kill rank 1 inside a layer: rank 0 must not wait for ever."""
     import os
