@@ -59,8 +59,14 @@ def discs() -> str:
         side, radius = re.match(r"(\d+) x \d+, radius (\d+)", row["label"]).groups()  # type: ignore[union-attr]
         ratios = [f"{by_name[peer]['forward']['ratio']:.1f}x" for peer in ("cuDNN", "Flex raster")]
         forward, backward = (ours[key]["median_ms"] for key in ("forward", "backward"))
-        rows.append([f"{side} x {side}", radius, f"{forward:.3f} ms", *ratios, f"{backward:.3f} ms"])
-    return table(["grid", "radius", "forward", "against cuDNN dense", "against FlexAttention", "backward"], rows)
+        peer = by_name.get("FA4 tiles", {})
+        sparse = [f"{peer[key]['ratio']:.2f}x" if peer.get(key) else "" for key in ("forward", "backward")]
+        forward_cells = f"{forward:.3f} ms", *ratios, sparse[0]
+        rows.append([f"{side} x {side}", radius, *forward_cells, f"{backward:.3f} ms", sparse[1]])
+    head = ["grid", "radius", "forward", "against cuDNN dense", "against FlexAttention", "against FlashAttention-4"]
+    head += ["backward", "backward against FlashAttention-4"]
+    kept = [n for n in range(len(head)) if any(row[n] for row in rows)]  # a peer may have been absent
+    return table([head[n] for n in kept], [[row[n] for n in kept] for row in rows])
 
 
 def squares() -> str:
@@ -411,7 +417,47 @@ UNTRAINED = (
 SETTINGS = names_of((*DISCS, *POOLED, *MULTIPOLES, *SPREAD))
 
 
+GPUS = {
+    "sm_80": "A100",
+    "sm_86": "RTX 30xx, A10, A40",
+    "sm_89": "RTX 40xx, L4, L40",
+    "sm_90": "H100, H200",
+    "sm_100": "B200",
+    "sm_120": "RTX 50xx",
+    "gfx942": "MI300",
+    "gfx1100": "RX 7900",
+}
+
+
+def compiles() -> str:
+    """What compiles for GPUs that are not there, by `tests/gpu/compile_matrix.py`."""
+    short, rows, every = dict(bfloat16="bf16", float16="fp16", float32="fp32"), [], stored("docs/compiles.json")
+    for name, about in GPUS.items():
+        if name not in every:
+            continue
+        calls = [call for kind in every[name]["rows"].values() for call in kind.values()]
+        channels: dict[str, list[str]] = {}
+        for kind in every[name]["rows"]:
+            dtype, D = kind.split()
+            channels.setdefault(short[dtype], []).append(D)
+        reached = "; ".join(f"{dtype}, D {', '.join(sorted(D, key=int))}" for dtype, D in channels.items())
+        bad, refused = (sum(key in call for call in calls) for key in ("bad", "refused"))
+        kernels, most = sum(call["kernels"] for call in calls), max(call["shared"] for call in calls)
+        memory = f"{most / 1024:.0f} of {every[name]['limit'] / 1024:.0f} KiB"
+        rows.append([f"`{name}`", about, reached, len(calls), kernels, bad, memory, refused])
+    head = [
+        "architecture",
+        "GPUs",
+        "compiled for",
+        "calls",
+        "kernels that compile and fit",
+        "calls with one that does not",
+    ]
+    return table([*head, "most shared memory", "calls refused in part, with a reason"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "compiles": compiles,
     "untrained": untrained,
     "quality_teachers": partial(fidelity_tables, "quality_teachers", SETTINGS),
     "settings_dinov2": partial(fidelity_tables, "quality_dinov2", SETTINGS),

@@ -1,10 +1,15 @@
 """Compile every launch that a GPU would make, without that GPU, and compare its shared memory with what the GPU has.
 
     PYTHONPATH=. python tests/gpu/compile_matrix.py sm_89 [--only TEXT] [--dtypes bfloat16] [--dims 64,128] [--jobs 2]
+    PYTHONPATH=. python tests/gpu/compile_matrix.py sm_89 --out docs/compiles.json    # keeps what it finds
 
 Nothing runs: each launch stops after compiling, for a driver that says it is another GPU. A row is one kernel of one
 call. It is bad if it does not compile or asks for more shared memory than a block has; the exit status is 1 if any is.
 It says that launches compile, not that they are right or fast there.
+
+Triton keeps what is compiled, in $TRITON_CACHE_DIR, so a run that was stopped goes on where it was. `--out` adds to a
+file: of each architecture, dtype and number of channels, and each operator, how many kernels a call launches, the most
+shared memory that one takes, and what was refused or bad.
 """
 
 import argparse
@@ -185,7 +190,7 @@ def jobs(given: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
     """Return what to compile."""
     for dtype in given.dtypes.split(","):
         for D in map(int, given.dims.split(",")):
-            for operator in OPERATORS:
+            for operator in given.operators.split(","):
                 if given.only in f"{operator} {dtype} {D}":
                     yield operator, dtype, D
 
@@ -197,34 +202,65 @@ def sign_of(name: str, shared: Any, limit: int) -> str:
     return "BAD" if isinstance(shared, str) or shared > limit else "ok "
 
 
+def outcome(rows: list[tuple[str, Any, int, int]], limit: int) -> dict[str, Any]:
+    """Return what a call made of its kernels: their number, the most bytes of shared memory, what is refused or bad."""
+    signs = [(sign_of(name, shared, limit), name, shared) for name, shared, _, _ in rows]
+    fit = [shared for sign, _, shared in signs if sign == "ok "]
+    found: dict[str, Any] = dict(kernels=len(fit), shared=max(fit, default=0))
+    for key, sign in (("refused", "no "), ("bad", "BAD")):
+        texts = [f"{shared}" if sign == "no " else f"{name}: {shared}" for s, name, shared in signs if s == sign]
+        found |= {key: "; ".join(dict.fromkeys(texts))} if texts else {}
+    return found
+
+
+def keep(path: Path, architecture: str, limit: int, found: dict[tuple[str, str, int], dict[str, Any]]) -> None:
+    """Add what calls made of their kernels to a file."""
+    import triton
+
+    whole = json.loads(path.read_text()) if path.exists() else {}
+    about = whole.setdefault(architecture, dict(limit=limit, rows={}))
+    about |= dict(limit=limit, triton=triton.__version__)
+    for (operator, dtype, D), one in found.items():
+        about["rows"].setdefault(f"{dtype} {D}", {})[operator] = one
+    gpus = []
+    for name, gpu in sorted(whole.items()):
+        kinds = [f"   {json.dumps(kind)}: {json.dumps(rows)}" for kind, rows in gpu["rows"].items()]
+        head = ", ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in gpu.items() if key != "rows")
+        gpus.append(f'  {json.dumps(name)}: {{{head}, "rows": {{\n' + ",\n".join(kinds) + "\n  }}")
+    path.write_text("{\n" + ",\n".join(gpus) + "\n}\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("architecture", choices=LIMITS)
     parser.add_argument("--only", default="", help="operators, dtypes or channels whose row has this text")
+    parser.add_argument("--operators", default=",".join(OPERATORS))
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--dims", default=",".join(map(str, DIMS)), help="channels of a head")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--shared", type=int, help="bytes of shared memory of a block, if other than the GPU's")
-    parser.add_argument("--out", type=Path, help="a JSON file to write the rows to")
+    parser.add_argument("--out", type=Path, help="a JSON file to add the outcome to")
     given = parser.parse_args()
-    limit, every, bad, refused = given.shared or LIMITS[given.architecture], [], 0, 0
+    limit, count, bad, refused, found = given.shared or LIMITS[given.architecture], 0, 0, 0, {}
     with ProcessPoolExecutor(given.jobs, initializer=prepare, initargs=(given.architecture, limit)) as pool:
         for job, rows in pool.map(compiled, jobs(given)):
-            for name, shared, warps, stages in rows or [("host", "launched nothing", 0, 0)]:
+            launched = rows or [("host", "launched nothing", 0, 0)]
+            found[job] = outcome(launched, limit)
+            for name, shared, warps, stages in launched:
                 sign = sign_of(name, shared, limit)
                 wrong = sign == "BAD"
                 bad += wrong
                 refused += name == "refused"
-                every.append(dict(call=" ".join(map(str, job)), kernel=name, shared=shared, warps=warps, ok=not wrong))
+                count += 1
                 if wrong or given.only or name == "refused":
                     about = f"warps {warps} stages {stages}"
                     print(sign, given.architecture, *job, name, shared, about, flush=True)
     print(
-        f"{given.architecture}: {bad} of {len(every)} kernels do not compile or fit in {limit} bytes; {refused} calls "
+        f"{given.architecture}: {bad} of {count} kernels do not compile or fit in {limit} bytes; {refused} calls "
         f"are refused before a launch"
     )
     if given.out:
-        given.out.write_text(json.dumps(dict(architecture=given.architecture, limit=limit, rows=every), indent=1))
+        keep(given.out, given.architecture, limit, found)
     return 1 if bad else 0
 
 

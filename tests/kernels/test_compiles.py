@@ -4,6 +4,7 @@ The other programs of that folder need a GPU, and are imported here at least.
 """
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -65,6 +66,18 @@ def test_a_program_for_a_gpu_finds_what_it_imports(path):
 def test_what_does_not_fit_or_compile_is_bad_and_what_is_refused_is_not(name, shared, sign):
     matrix = program(MATRIX)
     assert matrix.sign_of(name, shared, matrix.LIMITS["sm_89"]) == sign
+
+
+def test_an_outcome_is_kept_beside_those_of_other_runs(tmp_path):
+    rows = [("_forward", 70, 4, 1), ("_merge", 8, 4, 1), ("refused", "no gradient", 0, 0), ("_keys", 101, 4, 1)]
+    found = program(MATRIX).outcome(rows, 100)
+    assert found == dict(kernels=2, shared=70, refused="no gradient", bad="_keys: 101")
+    path = tmp_path / "kept.json"
+    for architecture, operator in (("sm_90", "window"), ("sm_89", "window"), ("sm_90", "agent"), ("sm_90", "window")):
+        program(MATRIX).keep(path, architecture, 100, {(operator, "bfloat16", 64): found})
+    kept = json.loads(path.read_text())
+    assert sorted(kept) == ["sm_89", "sm_90"]
+    assert kept["sm_90"]["rows"] == {"bfloat16 64": dict(window=found, agent=found)}
 
 
 @pytest.mark.slow
