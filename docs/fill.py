@@ -381,6 +381,28 @@ def untrained() -> str:
     return table(["model", "measure", "`Clear(radius=8)`", "`Clear(radius=16)`", "`Multipole()`"], rows)
 
 
+def data_free() -> str:
+    """What a distillation without data changes: a line for each student, from the results of `bench quality`."""
+    rows = []
+    for entry, measures in DATA_FREE.items():
+        for row in fidelity(entry):
+            found = {c["name"]: c["quality"] for c in row["candidates"] if c["quality"]}
+            for name in found:
+                plain = name.removesuffix(DISTILLED)
+                if plain != name and plain in found:
+                    cells = [f"{found[plain][key]:{form}} → {found[name][key]:{form}}" for key, form in measures]
+                    rows.append([f"{row['group']}, {row['label']}", plain, *cells])
+    if not rows:
+        return "Not measured yet: `examples/distill/real_weights.py` and `vision-attn bench quality --adapters` do it."
+    return table(["model", "attention", "cosine, or error at sigma 80", "error, or PSNR of the map"], rows)
+
+
+DATA_FREE = {
+    "quality_dinov2": (("cosine", ".3f"), ("error", ".2g")),
+    "quality_terrain": (("sigma_80", ".2g"), ("psnr_db", ".1f")),
+}
+
+
 def choice() -> str:
     """Rules for the choice of exact cells: a line for each, a column for each model."""
     rows = stored("docs/multipole_choice.json")["rows"]
@@ -465,6 +487,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality_dinov2": partial(fidelity_tables, "quality_dinov2", names_of(EVERY)),
     "quality_terrain": partial(fidelity_tables, "quality_terrain", names_of(EVERY)),
     "quality_tokens": partial(fidelity_tables, "quality_tokens", names_of(TOKENS)),
+    "data_free": data_free,
     "choice": choice,
     "speed": speed,
     "discs": discs,

@@ -1,14 +1,23 @@
 """The example settings can be read and name what exists; the results script runs at toy size."""
 
+import copy
 import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from distill_case import write_truth
+from PIL import Image
+from safetensors.torch import save_file
 
 from vision_attn import Clear, convert
+from vision_attn.bench.quality import dinov2, terrain
+from vision_attn.bench.quality.contenders import DEFAULT, distilled
+from vision_attn.bench.quality.weights import DINOV2, TERRAIN
 from vision_attn.demo import load_teacher
 from vision_attn.distill.config import read_config
 
@@ -73,3 +82,61 @@ def test_the_script_of_large_pictures_runs_at_toy_size(prompts, steps, tmp_path,
     assert all(r["copies"] >= 1 and r["truth_psnr_db"] > 0 and r["seconds"] > 0 for r in rows)
     assert all((tmp_path / "out" / f"nano-{r['attention']}-{r['way']}-160.png").exists() for r in rows)
     assert "| nano | clear | levels | 160 |" in capsys.readouterr().out
+
+
+def test_the_parts_of_a_distillation_without_data(tmp_path, monkeypatch):
+    script = runpy.run_path(str(EXAMPLES / "real_weights.py"))
+    a = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
+    assert script["relative"](a, torch.tensor([[3.0, 0.0], [1.0, 0.0]])) == pytest.approx((16 / 9 + 0) / 2)
+    rng = np.random.default_rng(0)
+    one, two = (np.asarray(script["shapes"](64, rng)) for _ in range(2))
+    assert one.shape == (64, 64, 3) and one.std() > 20 and not np.array_equal(one, two)
+    photo = Image.fromarray(np.arange(40 * 60 * 3, dtype=np.uint8).reshape(40, 60, 3))
+    assert script["crop"](photo, 28, rng).size == (28, 28)
+    assert [c.name for c in script["chosen"](",".join(script["STUDENTS"]))] == list(script["STUDENTS"])
+    with pytest.raises(SystemExit, match="unknown student rala: known are multipole"):
+        script["chosen"]("rala")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "students"),
+    [
+        ("dinov2", "linfusion"),
+        ("dinov2", f"clear r4,linear local,{DEFAULT.name}"),
+        ("terrain", "clear r8,linfusion"),
+    ],
+    ids=["dinov2-linfusion", "dinov2-others", "terrain"],
+)
+def test_real_weights_are_distilled_without_their_data(model, students, tmp_path, monkeypatch, capsys):
+    """Random weights, of which the student learns: the errors fall, and the adapter is what the bench measures."""
+    torch.manual_seed(0)
+    if model == "dinov2":
+        state = dinov2.build_backbone(None).state_dict()
+        # an untrained LayerScale hides the attention, which needs far larger weights to be no mean
+        weights = {f"backbone.{n}": t * (1e5 if "gamma" in n else 10 if "qkv" in n else 1) for n, t in state.items()}
+        save_file(weights, tmp_path / DINOV2.name)
+    else:
+        save_file(terrain.Terrain(None).state_dict(), tmp_path / TERRAIN.name)
+    out = tmp_path / "out"
+    given = [str(out), "--files", str(tmp_path), "--models", model, "--students", students, "--device", "cpu"]
+    small = ["--steps", "8", "--batch", "1", "--pictures", "4", "--side", "84", "--teacher", "nano", "--draw", "1"]
+    monkeypatch.setattr(sys, "argv", ["real_weights.py", *given, *small, "--every", "2"])
+    script = runpy.run_path(str(EXAMPLES / "real_weights.py"), run_name="__main__")
+    names = students.split(",")
+    rows = {row["student"]: row for row in json.loads((out / "results.json").read_text())["rows"]}
+    assert list(rows) == names and all(row["steps"] == 8 and len(row["losses"]) == 4 for row in rows.values())
+    assert rows[names[0]]["after"]["attention"] < rows[names[0]]["before"]["attention"]
+    assert f"{model}, {names[0]}: 8 steps" in capsys.readouterr().out
+    found = distilled(out, model)
+    assert sorted(c.name for c in found) == sorted(f"{name} distilled" for name in names)
+    task = script["MODELS"][model](SimpleNamespace(files=tmp_path, out=out), torch.device("cpu"))
+    inputs = task.inputs(torch.Generator().manual_seed(0), torch.device("cpu")) if model == "dinov2" else None
+    dense = copy.deepcopy(task.model)
+    conversion = found[0].put_into(task.model, host=task.host)
+    changed = [n for n, p in dense.named_parameters() if not torch.equal(p, task.model.get_parameter(n))]
+    assert changed and all("attn" in name or "attentions" in name for name in changed)
+    if inputs is not None:
+        assert not torch.equal(task.run(task.model, inputs), task.run(dense, inputs))
+    conversion.revert()
+    assert all(torch.equal(p, task.model.get_parameter(n)) for n, p in dense.named_parameters())

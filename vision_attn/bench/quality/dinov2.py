@@ -30,7 +30,7 @@ from vision_attn.bench.quality.weights import (
 )
 
 PATCH, DIM, BLOCKS, NATIVE = 14, 384, 12, 37  # NATIVE: positions a side
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # Of two packages, by the folder in them: photographs, then close-ups, a scan and what microscopes and telescopes saw.
 PHOTOS = {
@@ -114,7 +114,7 @@ def read_photo(path: Path, pixels: int) -> Tensor:
 
     image = ImageOps.fit(Image.open(path).convert("RGB"), (pixels, pixels), Image.Resampling.BICUBIC)
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
-    return (x - torch.tensor(_MEAN).view(1, 3, 1, 1)) / torch.tensor(_STD).view(1, 3, 1, 1)
+    return (x - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
 
 
 class Features:
