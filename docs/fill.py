@@ -277,13 +277,18 @@ def training() -> str:
 def missed() -> str:
     """What was aimed at, measured, and not reached, of all stored results."""
     rows = [
-        [f"{row['group']}, {row['label']}", must["text"], f"{must['value']:.3g}", row.get("date", "-")]
+        [f"{row['group']}, {row['label']}", must["text"], measured(must), row.get("date", "-")]
         for path in sorted((ROOT / "bench" / "results").glob("[!c]*.json"))
         for row in json.loads(path.read_text())["rows"]
         for must in row.get("musts") or ()
         if not must["holds"]
     ]
     return table(["case", "aim", "measured", "date"], rows)
+
+
+def measured(must: dict[str, Any]) -> str:
+    """Return the cell of what was measured; a candidate that failed has nothing."""
+    return "-" if must["value"] is None else f"{must['value']:.3g}"
 
 
 def models() -> str:
