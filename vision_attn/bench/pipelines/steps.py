@@ -130,19 +130,44 @@ def pipeline_row(
     Returns:
         A row of `document.py`'s schema.
     """
+
+    def prepare(about: dict[str, Any]) -> Callable[[Way], dict[str, Any]]:
+        start = time.perf_counter()
+        model = case.build(device)
+        arguments = case.model.arguments(case.pixels, device, case.dtype)
+        about |= dict(build_s=time.perf_counter() - start, parameters=sum(p.numel() for p in model.parameters()))
+        return lambda way: _measured(way, case, model, arguments, longest_s)
+
+    return row_of(case, device, chosen, prepare)
+
+
+def row_of(
+    case: Any,
+    device: torch.device,
+    chosen: Sequence[str],
+    prepare: Callable[[dict[str, Any]], Callable[[Way], dict[str, Any]]],
+) -> dict[str, Any]:
+    """Measure the ways to attend of a case, one after another.
+
+    Args:
+        case: What to measure: it has `ways`, `musts`, `shape()` and what names a row.
+        device: Where.
+        chosen: Names of the candidates that take part, all if empty.
+        prepare: Builds the model, adds to what the JSON says of the case, and returns what measures a way.
+
+    Returns:
+        A row of `document.py`'s schema.
+    """
     ways = [WAYS[name] for name in case.ways if not chosen or name in chosen]
     results: list[dict[str, Any]] = [dict(name=w.name, computes=w.computes, reason=None, forward=None) for w in ways]
     about = case.shape()
     try:
         free(device)
-        start = time.perf_counter()
-        model = case.build(device)
-        arguments = case.model.arguments(case.pixels, device, case.dtype)
-        about |= dict(build_s=time.perf_counter() - start, parameters=sum(p.numel() for p in model.parameters()))
+        measure = prepare(about)
         for way, result in zip(ways, results, strict=True):
             start = time.perf_counter()
             try:
-                result["forward"] = _measured(way, case, model, arguments, longest_s)
+                result["forward"] = measure(way)
             except Exception as error:  # a candidate may fail in any way: that is a result, and the others go on
                 result["reason"] = reason_of(error)
             result["ready_s"] = time.perf_counter() - start

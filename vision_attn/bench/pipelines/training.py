@@ -6,7 +6,6 @@ either kind: time and memory are linear in the numbers of blocks.
 """
 
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,11 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vision_attn.bench.candidate import reason_of
-from vision_attn.bench.overview import add_speedups, judge
 from vision_attn.bench.pipelines.architectures import ARCHITECTURES, Architecture
-from vision_attn.bench.pipelines.attention import STOCK, WAYS, Way
-from vision_attn.bench.pipelines.steps import Clock, figures_of, free, replaced, rerouted
+from vision_attn.bench.pipelines.attention import STOCK, Way
+from vision_attn.bench.pipelines.steps import Clock, figures_of, free, replaced, rerouted, row_of
 from vision_attn.bench.timing import PeakMemory
 from vision_attn.grid import Grid
 
@@ -206,11 +203,8 @@ def training_row(
     Returns:
         A row of `document.py`'s schema.
     """
-    ways = [WAYS[name] for name in case.ways if not chosen or name in chosen]
-    results: list[dict[str, Any]] = [dict(name=w.name, computes=w.computes, reason=None, forward=None) for w in ways]
-    about = case.shape()
-    try:
-        free(device)
+
+    def prepare(about: dict[str, Any]) -> Callable[[Way], dict[str, Any]]:
         key = (case.small, case.float8, device)
         if key not in _BUILT:
             _BUILT.clear()  # one at a time
@@ -219,20 +213,9 @@ def training_row(
         trained = _BUILT[key]
         arguments = case.model.arguments(case.pixels, device, case.dtype)
         about |= dict(float8=trained.float8, trained=_count(trained.model))
-        for way, result in zip(ways, results, strict=True):
-            start = time.perf_counter()
-            try:
-                result["forward"] = _measured(way, case, trained.model, arguments, whole_s)
-            except Exception as error:  # a candidate may fail in any way: that is a result, and the others go on
-                result["reason"] = reason_of(error)
-            result["ready_s"] = time.perf_counter() - start
-            free(device)
-    except Exception as error:  # the model was not built, or the device is lost: what was measured stays
-        for result in results:
-            result["reason"] = result["reason"] or (None if result["forward"] else reason_of(error))
-    add_speedups(results, STOCK)
-    head = dict(case=case.name, label=case.label, group=case.group, shape=about, subject=None)
-    return dict(**head, candidates=results, musts=judge(case.musts, results))
+        return lambda way: _measured(way, case, trained.model, arguments, whole_s)
+
+    return row_of(case, device, chosen, prepare)
 
 
 def _count(model: nn.Module) -> int:
