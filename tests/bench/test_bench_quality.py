@@ -10,7 +10,7 @@ from vision_attn.bench.measure import Measurement
 from vision_attn.bench.quality.contenders import CURVES, DEFAULT, DISCS, EVERY, MULTIPOLES, Contender, distilled
 from vision_attn.bench.quality.drawing import DrawingCase
 from vision_attn.bench.quality.fidelity import Bound, fidelity_row
-from vision_attn.bench.quality.plot import series
+from vision_attn.bench.quality.plot import COLOURS, MARKERS, plot_fidelity, series
 from vision_attn.bench.workers import Workers
 from vision_attn.cli import main
 from vision_attn.demo import load_teacher
@@ -49,6 +49,16 @@ def test_the_error_is_drawn_against_the_keys(stored, tmp_path, capsys):
     assert lines["CLEAR"] == sorted(lines["CLEAR"])
     row["candidates"].append({**row["candidates"][0], "name": "clear r8 distilled"})
     assert series(row, "kd_error")["CLEAR distilled"] == lines["CLEAR"][:1]
+
+
+def test_every_curve_is_drawn_and_looks_different(tmp_path):
+    pytest.importorskip("matplotlib")
+    found = [dict(name=curve[0].name, quality=dict(keys=10.0, error=0.1)) for curve in CURVES.values()]
+    rows = [dict(group="A model", label="1 px", case="a-1", candidates=found)]
+    (path,) = plot_fidelity(dict(entry="x", device="CPU", rows=rows), "error", "error", tmp_path)
+    assert all(name in path.read_text() for name in CURVES)
+    looks = [(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i in range(len(CURVES))]
+    assert len(set(looks)) == len(CURVES)
 
 
 def test_dense_attention_has_no_error_and_what_fails_has_a_reason():

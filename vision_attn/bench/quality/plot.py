@@ -36,7 +36,8 @@ def plot_fidelity(document: Row, measure: str, label: str, out: Path) -> list[Pa
         for name, points in series(row, measure).items():
             x, y = zip(*points, strict=True)
             i, trained = list(CURVES).index(name.removesuffix(DISTILLED)), name.endswith(DISTILLED)
-            style: Mapping[str, Any] = dict(color=COLOURS[i], marker=MARKERS[i], linestyle="--" if trained else "-")
+            style: Mapping[str, Any] = dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)])
+            style = {**style, "linestyle": "--" if trained else "-"}
             axis.plot(x, y, label=name, linewidth=1.2, markersize=6, **style)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
