@@ -35,9 +35,9 @@ LIMITS = {  # bytes of shared memory of a block
 }
 DTYPES, DIMS = ("bfloat16", "float16", "float32"), (40, 64, 72, 128, 160, 256)
 OPERATORS = (
-    "local-disc", "local-square", "local-dilated", "local-bias", "local-pooled", "multipole", "multipole-far",
-    "multipole-pool2", "multipole-cell4", "multipole-narrow", "linear", "linear-features", "injective", "rala", "agent",
-    "window", "window-halo", "linear_local", "hedgehog",
+    "local-disc", "local-square", "local-dilated", "local-bias", "local-pooled", "local-int8", "local-fp8",
+    "local-square-int8", "multipole", "multipole-far", "multipole-pool2", "multipole-cell4", "multipole-narrow",
+    "linear", "linear-features", "injective", "rala", "agent", "window", "window-halo", "linear_local", "hedgehog",
 )  # fmt: skip
 
 
@@ -153,6 +153,9 @@ def _call(operator: str, dtype: Any, D: int) -> Any:
         "local-square": lambda: Window(kernel_size=7),
         "local-dilated": lambda: Window(kernel_size=13, dilation=2),
         "local-bias": lambda: Window(kernel_size=7, bias=torch.zeros(2, 13, 13, requires_grad=True)),
+        "local-int8": lambda: Window(radius=16, precision="int8"),
+        "local-fp8": lambda: Window(radius=16, precision="fp8"),
+        "local-square-int8": lambda: Window(kernel_size=7, dilation=2, precision="int8"),
         "local-pooled": lambda: Window(radius=8, pooled=(draw(1, 80, 2, D), draw(1, 80, 2, D))),
     }
     cells = {

@@ -200,6 +200,14 @@ class Target:
         return self.architecture.startswith("sm_") and _generation(self.architecture) >= 90
 
     @property
+    def without_eight_bits(self) -> list[str]:
+        """Why it cannot multiply e4m3 as NVIDIA's Ada and later do; empty if it can, as the interpreter."""
+        able = not self.architecture.startswith("sm_") or _generation(self.architecture) >= 89
+        if able and not self.amd:
+            return []
+        return [f"{self.architecture} has no products of e4m3 that these kernels know: sm_89 and later have them"]
+
+    @property
     def amd(self) -> bool:
         """Whether it is AMD's, which has no TF32 products in three parts."""
         return self.architecture.startswith("gfx")

@@ -14,7 +14,7 @@ Two shapes of window exist, and they treat the border differently because their 
       start = clamp(a - K div 2, 0, L_g - K),   keys = { g + d * j : start <= j < start + K }
 
 This file holds the window, the signature, the checks and the definition; `portable.py` is the portable implementation,
-`op.py` the fused one.
+`op.py` the fused one; `eight_bit.py` says what either rounds where a window has a precision.
 """
 
 import math
@@ -28,7 +28,18 @@ from vision_attn.grid import Grid
 from vision_attn.kernels import dense
 from vision_attn.kernels.backend import Implementation, PerAxis, check_inputs, check_mask, per_axis, pick
 from vision_attn.kernels.dense import full_mask
-from vision_attn.kernels.local.op import local_attention_lse, local_attention_triton
+from vision_attn.kernels.local.eight_bit import (
+    PRECISIONS,
+    eight_bit_attention_reference,
+    eight_bit_attention_torch,
+    refuse_gradients,
+)
+from vision_attn.kernels.local.op import (
+    eight_bit_attention_triton,
+    eight_bit_reasons,
+    local_attention_lse,
+    local_attention_triton,
+)
 from vision_attn.kernels.local.portable import local_attention_torch
 from vision_attn.kernels.triton.launching import triton_reasons
 
@@ -48,6 +59,8 @@ class Window:
         pooled: Extra keys and values, each `[B, M, H, D]`, seen by every grid query and by nobody else.
         cell: If above 0, the pooled keys are those of the grid's cells of this side, row by row, and each counts as the
             tokens of its cell outside the disc: the logarithm of their number is added to its logit.
+        precision: 'int8' or 'fp8' for products in 8 bits, which have no gradients: see `eight_bit.py`. None for those
+            of q.
 
     Raises:
         TypeError: If a size has the wrong type.
@@ -60,6 +73,7 @@ class Window:
     bias: Tensor | None = field(default=None, compare=False, repr=False)
     pooled: tuple[Tensor, Tensor] | None = field(default=None, compare=False, repr=False)
     cell: int = 0
+    precision: str | None = None
 
     def __post_init__(self) -> None:
         if (self.radius is None) == (self.kernel_size is None):
@@ -79,6 +93,12 @@ class Window:
         if self.cell and (self.radius is None or self.pooled is None):
             raise ValueError(
                 f"cell counts the tokens of pooled keys outside a disc: give radius and pooled, got {self!r}"
+            )
+        if self.precision is not None and self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be None (that of q), 'int8' or 'fp8', got {self.precision!r}")
+        if self.precision is not None and (self.bias is not None or self.pooled is not None):
+            raise ValueError(
+                f"a window with precision={self.precision!r} has neither a bias nor pooled keys: use precision=None"
             )
 
     @property
@@ -202,12 +222,21 @@ def local_attention(
 
     Raises:
         TypeError: If dtypes differ or are not floating point.
-        ValueError: If shapes, devices, the window and the grid do not fit each other, or a named backend cannot run
-            (every reason is listed).
+        ValueError: If shapes, devices, the window and the grid do not fit each other, a named backend cannot run (every
+            reason is listed), or a window with a precision meets a tensor that wants a gradient.
     """
     check_inputs(q, k, v, grid)
     _check_window(q, grid, window)
     check_mask(q, grid, mask)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if window.precision is not None:
+        refuse_gradients(window.precision, q, k, v)
+        implementations = {
+            "triton": Implementation(eight_bit_attention_triton, eight_bit_reasons(q, auto=backend == "auto")),
+            "torch": Implementation(eight_bit_attention_torch),
+            "reference": Implementation(eight_bit_attention_reference),
+        }
+        return pick("local_attention", backend, implementations)(q, k, v, grid, window, mask, scale)
     if backend == "auto" and (not q.is_cuda or (window.covers(grid) and window.bias is None)):
         reasons = ["on a CPU it is interpreted, and a window that covers the grid is dense attention"]
     else:
@@ -220,7 +249,7 @@ def local_attention(
         "reference": Implementation(_reference),
     }
     run = pick("local_attention", backend, implementations)
-    return run(q, k, v, grid, window, mask, q.shape[-1] ** -0.5 if scale is None else scale)
+    return run(q, k, v, grid, window, mask, scale)
 
 
 def biased_attention(

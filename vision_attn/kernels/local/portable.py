@@ -12,7 +12,7 @@ else PyTorch may want of the operator, `plain.py` answers.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +51,7 @@ class Subgrid:
     def take(self, t: Tensor) -> Tensor:
         """`[B, height * width, H, D]` to `[B, n_y * n_x, L_y, L_x, H, D]`; a view if nothing is dilated."""
         t = t.unflatten(1, self.size)
-        if self._whole:
-            return t[:, None]
-        return t[self._index].flatten(1, 2)
+        return t[:, None] if self._whole else t[self._index].flatten(1, 2)
 
     def put(self, part: Tensor, whole: Tensor) -> None:
         """Write a sub-grid back into `whole`."""
@@ -309,6 +307,15 @@ def grid_attention(
 
     With `cell` > 0 the last shared keys are those of cells, counted as their tokens outside the disc.
     """
+    return attend_grid(q, k, v, k_shared, v_shared, bias, hidden, size, radius, kernel, steps, cell, scale)
+
+
+def attend_grid(
+    q: Tensor, k: Tensor, v: Tensor, k_shared: Tensor, v_shared: Tensor, bias: Tensor | None, hidden: Tensor | None,
+    size: Sequence[int], radius: float, kernel: Sequence[int], steps: Sequence[int], cell: int, scale: float,
+    softmax: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """Attend as `grid_attention` does; `softmax` may be another one over the last axis."""
     o = q.new_empty(q.shape)
     if o.numel() == 0:
         return o
@@ -320,7 +327,7 @@ def grid_attention(
             queries, keys, values = strip.queries(q_sub) * scale, strip.keys(k_sub), strip.keys(v_sub)
             out, mass = torch.empty_like(queries), strip.mass(cell, HIDDEN, queries.dtype)
             for c in _chunks(queries, keys, k_all):
-                weights = _weights(strip, c, queries[c], keys[c], k_all[c], bias, hidden, mass, weights)
+                weights = _weights(strip, c, queries[c], keys[c], k_all[c], bias, hidden, mass, weights, softmax)
                 _mix(weights, values[c], v_all[c], out[c])
             strip.put_queries(out, o_sub)
         sub.put(o_sub, o)
@@ -412,7 +419,7 @@ def _scores(queries: Tensor, keys: Tensor, shared: Tensor, memory: Tensor | None
 
 def _weights(
     strip: Strip, c: slice, queries: Tensor, keys: Tensor, shared: Tensor, bias: Tensor | None, hidden: Tensor | None,
-    mass: Tensor, memory: Tensor | None = None,
+    mass: Tensor, memory: Tensor | None = None, softmax: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """Softmax over the shared keys and the box: `[heads, tiles, L, M + S]`, in `memory` if that fits."""
     scores, M = _scores(queries, keys, shared, memory), shared.shape[1]
@@ -423,7 +430,7 @@ def _weights(
     scores[..., M:].unflatten(1, (-1, strip.columns)).add_(strip.hidden(HIDDEN, scores.dtype))
     if bias is not None:
         scores[..., M:] += strip.bias(bias, c)[:, None]
-    return torch.softmax(scores, -1, out=scores)
+    return torch.softmax(scores, -1, out=scores) if softmax is None else softmax(scores)
 
 
 def _mix(weights: Tensor, values: Tensor, shared: Tensor, out: Tensor) -> None:
