@@ -387,7 +387,12 @@ def untrained() -> str:
 
 
 def data_free() -> str:
-    """What a distillation without data changes: a line for each student, from the results of `bench quality`."""
+    """What a distillation without data changes: a line for each student, from the results of `bench quality`.
+
+    docs/distill_real.json is what examples/distill/real_weights.py wrote.
+    """
+    path = "docs/distill_real.json"
+    runs = {(r["model"], r["student"]): r for r in stored(path)["rows"]} if (ROOT / path).exists() else {}
     rows = []
     for entry, measures in DATA_FREE.items():
         for row in fidelity(entry):
@@ -396,10 +401,12 @@ def data_free() -> str:
                 plain = name.removesuffix(DISTILLED)
                 if plain != name and plain in found:
                     cells = [f"{found[plain][key]:{form}} → {found[name][key]:{form}}" for key, form in measures]
-                    rows.append([f"{row['group']}, {row['label']}", plain, *cells])
+                    run = runs.get((entry.removeprefix("quality_"), plain))
+                    trained = f"{run['steps']} of {run['batch']} in {run['seconds']:.0f} s" if run else "-"
+                    rows.append([f"{row['group']}, {row['label']}", plain, trained, *cells])
     if not rows:
         return "Not measured yet: `examples/distill/real_weights.py` and `vision-attn bench quality --adapters` do it."
-    return table(["model", "attention", "cosine, or error at sigma 80", "error, or PSNR of the map"], rows)
+    return table(["model", "attention", "steps", "cosine, or error at sigma 80", "error, or PSNR of the map"], rows)
 
 
 DATA_FREE = {
