@@ -32,6 +32,7 @@ def compile_matrix(tmp_path, *options):
         ("sm_89", "multipole-narrow bfloat16 64"),
         ("sm_90", "multipole-pool2 bfloat16 64"),
         ("sm_120", "local-disc bfloat16 64"),
+        ("gfx1100", "multipole-narrow bfloat16 64"),
     ],
 )
 def test_the_launches_of_a_call_compile_and_fit(tmp_path, architecture, rows):

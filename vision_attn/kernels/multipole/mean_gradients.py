@@ -146,8 +146,9 @@ def fill_means(d_means: list[Tensor], d_mass: Tensor, call: Call, do: Tensor, ls
         *strides_of(q, do, call.means_k, call.means_v), N, H, B, prefix, height, width, cell, near, *rows.cells,
         *call.rows,
     )  # fmt: skip
+    least = 16 if thrice(q) == "ieee" else 1  # AMD has no narrower tiles
     more = dict(
-        EXACT=exact, EXACT_BLOCK=next_power(max(1, exact)), PER_CELL=rows.per_cell, BLOCK=rows.block, D=D,
+        EXACT=exact, EXACT_BLOCK=next_power(max(least, exact)), PER_CELL=rows.per_cell, BLOCK=rows.block, D=D,
         BLOCK_D=call.block_d, MASS=call.mass is not None, PRECISION=thrice(q),
     )  # fmt: skip
 
