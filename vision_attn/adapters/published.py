@@ -192,7 +192,7 @@ def check_linfusion(conversion: Any) -> list[tuple[str, LinFusion, Any]]:
     """
     model, layers = _only_model(conversion), []
     for name, spec in conversion.specs.items():
-        if not isinstance(spec, LinFusion) or spec.feature_map != "elu":
+        if not isinstance(spec, LinFusion) or spec.feature_map != "elu" or spec.rotate:
             raise ValueError(f"LinFusion's format has no place for {spec} on {name}")
         module = model.get_submodule(name)
         layers.append((name, spec, module))

@@ -56,7 +56,7 @@ def answered(module: nn.Module, state: LayerState, run: Callable[..., Any], args
         )
     processor = _processor_of(module)
     mask = kwargs.get("attention_mask")
-    call = Answers(module, state, mask is not None and stays_dense(mask, state), processor)
+    call = Answers(module, state, mask is not None and stays_dense(mask, state), processor, _rotary_of(kwargs))
     if call.backend is not None:
         run = functools.partial(_with_backend, call, run)
     if call.parallel is not None:
@@ -153,6 +153,7 @@ class Answers:
         state: Its state.
         masked: Whether the forward was given an attention mask that keeps the layer dense.
         stock: diffusers' processor of the layer, None if it has none.
+        rotary: Cosine and sine that the layer was given, None if it was given none.
 
     Attributes:
         backend: The attention backend of diffusers that the layer calls, None for PyTorch's own.
@@ -164,7 +165,10 @@ class Answers:
         "stock",
     )  # fmt: skip
 
-    def __init__(self, module: nn.Module, state: LayerState, masked: bool, stock: Any) -> None:
+    def __init__(
+        self, module: nn.Module, state: LayerState, masked: bool, stock: Any,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> None:  # fmt: skip
         self.module, self.state, self.stock, self.backend = module, state, stock, backend_of(stock)
         self.parallel = getattr(stock, "_parallel_config", None)
         self.reached = self._noted = False
@@ -172,7 +176,7 @@ class Answers:
         processor: Any = module._modules[CHILD]
         self.moment = None
         if processor.wants:
-            moment = _moment_of(state)
+            moment = _moment_of(state, rotary)
             processor = processor.at(moment)
             self.moment = moment if processor.wants else None
         self.processor: Processor = processor
@@ -416,7 +420,17 @@ def _is_behind(door: Door, func: Callable[..., Any]) -> bool:
     return not torch.compiler.is_compiling() and func in (door.front, door.builtin)
 
 
-def _moment_of(state: LayerState) -> Moment:
+def _rotary_of(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Return the cosine and sine `[N, D]` among a layer's arguments, as FLUX gives them."""
+    given = kwargs.get("image_rotary_emb")
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        return None
+    cos, sin = given
+    real = all(isinstance(t, Tensor) and t.dim() == 2 and t.is_floating_point() for t in given)
+    return (cos, sin) if real else None
+
+
+def _moment_of(state: LayerState, rotary: tuple[Tensor, Tensor] | None) -> Moment:
     """Return what is known about the forward that begins; the block's input is handed over only once."""
     shared, block_input = state.shared, state.take_over()
     if torch.compiler.is_compiling():
@@ -426,7 +440,7 @@ def _moment_of(state: LayerState) -> Moment:
     else:
         known = shared.here.moment or shared.moment
     generator = None if block_input is None else shared.random(block_input.device)
-    return Moment(*known, block_input, generator)
+    return Moment(*known, block_input, rotary, generator)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -124,16 +124,21 @@ def _linfusion(
     processor: LinFusionAttention, q: Tensor, k: Tensor, v: Tensor, ranks: Ranks, mask: Tensor | None,
     scale: float | None,
 ) -> Tensor:  # fmt: skip
+    _refuse_rotation(processor)
     features = Features()
     if processor.spec.feature_map == "hedgehog":
         q, k, features = processor.features_q(q), processor.features_k(k), Features("none")
     weight = _key_weight(mask, ranks, q)
-    return linear_attention_over(q, k, v, ranks, features, key_weight=weight, eps=1e-4, backend=processor.backend)
+    o = linear_attention_over(q, k, v, ranks, features, key_weight=weight, eps=1e-4, backend=processor.backend)
+    if processor.spec.kernel_size:
+        o = add_depthwise_over(o, v, ranks, processor.lepe.weight, processor.lepe.bias)
+    return o
 
 
 def _rala(
     processor: RALAAttention, q: Tensor, k: Tensor, v: Tensor, ranks: Ranks, mask: Tensor | None, scale: float | None
 ) -> Tensor:
+    _refuse_rotation(processor)
     weight, features = _key_weight(mask, ranks, q), Features()
     mean = full_precision(feature_mean_over)(q, ranks, features, weight)
     g = mean * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -143,6 +148,13 @@ def _rala(
     if processor.spec.kernel_size:
         y = add_depthwise_over(y, v, ranks, processor.lepe.weight, processor.lepe.bias)
     return y + y * torch.einsum("bnhd,hde->bnhe", v, processor.gate.to(v))
+
+
+def _refuse_rotation(processor: LinFusionAttention | RALAAttention) -> None:
+    if processor.spec.rotate:
+        raise ValueError(
+            f"{processor.spec} cannot attend over processes, which know the rotation of their own tokens only"
+        )
 
 
 def _key_weight(mask: Tensor | None, ranks: Ranks, q: Tensor) -> Tensor | None:

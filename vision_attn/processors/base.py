@@ -54,12 +54,14 @@ class Moment:
             timestep.
         finest: Tokens of the host's finest grid, None if all grids are equal.
         block_input: Tokens `[B, n, C]` that entered the block of the layer, before its norm.
+        rotary: Cosine and sine `[N, D]` by which the host rotated q and k, None if it does not pass them to the layer.
         generator: Random numbers that all layers of the model share.
     """
 
     progress: float | None = None
     finest: int | None = None
     block_input: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
     generator: Generator | None = None
 
     def downsample(self, grid: Grid) -> int:

@@ -5,10 +5,12 @@
 
 f = Linear - LayerNorm - LeakyReLU - Linear. All tokens enter the sums, those outside the grid too. A host that projects
 its text with separate weights (FLUX, SD3) projects it unchanged. With 'hedgehog' features, phi(x) = [softmax(W x),
-softmax(-W x)] with a learned W per head.
+softmax(-W x)] with a learned W per head. `rotate` maps q and k as they were before the host rotated them, and rotates
+the features of the numerator instead, R_i phi(q_i) and R_j phi(k_j). `kernel_size` adds LiT's convolution of v.
 
 Papers: 'LinFusion: 1 GPU, 1 Minute, 16K Image' - https://arxiv.org/abs/2409.02097,
-'The Hedgehog & the Porcupine' - https://arxiv.org/abs/2402.04347
+'The Hedgehog & the Porcupine' - https://arxiv.org/abs/2402.04347, 'LiT' - https://arxiv.org/abs/2501.12976,
+'RoFormer' - https://arxiv.org/abs/2104.09864
 """
 
 from collections.abc import Mapping
@@ -18,16 +20,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vision_attn._checks import check_one_of, is_int
+from vision_attn._checks import check_int, check_one_of, is_int
 from vision_attn.grid import Grid
 from vision_attn.kernels.dense import around
 from vision_attn.kernels.hedgehog import hedgehog
 from vision_attn.kernels.linear import Features, linear_attention
-from vision_attn.processors.base import AttnSpec, Layer, Processor, register
+from vision_attn.processors.base import AttnSpec, Layer, Moment, Processor, register
+from vision_attn.processors.positional import DepthwiseBranch, check_kernel_size, rotation_of, unrotated
 
 
 @register(
-    tests={"linfusion": {}, "linfusion-hedgehog": dict(mid_dim=4, feature_map="hedgehog")},
+    tests={
+        "linfusion": {},
+        "linfusion-hedgehog": dict(mid_dim=4, feature_map="hedgehog", features=2, kernel_size=3),
+    },
     demo=[{}],
     bench={"linfusion": {}},
 )
@@ -41,10 +47,18 @@ class LinFusion(AttnSpec):
         mid_dim: Width of f; None for the width of the tokens (the authors take it for SD 1.5 and 2.1, and a sixteenth
             of it for SDXL); -1 for no f.
         feature_map: 'elu' for the paper's features, 'hedgehog' for learned softmax features.
+        features: How many W a head has; their features stand side by side. The first starts as identity, the next as
+            twice the identity, and so on.
+        kernel_size: Side in tokens of a depth-wise convolution of the values over the grid, odd; 0 for none. It starts
+            at zero.
+        rotate: Rotate features instead of q and k. Only for hosts that rotate (FLUX), and not over several processes.
     """
 
     mid_dim: int | None = None
     feature_map: str = "elu"
+    features: int = 1
+    kernel_size: int = 0
+    rotate: bool = False
 
     def __post_init__(self) -> None:
         mid = self.mid_dim
@@ -53,6 +67,10 @@ class LinFusion(AttnSpec):
         if mid is not None and mid != -1 and mid < 1:
             raise ValueError(f"mid_dim must be at least 1, or -1 for no residual network, got {mid}")
         check_one_of("feature_map", self.feature_map, ("elu", "hedgehog"))
+        check_int("features", self.features, 1)
+        if self.features > 1 and self.feature_map != "hedgehog":
+            raise ValueError(f"features={self.features} needs feature_map='hedgehog', got {self.feature_map!r}")
+        check_kernel_size(self.kernel_size)
 
     def build(self, layer: Layer) -> "LinFusionAttention":
         """Return the processor of one layer.
@@ -70,8 +88,9 @@ class LinFusion(AttnSpec):
 
     def flops(self, grid: Grid, layer: Layer) -> float:
         """Return the operations of the sums, the residual networks and the learned features."""
-        features = 2 if self.feature_map == "hedgehog" else 1
-        sums = 4 * features * layer.head_dim + (4 * layer.head_dim if features == 2 else 0)
+        features = 2 * self.features if self.feature_map == "hedgehog" else 1
+        sums = 4 * features * layer.head_dim + (2 * features * layer.head_dim if features > 1 else 0)
+        sums += 2 * self.kernel_size**2
         return grid.tokens * (sums * layer.num_heads * layer.head_dim + 8 * self.width(layer) * (layer.dim or 0))
 
     def products(self, grid: Grid, layer: Layer) -> float:
@@ -134,19 +153,29 @@ class Residual(nn.Sequential):
 class Hedgehog(nn.Module):
     """phi(x) = [softmax(W x), softmax(-W x)] on `[B, N, H, D]`, with W the identity at the start.
 
+    Args:
+        num_heads: H.
+        head_dim: D.
+        backend: How the features are computed.
+        count: How many W a head has; their features stand side by side.
+
     Attributes:
-        weight: W `[H, D, D]`, transposed as `hedgehog` takes it.
+        weight: W `[count * H, D, D]`, transposed as `hedgehog` takes it.
     """
 
-    def __init__(self, num_heads: int, head_dim: int, backend: str = "auto") -> None:
+    def __init__(self, num_heads: int, head_dim: int, backend: str = "auto", count: int = 1) -> None:
         super().__init__()
-        self.backend = backend
-        self.weight = nn.Parameter(torch.eye(head_dim).repeat(num_heads, 1, 1))
+        self.backend, self.count = backend, count
+        scales = torch.arange(1.0, count + 1).repeat_interleave(num_heads)
+        self.weight = nn.Parameter(torch.eye(head_dim) * scales[:, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return features `[B, N, H, 2 D]`: see `hedgehog`, whose fused kernel has no gradients for training."""
+        """Return features `[B, N, H, count * 2 D]`: see `hedgehog`, whose fused kernel has no gradients."""
         weight = self.weight.to(x.device)  # offloading may have parked it elsewhere
-        return hedgehog(x, weight, backend="torch" if self.backend == "reference" else self.backend)
+        backend = "torch" if self.backend == "reference" else self.backend
+        if self.count == 1:
+            return hedgehog(x, weight, backend=backend)
+        return torch.cat([hedgehog(x, own, backend=backend) for own in weight.chunk(self.count)], -1)
 
 
 class LinFusionAttention(Processor):
@@ -155,33 +184,43 @@ class LinFusionAttention(Processor):
     Attributes:
         to_q_: f_q, under the name of the released weights.
         to_k_: f_k.
+        lepe: The depth-wise convolution.
     """
 
     def __init__(self, spec: LinFusion, layer: Layer) -> None:
         super().__init__()
         self.spec, self.backend = spec, layer.backend
-        self.heads_alike = spec.feature_map != "hedgehog"
+        self.heads_alike = spec.feature_map != "hedgehog" and not spec.kernel_size
         if spec.mid_dim != -1:
             assert layer.dim is not None
             self.to_q_, self.to_k_ = (Residual(layer.dim, spec.width(layer)) for _ in range(2))
         if spec.feature_map == "hedgehog":
             self.features_q, self.features_k = (
-                Hedgehog(layer.num_heads, layer.head_dim, layer.backend) for _ in range(2)
+                Hedgehog(layer.num_heads, layer.head_dim, layer.backend, spec.features) for _ in range(2)
             )
+        if spec.kernel_size:
+            self.lepe = DepthwiseBranch(layer.num_heads * layer.head_dim, spec.kernel_size)
+        self.wants = spec.rotate
 
     def residuals(self) -> Mapping[str, nn.Module]:
         """Return f_q and f_k."""
         return {} if self.spec.mid_dim == -1 else {"q": self.to_q_, "k": self.to_k_}
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None = None, scale: float | None = None
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None = None, scale: float | None = None,
+        *moment: Moment,
+    ) -> Tensor:  # fmt: skip
         """Attend linearly: see `Processor.forward`. There are no logits, so `scale` is not used."""
-        features = Features()
+        features, rotary = "elu", None
+        if self.spec.rotate:
+            rotary = rotation_of(moment[0], str(self.spec))
+            q, k = unrotated(q, rotary), unrotated(k, rotary)
         if self.spec.feature_map == "hedgehog":
-            q, k, features = self.features_q(q), self.features_k(k), Features("none")
-        weight = key_weight(mask, grid, q)
-        return linear_attention(q, k, v, features=features, key_weight=weight, eps=1e-4, backend=self.backend)
+            q, k, features = self.features_q(q), self.features_k(k), "none"
+            rotary = rotary and tuple(t.repeat(1, 2 * self.spec.features) for t in rotary)
+        weight, known = key_weight(mask, grid, q), Features(features, rotary)
+        o = linear_attention(q, k, v, features=known, key_weight=weight, eps=1e-4, backend=self.backend)
+        return self.lepe(o, v, grid) if self.spec.kernel_size else o
 
 
 def key_weight(mask: Tensor | None, grid: Grid, q: Tensor) -> Tensor | None:

@@ -1,13 +1,19 @@
-"""The positional branch of several papers: a depth-wise convolution of the values over the grid.
+"""The positional parts of several papers: a depth-wise convolution of the values over the grid, and rotation inside.
 
-Paper: 'CSWin Transformer' (LePE) - https://arxiv.org/abs/2107.00652
+Papers: 'CSWin Transformer' (LePE) - https://arxiv.org/abs/2107.00652,
+'RoFormer' (rotation of features, equation 19) - https://arxiv.org/abs/2104.09864
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vision_attn._checks import is_int
 from vision_attn.grid import Grid
+from vision_attn.kernels.linear import rotate_pairs
+from vision_attn.processors.base import Moment
 from vision_attn.processors.image import on_image
 
 
@@ -27,6 +33,44 @@ class DepthwiseBranch(nn.Module):
     def forward(self, o: Tensor, v: Tensor, grid: Grid) -> Tensor:
         """Add the convolution of the grid's values to the grid's outputs, both `[B, N, H, D]`."""
         return add_depthwise(o, v, grid, self.weight, self.bias)
+
+
+def check_kernel_size(size: Any) -> None:
+    """Refuse a side of the convolution that is neither odd nor 0.
+
+    Raises:
+        TypeError: If it is not an int.
+        ValueError: If it is negative or even.
+    """
+    if not is_int(size):
+        raise TypeError(f"kernel_size must be an int, got {size!r}")
+    if size < 0 or (size and size % 2 == 0):
+        raise ValueError(f"kernel_size must be odd, or 0 for no positional branch, got {size}")
+
+
+def rotation_of(moment: Moment, what: str) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine `[N, D]` by which the host rotated queries and keys.
+
+    Args:
+        moment: What is known about the forward.
+        what: Who needs them, for the error.
+
+    Raises:
+        ValueError: If the host does not pass them to its attention, or does not rotate pairs of neighbouring channels.
+    """
+    if moment.rotary is None:
+        raise ValueError(f"{what} needs a host that passes cosine and sine to its attention, as FLUX does")
+    cos, sin = moment.rotary
+    if not torch.compiler.is_compiling() and cos.device.type == "cpu" and not torch.equal(cos[:, ::2], cos[:, 1::2]):
+        raise ValueError(f"{what} needs a host that rotates pairs of neighbouring channels, as FLUX does")
+    return cos, sin
+
+
+def unrotated(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Undo the host's rotation of queries or keys `[B, N, H, D]`."""
+    cos, sin = rotary
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return rotate_pairs(wide, cos.to(x.device), -sin.to(x.device)).to(x.dtype)
 
 
 def add_depthwise(o: Tensor, v: Tensor, grid: Grid, weight: Tensor, bias: Tensor) -> Tensor:

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vision_attn._checks import is_int
 from vision_attn.grid import Grid
 from vision_attn.kernels.linear import Features, feature_mean, linear_attention
-from vision_attn.processors.base import AttnSpec, Layer, Processor, register
+from vision_attn.processors.base import AttnSpec, Layer, Moment, Processor, register
 from vision_attn.processors.linfusion import key_weight
-from vision_attn.processors.positional import DepthwiseBranch
+from vision_attn.processors.positional import DepthwiseBranch, check_kernel_size, rotation_of, unrotated
 
 
 @register(tests={"rala": {}}, demo=[{}], bench={"rala": {}})
@@ -33,16 +32,15 @@ class RALA(AttnSpec):
 
     Args:
         kernel_size: Side of the convolution in tokens, odd; 0 for no positional branch.
+        rotate: Map q and k as they were before the host rotated them, and rotate the features of the numerator instead,
+            as the paper's backbones do. Only for hosts that rotate (FLUX), and not over several processes.
     """
 
     kernel_size: int = 5
+    rotate: bool = False
 
     def __post_init__(self) -> None:
-        size = self.kernel_size
-        if not is_int(size):
-            raise TypeError(f"kernel_size must be an int, got {size!r}")
-        if size < 0 or (size and size % 2 == 0):
-            raise ValueError(f"kernel_size must be odd, or 0 for no positional branch, got {size}")
+        check_kernel_size(self.kernel_size)
 
     def build(self, layer: Layer) -> "RALAAttention":
         """Return the processor of one layer."""
@@ -82,13 +80,18 @@ class RALAAttention(Processor):
         self.gate = nn.Parameter(torch.zeros(layer.num_heads, layer.head_dim, layer.head_dim))
         if spec.kernel_size:
             self.lepe = DepthwiseBranch(layer.num_heads * layer.head_dim, spec.kernel_size)
+        self.wants = spec.rotate
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None = None, scale: float | None = None
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None = None, scale: float | None = None,
+        *moment: Moment,
+    ) -> Tensor:  # fmt: skip
         """Attend linearly: see `Processor.forward`."""
-        weight = key_weight(mask, grid, q)
-        y = rank_augmented_attention(q, k, v, key_weight=weight, scale=scale, backend=self.backend)
+        weight, rotary = key_weight(mask, grid, q), None
+        if self.spec.rotate:
+            rotary = rotation_of(moment[0], str(self.spec))
+            q, k = unrotated(q, rotary), unrotated(k, rotary)
+        y = rank_augmented_attention(q, k, v, rotary=rotary, key_weight=weight, scale=scale, backend=self.backend)
         if self.spec.kernel_size:
             y = self.lepe(y, v, grid)
         gate = torch.einsum("bnhd,hde->bnhe", v, self.gate.to(v))
