@@ -4,10 +4,10 @@ import inspect
 import itertools
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from vision_attn._checks import check_number, check_one_of
 from vision_attn.processors import AttnSpec, from_config
@@ -45,24 +45,27 @@ class StudentConfig:
     Args:
         processor: Name of a processor, such as 'Clear'.
         fields: Fields of the processor, such as `radius: 16`; a spec among them as `spec: {class: Clear, radius: 8}`.
+        layers: Other processors by pattern of layer names, such as `"*.0.attn": {class: Multipole}`; the first pattern
+            that matches counts, and `processor` is for all other layers.
         where: Which layers to convert: a pattern of layer names, as for `vision_attn.convert`. All layers if None.
         min_tokens: Layers with fewer grid tokens keep their own attention, as for `vision_attn.convert`.
         init: Where the projections start: 'inherited' from the host, or 'random', as in LinFusion's released training
             code.
-        trainable: 'new' trains the processor's own parameters, 'attention' also the projections, 'lora' trains LoRA
-            layers on the projections beside the processor's own parameters.
+        trainable: 'new' trains the processor's own parameters, 'attention' also the projections, 'model' the whole
+            denoiser, 'lora' trains LoRA layers on the projections beside the processor's own parameters.
         projections: Which projections train with 'attention' and 'lora', of q, k, v and out.
         rank: Rank of LoRA. Its alpha is twice the rank.
         adapter: Trained weights of this processor to start from: anything that `vision_attn.load` takes. The adapter
-            decides about `where` and `min_tokens`.
+            decides about `where`, `layers` and `min_tokens`.
     """
 
     processor: str
     fields: dict[str, Any] = field(default_factory=dict)
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     where: str | None = None
     min_tokens: int = 0
     init: Literal["inherited", "random"] = "inherited"
-    trainable: Literal["new", "attention", "lora"] = "attention"
+    trainable: Literal["new", "attention", "model", "lora"] = "attention"
     projections: list[str] = field(default_factory=lambda: list(PROJECTIONS))
     rank: int = 16
     adapter: str | None = None
@@ -72,21 +75,35 @@ class StudentConfig:
         _at_least("student", self, 1, "rank")
         for role in self.projections:
             check_one_of("student.projections", role, PROJECTIONS)
-        if self.init == "random" and self.trainable != "attention":
+        if self.init == "random" and not self.trains_weights:
             raise ValueError(
-                f"student.init: random projections must be trained: student.trainable must be 'attention', got "
-                f"{self.trainable!r}"
+                f"student.init: random projections must be trained: student.trainable must be 'attention' or 'model', "
+                f"got {self.trainable!r}"
             )
         if self.adapter is not None and (self.init == "random" or self.where is not None):
             raise ValueError("student.adapter decides about start and layers: leave out student.where and init: random")
         self.spec()
 
-    def spec(self) -> AttnSpec:
-        """Return the processor's spec."""
-        try:
-            return from_config({"class": self.processor, **self.fields})
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"student.processor: {error}") from None
+    @property
+    def trains_weights(self) -> bool:
+        """Whether weights of the host are trained."""
+        return self.trainable in ("attention", "model")
+
+    def spec(self) -> AttnSpec | dict[str, AttnSpec]:
+        """Return the processor's spec; with `layers`, specs by pattern."""
+        own = _spec("student.processor", {"class": self.processor, **self.fields})
+        if not self.layers:
+            return own
+        others = {pattern: _spec(f"student.layers: {pattern}", values) for pattern, values in self.layers.items()}
+        return {**others, "*": own}
+
+
+def _spec(key: str, values: dict[str, Any]) -> AttnSpec:
+    """Return a spec from its class and fields; an error names the key of the settings."""
+    try:
+        return from_config(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -97,6 +114,10 @@ class LossConfig:
         task: Weight of the student's error against the data.
         prediction: Weight of the student's error against the teacher's prediction.
         attention: Weight of the error of attention outputs against the teacher's.
+        relative: Divide each layer's error by the mean square of the teacher's output, so that all layers count alike.
+        guided: Weight of the error of the guided prediction against the teacher's. Half of each batch then is the other
+            half without its prompts: `data.null_prob` has no effect, and `data.batch_size` must be even.
+        guidance: Guidance of this prediction, that of later use.
         variance: Weight of the error of learned variances against the teacher's (LiT: 0.05). It counts only for models
             that learn variances.
         balance: Weight of the loss of the load of a mixture of heads (MoH: 0.01). It counts only for `MoH`.
@@ -109,6 +130,9 @@ class LossConfig:
     task: float = 1.0
     prediction: float = 0.5
     attention: float = 0.5
+    relative: bool = False
+    guided: float = 0.0
+    guidance: float = 3.0
     variance: float = 0.05
     balance: float = 0.01
     layers: str = "*"
@@ -116,9 +140,9 @@ class LossConfig:
     noise_levels: Literal["none", "logit_normal", "mode"] = "none"
 
     def __post_init__(self) -> None:
-        _at_least("loss", self, 0, "task", "prediction", "attention", "variance", "balance")
+        _at_least("loss", self, 0, "task", "prediction", "attention", "guided", "guidance", "variance", "balance")
         _at_least("loss", self, 1, "every")
-        if not (self.task or self.prediction or self.attention):
+        if not (self.task or self.prediction or self.attention or self.guided):
             raise ValueError("loss: all weights are zero: nothing would be trained")
 
 
@@ -229,6 +253,8 @@ class RunConfig:
         keep: How many checkpoints to keep.
         sheet_every: Steps between sheets of validation pictures, 0 for one sheet at the end.
         sheet_inference_steps: Denoising steps of these pictures.
+        measure_every: Steps between measurements of the KD error into `curve.jsonl`, as `eval` measures it; 0 for
+            none.
         trackers: Where to send the metrics: 'tensorboard', 'wandb', or any other tracker that accelerate knows.
         save_dtype: Dtype of the saved adapter.
         export: Also write the adapter in the released format of 'clear' or 'linfusion'.
@@ -247,6 +273,7 @@ class RunConfig:
     keep: int = 2
     sheet_every: int = 0
     sheet_inference_steps: int = 20
+    measure_every: int = 0
     trackers: list[str] = field(default_factory=list)
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     export: Literal["clear", "linfusion"] | None = None
@@ -254,7 +281,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _at_least("run", self, 1, "steps", "accumulate", "share", "keep", "sheet_inference_steps")
-        _at_least("run", self, 0, "save_every", "sheet_every", "seed")
+        _at_least("run", self, 0, "save_every", "sheet_every", "measure_every", "seed")
         if self.minutes is not None and self.minutes <= 0:
             raise ValueError(f"run.minutes must be above 0, got {self.minutes}")
 
@@ -294,7 +321,13 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a distillation."""
+    """All settings of a distillation.
+
+    Args:
+        stages: Settings that stages of the training have instead of these, such as `{loss: {task: 0}, run: {steps:
+            200}}`. Each stage starts from what the one before it trained, and counts its own steps. `transfer` belongs
+            to the first stage.
+    """
 
     model: ModelConfig
     student: StudentConfig
@@ -304,6 +337,7 @@ class Config:
     transfer: TransferConfig = field(default_factory=TransferConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    stages: list[dict[str, dict[str, Any]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.model.dtype != "float32" and self.run.precision == "no":
@@ -311,11 +345,58 @@ class Config:
             raise ValueError(
                 f"run.precision must be '{wanted}' with model.dtype '{self.model.dtype}': what trains is float32"
             )
-        if self.model.quantisation and (self.student.trainable == "attention" or self.run.export):
+        if self.loss.guided and self.data.batch_size % 2:
+            raise ValueError(f"loss.guided: data.batch_size must be even, got {self.data.batch_size}")
+        if self.model.quantisation and (self.student.trains_weights or self.run.export):
             raise ValueError(
                 "model.quantisation: quantised projections are not trained, and not exported: student.trainable must "
                 f"be 'new' or 'lora', got {self.student.trainable!r}, and run.export left out"
             )
+        self.each_stage()
+
+    def changed(self, changes: Mapping[str, Mapping[str, Any]], of: str) -> "Config":
+        """Return settings of which some values are others.
+
+        Args:
+            changes: Values by section and key.
+            of: Where they come from, for errors.
+
+        Raises:
+            ValueError: If a key does not exist or a value does not fit.
+        """
+        sections = {}
+        for name, values in changes.items():
+            check_one_of(of, name, _SECTIONS)
+            section = getattr(self, name)
+            kinds = get_type_hints(type(section))
+            for key, value in values.items():
+                check_one_of(f"{of}: {name}", key, kinds)
+                if get_origin(kinds[key]) is Literal:
+                    check_one_of(f"{of}: {name}.{key}", value, get_args(kinds[key]))
+            try:
+                sections[name] = replace(section, **values)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{of}: {error}") from None
+        return replace(self, **sections)
+
+    def each_stage(self) -> list["Config"]:
+        """Return the settings of each stage; the last one has the run's own folder."""
+        stages: list[Config] = []
+        for number, changes in enumerate(self.stages):
+            last = number == len(self.stages) - 1
+            stage = replace(self, stages=[]).changed(changes, f"stages: {number + 1}")
+            out = self.run.out if last else self.run.out / f"stage-{number + 1}"
+            stage = replace(stage, run=replace(stage.run, out=out))
+            if stages:
+                before = str(stages[-1].run.out / "adapter")
+                start = replace(stage.student, adapter=before, where=None, init="inherited")
+                own = stage.transfer if "transfer" in changes else TransferConfig()
+                stage = replace(stage, student=start, transfer=own)
+            stages.append(stage)
+        return stages or [self]
+
+
+_SECTIONS = ("student", "data", "run", "loss", "transfer", "optimizer")  # that stages and recipes may change
 
 
 def read_config(arguments: Sequence[str], program: str) -> Config | str:
@@ -357,13 +438,14 @@ def read_config(arguments: Sequence[str], program: str) -> Config | str:
 def _explain(parser: Any) -> None:
     """Give each key its line of the docstrings above: jsonargparse reads them only with another package."""
     actions = {action.dest: action for action in parser._actions}
-    for section, entry in Config.__dataclass_fields__.items():
-        kind: Any = entry.type
+    kinds: dict[str, Any] = {name: entry.type for name, entry in Config.__dataclass_fields__.items()}
+    del kinds["stages"]
+    for section, kind in {**kinds, "": Config}.items():
         summary, _, arguments = inspect.cleandoc(kind.__doc__).partition("\n\nArgs:\n")
         for group in parser._action_groups:
             group.title = summary.rstrip(".") if group.title == str(kind) else group.title
         for name, text in re.findall(r"^    (\w+): (.+?)(?=^    \w|\Z)", arguments, re.MULTILINE | re.DOTALL):
-            actions[f"{section}.{name}"].help = " ".join(text.split()).replace("%", "%%")
+            actions[f"{section}.{name}".strip(".")].help = " ".join(text.split()).replace("%", "%%")
 
 
 def _at_least(section: str, values: Any, least: float, *names: str) -> None:

@@ -122,6 +122,11 @@ class Batch:
         null = {name: move(name, value) for name, value in self.null.items()}
         return Batch(self.size, self.latents.to(device, torch.float32, non_blocking=True), tensors, null)
 
+    def twice(self, count: int) -> "Batch":
+        """Return the first `count` samples, and the same once more."""
+        tensors = {n: torch.cat([t[:count]] * 2) if n in self.null else t for n, t in self.tensors.items()}
+        return Batch(self.size, torch.cat([self.latents[:count]] * 2), tensors, self.null)
+
     def without_prompts(self, chosen: Tensor) -> dict[str, Tensor]:
         """Return the tensors with the empty prompt in the rows where `chosen` `[B]` is true."""
         rows = chosen.to(self.latents.device)

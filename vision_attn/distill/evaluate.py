@@ -15,17 +15,16 @@ from tqdm import tqdm
 
 from vision_attn.conversion.conversion import load
 from vision_attn.distill.config import Config
+from vision_attn.distill.curve import kd_error, predictions
 from vision_attn.distill.data import CachedData
 from vision_attn.distill.denoiser import denoiser_of, load_pipeline
 from vision_attn.distill.images import read_prompts
-from vision_attn.distill.losses import Noising, Outputs
 from vision_attn.distill.measures import agreement, copies, kernel_distance, retrieval
 from vision_attn.distill.student import load_lora
 from vision_attn.highres.positions import stretched_positions
 from vision_attn.highres.redraw import unit_of
 
 REPORT = "eval.json"
-_SAMPLES = 16  # of the cache, for the error of predictions
 
 
 def evaluate(config: Config, *, device: str = "cpu") -> dict[str, Any]:
@@ -109,7 +108,8 @@ class Evaluation:
                 call = dict(height=height, width=width, generator=seeds, output_type="pt", **steps)
                 pictures.append(self.pipe(part, **call).images.float().cpu())
                 bar.update(len(part))
-        return Drawn(torch.cat(pictures), {sigma: self._predict(sigma) for sigma in self.config.eval.sigmas})
+        model = denoiser_of(self.pipe)[1]
+        return Drawn(torch.cat(pictures), predictions(model, self.pipe.scheduler, self.data, self.config))
 
     @contextmanager
     def _positions(self) -> Iterator[None]:
@@ -123,34 +123,10 @@ class Evaluation:
         with stretched_positions(model, (height // unit, width // unit), stretch, "interpolate"):
             yield
 
-    def _predict(self, sigma: float) -> Tensor:
-        """Predict from the first samples of the cache at one noise level."""
-        model: Any = denoiser_of(self.pipe)[1]
-        parameter = next(model.parameters())
-        noising = Noising(self.pipe.scheduler)
-        samples = max(self.data.buckets.values(), key=len)[:_SAMPLES]
-        generator = torch.Generator().manual_seed(self.config.run.seed)
-        found = []
-        firsts = range(0, len(samples), self.config.eval.batch_size)
-        for first in tqdm(firsts, desc=f"noise {sigma:g}", unit="batch", disable=self.config.run.quiet):
-            batch = self.data[samples[first : first + self.config.eval.batch_size]]
-            batch = batch.to(parameter.device, parameter.dtype)
-            noise = torch.randn(batch.latents.shape, generator=generator).to(batch.latents)
-            timesteps = noising.at_level(sigma).expand(len(noise))
-            noisy = noising.add(batch.latents, noise, timesteps)
-            call = self.data.interface.arguments(noisy.to(parameter.dtype), timesteps, batch.tensors)
-            with torch.no_grad():
-                found.append(Outputs.of(model(**call)[0], noisy, {}).prediction.float().cpu())
-        return torch.cat(found)
-
     def compare(self, student: Drawn, teacher: Drawn) -> dict[str, Any]:
         """Return the measures of a student beside its teacher, by name."""
-        error = {
-            str(sigma): ((student.predictions[sigma] - v).square().mean() / v.square().mean()).item()
-            for sigma, v in teacher.predictions.items()
-        }
         features = self.config.eval.features
-        measures: dict[str, Any] = {"kd_error": error, "kd_error_mean": sum(error.values()) / len(error)}
+        measures = kd_error(student.predictions, teacher.predictions)
         measures |= agreement(student.pictures, teacher.pictures)
         if len(self.prompts) > 1:
             measures[f"kid_{features}_x1000"] = kernel_distance(student.pictures, teacher.pictures, features)

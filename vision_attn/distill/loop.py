@@ -1,5 +1,6 @@
 """The training loop, from the top to the bottom, and the accelerator that it runs on."""
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +12,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vision_attn.distill.config import Config
+from vision_attn.distill.curve import Curve
 from vision_attn.distill.data import CachedData, Order, batches_of
-from vision_attn.distill.denoiser import Batch, load_pipeline
+from vision_attn.distill.denoiser import Batch, denoiser_of, load_pipeline
 from vision_attn.distill.losses import Step, explain
-from vision_attn.distill.output import Checkpoints, Metrics, flat, save_adapter, settings_of, write_sheet
+from vision_attn.distill.output import Checkpoints, Metrics, flat, last_step, save_adapter, settings_of, write_sheet
 from vision_attn.distill.parameters import Averaging, Shards, is_sharded, make_optimizer, make_schedule
 from vision_attn.distill.student import make_student
 from vision_attn.distill.transfer import transfer
@@ -24,7 +26,8 @@ def train(config: Config, *, pipe: Any = None) -> Path:
     """Distil as the settings say; go on where an earlier run in the same folder was stopped.
 
     Args:
-        config: All settings.
+        config: All settings. With `stages`, each of them is a run of its own, in the folder `stage-1` and so on of
+            `run.out`; the last one is in `run.out`.
         pipe: The teacher's pipeline, if it is loaded already. It is converted.
 
     Returns:
@@ -36,8 +39,28 @@ def train(config: Config, *, pipe: Any = None) -> Path:
         OSError: If a checkpoint cannot be written.
         NonFiniteError: If a loss is NaN or infinite.
     """
-    with accelerated(config) as accelerator:
-        return _train(config, accelerator, load_pipeline(config.model, prompts=False) if pipe is None else pipe)
+    *first, last = config.each_stage()
+    for stage in first:
+        with accelerated(stage) as accelerator, _set_aside(pipe):
+            adapter = stage.run.out / "adapter"
+            if last_step(stage)[0] != stage.run.steps or not adapter.is_dir():
+                _train(stage, accelerator, load_pipeline(stage.model, prompts=False) if pipe is None else pipe)
+    with accelerated(last) as accelerator:
+        return _train(last, accelerator, load_pipeline(last.model, prompts=False) if pipe is None else pipe)
+
+
+@contextmanager
+def _set_aside(pipe: Any) -> Iterator[None]:
+    """Train a copy of the denoiser inside the `with` block; a next stage begins with the pipeline as it was given."""
+    if pipe is None:
+        yield
+        return
+    name, model = denoiser_of(pipe)
+    setattr(pipe, name, copy.deepcopy(model))
+    try:
+        yield
+    finally:
+        setattr(pipe, name, model)
 
 
 def _train(config: Config, accelerator: Any, pipe: Any) -> Path:  # noqa: PLR0915, it is read from top to bottom
@@ -67,14 +90,19 @@ def _train(config: Config, accelerator: Any, pipe: Any) -> Path:  # noqa: PLR091
         checkpoints.save(0)
     step = saved = start or 0
     batches = _batches(config, accelerator, data, step * run.accumulate)
-    metrics = Metrics(config, accelerator, step)
+    main = accelerator.is_main_process
+    metrics, curve = Metrics(config, accelerator, step), Curve(config, student, data, step, main=main)
 
-    def sheet() -> None:
-        if accelerator.is_main_process or is_sharded(accelerator) or run.share > 1:
+    def look(*, sheet: bool, measure: bool) -> None:
+        if (sheet or measure) and (main or is_sharded(accelerator) or run.share > 1):
             with averaging.evaluated():
-                write_sheet(config, student, data, step, main=accelerator.is_main_process)
+                if sheet:
+                    write_sheet(config, student, data, step, main=main)
+                if measure:
+                    curve.measure(step)
                 shards.reshard()
 
+    look(sheet=False, measure=start is None and curve.due(0))
     while step < run.steps and not metrics.out_of_time:
         averaging.begin()
         for micro in range(run.accumulate):
@@ -99,15 +127,14 @@ def _train(config: Config, accelerator: Any, pipe: Any) -> Path:  # noqa: PLR091
         averaging.update()
         step += 1
         metrics.log(step, schedule.get_last_lr()[0])
-        if run.sheet_every and step % run.sheet_every == 0:
-            sheet()
+        look(sheet=bool(run.sheet_every) and step % run.sheet_every == 0, measure=curve.due(step))
         if run.save_every and step % run.save_every == 0:
             checkpoints.save(step)
             saved = step
 
     if saved != step:
         checkpoints.save(step)
-    sheet()
+    look(sheet=True, measure=bool(run.measure_every) and not curve.due(step))
     with averaging.evaluated():
         folder = save_adapter(config, accelerator, student, shards)
     metrics.close()
@@ -170,8 +197,9 @@ def _make_accelerator(config: Config) -> Any:
     if missing:
         raise ValueError(f"run.trackers: {', '.join(missing)} cannot be had: pip install it, or leave it out")
     config.run.out.mkdir(parents=True, exist_ok=True)
-    # layers that stay dense on small grids have processors without gradients
-    unused = DistributedDataParallelKwargs(find_unused_parameters=config.student.min_tokens > 0)
+    # layers that stay dense on small grids have processors without gradients, and a whole model has unused outputs
+    whole = config.student.trainable == "model"
+    unused = DistributedDataParallelKwargs(find_unused_parameters=config.student.min_tokens > 0 or whole)
     accelerator = Accelerator(
         mixed_precision=config.run.precision,
         gradient_accumulation_steps=config.run.accumulate,

@@ -2,10 +2,12 @@
 
     loss = task * |student - target|^2 + prediction * |student - teacher|^2
            + attention * mean over layers of |a_student - a_teacher|^2 + variance * |var_student - var_teacher|^2
+           + guided * |g_student - g_teacher|^2,    g = guidance * with prompt + (1 - guidance) * without
            + balance * mean over mixtures of heads of sum_h f_h P_h
 
-where |.|^2 is a mean over the elements. Flow matching: x_t = (1 - s) x_0 + s e, target e - x_0. Diffusion:
-x_t = sqrt(a) x_0 + sqrt(1 - a) e, target e, v = sqrt(a) e - sqrt(1 - a) x_0, or x_0: the scheduler's `prediction_type`.
+where |.|^2 is a mean over the elements. Guidance multiplies the difference of two predictions, and so its error.
+Flow matching: x_t = (1 - s) x_0 + s e, target e - x_0. Diffusion: x_t = sqrt(a) x_0 + sqrt(1 - a) e, target e,
+v = sqrt(a) e - sqrt(1 - a) x_0, or x_0: the scheduler's `prediction_type`.
 
 Papers: 'CLEAR' - https://arxiv.org/abs/2412.16112, 'LinFusion' - https://arxiv.org/abs/2409.02097 (1, 0.5, 0.5),
 'LiT' - https://arxiv.org/abs/2501.12976 (the variance), 'MoH' - https://arxiv.org/abs/2410.11842 (the balance)
@@ -66,6 +68,11 @@ class Step:
         timesteps = self.noising.draw(len(clean), self.config.loss.noise_levels, generator)
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         chosen = torch.rand(len(clean), generator=generator) < self.config.data.null_prob
+        if self.config.loss.guided:
+            half = len(clean) // 2
+            batch = batch.twice(half)
+            clean, timesteps, noise = batch.latents, timesteps[:half].repeat(2), torch.cat([noise[:half]] * 2)
+            chosen = torch.arange(2 * half) >= half
         latents = self.noising.add(clean, noise, timesteps)
         call = self.interface.arguments(latents.to(self.student.dtype), timesteps, batch.without_prompts(chosen))
         return Noisy(call, latents, self.noising.target(clean, noise, timesteps))
@@ -79,7 +86,7 @@ class Step:
         """
         weights, student = self.config.loss, self.student
         with student.teaching(model) as teacher:
-            needed = bool(weights.prediction or self.layers or weights.variance)
+            needed = bool(weights.prediction or weights.guided or self.layers or weights.variance)
             taught = self._forward(teacher, student.copy or student.model, noisy) if needed else None
         learned = self._forward(model, student.model, noisy)
         return distillation_losses(learned, taught or learned, noisy.target, weights, student.group)
@@ -136,10 +143,15 @@ def distillation_losses(
         losses["task"] = _mse(student.prediction, target)
     if weights.prediction:
         losses["prediction"] = _mse(student.prediction, teacher.prediction)
+    if weights.guided:
+        losses["guided"] = _mse(*(_guided(o.prediction, weights.guidance) for o in (student, teacher)))
     if weights.attention and student.attention:
         pairs = [(student.attention[name], teacher.attention[name]) for name in student.attention]
         each = torch.stack([_mse(*pair) for pair in pairs])
-        losses["attention"] = each.mean() if group is None else _over_slices(each, pairs, group)
+        if weights.relative:
+            squares = torch.stack([a.float().square().mean() for _, a in pairs])
+            each = each / (squares if group is None else _over_slices(squares, pairs, group)).clamp(min=1e-12)
+        losses["attention"] = (each if group is None else _over_slices(each, pairs, group)).mean()
     if weights.variance and student.variance is not None and teacher.variance is not None:
         losses["variance"] = _mse(student.variance, teacher.variance)
     if weights.balance and student.balance is not None:
@@ -148,13 +160,19 @@ def distillation_losses(
     return {**losses, "total": total}
 
 
+def _guided(prediction: Tensor, guidance: float) -> Tensor:
+    """Return what guidance makes of a prediction: the first half of the batch has prompts, the second has none."""
+    prompted, unprompted = prediction.float().chunk(2)
+    return guidance * prompted + (1 - guidance) * unprompted
+
+
 def _over_slices(each: Tensor, pairs: list[tuple[Tensor, Tensor]], group: Any) -> Tensor:
-    """Return the mean over layers and all tokens, whose gradient is that of the own slices' part of it."""
+    """Return each layer's mean over all tokens, whose gradient is that of the own slices' part of it."""
     held = torch.tensor([float(a.numel()) for a, _ in pairs], device=each.device)
     parts = torch.stack([held, held * each.detach()])
     torch.distributed.all_reduce(parts, group=group)
-    own = (each * held / parts[0]).mean()
-    return own + ((parts[1] / parts[0]).mean() - own).detach()
+    own = each * held / parts[0]
+    return own + (parts[1] / parts[0] - own).detach()
 
 
 def _mse(a: Tensor, b: Tensor) -> Tensor:

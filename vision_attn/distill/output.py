@@ -29,7 +29,7 @@ from vision_attn.processors.base import model_name
 STATE, TRAINED = "state.json", "trained.safetensors"
 _PREFIX = "checkpoint-"
 _FREE_RUN = {"out", "steps", "minutes", "save_every", "keep", "sheet_every", "sheet_inference_steps"}
-_FREE_RUN |= {"trackers", "save_dtype", "export", "quiet", "share"}
+_FREE_RUN |= {"trackers", "save_dtype", "export", "quiet", "share", "measure_every"}
 _FREE_DATA = {"cache", "images", "prompts", "num_inference_steps", "shard_size", "workers"}
 _PICTURES = 6  # of a sheet's row
 _log = logging.getLogger(__name__)
@@ -135,6 +135,7 @@ def last_step(config: Config) -> tuple[int | None, float]:
     Returns:
         (None, 0) if there is none, or it is of other settings.
     """
+    config = config.each_stage()[-1]
     found = complete(config.run.out)
     if not found:
         return None, 0.0
@@ -201,7 +202,7 @@ class Metrics:
         self.path = config.run.out / "metrics.jsonl"
         main = accelerator.is_main_process
         if main:
-            _truncate(self.path, start)
+            truncate(self.path, start)
         self.file = self.path.open("a") if main else None
         self.bar = tqdm(
             total=config.run.steps, initial=start, unit="step", disable=config.run.quiet or not main, mininterval=0.5
@@ -237,7 +238,7 @@ class Metrics:
             self.file.close()
 
 
-def _truncate(path: Path, start: int) -> None:
+def truncate(path: Path, start: int) -> None:
     """Drop the lines of later steps, which will be computed again."""
     if not path.exists():
         return

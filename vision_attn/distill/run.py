@@ -79,6 +79,7 @@ def needs_cache(config: Config) -> bool:
 
 def needs_training(config: Config) -> bool:
     """Whether the training has not ended: a run that `run.minutes` ended has."""
+    config = config.each_stage()[-1]
     adapter = config.run.out / "adapter" / "config.json"
     step, written = last_step(config)
     if step is None or not adapter.exists() or adapter.stat().st_mtime < written:

@@ -118,16 +118,18 @@ def make_student(config: Config, pipe: Any) -> Student:
     """
     name, model = denoiser_of(pipe)
     dtype = computing_dtype(model) or torch.float32
-    student = config.student
-    needs_copy = student.trainable == "attention"
+    student, spec = config.student, config.student.spec()
+    needs_copy = student.trains_weights or student.adapter is not None
     teacher = copy.deepcopy(model).requires_grad_(False).eval() if needs_copy else None
     if student.adapter is not None:
         if (Path(student.adapter) / _LORA).exists():
             raise ValueError(f"student.adapter: {student.adapter} has LoRA layers beside it, which would be left out")
-        conversion = load(pipe, student.adapter, spec=student.spec())
+        conversion = load(pipe, student.adapter, spec=None if isinstance(spec, dict) else spec)
+        if not (student.trains_weights or model_state(model).originals):
+            teacher = None  # the adapter has none of the host's weights
     else:
         options: dict[str, Any] = {"where": student.where, "min_tokens": student.min_tokens}
-        conversion = convert(pipe, student.spec(), components=(name,), **options)
+        conversion = convert(pipe, spec, components=(name,), **options)
     _check_export(config, conversion)  # before LoRA, which renames the projections until it is merged
     if student.init == "random":
         randomise(conversion)
@@ -161,6 +163,11 @@ def choose_trainables(conversion: Conversion, student: StudentConfig) -> dict[st
         _add_lora(conversion, student)
     for parameter in conversion.parameters():
         parameter.requires_grad_(True)
+    if student.trainable == "model":
+        model.requires_grad_(True)
+        frozen = [name for name, parameter in model.named_parameters() if is_quantised(parameter)]
+        if frozen:
+            raise ValueError(f"{frozen[0]} is quantised: student.trainable must be 'new' or 'lora'")
     if student.trainable == "attention":
         for name, projection in _projections(conversion, student.projections):
             if is_quantised(projection.weight):  # type: ignore[arg-type]
@@ -169,7 +176,8 @@ def choose_trainables(conversion: Conversion, student: StudentConfig) -> dict[st
     chosen = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not chosen:
         raise ValueError(
-            f"{student.processor} has no parameters of its own: student.trainable must be 'attention' or 'lora'"
+            f"{student.processor} has no parameters of its own: student.trainable must be 'attention', 'model' or "
+            "'lora'"
         )
     for parameter in chosen.values():
         parameter.data = parameter.data.float()
