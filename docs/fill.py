@@ -321,6 +321,22 @@ def distilled() -> str:
     return table(head, rows)
 
 
+def recipes() -> str:
+    """What each recipe for linear attention reaches, as `emoji_results.py --recipes` stored it."""
+    if not (ROOT / "docs" / "recipes.json").exists():
+        return "Not run on a GPU yet."
+    rows = []
+    for name, row in stored("docs/recipes.json").items():
+        points = dict(map(tuple, row["curve"]))
+        course = [f"{points[step]:.3f}" if step in points else "-" for step in (100, 500)]
+        after = row["after"]
+        figures = [f"{after['kd_error_mean']:.3f}", f"{after['psnr_db']:.1f}", f"{after['retrieval_top1']:.0%}"]
+        cells = [f"{row['steps']} of {row['batch']}", f"{row['seconds']:.0f} s", *course, *figures]
+        rows.append([f"`{name.partition('-')[2]}`", f"`{row['spec']}`", row["recipe"]["about"], *cells])
+    head = ["recipe", "student", "why", "steps of batch", "time", "KD error at step 100", "500", "the end"]
+    return table([*head, "PSNR to the teacher", "retrieval"], rows)
+
+
 def highres() -> str:
     """Pictures far above the training size."""
     names = {"base": "FLUX type", "unet": "UNet"}
@@ -329,9 +345,10 @@ def highres() -> str:
         memory = f"{r['peak_bytes'] / 2**30:.2f} GiB" if r["peak_bytes"] else "-"
         where = "" if r["peak_bytes"] else " on a CPU"
         cells = [names[r["teacher"]], r["attention"], f"{r['pixels']} px", r["way"], f"{r['copies']:.1f}"]
-        rows.append([*cells, f"{r['truth_psnr_db']:.1f} dB", f"{r['seconds']:.1f} s{where}", memory])
-    head = ["teacher", "attention", "size", "drawn", "copies counted", "PSNR to the icon", "a picture", "peak memory"]
-    return table(head, rows)
+        dense = "-" if r.get("dense_psnr_db") is None else f"{r['dense_psnr_db']:.1f} dB"
+        rows.append([*cells, f"{r['truth_psnr_db']:.1f} dB", dense, f"{r['seconds']:.1f} s{where}", memory])
+    head = ["teacher", "attention", "size", "drawn", "copies counted", "PSNR to the icon", "to dense", "a picture"]
+    return table([*head, "peak memory"], rows)
 
 
 def fidelity(entry: str) -> list[dict[str, Any]]:
@@ -513,6 +530,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "training": training,
     "models": models,
     "distilled": distilled,
+    "recipes": recipes,
     "highres": highres,
     "demo": demo,
     "backbones": backbones,

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from distill_case import write_truth
 from PIL import Image
 from safetensors.torch import save_file
@@ -22,7 +23,7 @@ from vision_attn.demo import load_teacher
 from vision_attn.distill.config import read_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "distill"
-FILES = sorted(EXAMPLES.glob("*.yaml"))
+FILES = sorted(set(EXAMPLES.glob("*.yaml")) - {EXAMPLES / "recipes.yaml"})
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -62,6 +63,37 @@ def test_the_results_script_runs_at_toy_size(students, tmp_path, monkeypatch, ca
     assert "| nano-clear | 2 |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recipes", ["hedgehog_staged", "hedgehog_lolcats,rala_rotated,hedgehog_multipole"])
+def test_recipes_run_side_by_side_at_toy_size(recipes, tmp_path, monkeypatch, capsys):
+    (tmp_path / "prompts.txt").write_text("octopus\nred apple\nrocket\n")
+    given = [str(tmp_path / "out"), "--toy", "--scale", "0.001", "--teachers", "nano", "--students", recipes]
+    given += ["--recipes", str(EXAMPLES / "recipes.yaml"), "--jobs", "2", "--prompts", str(tmp_path / "prompts.txt")]
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLES / "emoji_results.py"), *given])
+    runpy.run_path(str(EXAMPLES / "emoji_results.py"), run_name="__main__")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(results) == {f"nano-{name}" for name in recipes.split(",")}, capsys.readouterr().err
+    for name, result in results.items():
+        assert result["curve"][0][0] == 0 and result["curve"][-1] == [
+            result["steps"],
+            pytest.approx(result["curve"][-1][1]),
+        ]
+        assert result["recipe"]["about"] and result["rate"] == 1e-3, name
+    assert "| nano-" in capsys.readouterr().out
+
+
+def test_every_recipe_fits_the_settings():
+    script = runpy.run_path(str(EXAMPLES / "emoji_results.py"))
+    recipes = yaml.safe_load((EXAMPLES / "recipes.yaml").read_text())
+    known = {name: recipe for name, recipe in recipes.items() if not name.startswith("_")}
+    for name, recipe in known.items():
+        assert recipe["about"], name
+        config = script["settings"](
+            script["arguments"](["out", "--recipes", str(EXAMPLES / "recipes.yaml")]), "base", name, 1, None
+        )
+        assert sum(stage.run.steps for stage in config.each_stage()) == 1000 and config.student.spec() is not None
+
+
 @pytest.mark.parametrize(
     ("prompts", "steps"), [("octopus", "1"), pytest.param("octopus,red apple", "2", marks=pytest.mark.slow)]
 )
@@ -71,16 +103,20 @@ def test_the_script_of_large_pictures_runs_at_toy_size(prompts, steps, tmp_path,
     convert(load_teacher("nano"), Clear(radius=3)).save(adapters / "nano-clear")
     given = [str(tmp_path / "out"), "--icons", str(tmp_path / "icons.npz"), "--teachers", "nano", "--sizes", "160"]
     given += ["--prompts", prompts, "--num-inference-steps", steps, "--level-inference-steps", "1"]
-    given += ["--adapters", str(adapters)]
+    given += ["--adapters", str(adapters), "--attention", "dense,clear,hedgehog,multipole:exact=0"]
     monkeypatch.setattr(sys, "argv", ["highres_results.py", *given])
     for _ in range(2):  # the second run finds everything done
         runpy.run_path(str(EXAMPLES / "highres_results.py"), run_name="__main__")
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(r["attention"], r["way"]) for r in rows] == [
-        ("dense", "direct"), ("dense", "levels"), ("clear", "direct"), ("clear", "levels")
+        ("dense", "direct"), ("dense", "levels"), ("clear", "direct"), ("clear", "levels"),
+        ("multipole:exact=0", "direct"), ("multipole:exact=0", "levels"),
     ]  # fmt: skip
+    near = [r["dense_psnr_db"] for r in rows]
+    assert near[:2] == [None, None] and near[5] > near[3] > 0  # the one is distilled in no way, and sees far
     assert all(r["copies"] >= 1 and r["truth_psnr_db"] > 0 and r["seconds"] > 0 for r in rows)
-    assert all((tmp_path / "out" / f"nano-{r['attention']}-{r['way']}-160.png").exists() for r in rows)
+    names = [f"nano-{r['attention'].replace(':', '_')}-{r['way']}-160.png" for r in rows]
+    assert all((tmp_path / "out" / name).exists() for name in names)
     assert "| nano | clear | levels | 160 |" in capsys.readouterr().out
 
 
