@@ -20,7 +20,7 @@ from vision_attn.conversion.grids import backward_running
 from vision_attn.conversion.groups import grouped
 from vision_attn.conversion.masks import is_bias, key_padding, stays_dense
 from vision_attn.conversion.projections import Projections
-from vision_attn.conversion.state import ADDED, MASKED, LayerState
+from vision_attn.conversion.state import ADDED, MASKED, LayerState, rotary_of
 from vision_attn.grid import Grid, largest
 from vision_attn.kernels.tapes import DEVICES
 from vision_attn.parallel.models import stock_attention
@@ -56,7 +56,7 @@ def answered(module: nn.Module, state: LayerState, run: Callable[..., Any], args
         )
     processor = _processor_of(module)
     mask = kwargs.get("attention_mask")
-    call = Answers(module, state, mask is not None and stays_dense(mask, state), processor, _rotary_of(kwargs))
+    call = Answers(module, state, mask is not None and stays_dense(mask, state), processor, rotary_of(kwargs))
     if call.backend is not None:
         run = functools.partial(_with_backend, call, run)
     if call.parallel is not None:
@@ -165,14 +165,10 @@ class Answers:
         "stock",
     )  # fmt: skip
 
-    def __init__(
-        self, module: nn.Module, state: LayerState, masked: bool, stock: Any,
-        rotary: tuple[Tensor, Tensor] | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, module: nn.Module, state: LayerState, masked: bool, stock: Any, rotary: Any) -> None:
         self.module, self.state, self.stock, self.backend = module, state, stock, backend_of(stock)
         self.parallel = getattr(stock, "_parallel_config", None)
-        self.reached = self._noted = False
-        self._across = ""
+        self.reached, self._noted, self._across = False, False, ""
         processor: Any = module._modules[CHILD]
         self.moment = None
         if processor.wants:
@@ -418,16 +414,6 @@ def _answering(call: Answers) -> TorchFunctionMode:
 def _is_behind(door: Door, func: Callable[..., Any]) -> bool:
     """Whether a function is that of a door which other threads hold open."""
     return not torch.compiler.is_compiling() and func in (door.front, door.builtin)
-
-
-def _rotary_of(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """Return the cosine and sine `[N, D]` among a layer's arguments, as FLUX gives them."""
-    given = kwargs.get("image_rotary_emb")
-    if not isinstance(given, (tuple, list)) or len(given) != 2:
-        return None
-    cos, sin = given
-    real = all(isinstance(t, Tensor) and t.dim() == 2 and t.is_floating_point() for t in given)
-    return (cos, sin) if real else None
 
 
 def _moment_of(state: LayerState, rotary: tuple[Tensor, Tensor] | None) -> Moment:

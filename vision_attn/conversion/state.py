@@ -321,6 +321,16 @@ class ModelState:
         return written | (self.originals.keys() & names.keys())
 
 
+def rotary_of(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Return the cosine and sine `[N, D]` among a layer's arguments, as FLUX gives them."""
+    given = kwargs.get("image_rotary_emb")
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        return None
+    cos, sin = given
+    real = all(isinstance(t, Tensor) and t.dim() == 2 and t.is_floating_point() for t in given)
+    return (cos, sin) if real else None
+
+
 def is_rerouted(module: nn.Module) -> bool:
     """Whether `module` answers its attention with a processor."""
     return LAYER in vars(module)

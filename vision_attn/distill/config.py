@@ -45,8 +45,7 @@ class StudentConfig:
     Args:
         processor: Name of a processor, such as 'Clear'.
         fields: Fields of the processor, such as `radius: 16`; a spec among them as `spec: {class: Clear, radius: 8}`.
-        layers: Other processors by pattern of layer names, such as `"*.0.attn": {class: Multipole}`; the first pattern
-            that matches counts, and `processor` is for all other layers.
+        layers: Other processors by pattern of layer names, as `"*.0.attn": {class: Multipole}`; the first match counts.
         where: Which layers to convert: a pattern of layer names, as for `vision_attn.convert`. All layers if None.
         min_tokens: Layers with fewer grid tokens keep their own attention, as for `vision_attn.convert`.
         init: Where the projections start: 'inherited' from the host, or 'random', as in LinFusion's released training
@@ -116,7 +115,7 @@ class LossConfig:
         attention: Weight of the error of attention outputs against the teacher's.
         relative: Divide each layer's error by the mean square of the teacher's output, so that all layers count alike.
         guided: Weight of the error of the guided prediction against the teacher's. Half of each batch then is the other
-            half without its prompts: `data.null_prob` has no effect, and `data.batch_size` must be even.
+            half without its prompts, in place of `data.null_prob`.
         guidance: Guidance of this prediction, that of later use.
         variance: Weight of the error of learned variances against the teacher's (LiT: 0.05). It counts only for models
             that learn variances.
@@ -253,8 +252,7 @@ class RunConfig:
         keep: How many checkpoints to keep.
         sheet_every: Steps between sheets of validation pictures, 0 for one sheet at the end.
         sheet_inference_steps: Denoising steps of these pictures.
-        measure_every: Steps between measurements of the KD error into `curve.jsonl`, as `eval` measures it; 0 for
-            none.
+        measure_every: Steps between measurements of the KD error, which go to `curve.jsonl`; 0 for none.
         trackers: Where to send the metrics: 'tensorboard', 'wandb', or any other tracker that accelerate knows.
         save_dtype: Dtype of the saved adapter.
         export: Also write the adapter in the released format of 'clear' or 'linfusion'.
@@ -355,18 +353,14 @@ class Config:
         self.each_stage()
 
     def changed(self, changes: Mapping[str, Mapping[str, Any]], of: str) -> "Config":
-        """Return settings of which some values are others.
-
-        Args:
-            changes: Values by section and key.
-            of: Where they come from, for errors.
+        """Return settings with other values, by section and key; `of` says where these come from.
 
         Raises:
             ValueError: If a key does not exist or a value does not fit.
         """
         sections = {}
         for name, values in changes.items():
-            check_one_of(of, name, _SECTIONS)
+            check_one_of(of, name, ("student", "data", "run", "loss", "transfer", "optimizer"))
             section = getattr(self, name)
             kinds = get_type_hints(type(section))
             for key, value in values.items():
@@ -396,9 +390,6 @@ class Config:
         return stages or [self]
 
 
-_SECTIONS = ("student", "data", "run", "loss", "transfer", "optimizer")  # that stages and recipes may change
-
-
 def read_config(arguments: Sequence[str], program: str) -> Config | str:
     """Read `--config FILE` and values such as `--optimizer.learning_rate 1e-4`, which override it.
 
@@ -420,7 +411,12 @@ def read_config(arguments: Sequence[str], program: str) -> Config | str:
         if flag == "--config" and not Path(value).is_file():
             raise FileNotFoundError(f"--config: {value} does not exist")
     parser = jsonargparse.ArgumentParser(
-        prog=program, description=__doc__, exit_on_error=False, default_env=False, print_config=None, allow_abbrev=False
+        prog=program,
+        description=__doc__,
+        exit_on_error=False,
+        default_env=False,
+        print_config=None,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file; values that follow override it")
     parser.add_class_arguments(Config, None, fail_untyped=True)

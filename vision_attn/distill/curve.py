@@ -78,13 +78,8 @@ class Curve:
         self.config, self.student, self.data, self.main = config, student, data, main
         self.path = config.run.out / CURVE
         self.teacher: dict[float, Tensor] | None = None
-        if main and config.run.measure_every:
+        if main:
             truncate(self.path, start)
-
-    def due(self, step: int) -> bool:
-        """Whether a step is to be measured."""
-        every = self.config.run.measure_every
-        return bool(every) and step % every == 0
 
     def measure(self, step: int) -> None:
         """Measure the student as it is, and the teacher the first time."""

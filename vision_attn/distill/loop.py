@@ -91,18 +91,19 @@ def _train(config: Config, accelerator: Any, pipe: Any) -> Path:  # noqa: PLR091
     step = saved = start or 0
     batches = _batches(config, accelerator, data, step * run.accumulate)
     main = accelerator.is_main_process
-    metrics, curve = Metrics(config, accelerator, step), Curve(config, student, data, step, main=main)
+    metrics = Metrics(config, accelerator, step)
+    curve = Curve(config, student, data, step, main=main) if run.measure_every else None
 
     def look(*, sheet: bool, measure: bool) -> None:
         if (sheet or measure) and (main or is_sharded(accelerator) or run.share > 1):
             with averaging.evaluated():
                 if sheet:
                     write_sheet(config, student, data, step, main=main)
-                if measure:
+                if measure and curve is not None:
                     curve.measure(step)
                 shards.reshard()
 
-    look(sheet=False, measure=start is None and curve.due(0))
+    look(sheet=False, measure=start is None)
     while step < run.steps and not metrics.out_of_time:
         averaging.begin()
         for micro in range(run.accumulate):
@@ -127,18 +128,23 @@ def _train(config: Config, accelerator: Any, pipe: Any) -> Path:  # noqa: PLR091
         averaging.update()
         step += 1
         metrics.log(step, schedule.get_last_lr()[0])
-        look(sheet=bool(run.sheet_every) and step % run.sheet_every == 0, measure=curve.due(step))
-        if run.save_every and step % run.save_every == 0:
+        look(sheet=_due(run.sheet_every, step), measure=_due(run.measure_every, step))
+        if _due(run.save_every, step):
             checkpoints.save(step)
             saved = step
 
     if saved != step:
         checkpoints.save(step)
-    look(sheet=True, measure=bool(run.measure_every) and not curve.due(step))
+    look(sheet=True, measure=not _due(run.measure_every, step))
     with averaging.evaluated():
         folder = save_adapter(config, accelerator, student, shards)
     metrics.close()
     return folder
+
+
+def _due(every: int, step: int) -> bool:
+    """Whether a step is one in `every`; never if that is 0."""
+    return bool(every) and step % every == 0
 
 
 def _batches(config: Config, accelerator: Any, data: CachedData, start: int) -> Iterator[Batch]:

@@ -217,7 +217,9 @@ class LinFusionAttention(Processor):
             q, k = unrotated(q, rotary), unrotated(k, rotary)
         if self.spec.feature_map == "hedgehog":
             q, k, features = self.features_q(q), self.features_k(k), "none"
-            rotary = rotary and tuple(t.repeat(1, 2 * self.spec.features) for t in rotary)
+            if rotary is not None:
+                cos, sin = (t.repeat(1, 2 * self.spec.features) for t in rotary)
+                rotary = cos, sin
         weight, known = key_weight(mask, grid, q), Features(features, rotary)
         o = linear_attention(q, k, v, features=known, key_weight=weight, eps=1e-4, backend=self.backend)
         return self.lepe(o, v, grid) if self.spec.kernel_size else o
