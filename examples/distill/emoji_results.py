@@ -226,7 +226,8 @@ def in_processes(args, pairs: list[tuple[str, str]], keep) -> None:
     rows.mkdir(exist_ok=True)
     for teacher in dict.fromkeys(teacher for teacher, _ in pairs):
         student = next(student for of, student in pairs if of == teacher)
-        make_data(args, settings(args, teacher, student, 1, None), load_teacher(teacher))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        make_data(args, settings(args, teacher, student, 1, None), load_teacher(teacher).to(device))
 
     def one(number: int) -> None:
         teacher, student = pairs[number]
