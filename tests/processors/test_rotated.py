@@ -56,6 +56,17 @@ def test_features_of_what_was_not_rotated_are_rotated(spec):
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
+def test_a_rotation_inside_compiles_whole():
+    q, k, v, rotary = (t if isinstance(t, tuple) else t.float() for t in case())
+    moment = Moment(rotary=tuple(t.float() for t in rotary))
+    for spec in (LinFusion(**HEDGEHOG, kernel_size=3), RALA(rotate=True)):
+        processor = spec.build(Layer("x", 2, 8, "torch"))
+        compiled = torch.compile(processor, fullgraph=True, backend="eager")
+        torch.testing.assert_close(
+            compiled(q, k, v, GRID, None, None, moment), processor(q, k, v, GRID, None, None, moment)
+        )
+
+
 def draw(pipe):
     call = dict(
         num_inference_steps=1, height=32, width=32, output_type="pt", generator=torch.Generator().manual_seed(0)

@@ -213,7 +213,7 @@ class LinFusionAttention(Processor):
         """Attend linearly: see `Processor.forward`. There are no logits, so `scale` is not used."""
         features, rotary = "elu", None
         if self.spec.rotate:
-            rotary = rotation_of(moment[0], str(self.spec))
+            rotary = rotation_of(moment[0], self.spec)
             q, k = unrotated(q, rotary), unrotated(k, rotary)
         if self.spec.feature_map == "hedgehog":
             q, k, features = self.features_q(q), self.features_k(k), "none"

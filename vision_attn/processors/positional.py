@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vision_attn._checks import is_int
 from vision_attn.grid import Grid
 from vision_attn.kernels.linear import rotate_pairs
-from vision_attn.processors.base import Moment
+from vision_attn.processors.base import AttnSpec, Moment
 from vision_attn.processors.image import on_image
 
 
@@ -48,21 +48,21 @@ def check_kernel_size(size: Any) -> None:
         raise ValueError(f"kernel_size must be odd, or 0 for no positional branch, got {size}")
 
 
-def rotation_of(moment: Moment, what: str) -> tuple[Tensor, Tensor]:
+def rotation_of(moment: Moment, spec: AttnSpec) -> tuple[Tensor, Tensor]:
     """Return cosine and sine `[N, D]` by which the host rotated queries and keys.
 
     Args:
         moment: What is known about the forward.
-        what: Who needs them, for the error.
+        spec: What needs them, for the error.
 
     Raises:
         ValueError: If the host does not pass them to its attention, or does not rotate pairs of neighbouring channels.
     """
     if moment.rotary is None:
-        raise ValueError(f"{what} needs a host that passes cosine and sine to its attention, as FLUX does")
+        raise ValueError(f"{spec} needs a host that passes cosine and sine to its attention, as FLUX does")
     cos, sin = moment.rotary
     if not torch.compiler.is_compiling() and cos.device.type == "cpu" and not torch.equal(cos[:, ::2], cos[:, 1::2]):
-        raise ValueError(f"{what} needs a host that rotates pairs of neighbouring channels, as FLUX does")
+        raise ValueError(f"{spec} needs a host that rotates pairs of neighbouring channels, as FLUX does")
     return cos, sin
 
 
