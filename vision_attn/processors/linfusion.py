@@ -110,8 +110,9 @@ class LinFusion(AttnSpec):
 
     @property
     def calls(self) -> float:
-        """Kernels of the sums and of the features, and the layers of both residual networks."""
-        return (6.0 if self.feature_map == "elu" else 12.0) + (10.0 if self.mid_dim != -1 else 0.0)
+        """Kernels of the sums and of the features, the layers of both residual networks, and the convolution."""
+        more = 7.0 * (self.features - 1) + (4.0 if self.kernel_size else 0.0)
+        return (6.0 if self.feature_map == "elu" else 12.0) + (10.0 if self.mid_dim != -1 else 0.0) + more
 
 
 class _Affine(nn.Module):
