@@ -163,3 +163,13 @@ def test_the_cases_are_the_issues():
     assert "Flex raster" in found["disc-128-r16"].backward
     quick = kernels_local.cases(torch.device("cuda"), quick=True)
     assert {case.name for case in quick} < set(found) and len(quick) == 4
+
+
+def test_eight_bits_are_held_to_a_cosine():
+    problem = LocalProblem("", Grid(16, 24, prefix=9), Window(radius=5), heads=2, head_dim=32, dtype="float32")
+    inputs = problem.inputs(torch.device("cpu"))
+    (int8,) = (c for c in kernels_local.CANDIDATES if c.name == "int8")
+    run = int8.prepare(problem, torch.device("cpu")).run
+    assert 0.05 < problem.errors(int8.computes, run, inputs, False)["o"] < 0.6
+    wrong = replace(problem, window=Window(radius=4))
+    assert problem.errors(int8.computes, int8.prepare(wrong, torch.device("cpu")).run, inputs, False)["o"] > 2

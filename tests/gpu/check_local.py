@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import torch
-from local_cases import CASES, Case, exact_and_plain, run
+from local_cases import CASES, Case, draw, exact_and_plain, run
 
 from vision_attn.grid import Grid
 from vision_attn.kernels.local import Window, local_attention
@@ -148,6 +148,80 @@ def modes():
     return dict(opcheck=True, **{name: equal(results) for name, results in same.items()})
 
 
+def eight_bits():
+    """Return how far 8 bits are from what they should be, on normal inputs and on real activations.
+
+    Of each call: the mean error of the kernel beside PyTorch's rounding, as a share of twice a rounding of the output,
+    which must be 1 at most; and its cosine to the 16-bit kernel, which has no bound on normal inputs: errors do not
+    cancel there.
+    """
+    torch.set_default_device("cuda")
+    found = {}
+    for case in CASES + TUNED:
+        if case.bias or case.pooled:
+            continue
+        for precision in ("int8", "fp8"):
+            torch.manual_seed(0)
+            *tensors, _, mask, _ = draw(case, torch.bfloat16)
+            q, k, v = (t.detach() for t in tensors)
+            plain, rounded = (Window(**case.window, precision=one) for one in (None, precision))
+
+            def run(window, backend, inputs=(q, k, v), case=case, mask=mask):
+                o = local_attention(*inputs, case.grid, window, mask=mask, scale=case.scale, backend=backend)
+                return o.double()
+
+            with torch.no_grad():
+                ours, same, want = run(rounded, "triton"), run(rounded, "torch"), run(plain, "triton")
+            error = (ours - same).abs().mean() / (2 * torch.finfo(torch.bfloat16).eps * same.abs().mean())
+            found[f"{precision} {case}"] = dict(error=round(error.item(), 3), cosine=round(_cosine(ours, want), 5))
+    for name in ("base", "unet"):
+        for precision in ("int8", "fp8"):
+            found[f"{precision} {name}"] = _teacher(name, precision)
+    return found
+
+
+def _cosine(a, b):
+    return torch.cosine_similarity(a.double().flatten(), b.double().flatten(), 0).item()
+
+
+def _teacher(name, precision):
+    """Return the cosines of all layers and steps on a teacher's activations, and the PSNR of its pictures.
+
+    They must be 0.9995 at least, and 35 dB.
+    """
+    from vision_attn import Clear, convert
+    from vision_attn.demo import load_teacher
+    from vision_attn.processors.clear import ClearAttention
+
+    pictures, cosines = [], []
+    window = Window(radius=16, precision=precision)
+
+    def compare(module, args, o):
+        q, k, v, grid, *_ = args
+        scale = args[5] if len(args) > 5 else None
+        rounded = local_attention(q, k, v, grid, window, mask=args[4] if len(args) > 4 else None, scale=scale)
+        cosines.append(_cosine(rounded, o))
+
+    for spec in (Clear(radius=16), Clear(radius=16, precision=precision)):
+        pipe = load_teacher(name).to("cuda", torch.bfloat16)
+        convert(pipe, spec)
+        if spec.precision is None:
+            hosts = [m for m in (getattr(pipe, "transformer", None), getattr(pipe, "unet", None)) if m is not None]
+            found = [m for host in hosts for m in host.modules() if isinstance(m, ClearAttention)]
+            hooks = [m.register_forward_hook(compare) for m in found]
+        draw_from = torch.Generator("cpu").manual_seed(0)
+        torch.set_default_device(None)
+        with torch.no_grad():
+            drawn = pipe(["octopus", "red apple"], num_inference_steps=10, output_type="pt", generator=draw_from)
+        pictures.append(torch.as_tensor(drawn.images).double())
+        for hook in hooks:
+            hook.remove()
+    error = (pictures[0] - pictures[1]).square().mean()
+    result = dict(least=round(min(cosines), 5), mean=round(sum(cosines) / len(cosines), 5), calls=len(cosines))
+    result["psnr_db"] = round(-10 * torch.log10(error).item(), 1)
+    return result | dict(holds=result["least"] >= 0.9995 and result["psnr_db"] >= 35)
+
+
 def elsewhere():
     """Return whether a GPU that is not the current one computes the same, bit for bit; None where there is one GPU."""
     if torch.cuda.device_count() < 2:
@@ -167,15 +241,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtypes", default="bf16,fp16,fp32")
     parser.add_argument("--only", default="", help="part of the names of the rows")
+    parser.add_argument("--parts", default="check,large,memory,modes,eight_bits,elsewhere", help="what to check")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "check_local.json")
     args = parser.parse_args()
     import triton
 
     result = dict(device=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__, check={})
     workers = max(1, min(14, (os.cpu_count() or 2) - 2))
+    parts = args.parts.split(",")
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         jobs = {}
-        for name in args.dtypes.split(","):
+        for name in args.dtypes.split(",") if "check" in parts else ():
             for case in (case for case in CASES + TUNED if args.only in str(case)):
                 jobs[pool.submit(attempt, check, case, name)] = f"{name} {case}"
         for job in as_completed(jobs):
@@ -183,9 +259,10 @@ def main():
             result["check"][jobs[job]] = shares
             bad = isinstance(shares, str) or not all(share <= 1 for share in (shares or {}).values())
             print("FAIL" if bad else "ok  ", jobs[job], shares or "", f"{seconds}s", flush=True)
-    for function in (large, memory, modes, elsewhere):
-        result[function.__name__] = attempt(function)[0]
-        print(function.__name__, result[function.__name__], flush=True)
+    for function in (large, memory, modes, eight_bits, elsewhere):
+        if function.__name__ in parts:
+            result[function.__name__] = attempt(function)[0]
+            print(function.__name__, json.dumps(result[function.__name__], indent=1), flush=True)
     args.out.write_text(json.dumps(result, indent=1))
 
 

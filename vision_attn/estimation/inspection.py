@@ -1,6 +1,7 @@
 """What `vision-attn inspect` shows beside `estimate`: processors that fit, and a picture of what a token attends to."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ def attended(spec: AttnSpec, grid: Grid, row: int, column: int) -> Tensor:
     """
     _check_token(grid, row, column)
     heads, channels = 10, 4
+    if getattr(spec, "precision", None) is not None:  # 8 bits have no derivative, and round the same weights
+        spec = replace(spec, precision=None)  # type: ignore[type-var]
     processor = spec.build(Layer("", heads, channels, dim=heads * channels))
     q = k = torch.zeros(1, grid.tokens, heads, channels)
     v = torch.zeros(1, grid.tokens, heads, channels, requires_grad=True)

@@ -166,8 +166,13 @@ def local_attention_over(
 
     Returns:
         `[B, tokens, H, D]`.
+
+    Raises:
+        ValueError: If the window does not fit the grid, or has a precision.
     """
     window.check(ranks.grid)
+    if window.precision is not None:  # the mean of the keys and the scales would be those of a slab
+        raise ValueError(f"precision={window.precision!r} runs on one process: use precision=None over several")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     cell = 0 if pooled is None else pooled.counted
     slabs = [slab_of(ranks, window, rank, max(cell, 1)) for rank in range(ranks.size)]

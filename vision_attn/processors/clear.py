@@ -19,7 +19,13 @@ from torch import Tensor, nn
 
 from vision_attn._checks import check_int
 from vision_attn.grid import Grid
-from vision_attn.kernels.local import Window, biased_attention, local_attention
+from vision_attn.kernels.local import (
+    EIGHT_BIT_CALLS,
+    EIGHT_BIT_PASSES,
+    Window,
+    biased_attention,
+    local_attention,
+)
 from vision_attn.processors.base import AttnSpec, Layer, Processor, register
 
 
@@ -48,15 +54,18 @@ class Clear(AttnSpec):
             for FLUX.1 at 1024 px (512 text tokens and 64 x 64).
         counted: Whether a pooled key counts as the tokens of its cell outside the disc, and not as one token; for
             `pool` > 1. It runs without the Triton kernel.
+        precision: 'int8' or 'fp8' for products in 8 bits (SageAttention 2, https://arxiv.org/abs/2411.10958), in
+            inference alone and without `pool`; None for those of the model's dtype, which train.
     """
 
     radius: float = 16
     pool: int = 1
     native_tokens: int | None = None
     counted: bool = False
+    precision: str | None = None
 
     def __post_init__(self) -> None:
-        Window(radius=self.radius)
+        Window(radius=self.radius, precision=self.precision)
         for name, least in (("pool", 1), ("native_tokens", 2)):
             value = getattr(self, name)
             if value is None and name == "native_tokens":
@@ -66,6 +75,8 @@ class Clear(AttnSpec):
             raise TypeError(f"counted must be True or False, got {self.counted!r}")
         if self.counted and self.pool == 1:
             raise ValueError("counted=True counts the tokens of pooled keys: give pool, the side of their cells")
+        if self.precision is not None and self.pool > 1:
+            raise ValueError(f"precision={self.precision!r} is for CLEAR without pooled keys: give pool=1")
 
     def build(self, layer: Layer) -> "ClearAttention":
         """Return the processor of one layer."""
@@ -78,9 +89,14 @@ class Clear(AttnSpec):
         return Window(radius=self.radius).share(grid) + grid.image_tokens * cells / grid.tokens**2
 
     @property
+    def passes(self) -> float:
+        """In 8 bits tokens are read for their scales, read and written, and read in half of the bytes."""
+        return EIGHT_BIT_PASSES if self.precision else 1.0
+
+    @property
     def calls(self) -> float:
-        """One kernel, and pooling if there is any."""
-        return 3.0 if self.pool == 1 else 15.0
+        """One kernel, and pooling or what quantises if there is any."""
+        return EIGHT_BIT_CALLS if self.precision else 3.0 if self.pool == 1 else 15.0
 
     def check(self, grid: Grid) -> None:
         """Refuse a grid that `pool` does not divide.
@@ -117,7 +133,7 @@ class ClearAttention(Processor):
     def __init__(self, spec: Clear, layer: Layer) -> None:
         super().__init__()
         self.spec, self.backend = spec, layer.backend
-        self.window = Window(radius=spec.radius)
+        self.window = Window(radius=spec.radius, precision=spec.precision)
         if spec.pool > 1:
             f = spec.pool
             self.spatial_weight = nn.Parameter(torch.full((1, 1, 1, f, 1, f, 1), 1 / f**2))

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from vision_attn.grid import Grid
 from vision_attn.kernels.backend import PerAxis, per_axis
-from vision_attn.kernels.local import Window, biased_attention, local_attention
+from vision_attn.kernels.local import (
+    EIGHT_BIT_CALLS,
+    EIGHT_BIT_PASSES,
+    Window,
+    biased_attention,
+    local_attention,
+)
 from vision_attn.processors.base import AttnSpec, Layer, Processor, register
 
 
@@ -35,20 +41,23 @@ class Neighborhood(AttnSpec):
     Args:
         kernel_size: Window side in tokens, odd or even, at least 2; or a (vertical, horizontal) pair.
         dilation: Distance between neighbors in tokens, or a pair.
+        precision: 'int8' or 'fp8' for products in 8 bits, in inference alone; None for those of the model's dtype.
     """
 
     kernel_size: PerAxis = 7
     dilation: PerAxis = 1
+    precision: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("kernel_size", 2), ("dilation", 1)):
             pair = per_axis(getattr(self, name), name, least)
             object.__setattr__(self, name, pair[0] if pair[0] == pair[1] else pair)
+        _ = self.window  # which checks the precision
 
     @property
     def window(self) -> Window:
         """The operator's window."""
-        return Window(kernel_size=self.kernel_size, dilation=self.dilation)
+        return Window(kernel_size=self.kernel_size, dilation=self.dilation, precision=self.precision)
 
     def build(self, layer: Layer) -> "NeighborhoodAttention":
         """Return the processor of one layer."""
@@ -60,9 +69,14 @@ class Neighborhood(AttnSpec):
         return self.window.share(grid)
 
     @property
+    def passes(self) -> float:
+        """As those of `Clear`."""
+        return EIGHT_BIT_PASSES if self.precision else 1.0
+
+    @property
     def calls(self) -> float:
-        """One kernel."""
-        return 3.0
+        """One kernel, and what quantises in 8 bits."""
+        return EIGHT_BIT_CALLS if self.precision else 3.0
 
 
 class NeighborhoodAttention(Processor):

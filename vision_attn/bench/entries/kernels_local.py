@@ -15,11 +15,12 @@ from vision_attn.kernels.local import Window
 TITLE = (
     "Local attention, the whole operator on `[B, N, H, D]` tensors: discs (CLEAR) with text tokens, squares (NATTEN) "
     "without. cuDNN, flash, SDPA and xformers compute dense attention; Flex tiles and Flex FLASH permute tokens inside "
-    "the timing, FA4 tiles outside of it"
+    "the timing, FA4 tiles outside of it; int8 and fp8 quantise inside of it"
 )
 CANDIDATES = (*OPERATORS, *FLEX, *FA4)
 _DISCS = "Discs"
 _SQUARES = "Squares"
+_ROUNDED = ("int8", "fp8")  # at one radius, as Flex
 _DISC_PEERS = ("cuDNN", "flash", "Flex raster", "Flex tiles", "Flex FLASH", "FA4 tiles", "xformers")
 _SLOW = ("flash",)  # two and a half seconds a call at a grid of 512, and slower than cuDNN everywhere
 _SQUARE_PEERS = ("cuDNN", "NATTEN")
@@ -48,6 +49,7 @@ def _discs() -> list[LocalProblem]:
         peers = [peer for peer in _DISC_PEERS if side < 512 or peer not in _SLOW]
         # FlexAttention compiles for seconds in each case, and one radius shows what tiles change
         peers = [peer for peer in peers if radius == 16 or peer not in ("Flex tiles", "Flex FLASH")]
+        peers += _ROUNDED if radius == 16 else ()
         grid, window = Grid(side, side, prefix=512), Window(radius=radius)
         problems.append(LocalProblem(_DISCS, grid, window, tuple(peers), backward))
     return problems
@@ -84,7 +86,7 @@ def _dilated() -> list[LocalProblem]:
 def _on_cpu(quick: bool) -> list[LocalProblem]:
     small: dict[str, Any] = dict(heads=2, head_dim=32, dtype="float32")
     side = 16 if quick else 64
-    both, peers = ("ours", "SDPA"), ("SDPA",)
+    both, peers = ("ours", "SDPA"), ("SDPA", *_ROUNDED)
     return [
         LocalProblem(_DISCS, Grid(side, side, prefix=32), Window(radius=4), peers, both, **small),
         LocalProblem(_SQUARES, Grid(side, side), Window(kernel_size=7), (*peers, "NATTEN", "cuDNN"), **small),

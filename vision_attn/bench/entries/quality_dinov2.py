@@ -6,7 +6,16 @@ from typing import Any
 import torch
 
 from vision_attn.bench.measure import Measurement
-from vision_attn.bench.quality.contenders import DEFAULT, DISCS, EVERY, MULTIPOLES, SPREAD, Contender, distilled
+from vision_attn.bench.quality.contenders import (
+    DEFAULT,
+    DISCS,
+    EIGHT_BITS,
+    EVERY,
+    MULTIPOLES,
+    SPREAD,
+    Contender,
+    distilled,
+)
 from vision_attn.bench.quality.dinov2 import PhotosCase
 from vision_attn.bench.quality.dinov2 import fetch_weights as download
 from vision_attn.bench.quality.fidelity import TIMING, Bound, fidelity_row, fidelity_table
@@ -20,7 +29,7 @@ TITLE = (
     "features, `error` their squared error over the squared size of the dense ones, `IoU` that of what is salient; all "
     "in the mean over patches and photos. `keys` are the keys that a token meets, in the mean"
 )
-CANDIDATES: Sequence[Contender] = tuple(dict.fromkeys((*EVERY, *MULTIPOLES, *SPREAD)))
+CANDIDATES: Sequence[Contender] = tuple(dict.fromkeys((*EVERY, *EIGHT_BITS, *MULTIPOLES, *SPREAD)))
 MEASURES = {"keys": ("keys", ".0f"), "cosine": ("cosine", ".4f"), "error": ("error", ".2g"), "iou": ("IoU", ".3f")}
 PLOTTED = ("error", "squared error of the features, relative")
 _ON_CPU = {518: 20, 896: 6}  # pixels: photos

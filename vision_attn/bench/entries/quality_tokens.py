@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from vision_attn.bench.entries.quality_teachers import MEASURES, PLOTTED, row, table
-from vision_attn.bench.quality.contenders import BLOCKS, CURVES, DEFAULT, DISCS, Contender, multipole
+from vision_attn.bench.quality.contenders import BLOCKS, CURVES, DEFAULT, DISCS, EIGHT_BITS, Contender, multipole
 from vision_attn.bench.quality.drawing import CALIBRATION, DrawingCase
 from vision_attn.bench.quality.fidelity import TIMING
 
@@ -17,7 +17,7 @@ TITLE = (
     "attention is there at about as many keys as PARO's quarter and two thirds of the blocks"
 )
 CANDIDATES: Sequence[Contender] = (
-    *DISCS, multipole(4, 4, 8, spread=0.5), DEFAULT, *BLOCKS, *CURVES["Halo"], *CURVES["SuperToken"],
+    *DISCS, *EIGHT_BITS, multipole(4, 4, 8, spread=0.5), DEFAULT, *BLOCKS, *CURVES["Halo"], *CURVES["SuperToken"],
     *CURVES["MoH"], *CURVES["InLine"],
 )  # fmt: skip
 

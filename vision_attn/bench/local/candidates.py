@@ -7,6 +7,7 @@ in a forward: two products of D multiply-adds.
 import importlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vision_attn.bench.candidate import AbsentError, Candidate, Prepared
-from vision_attn.bench.local.problem import DENSE, LOCAL, UNDILATED, LocalProblem
+from vision_attn.bench.local.problem import DENSE, EIGHT_BITS, LOCAL, UNDILATED, LocalProblem
 from vision_attn.grid import Grid
 from vision_attn.kernels.local import Window, local_attention
 from vision_attn.kernels.local.plain import window_start
@@ -50,6 +51,16 @@ def _ours(problem: LocalProblem, device: torch.device) -> Prepared:
 
 def _undilated(problem: LocalProblem, device: torch.device) -> Prepared:
     return _with_window(problem, device, problem.undilated())
+
+
+def _eight_bits(precision: str, problem: LocalProblem, device: torch.device) -> Prepared:
+    """The whole operator: what quantises is inside the timing."""
+    window, backend = replace(problem.window, precision=precision), "triton" if device.type == "cuda" else "torch"
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return local_attention(q, k, v, problem.grid, window, backend=backend)
+
+    return Prepared(run)
 
 
 def _sdpa(backend: SDPBackend | None, problem: LocalProblem, device: torch.device) -> Prepared:
@@ -100,6 +111,8 @@ def _natten(problem: LocalProblem, device: torch.device) -> Prepared:
 OPERATORS = (
     Candidate("ours", LOCAL, _ours),
     Candidate("ours undilated", UNDILATED, _undilated),
+    Candidate("int8", EIGHT_BITS, partial(_eight_bits, "int8")),
+    Candidate("fp8", EIGHT_BITS, partial(_eight_bits, "fp8")),
     Candidate("cuDNN", DENSE, partial(_sdpa, SDPBackend.CUDNN_ATTENTION)),
     Candidate("flash", DENSE, partial(_sdpa, SDPBackend.FLASH_ATTENTION)),
     Candidate("SDPA", DENSE, partial(_sdpa, None)),

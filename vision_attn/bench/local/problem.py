@@ -16,6 +16,10 @@ from vision_attn.kernels.local import Window
 
 # What a candidate can compute.
 LOCAL, DENSE, UNDILATED = "the same function", "dense attention", "the same window without dilation"
+EIGHT_BITS = "the same function, rounded to 8 bits"
+# 1 - cosine to the definition that 8 bits may have on normal inputs, whose rounding errors do not cancel: 7e-4 was seen
+# with int8, 1.4e-3 with fp8
+_UNLIKE = 2e-3
 _WHOLE = 2000  # up to this many tokens everything is checked
 _ROWS, _KEYS = 24, 2
 
@@ -93,7 +97,9 @@ class LocalProblem:
         return getattr(torch, self.dtype)
 
     def errors(self, computes: str, run: Callable[..., Tensor], inputs: Inputs, gradients: bool) -> dict[str, float]:
-        """Check a candidate that computes one of `LOCAL`, `DENSE`, `UNDILATED`."""
+        """Check a candidate that computes one of `LOCAL`, `DENSE`, `UNDILATED`, `EIGHT_BITS`."""
+        if computes == EIGHT_BITS:
+            return eight_bit_errors(run, inputs, self.grid, self.window)
         window: Window | None = {LOCAL: self.window, DENSE: None, UNDILATED: self.undilated()}[computes]
         return errors(run, inputs, self.grid, window, gradients)
 
@@ -144,6 +150,16 @@ def errors(
         exact, plain = ([t[:, key : key + 1] for t in ts[2:]] for ts in both)
         shares |= budget_shares(mine, exact, plain, (f"k[{key}]", f"v[{key}]"))
     return shares
+
+
+def eight_bit_errors(run: Callable[..., Tensor], inputs: Inputs, grid: Grid, window: Window) -> dict[str, float]:
+    """Return how far the output points from the definition's, as a share of what 8 bits may; at sampled queries."""
+    (got,) = results_of(run, inputs, False)
+    every = torch.arange(grid.tokens, device=got.device)
+    rows = every if grid.tokens <= _WHOLE else _sample(grid).to(every.device)
+    (exact,) = attend_rows(inputs.tensors, None, seen(grid, window, rows, every), rows, torch.float64)
+    unlike = 1 - torch.cosine_similarity(got[:, rows].double().flatten(), exact.flatten(), 0)
+    return {"o": (unlike / _UNLIKE).item()}
 
 
 def _sample(grid: Grid) -> Tensor:

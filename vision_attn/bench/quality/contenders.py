@@ -78,6 +78,10 @@ def multipole(cell: int, pool: int, exact: int, near: int = 1, spread: float = 0
 
 
 DISCS = tuple(Contender(f"clear r{radius}", Clear(radius=radius)) for radius in (8, 16))
+EIGHT_BITS = tuple(
+    Contender(f"clear r{radius} {precision}", Clear(radius=radius, precision=precision))
+    for radius in (8, 16) for precision in ("int8", "fp8")
+)  # fmt: skip
 POOLED = (
     Contender("clear r16 pool 4", Clear(radius=16, pool=4)),
     Contender("clear r16 pool 4 counted", Clear(radius=16, pool=4, counted=True)),

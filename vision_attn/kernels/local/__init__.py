@@ -29,6 +29,8 @@ from vision_attn.kernels import dense
 from vision_attn.kernels.backend import Implementation, PerAxis, check_inputs, check_mask, per_axis, pick
 from vision_attn.kernels.dense import full_mask
 from vision_attn.kernels.local.eight_bit import (
+    EIGHT_BIT_CALLS,
+    EIGHT_BIT_PASSES,
     PRECISIONS,
     eight_bit_attention_reference,
     eight_bit_attention_torch,
@@ -43,7 +45,9 @@ from vision_attn.kernels.local.op import (
 from vision_attn.kernels.local.portable import local_attention_torch
 from vision_attn.kernels.triton.launching import triton_reasons
 
-__all__ = ["Window", "biased_attention", "local_attention", "local_attention_lse"]
+__all__ = [
+    "EIGHT_BIT_CALLS", "EIGHT_BIT_PASSES", "Window", "biased_attention", "local_attention", "local_attention_lse",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -270,9 +274,14 @@ def biased_attention(
         `[B, N, H, D]` in the dtype of `q`.
 
     Raises:
-        ValueError: If the window does not fit the grid.
+        ValueError: If the window does not fit the grid, or has a precision.
     """
     window.check(grid)
+    if window.precision is not None:
+        raise ValueError(
+            "the host adds relative positions to the logits of each pair of tokens, which "
+            f"precision={window.precision!r} has no place for: use precision=None"
+        )
     return dense.biased_attention(q, k, v, grid, window.allowed(grid, q.device), bias, scale=scale)
 
 

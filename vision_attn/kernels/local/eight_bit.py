@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("int8", "fp8")
 CELL, SLOTS = 8, 64
+# For estimates. k and v are read for their mean and scales; q, k and v are read and written in half of the bytes, and
+# read again (from 16 bits); o is written. Four kernels run.
+EIGHT_BIT_PASSES, EIGHT_BIT_CALLS = (2 + 3 + 1.5 + 1.5 + 1) / 4, 9.0
 _LEAST = 1e-20
 
 

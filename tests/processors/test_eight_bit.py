@@ -1,0 +1,100 @@
+"""CLEAR and neighborhoods in 8 bits on a host: near their own output, saved and loaded, and for inference alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from host_runs import distance, run
+from tiny_host_case import build
+from tiny_hosts import HOST
+
+from vision_attn import Clear, Grid, MoH, Neighborhood, Schedule, convert, load
+from vision_attn.estimation.inspection import attended
+from vision_attn.kernels.local import Window
+from vision_attn.parallel.local import local_attention_over
+from vision_attn.parallel.ranks import Ranks
+from vision_attn.processors import AttnSpec, Layer, from_config, spec_of_text, to_config
+
+SPECS = {
+    "clear-int8": (Clear(radius=2, precision="int8"), Clear(radius=2)),
+    "neighborhood-fp8": (Neighborhood(kernel_size=3, precision="fp8"), Neighborhood(kernel_size=3)),
+}
+HOST_ID, SIZE = "flux", (6, 8)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_host_draws_nearly_the_same_and_loads_what_was_saved(name: str, tmp_path: Path) -> None:
+    case, (rounded, plain) = HOST[HOST_ID], SPECS[name]
+    model, other = case.build(), case.build()
+    conversion = convert(model, rounded)
+    convert(other, plain)
+    ours, want = (run(case, m, *SIZE) for m in (model, other))
+    assert 1e-5 < distance(ours, want) < 0.05
+    conversion.save(tmp_path)
+    again = case.build()
+    load(again, tmp_path)
+    torch.testing.assert_close(run(case, again, *SIZE), ours, rtol=0, atol=1e-3)  # near ties may round otherwise
+    assert f"precision={rounded.precision!r}" in str(rounded)  # type: ignore[attr-defined]
+
+
+def test_training_is_refused_by_name() -> None:
+    case = HOST[HOST_ID]
+    model = case.build()
+    convert(model, Clear(radius=2, precision="int8"))
+    with pytest.raises(ValueError, match=r"precision='int8' has no gradient.* train with precision=None"):
+        model(**case.inputs(*SIZE, 1, 7))
+
+
+def test_fields_are_checked() -> None:
+    makers: tuple[Any, ...] = (Clear, Neighborhood)
+    for make in makers:
+        with pytest.raises(ValueError, match=r"precision must be None .*, got 'bf16'"):
+            make(precision="bf16")
+    with pytest.raises(ValueError, match=r"precision='fp8' is for CLEAR without pooled keys: give pool=1"):
+        Clear(radius=4, pool=2, precision="fp8")
+    assert spec_of_text("clear:radius=8,precision=int8") == Clear(radius=8, precision="int8")
+    for spec, plain in SPECS.values():
+        assert from_config(to_config(spec)) == spec != plain
+        assert spec.calls > plain.calls and spec.passes > plain.passes
+        assert spec.attended(Grid(8, 9)) == plain.attended(Grid(8, 9))
+
+
+@pytest.mark.parametrize(
+    "spec", [MoH(Clear(radius=3, precision="int8")), Schedule(((0.5, Clear(precision="fp8")), (1.0, Clear())))]
+)
+def test_other_specs_hold_it(spec: AttnSpec) -> None:
+    assert from_config(to_config(spec)) == spec
+
+
+def test_a_mixture_of_heads_runs_it() -> None:
+    grid = Grid(5, 6)
+    q, k, v = torch.randn(3, 1, 30, 4, 16)
+    layer = Layer("", 4, 16, dim=64)
+    ours, want = (
+        MoH(spec).build(layer)(q, k, v, grid) for spec in (Clear(radius=3, precision="int8"), Clear(radius=3))
+    )
+    assert 1e-5 < distance(ours, want) < 0.1
+
+
+def test_the_picture_is_that_of_the_window() -> None:
+    for spec, plain in SPECS.values():
+        assert torch.equal(attended(spec, Grid(8, 9), 2, 7), attended(plain, Grid(8, 9), 2, 7))
+
+
+def test_relative_positions_are_refused() -> None:
+    model = build(
+        timm.create_model, "beit_base_patch16_224", img_size=(48, 40), patch_size=8, embed_dim=48, depth=2,
+        num_heads=3, num_classes=10,
+    )  # fmt: skip
+    convert(model, Clear(radius=2, precision="int8"))
+    with torch.no_grad(), pytest.raises(ValueError, match=r"relative positions .* no place for: use precision=None"):
+        model(torch.randn(1, 3, 48, 40))
+
+
+def test_several_processes_are_refused() -> None:
+    ranks = Ranks(Grid(4, 5), "", 0, (0, 0, 0), (0, 10, 20), (0, 0, 0))
+    q, k, v = torch.randn(3, 1, 10, 2, 16)
+    with pytest.raises(ValueError, match=r"precision='int8' runs on one process: use precision=None over several"):
+        local_attention_over(q, k, v, ranks, Window(radius=2, precision="int8"), mask=None, scale=None, backend="torch")
