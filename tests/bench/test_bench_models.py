@@ -75,6 +75,7 @@ def test_the_cases_are_the_issues():
     assert {e.name for case in found.values() for e in case.entrants} <= {c.name for c in models.CANDIDATES}
 
 
+@pytest.mark.slow
 def test_a_converted_transformer_attends_as_its_name_says():
     (case,) = (case for case in models.cases(CPU) if case.name == "vit-512")
     specs = [Conversion.of(case.build(name, CPU)).spec for name in case.models[1:]]

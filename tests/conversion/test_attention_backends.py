@@ -279,7 +279,7 @@ def test_threads_on_two_backends(flash: Backend) -> None:
     assert not failed
 
 
-@pytest.mark.parametrize("name", ["_flash_3", "flex"])
+@pytest.mark.parametrize("name", ["_flash_3", pytest.param("flex", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", [dict(), dict(min_tokens=10**6)], ids=["rerouted", "dense"])
 def test_compiled(name: str, options: Any, flash: Backend) -> None:
     models: list[Any] = [HOST["flux"].build() for _ in range(2)]

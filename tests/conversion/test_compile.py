@@ -57,7 +57,7 @@ def tracer() -> CompileCounterWithBackend:
 @pytest.mark.parametrize(
     "host_id, build, options, graphs",
     [
-        pytest.param(*row, id=name, marks=pytest.mark.slow if name == "flux-use-grid" else ())
+        pytest.param(*row, id=name, marks=pytest.mark.slow if name in ("flux-use-grid", "sd3") else ())
         for name, row in COMPILED.items()
     ],
 )
@@ -128,7 +128,7 @@ def test_flux_compiled_whole_without_a_grid_is_refused(tracer: Any) -> None:
     assert torch.equal(model(**inputs).sample, want)
 
 
-@pytest.mark.parametrize("host_id", ["flux", "vit", pytest.param("sd35", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("host_id", ["vit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flux", "sd35"))])
 def test_compiled_whole_with_another_grid_is_refused(host_id: str, tracer: Any) -> None:
     model = HOST[host_id].build()
     convert(model, CLEAR, grid=(SIZE[0] + 2, SIZE[1]))

@@ -198,7 +198,7 @@ def test_a_wrong_formula_is_caught(wrong, monkeypatch):
     assert error > 1e-3
 
 
-@pytest.mark.parametrize("name", ["ragged-text", "no-exact"])
+@pytest.mark.parametrize("name", ["ragged-text", pytest.param("no-exact", marks=pytest.mark.slow)])
 def test_compiles_whole(name):
     grid, fields = CASES[name]
     q, k, v = (t.detach().float().requires_grad_() for t in inputs(grid))
