@@ -62,7 +62,11 @@ def test_fields_are_checked() -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", [MoH(Clear(radius=3, precision="int8")), Schedule(((0.5, Clear(precision="fp8")), (1.0, Clear())))]
+    "spec",
+    [
+        pytest.param(MoH(Clear(radius=3, precision="int8")), id="moh"),
+        pytest.param(Schedule(((0.5, Clear(precision="fp8")), (1.0, Clear()))), id="schedule"),
+    ],
 )
 def test_other_specs_hold_it(spec: AttnSpec) -> None:
     assert from_config(to_config(spec)) == spec

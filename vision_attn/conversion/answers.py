@@ -56,7 +56,7 @@ def answered(module: nn.Module, state: LayerState, run: Callable[..., Any], args
         )
     processor = _processor_of(module)
     mask = kwargs.get("attention_mask")
-    call = Answers(module, state, mask is not None and stays_dense(mask, state), processor, rotary_of(kwargs))
+    call = Answers(module, state, mask is not None and stays_dense(mask, state), processor, kwargs)
     if call.backend is not None:
         run = functools.partial(_with_backend, call, run)
     if call.parallel is not None:
@@ -153,7 +153,7 @@ class Answers:
         state: Its state.
         masked: Whether the forward was given an attention mask that keeps the layer dense.
         stock: diffusers' processor of the layer, None if it has none.
-        rotary: Cosine and sine that the layer was given, None if it was given none.
+        given: The named arguments of the layer.
 
     Attributes:
         backend: The attention backend of diffusers that the layer calls, None for PyTorch's own.
@@ -165,14 +165,14 @@ class Answers:
         "stock",
     )  # fmt: skip
 
-    def __init__(self, module: nn.Module, state: LayerState, masked: bool, stock: Any, rotary: Any) -> None:
+    def __init__(self, module: nn.Module, state: LayerState, masked: bool, stock: Any, given: dict[str, Any]) -> None:
         self.module, self.state, self.stock, self.backend = module, state, stock, backend_of(stock)
         self.parallel = getattr(stock, "_parallel_config", None)
         self.reached, self._noted, self._across = False, False, ""
         processor: Any = module._modules[CHILD]
         self.moment = None
         if processor.wants:
-            moment = _moment_of(state, rotary)
+            moment = _moment_of(state, rotary_of(given))
             processor = processor.at(moment)
             self.moment = moment if processor.wants else None
         self.processor: Processor = processor
