@@ -75,7 +75,8 @@ def _capture(call: Callable[[], Any], pool: Any, device: int, apart: bool) -> tu
         try:
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         finally:
-            generator.graphsafe_set_state(own)
+            if apart:
+                generator.graphsafe_set_state(own)
         try:
             output = call()
         except BaseException:
