@@ -23,6 +23,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
 LIMITS = {  # bytes of shared memory of a block
     "sm_80": 166912,
     "sm_86": 101376,
@@ -37,7 +39,8 @@ DTYPES, DIMS = ("bfloat16", "float16", "float32"), (40, 64, 72, 128, 160, 256)
 OPERATORS = (
     "local-disc", "local-square", "local-dilated", "local-bias", "local-pooled", "local-int8", "local-fp8",
     "local-square-int8", "multipole", "multipole-far", "multipole-pool2", "multipole-cell4", "multipole-narrow",
-    "linear", "linear-features", "injective", "rala", "agent", "window", "window-halo", "linear_local", "hedgehog",
+    "linear", "linear-features", "linear-options", "injective", "rala", "agent", "agent-options", "window",
+    "window-options", "window-halo", "linear_local", "linear_local-options", "hedgehog",
 )  # fmt: skip
 
 
@@ -133,6 +136,8 @@ def _call(operator: str, dtype: Any, D: int) -> Any:
     """Call an operator by its Triton backend, with gradients."""
     import torch
 
+    from operator_cases import CASES, Case, call, inputs_of
+
     from vision_attn import RALA, Agent, Halo, HiLo, InLine, LinFusion
     from vision_attn.grid import Grid
     from vision_attn.kernels.linear import Features, linear_attention
@@ -165,6 +170,16 @@ def _call(operator: str, dtype: Any, D: int) -> Any:
         "multipole-narrow": Cells(near=0),
         "multipole-cell4": Cells(cell=4, exact=8),
     }
+    options = {  # rows of the tests with most of what an operator takes
+        "linear-options": "linear-rala-hidden",
+        "agent-options": "agent-direct-hidden",
+        "window-options": "window-text-hidden",
+        "linear_local-options": "linear_local-hidden",
+    }
+    if operator in options:
+        case = next(case for case in CASES if str(case) == options[operator])
+        case = Case(case.operator, case.id, case.options | dict(D=D) | ({"F": D} if "F" in case.options else {}))
+        return call(case, inputs_of(case, dtype), "triton")
     specs = {
         "rala": RALA(),
         "agent": Agent(num_agents=49),

@@ -13,6 +13,7 @@ CASES = {  # how many processes, what they compute, the grid, where it is cut if
     "four": (4, SPEC, Grid(32, 12), None),
     "uneven": (2, SPEC, Grid(14, 13, prefix=3, suffix=2), ((0, 2, 3), (0, 8 * 13, 14 * 13), (0, 0, 2))),
     "no-spread": (2, Multipole(cell=4, near=0, pool=4, exact=3, spread=0), Grid(16, 10, prefix=4), None),
+    "tiles-beyond-cells": (2, Multipole(cell=6, near=0, pool=3, exact=1), Grid(24, 12, prefix=5), None),
     "no-choice": (2, Multipole(cell=4, pool=1, exact=0), Grid(16, 12, prefix=4), None),
 }
 ROWS = [  # the interpreter takes half a minute for each

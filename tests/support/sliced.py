@@ -124,7 +124,11 @@ def compare(answers, expected, tolerance=2e-5):
 
 
 def inferred(rank, spec, grid, masked=False, gathers=False, cuts=None):
-    """Return the output of the own slice without gradients, in Triton: all that `over` returns that others compare."""
+    """Return the output of the own slice without gradients, in Triton: all that `over` returns that others compare.
+
+    Memory that nobody has written to holds NaN.
+    """
+    torch.use_deterministic_algorithms(True)
     cut = Cut.over(dist.group.WORLD)
     ranks = replace(ranks_of(grid, cuts), gathers=gathers)
     processor = build(spec)

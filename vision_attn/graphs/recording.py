@@ -55,49 +55,35 @@ def _captured(call: Callable[[], Any], pool: Any, device: int) -> tuple[torch.cu
     """Capture a call; return its graph and output.
 
     While a graph is captured PyTorch refuses random numbers to all other threads, because the generator of the GPU
-    takes part. So a copy of it takes part first; a call that draws random numbers itself is captured again.
+    takes part. So a copy of it takes part; a call that draws random numbers itself fails, and leaves the generator as
+    it was.
     """
-    try:
-        return _capture(call, pool, device, apart=True)
-    except RuntimeError as error:
-        if "generator" not in str(error):
-            raise
-    return _capture(call, pool, device, apart=False)
-
-
-def _capture(call: Callable[[], Any], pool: Any, device: int, apart: bool) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """Capture a call, with a copy of the GPU's generator if `apart`."""
     graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[device]
     with torch.cuda.stream(torch.cuda.Stream()):
         own = generator.graphsafe_get_state()
-        if apart:
-            generator.graphsafe_set_state(generator.clone_state())
+        generator.graphsafe_set_state(generator.clone_state())
         try:
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         finally:
-            if apart:
-                generator.graphsafe_set_state(own)
+            generator.graphsafe_set_state(own)
         try:
             output = call()
-        except BaseException:
+        except BaseException as error:
             with suppress(RuntimeError):
                 graph.capture_end()
-            _clean_up(pool, device, apart)
+            _clean_up(pool, device)
+            if "generator" in str(error):
+                raise RuntimeError("it draws random numbers itself") from error
             raise
         try:
             graph.capture_end()
         except RuntimeError:
-            _clean_up(pool, device, apart)
+            _clean_up(pool, device)
             raise
     return graph, output
 
 
-def _clean_up(pool: Any, device: int, apart: bool) -> None:
-    """Undo what a capture that failed leaves behind: memory goes to its pool, and the generator believes in it."""
+def _clean_up(pool: Any, device: int) -> None:
+    """Undo what a capture that failed leaves behind: memory goes to its pool."""
     with suppress(RuntimeError):
         torch._C._cuda_endAllocateToPool(device, pool)
-    if not apart:
-        spare = torch.cuda.CUDAGraph()
-        spare.capture_begin(capture_error_mode="thread_local")
-        torch.zeros((), device=torch.device("cuda", device))
-        spare.capture_end()

@@ -18,7 +18,7 @@ from vision_attn.kernels.multipole.cells import cell_means, choose_for, levels_o
 from vision_attn.parallel.local import Halo, Slab
 from vision_attn.parallel.outside import Outside
 from vision_attn.parallel.ranks import Ranks
-from vision_attn.parallel.slabs import fits_slabs, slab_attention_over
+from vision_attn.parallel.slabs import fits_slabs, room, slab_attention_over
 from vision_attn.parallel.sums import CellSums, cell_counts, own_cells, own_image, squares
 from vision_attn.parallel.transfers import gather, transfer
 
@@ -55,32 +55,30 @@ def multipole_attention_over(
     outside.wait()
     means_k, means_v, chosen = means.wait(scale)
     n, begin = ranks.grid.image_tokens, slabs[ranks.rank].span[0]
-    blank = torch.is_grad_enabled() or not q.is_cuda  # else nobody reads what is not filled
+    blank = torch.is_grad_enabled() or not q.is_cuda
+
+    def placed(parts: dict[int, Tensor]) -> Tensor:
+        shape = (q.shape[0], outside.count + n, *q.shape[2:])
+        whole = q.new_zeros(shape) if blank else room(q, shape, outside.count, cells)
+        for first, part in parts.items():
+            whole[:, first : first + part.shape[1]] = part
+        return whole
+
     keys, values = (
-        _placed({0: shared, outside.count + begin: near}, outside.count + n, blank)
+        placed({0: shared, outside.count + begin: near})
         for shared, near in zip((outside.k, outside.v), halo.wait(), strict=True)
     )
     if cells.exact and not ranks.gathers:
         demand = _Demand(chosen, ranks, cells)
         keys, values = demand.filled(own[1:], [keys, values], outside.count)
     first, stop = ranks.span()
-    queries = _placed({0: torch.zeros_like(outside.k), outside.count + first: own[0]}, outside.count + n, blank)
+    queries = placed({0: torch.zeros_like(outside.k), outside.count + first: own[0]})
     o = part_attention(
         queries, keys, values, Grid(ranks.grid.height, ranks.grid.width, prefix=outside.count),
         replace(cells, chosen=chosen), (means_k, means_v), ranks.rows(unit=cells.cell), mask=outside.mask, scale=scale,
         backend=backend,
     )  # fmt: skip
     return ranks.together(outside.rows(), o[:, first:stop])
-
-
-def _placed(parts: dict[int, Tensor], tokens: int, blank: bool) -> Tensor:
-    """Put tokens `[B, n, H, D]` at their places in `[B, tokens, H, D]`; the others are zero if `blank`."""
-    like = next(iter(parts.values()))
-    make = like.new_zeros if blank else like.new_empty
-    whole = make((like.shape[0], tokens, *like.shape[2:]))
-    for first, part in parts.items():
-        whole[:, first : first + part.shape[1]] = part
-    return whole
 
 
 def near_slab(ranks: Ranks, cells: Cells, rank: int) -> Slab:

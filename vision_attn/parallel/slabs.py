@@ -5,6 +5,7 @@ As `multipole.py`, in fewer launches. While the exact cells of others are under 
 
 import functools
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -18,6 +19,8 @@ from vision_attn.parallel.local import Halo, Slab
 from vision_attn.parallel.outside import Outside
 from vision_attn.parallel.ranks import Ranks
 from vision_attn.parallel.transfers import apart, as_rows, gather, transfer
+
+_LONGEST = 256  # tokens of a tile of the sequence
 
 
 def fits_slabs(q: Tensor, ranks: Ranks, cells: Cells, backend: str) -> bool:
@@ -60,7 +63,7 @@ def slab_attention_over(
         )
         B, _, H, D = q.shape
         tokens = count + ranks.grid.image_tokens
-        queries, keys, values = (t.new_empty((B, tokens, H, D)) for t in own)
+        queries, keys, values = (room(t, (B, tokens, H, D), count, cells) for t in own)
         first, stop = ranks.span()
         demand = None
         if means.keys is None or means.queries is None:
@@ -87,6 +90,26 @@ def slab_attention_over(
             queries, keys, values, grid, cells, every_mean, ranks.rows(unit=cells.cell), outside.mask, scale
         )
         return ranks.together(outside.rows(), o[:, count + first : count + stop])
+
+
+def room(like: Tensor, shape: Sequence[int], outside: int, cells: Cells) -> Tensor:
+    """Return memory for tokens `[B, N, H, D]`, of which only those that some query meets will be filled.
+
+    A kernel's tile can reach beyond the tokens outside the grid or a cell. It gives no weight to what is there, but zero
+    times NaN is NaN: such tokens are zero from the start.
+
+    Args:
+        like: A tensor of their device and dtype.
+        shape: B, N, H, D.
+        outside: How many come before the grid.
+        cells: Sides of cells.
+    """
+    if cells.cell & (cells.cell - 1):  # tiles are powers of two
+        return like.new_zeros(shape)
+    whole = like.new_empty(shape)
+    if outside % _LONGEST:
+        whole[:, outside : outside + _LONGEST] = 0
+    return whole
 
 
 def _size_of(ranks: Ranks, cells: Cells, rank: int) -> tuple[int, ...]:

@@ -68,9 +68,9 @@ def _query_gradients(
         p = weights_of(s, lse_rows, low_rows, TWO)  # [ROWS, LEN]
         ds = ds_of(p, do_rows, v_rows, delta_rows, PRECISION)  # [ROWS, LEN]
         if BIAS:
-            place = (bh.to(tl.int64) * queries + row)[:, None] * first + column[None, :]
+            biases = (bh.to(tl.int64) * queries + row)[:, None] * first + column[None, :]
             there = (row < queries)[:, None] & (column < tl.minimum(first, stop))[None, :]
-            tl.store(dbias + place, ds.to(dbias.dtype.element_ty), mask=there)
+            tl.store(dbias + biases, ds.to(dbias.dtype.element_ty), mask=there)
         dq_rows += tl.dot((ds * factor[None, :]).to(k_rows.dtype), k_rows, input_precision=PRECISION)
     dq += ((part.to(tl.int64) * (batch_heads // heads) + b) * queries * heads + h) * D
     store_rows_below(dq, row, queries, heads * D, 0, dq_rows, D, BLOCK_D)
