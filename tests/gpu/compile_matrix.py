@@ -116,13 +116,14 @@ def compiled(job: tuple[str, str, int]) -> tuple[tuple[str, str, int], list[tupl
     from vision_attn.kernels.backend import LaunchError
 
     ROWS.clear()
+    call = _call_row if operator in OPTIONS else _call
     try:
         try:
-            _call(operator, getattr(torch, dtype), D).sum().backward()
+            call(operator, getattr(torch, dtype), D).sum().backward()
         except ValueError as error:  # reasons: a kernel without a backward, or for narrower heads
             ROWS.append(("refused", str(error), 0, 0))
             with torch.no_grad():
-                _call(operator, getattr(torch, dtype), D)
+                call(operator, getattr(torch, dtype), D)
     except ValueError as error:
         ROWS.append(("refused", str(error), 0, 0))
     except LaunchError as error:
@@ -132,11 +133,26 @@ def compiled(job: tuple[str, str, int]) -> tuple[tuple[str, str, int], list[tupl
     return job, list(ROWS)
 
 
+OPTIONS = {  # rows of the tests with most of what an operator takes
+    "linear-options": "linear-rala-hidden",
+    "agent-options": "agent-direct-hidden",
+    "window-options": "window-text-hidden",
+    "linear_local-options": "linear_local-hidden",
+}
+
+
+def _call_row(operator: str, dtype: Any, D: int) -> Any:
+    """Call an operator with the options of a row of the tests."""
+    from operator_cases import CASES, Case, call, inputs_of
+
+    case = next(case for case in CASES if str(case) == OPTIONS[operator])
+    case = Case(case.operator, case.id, case.options | dict(D=D) | ({"F": D} if "F" in case.options else {}))
+    return call(case, inputs_of(case, dtype), "triton")
+
+
 def _call(operator: str, dtype: Any, D: int) -> Any:
     """Call an operator by its Triton backend, with gradients."""
     import torch
-
-    from operator_cases import CASES, Case, call, inputs_of
 
     from vision_attn import RALA, Agent, Halo, HiLo, InLine, LinFusion
     from vision_attn.grid import Grid
@@ -170,16 +186,6 @@ def _call(operator: str, dtype: Any, D: int) -> Any:
         "multipole-narrow": Cells(near=0),
         "multipole-cell4": Cells(cell=4, exact=8),
     }
-    options = {  # rows of the tests with most of what an operator takes
-        "linear-options": "linear-rala-hidden",
-        "agent-options": "agent-direct-hidden",
-        "window-options": "window-text-hidden",
-        "linear_local-options": "linear_local-hidden",
-    }
-    if operator in options:
-        case = next(case for case in CASES if str(case) == options[operator])
-        case = Case(case.operator, case.id, case.options | dict(D=D) | ({"F": D} if "F" in case.options else {}))
-        return call(case, inputs_of(case, dtype), "triton")
     specs = {
         "rala": RALA(),
         "agent": Agent(num_agents=49),

@@ -95,8 +95,8 @@ def slab_attention_over(
 def room(like: Tensor, shape: Sequence[int], outside: int, cells: Cells) -> Tensor:
     """Return memory for tokens `[B, N, H, D]`, of which only those that some query meets will be filled.
 
-    A kernel's tile can reach beyond the tokens outside the grid or a cell. It gives no weight to what is there, but zero
-    times NaN is NaN: such tokens are zero from the start.
+    A kernel's tile can reach beyond the tokens outside the grid or a cell. It gives no weight to what is there, but
+    zero times NaN is NaN: such tokens are zero from the start.
 
     Args:
         like: A tensor of their device and dtype.
