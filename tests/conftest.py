@@ -10,13 +10,23 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic pro
 
 import pytest
 import torch
-from interpreted import INTERPRETED, small_tiles
+from interpreted import INTERPRETED, quicken, small_tiles
 from readable_ids import pytest_collection_modifyitems, pytest_make_parametrize_id  # noqa: F401
 
 from vision_attn._compat import ensure_torchvision
 
 ensure_torchvision()
 torch.set_num_threads(1)
+if INTERPRETED:
+    quicken()
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Import no file without such rows where only the interpreter's are asked for."""
+    asked = config.option.markexpr
+    if "interpreter" in asked and "not interpreter" not in asked and collection_path.match("test_*.py"):
+        return True if "interpreter" not in collection_path.read_text() else None
+    return None
 
 
 def pytest_runtest_setup(item):

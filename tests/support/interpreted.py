@@ -6,10 +6,55 @@ in the interpreter, and the tuned launches are checked on a GPU: `tests/gpu/`.
 """
 
 import importlib
+import inspect
 import os
 from dataclasses import replace
+from functools import cache
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def quicken():
+    """Leave out what takes half of the interpreter's time and changes nothing.
+
+    For each operation on integers it computes whether they overflow, and throws that away without `debug`. For each
+    device function that a kernel calls it patches the language again, which the launch has patched, and searches
+    modules for what to patch. For each dtype it builds the table of NumPy's anew.
+    """
+    from triton import language
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    builder, find, patch = interpreter.interpreter_builder, interpreter._get_np_dtype, interpreter._patch_lang
+    assert not builder.options.debug
+    builder.options = replace(builder.options, sanitize_overflow=False)
+
+    @cache
+    def builtins_of(pkg):
+        return [name for name, member in inspect.getmembers(pkg) if core.is_builtin(member)]
+
+    def patch_builtin(pkg, builder, scope):
+        for name in builtins_of(pkg):
+            if core.is_builtin(member := getattr(pkg, name)):  # it is not where another scope has patched it
+                interpreter._patch_attr(pkg, name, member, builder, scope)
+
+    @cache
+    def languages_of(fn):
+        return [value for value in fn.__globals__.values() if value is language or value is core]
+
+    def patch_once(fn):
+        first = any(core.is_builtin(f) for f in (core.tensor.__add__, *(tl.load for tl in languages_of(fn))))
+        return patch(fn) if first else interpreter._LangPatchScope()
+
+    found = {}
+
+    def dtype_of(dtype):
+        element = dtype.element_ty if isinstance(dtype, core.block_type) else dtype
+        if element.name not in found:
+            found[element.name] = find(element)
+        return found[element.name]
+
+    interpreter._patch_builtin, interpreter._patch_lang, interpreter._get_np_dtype = patch_builtin, patch_once, dtype_of
 
 
 def _module(name):
