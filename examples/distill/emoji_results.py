@@ -61,6 +61,11 @@ STUDENTS = {  # processor, fields, where the projections start
     "linfusion": ("LinFusion", {"mid_dim": 16}, "inherited"),
     "linfusion_random": ("LinFusion", {"mid_dim": 16}, "random"),  # the authors' start, for the steps of 'linfusion'
     "rala": ("RALA", {}, "inherited"),
+    "multipole": ("Multipole", {}, "inherited"),
+    "halo": ("Halo", {"block": 8, "halo": 3}, "inherited"),
+    "inline": ("InLine", {}, "inherited"),
+    "super_token": ("SuperToken", {"size": 2}, "inherited"),
+    "moh": ("MoH", {"share": 0.75}, "inherited"),
 }
 KNOWN = "red apple,octopus,rocket,house,alarm clock,pizza,cat face,sunflower,penguin,snail,key,robot"
 MEGABYTES = 2
@@ -221,7 +226,8 @@ def spec_of(config: Config) -> str:
 
 def in_processes(args, pairs: list[tuple[str, str]], keep) -> None:
     """Train `args.jobs` students at a time, each in a process of its own, and keep each result when it is there."""
-    gpus = max(torch.cuda.device_count(), 1)
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    gpus = listed.split(",") if listed else [str(n) for n in range(max(torch.cuda.device_count(), 1))]
     rows = args.out / "rows"
     rows.mkdir(exist_ok=True)
     for teacher in dict.fromkeys(teacher for teacher, _ in pairs):
@@ -233,7 +239,7 @@ def in_processes(args, pairs: list[tuple[str, str]], keep) -> None:
         teacher, student = pairs[number]
         row, log = (rows / f"{teacher}-{student}.{kind}" for kind in ("json", "log"))
         command = [sys.executable, __file__, *sys.argv[1:], "--teachers", teacher, "--students", student]
-        place = {"CUDA_VISIBLE_DEVICES": str(number % gpus)} if torch.cuda.is_available() else {}
+        place = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if torch.cuda.is_available() else {}
         with log.open("w") as written:
             done = subprocess.run(
                 [*command, "--jobs", "1", "--row", str(row)],

@@ -12,7 +12,18 @@ import torch
 from vision_attn.conversion import answers
 from vision_attn.grid import Grid
 from vision_attn.kernels import tapes
-from vision_attn.processors import Clear, HiLo, LinFusion, Multipole, Neighborhood
+from vision_attn.processors import (
+    RALA,
+    Agent,
+    Clear,
+    Halo,
+    HiLo,
+    InLine,
+    LinearLocal,
+    LinFusion,
+    Multipole,
+    Neighborhood,
+)
 from vision_attn.processors.base import Layer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,6 +85,38 @@ def test_repeats_are_bit_equal(name, dtype):
     assert len(kept(found)) == 1
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert len({t.data_ptr() for t in got}) == len(got)
+
+
+SEEN_BY_ALL = {  # attention that hands text keys, masks and sums to its kernels
+    "hilo": HiLo(alpha=0.5, window_size=2),
+    "halo": Halo(block=4, halo=1),
+    "linear-local": LinearLocal(window_size=2),
+    "agent": Agent(num_agents=4),
+    "inline": InLine(),
+    "rala": RALA(),
+    "clear": Clear(radius=2),
+    "clear-int8": Clear(radius=2, precision="int8"),
+    "clear-pooled": Clear(radius=2, pool=2),
+    "multipole": Multipole(cell=4, pool=2, near=0, exact=1),
+    "linfusion": LinFusion(mid_dim=-1),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all-words", "padded-words"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "halo" else [pytest.mark.slow]) for name in SEEN_BY_ALL]
+)
+def test_repeated_calls_see_their_own_text(name, masked, monkeypatch):
+    """Each call has tensors of its own: queries, keys, the words among them, and which words are padding."""
+    grid = Grid(8, 8, prefix=3)
+    processor = SEEN_BY_ALL[name].build(Layer("layer", 2, 16, backend="triton", dim=32)).to(DEVICE).eval()
+    calls = [drawn(grid, seed)[:4] for seed in range(4)]
+    draw = torch.Generator().manual_seed(7)
+    masks = [torch.rand(1, 3, generator=draw).to(DEVICE) < 0.6 if masked else None for _ in calls]
+    got = [processor(*args, mask) for args, mask in zip(calls, masks, strict=True)]
+    monkeypatch.setattr(tapes, "DEVICES", ())
+    want = [processor(*args, mask) for args, mask in zip(calls, masks, strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_views_of_one_memory_keep_their_roles():

@@ -115,8 +115,8 @@ class Recorder(TorchDispatchMode):
 
     Attributes:
         allocated: The tensors that it made, and whether they begin as zeros.
-        launches: What it launched: the compiled kernel with the numbers after its tensors, the grid, the tensors and
-            boxes of them, and how to launch it anew.
+        launches: What it launched: the compiled kernel with its arguments, the grid, the tensors and boxes of them, and
+            how to launch it anew.
         other: The first thing that it did besides.
     """
 
@@ -158,9 +158,10 @@ class Recorder(TorchDispatchMode):
         """Note a launch.
 
         Args:
-            compiled: The compiled kernel and its arguments after the tensors; None in the interpreter.
+            compiled: The compiled kernel, its arguments, and which of these are tensors and boxes; None in the
+                interpreter.
             grid: Its programs.
-            tensors: Its tensors, then boxes of tensors.
+            tensors: Its tensors and boxes of tensors, in the order of its arguments.
             again: Launches it on other ones.
         """
         self.launches.append((compiled, grid, tensors, again))
@@ -252,10 +253,10 @@ class Step:
     """One launch of a tape.
 
     Args:
-        compiled: The compiled kernel and its arguments after the tensors; None in the interpreter.
+        compiled: The compiled kernel, its arguments, and which of these are `tensors`; None in the interpreter.
         grid: Its programs.
         again: Launches the kernel on tensors.
-        tensors: Its tensors, then boxes of tensors.
+        tensors: Its tensors and boxes of tensors, in the order of its arguments.
         places: Which memory each of them lies in, and how far from its start.
     """
 
@@ -268,11 +269,14 @@ class Step:
         if compiled is None:
             self._places = [(number, *place) for number, place in enumerate(places)]
             return
-        kernel, rest = compiled
-        args = [t.data_ptr() if isinstance(t, Tensor) else Box(t) for t in tensors]
-        launcher = launcher_of(kernel, (*grid, 1, 1)[:3], [*args, *rest])
+        kernel, args, where = compiled
+        args = list(args)
+        for n, t in zip(where, tensors, strict=True):
+            args[n] = t.data_ptr() if isinstance(t, Tensor) else Box(t)
+        launcher = launcher_of(kernel, (*grid, 1, 1)[:3], args)
         self._values, self._launch = launcher.values, launcher.launch
-        for position, arg, t, (base, offset) in zip(launcher.position, args, tensors, places, strict=False):
+        for n, t, (base, offset) in zip(where, tensors, places, strict=True):
+            position, arg = launcher.position[n], args[n]
             if isinstance(arg, Box):
                 shift = t.base.data_ptr() - _tensor_of(t).data_ptr()
                 self._boxes.append((position, arg, base, offset + shift))

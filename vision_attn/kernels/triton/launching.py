@@ -197,11 +197,17 @@ class Kernel:
         with on_device_of(args[0]) if heard is None else heard.paused():
             compiled = self.run(grid, *args, **named)
         if heard is not None:
-            tensors = [a for a in args if isinstance(a, Tensor)]
-            numbers = args[len(tensors) :]
+            names, values = self.function.arg_names, dict(zip(self.function.arg_names, args, strict=False)) | named
+            tensors = {name: values[name] for name in names if isinstance(values.get(name), Tensor)}
+
+            def again(*others: Tensor) -> None:
+                now = values | dict(zip(tensors, others, strict=True))
+                self._launch(grid, *[now.pop(name) for name in names[: len(args)]], **now)
+
             if compiled is not None:
-                compiled = compiled, [*numbers, *(named[name] for name in self.function.arg_names[len(args) :])]
-            heard.launched(compiled, grid, tensors, lambda *others: self._launch(grid, *others, *numbers, **named))
+                where = [n for n, name in enumerate(names) if name in tensors]
+                compiled = compiled, [values[name] for name in names], where
+            heard.launched(compiled, grid, list(tensors.values()), again)
 
     def run(self, grid: tuple[int, ...], *args: Any, **named: Any) -> Any:
         """Launch on the current GPU; return the compiled kernel.
@@ -316,7 +322,9 @@ class Bound:
             else:
                 found[0][self.grid](*tensors, *boxes, *found[1])
         if heard is not None:
-            heard.launched(found, self.grid, (*tensors, *boxes), self)
+            moving = *tensors, *boxes
+            compiled = found and (found[0], [*moving, *found[1]], range(len(moving)))
+            heard.launched(compiled, self.grid, moving, self)
 
     def needs(self, *tensors: Any, boxes: tuple[Any, ...] = ()) -> int:
         """Compile, and return the bytes of shared memory that a block takes: see `Kernel.needs`."""
