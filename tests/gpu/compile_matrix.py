@@ -39,6 +39,7 @@ DTYPES, DIMS = ("bfloat16", "float16", "float32"), (40, 64, 72, 128, 160, 256)
 OPERATORS = (
     "local-disc", "local-square", "local-dilated", "local-bias", "local-pooled", "local-int8", "local-fp8",
     "local-square-int8", "multipole", "multipole-far", "multipole-pool2", "multipole-cell4", "multipole-narrow",
+    "multipole-int8", "multipole-fp8", "multipole-cell12-int8",
     "linear", "linear-features", "linear-options", "injective", "rala", "agent", "agent-options", "window",
     "window-options", "window-halo", "linear_local", "linear_local-options", "hedgehog",
 )  # fmt: skip
@@ -185,6 +186,9 @@ def _call(operator: str, dtype: Any, D: int) -> Any:
         "multipole-pool2": Cells(pool=2, spread=0.5),
         "multipole-narrow": Cells(near=0),
         "multipole-cell4": Cells(cell=4, exact=8),
+        "multipole-int8": Cells(spread=0.5, precision="int8"),
+        "multipole-fp8": Cells(spread=0.5, precision="fp8"),
+        "multipole-cell12-int8": Cells(cell=12, near=0, precision="int8"),
     }
     specs = {
         "rala": RALA(),

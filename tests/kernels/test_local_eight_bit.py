@@ -11,20 +11,20 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from eight_bit_cases import PRECISIONS, WORST
 from interpreted import INTERPRETED
 from local_cases import Case, draw
 
 from vision_attn.grid import Grid
+from vision_attn.kernels.eight_bits import Blocks, Rounded, eight_bit_reasons
 from vision_attn.kernels.launches import Target
 from vision_attn.kernels.local import Window, local_attention
-from vision_attn.kernels.local.eight_bit import Rounded, places
-from vision_attn.kernels.local.op import eight_bit_reasons
 
 if INTERPRETED:
     import triton
     import triton.language as tl
 
-    from vision_attn.kernels.local.quantising import rounded
+    from vision_attn.kernels.triton.quantising import rounded
 
     @triton.jit
     def _round(x, y, N: tl.constexpr):
@@ -32,7 +32,6 @@ if INTERPRETED:
         tl.store(y + n, rounded(tl.load(x + n)))
 
 
-PRECISIONS = ("int8", "fp8")
 CASES = [
     Case(Grid(9, 10, prefix=2, suffix=3), dict(radius=4), mask=True, head_dim=40, strided=True),
     Case(Grid(5, 9, prefix=66), dict(kernel_size=(3, 2), dilation=(1, 2)), head_dim=16),
@@ -43,8 +42,6 @@ CASES = [
     Case(Grid(10, 9, prefix=70), dict(kernel_size=(4, 2), dilation=(2, 3)), head_dim=256, mask=True),
 ]
 slow = pytest.mark.slow
-# 1 - cosine for normal inputs, whose rounding errors are independent: 3.5 % of weights and values, and those of logits
-WORST = dict(int8=1.1e-3, fp8=2.2e-3)
 
 
 def inputs(case, dtype=torch.float32, batch=2, heads=2):
@@ -120,12 +117,13 @@ def test_a_mean_of_the_keys_costs_nothing(precision):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_rounded_tensors_are_near_and_scales_are_those_of_blocks(precision):
-    grid, window = Grid(11, 20, prefix=3, suffix=80), Window(kernel_size=3, dilation=(1, 2), precision=precision)
+    grid = Grid(11, 20, prefix=3, suffix=80)
     q, k, v = torch.randn(3, 1, grid.tokens, 2, 16)
-    blocks = places(grid, [1, 2], q.device)
+    cut = Blocks.of(grid, [1, 2])
+    blocks = cut.places(q.device)
     assert blocks[blocks >= 0].sort()[0].tolist() == list(range(grid.tokens))
     q[:, blocks[3][blocks[3] >= 0], 1] *= 1000  # one head of one block
-    x = Rounded.of(q, k, v, grid, window)
+    x = Rounded.of(q, k, v, cut, precision)
     wide = torch.zeros(grid.tokens, 2, dtype=torch.bool)
     wide[blocks[3][blocks[3] >= 0], 1] = True
     error = (x.q - q).abs().amax((0, 3))
@@ -159,10 +157,10 @@ def test_what_a_window_of_eight_bits_cannot_have():
 
 
 def test_architectures_without_e4m3_are_refused(monkeypatch):
-    from vision_attn.kernels.local import op
+    from vision_attn.kernels import eight_bits
 
     for name, able in (("sm_80", False), ("sm_86", False), ("gfx942", False), ("sm_89", True), ("sm_120", True)):
-        monkeypatch.setattr(op, "target_of", lambda device, name=name: Target(name, 2**16, 80))
+        monkeypatch.setattr(eight_bits, "target_of", lambda device, name=name: Target(name, 2**16, 80))
         reasons = " ".join(eight_bit_reasons(torch.zeros(1, 4, 1, 16), auto=False))
         assert ("no products of e4m3" in reasons) != able
 

@@ -123,6 +123,11 @@ def exporting() -> bool:
     return torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export()
 
 
+def passing() -> bool:
+    """Whether tensors are those of a transform or a mode, and must not outlive it: what is made now is not kept."""
+    return bool(torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack())
+
+
 class CustomOp:
     """An operator of PyTorch around code that it cannot look into: autograd and `torch.compile` see it as one call.
 

@@ -18,7 +18,7 @@ from vision_attn.kernels.local import Window, local_attention
 from vision_attn.kernels.local.plain import window_start
 from vision_attn.kernels.local.portable import HIDDEN, grid_attention
 from vision_attn.parallel.outside import Outside
-from vision_attn.parallel.ranks import Ranks
+from vision_attn.parallel.ranks import Ranks, refuse_precision
 from vision_attn.parallel.transfers import Pending, apart, exchange
 
 
@@ -171,8 +171,7 @@ def local_attention_over(
         ValueError: If the window does not fit the grid, or has a precision.
     """
     window.check(ranks.grid)
-    if window.precision is not None:  # the mean of the keys and the scales would be those of a slab
-        raise ValueError(f"precision={window.precision!r} runs on one process: use precision=None over several")
+    refuse_precision(window.precision)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     cell = 0 if pooled is None else pooled.counted
     slabs = [slab_of(ranks, window, rank, max(cell, 1)) for rank in range(ranks.size)]

@@ -17,7 +17,7 @@ from vision_attn.kernels.multipole import Cells, part_attention
 from vision_attn.kernels.multipole.cells import cell_means, choose_for, levels_of
 from vision_attn.parallel.local import Halo, Slab
 from vision_attn.parallel.outside import Outside
-from vision_attn.parallel.ranks import Ranks
+from vision_attn.parallel.ranks import Ranks, refuse_precision
 from vision_attn.parallel.slabs import fits_slabs, room, slab_attention_over
 from vision_attn.parallel.sums import CellSums, cell_counts, own_cells, own_image, squares
 from vision_attn.parallel.transfers import gather, transfer
@@ -41,7 +41,11 @@ def multipole_attention_over(
 
     Returns:
         `[B, tokens, H, D]`.
+
+    Raises:
+        ValueError: If the cells have a precision.
     """
+    refuse_precision(cells.precision)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     slabs = [near_slab(ranks, cells, rank) for rank in range(ranks.size)]
     if not cells.covers(ranks.grid) and fits_slabs(q, ranks, cells, backend):

@@ -18,6 +18,16 @@ def cuts_of(tokens: int, size: int) -> tuple[int, ...]:
     return tuple(each * rank + min(rank, more) for rank in range(size + 1))
 
 
+def refuse_precision(precision: str | None) -> None:
+    """Refuse attention in 8 bits: the mean of the keys and the scales would be those of a slice.
+
+    Raises:
+        ValueError: If there is a precision.
+    """
+    if precision is not None:
+        raise ValueError(f"precision={precision!r} runs on one process: use precision=None over several")
+
+
 @dataclass
 class Traffic:
     """Counts what this process received from others.

@@ -19,13 +19,8 @@ from torch import Tensor, nn
 
 from vision_attn._checks import check_int
 from vision_attn.grid import Grid
-from vision_attn.kernels.local import (
-    EIGHT_BIT_CALLS,
-    EIGHT_BIT_PASSES,
-    Window,
-    biased_attention,
-    local_attention,
-)
+from vision_attn.kernels.eight_bits import EIGHT_BIT_CALLS, EIGHT_BIT_PASSES
+from vision_attn.kernels.local import Window, biased_attention, local_attention
 from vision_attn.processors.base import AttnSpec, Layer, Processor, register
 
 

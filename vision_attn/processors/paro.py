@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from vision_attn._checks import check_int, check_number
 from vision_attn.grid import Grid
-from vision_attn.kernels.backend import full_precision, transformed
+from vision_attn.kernels.backend import full_precision, passing
 from vision_attn.kernels.block_sparse import Blocks, block_sparse_attention
 from vision_attn.kernels.dense import dense_attention, full_mask
 from vision_attn.processors.base import AttnSpec, Layer, Processor, register
@@ -222,8 +222,7 @@ def orders_of(grid: Grid, count: int, device: torch.device) -> Tensor:
         count: Number of blocks, which decides about the sides of rectangles.
         device: Device of the result.
     """
-    passing = torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack()
-    make: Callable[..., Tensor] = _orders if passing else _kept_orders  # tensors of a transform must not outlive it
+    make: Callable[..., Tensor] = _orders if passing() else _kept_orders
     return make(grid.height, grid.width, count, device)
 
 

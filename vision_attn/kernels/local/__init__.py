@@ -14,7 +14,7 @@ Two shapes of window exist, and they treat the border differently because their 
       start = clamp(a - K div 2, 0, L_g - K),   keys = { g + d * j : start <= j < start + K }
 
 This file holds the window, the signature, the checks and the definition; `portable.py` is the portable implementation,
-`op.py` the fused one; `eight_bit.py` says what either rounds where a window has a precision.
+`op.py` the fused one; `../eight_bits.py` says what either rounds where a window has a precision.
 """
 
 import math
@@ -28,26 +28,17 @@ from vision_attn.grid import Grid
 from vision_attn.kernels import dense
 from vision_attn.kernels.backend import Implementation, PerAxis, check_inputs, check_mask, per_axis, pick
 from vision_attn.kernels.dense import full_mask
-from vision_attn.kernels.local.eight_bit import (
-    EIGHT_BIT_CALLS,
-    EIGHT_BIT_PASSES,
-    PRECISIONS,
-    eight_bit_attention_reference,
-    eight_bit_attention_torch,
-    refuse_gradients,
-)
+from vision_attn.kernels.eight_bits import check_precision, eight_bit_reasons, refuse_gradients
+from vision_attn.kernels.local.eight_bit import eight_bit_attention_reference, eight_bit_attention_torch
 from vision_attn.kernels.local.op import (
     eight_bit_attention_triton,
-    eight_bit_reasons,
     local_attention_lse,
     local_attention_triton,
 )
 from vision_attn.kernels.local.portable import local_attention_torch
 from vision_attn.kernels.triton.launching import triton_reasons
 
-__all__ = [
-    "EIGHT_BIT_CALLS", "EIGHT_BIT_PASSES", "Window", "biased_attention", "local_attention", "local_attention_lse",
-]  # fmt: skip
+__all__ = ["Window", "biased_attention", "local_attention", "local_attention_lse"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +54,7 @@ class Window:
         pooled: Extra keys and values, each `[B, M, H, D]`, seen by every grid query and by nobody else.
         cell: If above 0, the pooled keys are those of the grid's cells of this side, row by row, and each counts as the
             tokens of its cell outside the disc: the logarithm of their number is added to its logit.
-        precision: 'int8' or 'fp8' for products in 8 bits, which have no gradients: see `eight_bit.py`. None for those
+        precision: 'int8' or 'fp8' for products in 8 bits, which have no gradients: see `eight_bits.py`. None for those
             of q.
 
     Raises:
@@ -98,12 +89,12 @@ class Window:
             raise ValueError(
                 f"cell counts the tokens of pooled keys outside a disc: give radius and pooled, got {self!r}"
             )
-        if self.precision is not None and self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be None (that of q), 'int8' or 'fp8', got {self.precision!r}")
-        if self.precision is not None and (self.bias is not None or self.pooled is not None):
-            raise ValueError(
-                f"a window with precision={self.precision!r} has neither a bias nor pooled keys: use precision=None"
-            )
+        if self.precision is not None:
+            check_precision(self.precision)
+            if self.bias is not None or self.pooled is not None:
+                raise ValueError(
+                    f"a window with precision={self.precision!r} has neither a bias nor pooled keys: use precision=None"
+                )
 
     @property
     def kernel(self) -> tuple[int, int]:

@@ -1,11 +1,11 @@
-"""The launch of local attention in 8 bits, in Triton: see `eight_bit.py` for what it computes.
+"""The launch of local attention in 8 bits, in Triton: see `vision_attn/kernels/eight_bits.py` for what it computes.
 
 It is laid out as the forward of `queries.py`. But it reads blocks of tokens as `quantising.py` wrote them: each is one
 piece of memory with one scale. So the tiles of keys are the cells of the sub-grid, and a window's walk begins at the
 cell that its first key lies in.
 """
 
-# ruff: noqa: ANN001, ANN202, E741, PLR0915  # the compiler of a kernel reads no annotations
+# ruff: noqa: ANN001, ANN202, E741  # the compiler of a kernel reads no annotations
 # mypy: disable-error-code="no-untyped-def"
 
 import torch
@@ -13,12 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_attn.kernels import launches
-from vision_attn.kernels.backend import LaunchError
+from vision_attn.kernels.eight_bits import CELL, SLOTS, Blocks
 from vision_attn.kernels.launches import Launch, fitting
-from vision_attn.kernels.local.eight_bit import CELL, SLOTS
 from vision_attn.kernels.local.op import Call
-from vision_attn.kernels.local.quantising import blocks_of, position, quantise, rounded
 from vision_attn.kernels.local.tiles import (
     band_columns,
     coordinates,
@@ -27,82 +24,26 @@ from vision_attn.kernels.local.tiles import (
     tile_tokens,
     windowed,
 )
-from vision_attn.kernels.triton.launching import Bound, Kernel, hopper, planned
-from vision_attn.kernels.triton.rows import (
-    LOG2E,
-    NO_KEY,
-    Box,
-    Plan,
-    merge_outside,
-    outside_program,
-    outside_tokens,
-    own_head,
-    splits,
-    store_lse,
-    store_rows,
+from vision_attn.kernels.triton.eight_bits import (
+    attend_outside,
+    block_boxes,
+    check_blocks,
+    flat,
+    kind_of,
+    load_block,
+    meet_blocks,
+    nothing_met,
+    refuse_other_gpus,
+    rounded_logits,
+    run_blocks,
+    update_rounded,
+    values_met,
 )
+from vision_attn.kernels.triton.launching import Bound, Kernel, planned
+from vision_attn.kernels.triton.quantising import interpreted, quantise
+from vision_attn.kernels.triton.rows import LOG2E, Plan, own_head, splits, store_rows
 
 _SIDE, _SLOTS = tl.constexpr(CELL), tl.constexpr(SLOTS)
-_START = tl.constexpr(-1e10)  # where a running maximum starts: below any true logit, far above any hidden one
-# an integer below 2^22 added to these bits of a float32 becomes its mantissa: two instructions that run at full rate
-_BITS, _VALUE = tl.constexpr(0x4B400000), tl.constexpr(12582912.0)
-
-
-@triton.jit
-def _block(base, box, place, ROWS: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):
-    """Block `place` of `[blocks, ROWS, WIDTH]`."""
-    if TMA:
-        rows = box.load([place * ROWS, 0])
-    else:
-        n, d = tl.arange(0, ROWS), tl.arange(0, WIDTH)  # [ROWS], [WIDTH]
-        rows = tl.load(base + place.to(tl.int64) * (ROWS * WIDTH) + n[:, None] * WIDTH + d[None, :])
-    return rows
-
-
-@triton.jit
-def _logits(q_rows, k_rows, c, INT8: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Logits of a block of queries and one of keys in base 2, `[64, 64]`."""
-    if INT8:
-        whole = tl.dot(q_rows, tl.trans(k_rows))  # [64, 64]
-        s = (whole + _BITS).to(tl.float32, bitcast=True) - _VALUE
-    elif INTERPRETED:
-        s = tl.dot(q_rows.to(tl.float32), tl.trans(k_rows.to(tl.float32)), input_precision="ieee")
-    else:
-        s = tl.dot(q_rows, tl.trans(k_rows))
-    return s * c
-
-
-@triton.jit
-def _update(s, v_columns, m, l, acc, INTERPRETED: tl.constexpr):
-    """Add a block of keys to an online softmax over logits s `[64, 64]`, with values `[BLOCK_D, 64]`."""
-    top = tl.maximum(m, tl.ceil(tl.max(s, 1)) - 8)  # [64]
-    p = tl.math.exp2(s - top[:, None])  # [64, 64]
-    shrink = tl.math.exp2(m - top)  # [64]
-    l = l * shrink[:, None] + tl.sum(p.reshape(p.shape[0], p.shape[1] // 8, 8), 1)
-    p = position(p)
-    if INTERPRETED:
-        part = tl.dot(rounded(p), tl.trans(v_columns.to(tl.float32)), input_precision="ieee")
-    else:
-        part = tl.dot(p.to(tl.float8e4nv), tl.trans(v_columns))
-    # tensor cores add in fewer bits than float32: tiles are added outside of them
-    return top, l, acc * shrink[:, None] + part
-
-
-@triton.jit
-def _meet_blocks(
-    q_rows, c, m, l, acc, k8, v8, k_box, v_box, k_scale, hidden, start, first, stop, BLOCK_D: tl.constexpr,
-    TMA: tl.constexpr, INT8: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """Meet the blocks `first .. stop - 1` of the head whose blocks begin at `start`."""
-    ahead = tl.load(k_scale + start + first)
-    for j in tl.range(first, stop):
-        k_rows = _block(k8, k_box, start + j, _SLOTS, BLOCK_D, TMA)  # [64, BLOCK_D]
-        s = _logits(q_rows, k_rows, c * ahead, INT8, INTERPRETED)  # [64, 64]
-        ahead = tl.load(k_scale + start + tl.minimum(j + 1, stop - 1))
-        s += tl.load(hidden + j * _SLOTS + tl.arange(0, _SLOTS))[None, :]
-        v_columns = _block(v8, v_box, start + j, BLOCK_D, _SLOTS, TMA)  # [BLOCK_D, 64]
-        m, l, acc = _update(s, v_columns, m, l, acc, INTERPRETED)
-    return m, l, acc
 
 
 @triton.jit
@@ -153,49 +94,27 @@ def _forward(
 ):  # fmt: skip
     """Output of a block of queries: of a cell of the grid, or of tokens outside it over a part of the blocks of keys.
 
-    Inputs: what `_quantise` wrote, see there; v_scale `[B, H, BLOCK_D]`.
-    Boxes: k_box, v_box of one block; with `TMA` only.
-    Outputs: o `[B, N, H, D]`; of the tokens outside the grid part_o `[parts, B, H, outside, D]` and part_lse if there
-    are several parts.
+    Inputs, boxes and outputs: see `attend_outside`.
     Grid and window: see `tiles.py`. A head has `blocks` blocks, the first `outside_blocks` of tokens outside the grid.
     Launch: `row_programs` programs for the tokens outside the grid, each over `part_length` blocks, then those of the
     cells, `together` heads in turn.
     """
     pid = tl.program_id(0)
-    image = height * width
-    c = scale * LOG2E
-    m = tl.full([_SLOTS], _START, tl.float32)  # [64]
-    l = tl.zeros([_SLOTS, 8], tl.float32)  # [64, 8]
-    acc = tl.zeros([_SLOTS, BLOCK_D], tl.float32)  # [64, BLOCK_D]
-    d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     if pid < row_programs:
-        b, h, bh, part, rank, keep, _ = outside_program(pid, outside, heads, N, prefix, image, _SLOTS, parts)
-        start = bh * blocks
-        own = start + pid % outside_blocks
-        q_rows = _block(q8, k_box, own, _SLOTS, BLOCK_D, False)  # [64, BLOCK_D]
-        first = part * part_length
-        m, l, acc = _meet_blocks(
-            q_rows, c * tl.load(q_scale + own), m, l, acc, k8, v8, k_box, v_box, k_scale,
-            hidden + b.to(tl.int64) * blocks * _SLOTS, start, first, tl.minimum(first + part_length, blocks),
-            BLOCK_D, TMA, INT8, INTERPRETED,
+        attend_outside(
+            pid, q8, k8, v8, q_scale, k_scale, v_scale, hidden, o, part_o, part_lse, k_box, v_box,
+            N, heads, batch, prefix, height * width, outside, blocks, outside_blocks, scale, part_length, parts,
+            D, BLOCK_D, TMA, INT8, INTERPRETED,
         )  # fmt: skip
-        total = tl.maximum(tl.sum(l, 1), NO_KEY)  # [64], a part may hold hidden keys alone
-        acc = acc * (1.0 / total)[:, None] * tl.load(v_scale + bh * BLOCK_D + d)[None, :]
-        if parts == 1:
-            token = outside_tokens(rank, prefix, image)  # [64]
-            store_rows(own_head(o, b, h, N, heads, D), token, heads * D, acc, keep, D, BLOCK_D)
-        else:
-            place = (part * batch * heads + bh).to(tl.int64) * outside
-            store_rows(part_o + place * D, rank, D, acc, keep, D, BLOCK_D)
-            store_lse(part_lse, place + rank, 0, m, total, keep, False)
     else:
         whole, window = (height, width, prefix, step_y, step_x), (KY, KX, reach, limit)
         b, h, bh, sub, y0, x0, keep, _ = grid_program(pid - row_programs, heads, together, whole, _SIDE, _SIDE)
+        m, l, acc = nothing_met(BLOCK_D)
         start = bh * blocks
         own = start + outside_blocks + _cell(sub, whole, y0, x0)
-        q_rows = _block(q8, k_box, own, _SLOTS, BLOCK_D, False)  # [64, BLOCK_D]
-        c *= tl.load(q_scale + own)
-        m, l, acc = _meet_blocks(
+        q_rows = load_block(q8, k_box, own, _SLOTS, BLOCK_D, False)  # [64, BLOCK_D]
+        c = scale * LOG2E * tl.load(q_scale + own)
+        m, l, acc = meet_blocks(
             q_rows, c, m, l, acc, k8, v8, k_box, v_box, k_scale, hidden + b.to(tl.int64) * blocks * _SLOTS, start, 0,
             outside_blocks, BLOCK_D, TMA, INT8, INTERPRETED,
         )  # fmt: skip
@@ -204,9 +123,9 @@ def _forward(
         place = start + outside_blocks + _cell(sub, whole, row, column)
         ahead = tl.load(k_scale + place)
         for _i in tl.range(0, count):
-            k_rows = _block(k8, k_box, place, _SLOTS, BLOCK_D, TMA)  # [64, BLOCK_D]
-            v_columns = _block(v8, v_box, place, BLOCK_D, _SLOTS, TMA)  # [BLOCK_D, 64]
-            s = _logits(q_rows, k_rows, c * ahead, INT8, INTERPRETED)  # [64, 64]
+            k_rows = load_block(k8, k_box, place, _SLOTS, BLOCK_D, TMA)  # [64, BLOCK_D]
+            v_columns = load_block(v8, v_box, place, BLOCK_D, _SLOTS, TMA)  # [BLOCK_D, 64]
+            s = rounded_logits(q_rows, k_rows, c * ahead, INT8, INTERPRETED)  # [64, 64]
             ky, kx = coordinates(row, column, _SIDE, _SIDE, DISC)  # [64]
             s = windowed(
                 s, qy[:, None], qx[:, None], ky[None, :], kx[None, :], sub, window, hidden, False, 0, DISC
@@ -218,9 +137,8 @@ def _forward(
             # the scale of the next block is there when its product is; after the last one it is any
             place = tl.minimum(start + outside_blocks + _cell(sub, whole, row, column), start + blocks - 1)
             ahead = tl.load(k_scale + place)
-            m, l, acc = _update(s, v_columns, m, l, acc, INTERPRETED)
-        total = tl.maximum(tl.sum(l, 1), NO_KEY)  # [64]
-        acc = acc * (1.0 / total)[:, None] * tl.load(v_scale + bh * BLOCK_D + d)[None, :]
+            m, l, acc = update_rounded(s, v_columns, m, l, acc, INTERPRETED)
+        _, acc = values_met(l, acc, v_scale + bh * BLOCK_D, BLOCK_D)
         token = tile_tokens(y0, x0, sub, whole, _SIDE, _SIDE)  # [64]
         store_rows(own_head(o, b, h, N, heads, D), token, heads * D, acc, keep, D, BLOCK_D)
 
@@ -228,63 +146,44 @@ def _forward(
 def forward(call: Call, precision: str) -> Tensor:
     """Return the output `[B, N, H, D]` with q and k in `precision`."""
     q = call.q
-    B, _, H, D = q.shape
-    for reason in launches.target_of(q.device).without_eight_bits:
-        raise LaunchError(reason)
-    o = q.new_empty(q.shape)
-    if not o.numel():
-        return o
+    refuse_other_gpus(q)
+    if not q.numel():
+        return q.new_empty(q.shape)
     block_d = max(call.block_d, 32)  # what a product of 8 bits sums over at least
-    x = quantise(call, block_d, torch.int8 if precision == "int8" else torch.float8_e4m3fn)
-    plan = _plan(call, x.q, x.v)
-    part_o = part_lse = x.q_scale
-    if plan.parts > 1:
-        part_o = q.new_empty((plan.parts, B, H, call.outside, D), dtype=torch.float32)
-        part_lse = q.new_empty((1, plan.parts, B, H, call.outside), dtype=torch.float32)
-    plan.run(
-        x.q, x.k, x.v, x.q_scale, x.k_scale, x.v_scale, x.hidden, o, part_o, part_lse,
-        boxed=(x.k.flatten(0, 3), x.v.flatten(0, 3)),
-    )  # fmt: skip
-    if plan.parts > 1:
-        lse = q.new_empty((1, B, H, q.shape[1]), dtype=torch.float32)
-        merge_outside(part_o, part_lse, o, lse, call.size[2])
-    return o
+    x = quantise(q, call.k, call.v, call.mask, _blocks(call), block_d, kind_of(precision))
+    return run_blocks(_plan(call, x.q, x.v), x, q, call.outside, call.size[2], (), flat(x.k, x.v))
+
+
+def _blocks(call: Call) -> Blocks:
+    height, width, prefix, suffix = call.size
+    return Blocks((height, width, prefix, suffix), (call.steps[0], call.steps[1]))
 
 
 @planned
 def _plan(call: Call, q8: Tensor, v8: Tensor) -> Plan:
     """Plan the launch that fits, for keys like `q8` and values like `v8`."""
-    boxed = q8.flatten(0, 3), v8.flatten(0, 3)
     made = q8, q8, v8, *[torch.float32] * 4, call.q.dtype, *[torch.float32] * 2
 
     def attempt(launch: Launch) -> tuple[Plan, int]:
-        if (launch.rows, launch.length) != (SLOTS, SLOTS):
-            raise LaunchError(f"a block of 8 bits has {SLOTS} tokens, not {launch.rows} or {launch.length}")
-        return _plan_launch(call, launch, q8, boxed).needs(*made, boxed=boxed)
+        check_blocks(launch)
+        return _plan_launch(call, launch, q8, v8).needs(*made, boxed=flat(q8, v8))
 
     return fitting("local.eight_bit", call.q, attempt, channels=call.block_d, columns=call.span)
 
 
-def _plan_launch(call: Call, launch: Launch, q8: Tensor, boxed: tuple[Tensor, Tensor]) -> Plan:
-    B, H, blocks, _, block_d = q8.shape
-    outside_blocks = blocks_of(call)[1]
-    tile = CELL, CELL
-    programs, cells = B * H * outside_blocks, B * H * call.tiles(tile)
-    parts, length = splits(call.q, programs, blocks * SLOTS, cells * call.work(tile), SLOTS)
-    tma = hopper(call.q)
-    rows = SLOTS, block_d
-    boxes = [
-        Box(0, list(t.shape), [t.shape[1], 1], [n, t.shape[1]]) if tma else None
-        for t, n in zip(boxed, rows, strict=True)
-    ]
+def _plan_launch(call: Call, launch: Launch, q8: Tensor, v8: Tensor) -> Plan:
+    B, H, count, _, block_d = q8.shape
+    blocks = _blocks(call)
+    programs, cells = B * H * blocks.outside, B * H * blocks.cells
+    parts, length = splits(call.q, programs, count * SLOTS, cells * call.work((CELL, CELL)), SLOTS)
+    boxes = block_boxes(q8, v8)
     named = dict(
-        batch=B, blocks=blocks, outside_blocks=outside_blocks, row_programs=programs * parts,
-        part_length=length // SLOTS, together=call.together, parts=parts, TMA=tma, INT8=q8.dtype == torch.int8,
-        INTERPRETED=launches.target_of(call.q.device) is launches.INTERPRETER,
+        batch=B, blocks=count, outside_blocks=blocks.outside, row_programs=programs * parts,
+        part_length=length // SLOTS, together=call.together, parts=parts, TMA=boxes[0] is not None,
+        INT8=q8.dtype == torch.int8, INTERPRETED=interpreted(call.q),
         num_warps=launch.warps, num_stages=launch.stages, **call.numbers(),
     )  # fmt: skip
     for name in ("TWO", "PRECISION"):
         del named[name]
     named["BLOCK_D"] = block_d
-    bound = Bound(_forward, (programs * parts + cells,), (), named)
-    return Plan(bound, parts, tuple(boxes), launch)
+    return Plan(Bound(_forward, (programs * parts + cells,), (), named), parts, boxes, launch)

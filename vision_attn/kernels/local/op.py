@@ -14,7 +14,6 @@ from torch import Tensor
 
 from vision_attn.grid import Grid
 from vision_attn.kernels.backend import custom_op
-from vision_attn.kernels.launches import target_of
 from vision_attn.kernels.triton.launching import (
     block_of,
     bytes_of_mask,
@@ -23,7 +22,7 @@ from vision_attn.kernels.triton.launching import (
     next_power,
     packed,
     thrice,
-    triton_reasons,
+    upright,
 )
 
 if TYPE_CHECKING:
@@ -150,14 +149,6 @@ def eight_bit_attention_triton(
     return _eight_bit(q, k, v, mask, size, *window.geometry(grid), scale, window.precision)
 
 
-def eight_bit_reasons(q: Tensor, *, auto: bool) -> list[str]:
-    """List why products in 8 bits cannot run in Triton; empty if they can."""
-    reasons = triton_reasons(q, auto=auto)
-    if not torch.compiler.is_compiling():  # which cannot trace the question; the launch asks it too
-        reasons += target_of(q.device).without_eight_bits
-    return reasons
-
-
 @custom_op("vision_attn::local_eight_bit", repeats=True)
 def _eight_bit(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, size: Sequence[int], radius: float, kernel: Sequence[int],
@@ -166,20 +157,13 @@ def _eight_bit(
     """Output in 8 bits, see `_local`."""
     from vision_attn.kernels.local.eight_bit_queries import forward  # noqa: PLC0415
 
-    q, scale = _upright(q, scale)
+    q, scale = upright(q, scale)
     return forward(_call(q, k, v, None, None, None, mask, size, radius, kernel, steps, scale), precision)
 
 
 @_eight_bit.register_fake
 def _(q: Tensor, *args: object) -> Tensor:
     return q.new_empty(q.shape)
-
-
-def _upright(q: Tensor, scale: float) -> tuple[Tensor, float]:
-    """Return q and a scale above 0 for the same logits: hidden ones must stay the lowest after scaling."""
-    if scale > 0:
-        return q, scale
-    return (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
 
 
 @custom_op("vision_attn::local_triton", repeats=True)
@@ -194,7 +178,7 @@ def _local(
     """
     from vision_attn.kernels.local.queries import forward  # noqa: PLC0415
 
-    q, scale = _upright(q, scale)
+    q, scale = upright(q, scale)
     return forward(_call(q, k, v, pooled_k, pooled_v, bias, mask, size, radius, kernel, steps, scale))
 
 

@@ -10,8 +10,10 @@ the `exact` further cells that its cell weighs most. Everything else is met once
 Sources: 'A Fast Algorithm for Particle Simulations' (Greengard, Rokhlin, 1987) for the levels; 'FMMformer' -
 https://arxiv.org/abs/2108.02347 and 'Fast Multipole Attention' - https://arxiv.org/abs/2310.11960 for attention in one
 dimension that is trained with them. This file holds the signature, the checks and the definition; `portable.py` is the
-portable implementation, `op.py` the fused one.
+portable implementation, `op.py` the fused one; `eight_bit.py` says what is rounded where cells have a precision.
 """
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +22,14 @@ from torch import Tensor
 from vision_attn.grid import Grid
 from vision_attn.kernels.backend import Implementation, check_inputs, check_mask, full_precision, pick
 from vision_attn.kernels.dense import full_mask
+from vision_attn.kernels.eight_bits import eight_bit_reasons, refuse_gradients, rounded_weights
 from vision_attn.kernels.multipole.cells import Cells, by_head, choose_cells, counts_of, means_of
-from vision_attn.kernels.multipole.op import multipole_attention_triton, part_attention_triton
+from vision_attn.kernels.multipole.eight_bit import eight_bit_attention_torch, rounded_inputs
+from vision_attn.kernels.multipole.op import (
+    eight_bit_attention_triton,
+    multipole_attention_triton,
+    part_attention_triton,
+)
 from vision_attn.kernels.multipole.portable import multipole_attention_torch, part_attention_torch
 from vision_attn.kernels.triton.launching import triton_reasons
 
@@ -63,14 +71,18 @@ def multipole_attention(
     Raises:
         TypeError: If dtypes differ or are not floating point.
         ValueError: If shapes, devices, the cells and the grid do not fit each other, or a named backend cannot run
-            (every reason is listed).
+            (every reason is listed), or cells with a precision meet a tensor that wants a gradient.
     """
     check_inputs(q, k, v, grid)
     check_mask(q, grid, mask)
     check_cells(q, grid, cells)
+    runs = multipole_attention_triton, multipole_attention_torch
+    if cells.precision is not None:
+        refuse_gradients(cells.precision, q, k, v, cells.mass, cells.weights)
+        runs = eight_bit_attention_triton, eight_bit_attention_torch
     implementations = {
-        "triton": Implementation(multipole_attention_triton, _triton_reasons(q, grid, cells, backend == "auto")),
-        "torch": Implementation(multipole_attention_torch),
+        "triton": Implementation(runs[0], _triton_reasons(q, grid, cells, backend == "auto")),
+        "torch": Implementation(runs[1]),
         "reference": Implementation(_reference),
     }
     run = pick("multipole_attention", backend, implementations)
@@ -79,12 +91,12 @@ def multipole_attention(
 
 def _triton_reasons(q: Tensor, grid: Grid, cells: Cells, auto: bool) -> list[str]:
     """List why the Triton backend cannot run; empty if it can."""
-    reasons = triton_reasons(q, auto=auto)
+    reasons = triton_reasons(q, auto=auto) if cells.precision is None else eight_bit_reasons(q, auto=auto)
     if cells.cell < 3:
         reasons.append(f"a cell of {cells.cell} x {cells.cell} tokens is too small for a tile")
     if cells.count(grid) >= _MOST_CELLS:
         reasons.append(f"there are {cells.count(grid)} cells, and a launch has fewer than {_MOST_CELLS}")
-    if auto and cells.covers(grid):
+    if auto and cells.covers(grid) and cells.precision is None:
         reasons.append("the neighbourhood of every token is the whole grid, which is dense attention")
     return reasons
 
@@ -114,10 +126,15 @@ def _fits(mass: Tensor, B: int, H: int) -> bool:
 @full_precision
 def _reference(q: Tensor, k: Tensor, v: Tensor, grid: Grid, cells: Cells, mask: Tensor | None, scale: float) -> Tensor:
     """The definition: a softmax over all tokens and all means, with dense masks, in float64 if q is, else float32."""
-    wide, device = torch.promote_types(q.dtype, torch.float32), q.device
-    q, k, v, dtype = q.to(wide), k.to(wide), v.to(wide), q.dtype
+    wide, device, dtype = torch.promote_types(q.dtype, torch.float32), q.device, q.dtype
     layout, image = cells.layout(grid, device), grid.image
     chosen = choose_cells(q, k, grid, cells, scale=scale) if cells.chosen is None else cells.chosen
+    softmax = partial(torch.softmax, dim=-1) if cells.precision is None else rounded_weights
+    if cells.precision is None:
+        q, k, v = (t.to(wide) for t in (q, k, v))
+        means_k, means_v = (means_of(t[:, image], grid, cells, layout.sides) for t in (k, v))
+    else:
+        q, k, v, means_k, means_v = (t.to(wide) for t in rounded_inputs(q, k, v, grid, cells).all)
     number = _cell_of_token(layout.tokens[:-1], grid)  # [n]
     C, B, H = layout.near.shape[0], q.shape[0], q.shape[2]
     # who sees which cell exactly, [B, H, C, C]; none is the index C, which is dropped
@@ -127,7 +144,6 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, grid: Grid, cells: Cells, mask: 
     hidden = full_mask(mask, grid)
     seen = seen if hidden is None else seen & hidden
     logits = torch.einsum("bnhd,bmhd->bhnm", q[:, image], k) * scale
-    means_k, means_v = (means_of(t[:, image], grid, cells, layout.sides) for t in (k, v))
     M = means_k.shape[1]
     left = counts_of(layout, layout.slots, chosen)  # [B, H, C, P]
     count = torch.zeros(B, H, C, M + 1, dtype=left.dtype, device=device)
@@ -138,12 +154,12 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, grid: Grid, cells: Cells, mask: 
         level = layout.levels[:M].clamp(max=cells.mass.shape[1] - 1)
         far = far + by_head(cells.mass.to(device, wide), B, H)[..., level][:, :, None]
     far = (far + count.clamp(min=1).log()).masked_fill(count == 0, -torch.inf)
-    weights = torch.cat([logits.masked_fill(~seen, -torch.inf), far], -1).softmax(-1)
+    weights = softmax(torch.cat([logits.masked_fill(~seen, -torch.inf), far], -1))
     o_image = torch.einsum("bhnm,bmhd->bnhd", weights, torch.cat([v, means_v], 1))
     dense = torch.einsum("bnhd,bmhd->bhnm", q, k) * scale
     if hidden is not None:
         dense = dense.masked_fill(~hidden, -torch.inf)
-    o = torch.einsum("bhnm,bmhd->bnhd", dense.softmax(-1), v)
+    o = torch.einsum("bhnm,bmhd->bnhd", softmax(dense), v)
     return torch.cat([o[:, : grid.prefix], o_image, o[:, image.stop :]], 1).to(dtype)
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from vision_attn._checks import check_int, check_number
 from vision_attn.grid import Grid
-from vision_attn.kernels.backend import exporting, transformed
+from vision_attn.kernels.backend import exporting, passing
+from vision_attn.kernels.eight_bits import check_precision
 
 _MOST_SCORES = 1 << 24  # of mean queries and mean keys at a time
 
@@ -39,10 +40,12 @@ class Cells:
         weights: Logarithms of the weights of the tokens in a mean of the first level, `[pool, pool]`; equal if None.
         chosen: Indices of the exact cells `[B, H, cells, exact]` in row-major order, the number of cells for none: what
             `choose_cells` returned, to be used again. Chosen anew if None.
+        precision: 'int8' or 'fp8' for products in 8 bits, which have no gradients: see `eight_bit.py`. None for those
+            of q. The choice is that of unrounded q and k.
 
     Raises:
         TypeError: If a size is not an int.
-        ValueError: If a size is out of range, or `pool` does not divide `cell`.
+        ValueError: If a size is out of range, `pool` does not divide `cell`, or there is no such precision.
     """
 
     cell: int = 8
@@ -54,6 +57,7 @@ class Cells:
     mass: Tensor | None = field(default=None, compare=False, repr=False)
     weights: Tensor | None = field(default=None, compare=False, repr=False)
     chosen: Tensor | None = field(default=None, compare=False, repr=False)
+    precision: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("cell", 1), ("near", 0), ("pool", 1), ("exact", 0), ("group", 1)):
@@ -63,6 +67,8 @@ class Cells:
             raise ValueError(f"spread must be between 0 and 1, got {self.spread}")
         if self.cell % self.pool:
             raise ValueError(f"pool must divide cell, got cell={self.cell} and pool={self.pool}")
+        if self.precision is not None:
+            check_precision(self.precision)
 
     def covers(self, grid: Grid) -> bool:
         """Whether the neighbourhood of every query is the whole grid: dense attention."""
@@ -74,8 +80,7 @@ class Cells:
 
     def layout(self, grid: Grid, device: torch.device) -> "Layout":
         """Return who sees what on a grid."""
-        passing = torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack()
-        make = _layout if passing else _kept_layout  # the tensors of a transform or a mode must not outlive it
+        make = _layout if passing() else _kept_layout
         return make(grid.height, grid.width, self.cell, self.near, self.pool, device)
 
 

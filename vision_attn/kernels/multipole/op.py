@@ -25,6 +25,7 @@ from vision_attn.kernels.triton.launching import (
     layout,
     next_power,
     packed,
+    upright,
 )
 
 _AMD = torch.version.hip is not None  # the kernel that chooses multiplies as its GPUs cannot
@@ -158,9 +159,25 @@ def slab_attention(
     return o
 
 
+def eight_bit_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, cells: Cells, mask: Tensor | None, scale: float
+) -> Tensor:
+    """Run `multipole_attention` with a `precision` on checked inputs."""
+    size, *met = _met(q, k, v, grid, cells, scale)
+    return _eight_bit(q, k, v, *met, cells.mass, mask, size, scale, cells.precision)
+
+
 def _run(
     q: Tensor, k: Tensor, v: Tensor, grid: Grid, cells: Cells, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
+    size, *met = _met(q, k, v, grid, cells, scale)
+    return _multipole(q, k, v, *met, cells.mass, mask, size, scale)
+
+
+def _met(
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, cells: Cells, scale: float
+) -> tuple[list[int], Tensor, Tensor, Tensor]:
+    """Return the numbers of a call, the means of keys and of values, and the exact cells."""
     size = [grid.height, grid.width, grid.prefix, grid.suffix, cells.cell, cells.near, cells.pool]
     weights = cells.weights
     if weights is not None and weights.requires_grad and torch.is_grad_enabled():  # they learn in plain PyTorch
@@ -183,7 +200,7 @@ def _run(
         tensors = (t.detach() for t in (q, means[0].contiguous(), *bounds))
         chosen = _choice(*tensors, size, cells.exact, float(cells.spread), scale)
     assert chosen is not None
-    return _multipole(q, k, v, *means, chosen.int(), cells.mass, mask, size, scale)
+    return size, means[0], means[1], chosen.int()
 
 
 @custom_op("vision_attn::multipole_triton_means", repeats=True)
@@ -267,8 +284,7 @@ def _multipole(
     """Output and log-sum-exp in base 2; `size` is height, width, prefix, suffix, cell, near, pool."""
     from vision_attn.kernels.multipole.forward import forward  # noqa: PLC0415
 
-    if scale <= 0:  # hidden logits must stay the lowest after scaling
-        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
+    q, scale = upright(q, scale)
     return forward(_call(q, k, v, means_k, means_v, chosen, mass, mask, size, scale))
 
 
@@ -276,6 +292,23 @@ def _multipole(
 def _(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     B, N, H, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((B, H, N), dtype=torch.float32)
+
+
+@custom_op("vision_attn::multipole_eight_bit", repeats=True)
+def _eight_bit(
+    q: Tensor, k: Tensor, v: Tensor, means_k: Tensor, means_v: Tensor, chosen: Tensor, mass: Tensor | None,
+    mask: Tensor | None, size: Sequence[int], scale: float, precision: str,
+) -> Tensor:  # fmt: skip
+    """Output in 8 bits, see `_multipole`."""
+    from vision_attn.kernels.multipole.eight_bit_forward import forward  # noqa: PLC0415
+
+    q, scale = upright(q, scale)
+    return forward(_call(q, k, v, means_k, means_v, chosen, mass, mask, size, scale), precision)
+
+
+@_eight_bit.register_fake
+def _(q: Tensor, *args: object) -> Tensor:
+    return q.new_empty(q.shape)
 
 
 @custom_op("vision_attn::multipole_triton_backward")

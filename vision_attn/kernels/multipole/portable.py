@@ -5,7 +5,7 @@ of one head is worked on at a time; the backward computes their weights again. W
 operator, `plain.py` answers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,8 +105,11 @@ class _Head:
         self.k_means, self.v_means = means  # [M + 1, D]
         self.bias = bias  # of the shared keys [T], if any is hidden
 
-    def weights(self, part: _Part, memory: Tensor | None) -> Tensor:
-        """Softmax over shared keys, tokens of cells, and means `[n, L, T + S * L + P]`, in `memory` if that fits."""
+    def weights(self, part: _Part, memory: Tensor | None, softmax: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Softmax over shared keys, tokens of cells, and means `[n, L, T + S * L + P]`, in `memory` if that fits.
+
+        `softmax` takes the place of PyTorch's.
+        """
         scores, (T, S) = _scores(part.queries, part, self.k_shared, self.k, self.k_means, memory), self._sizes(part)
         if T and self.bias is not None:
             scores[..., :T] += self.bias
@@ -115,7 +118,7 @@ class _Head:
             tokens = scores[..., T : T + S].unflatten(2, (*part.near.shape[1:], -1))
             tokens[cut, :, slot] += part.hidden[:, None]
         scores[..., T + S :] += part.bias[:, None]
-        return torch.softmax(scores, -1, out=scores)
+        return torch.softmax(scores, -1, out=scores) if softmax is None else softmax(scores)
 
     def _sizes(self, part: _Part) -> tuple[int, int]:
         return len(self.k_shared), part.near.shape[1] * part.queries.shape[1]
@@ -206,6 +209,20 @@ def grid_multipole(
     `size` is height, width, cell, near, pool, and optionally the first and the last + 1 of the cells whose queries are
     to attend; the output of others is zero.
     """
+    return attend_cells(q, k, v, k_shared, v_shared, k_means, v_means, mass, hidden, chosen, size, scale)
+
+
+@grid_multipole.register_fake
+def _(q: Tensor, *args: object) -> Tensor:
+    return torch.empty_like(q)
+
+
+def attend_cells(
+    q: Tensor, k: Tensor, v: Tensor, k_shared: Tensor, v_shared: Tensor, k_means: Tensor, v_means: Tensor,
+    mass: Tensor | None, hidden: Tensor | None, chosen: Tensor, size: Sequence[int], scale: float,
+    softmax: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """Do what `grid_multipole` does; `softmax` over the last axis takes the place of PyTorch's."""
     layout, o, weights = _layout_of(size, q.device), torch.empty_like(q), None
     wide = torch.promote_types(q.dtype, torch.float32)
     there = _there(layout, size, wide)
@@ -214,15 +231,10 @@ def grid_multipole(
         for part in _parts(
             head, layout, chosen[b, h], None if mass is None else mass[_row(mass, b, h, q)].to(wide), there, size
         ):
-            weights = head.weights(part, weights)
+            weights = head.weights(part, weights, softmax)
             out[part.cells] = head.mix(weights, part, head.v_shared, head.v, head.v_means)
         o[b, :, h] = _from_cells(out, *size[:3])
     return o
-
-
-@grid_multipole.register_fake
-def _(q: Tensor, *args: object) -> Tensor:
-    return torch.empty_like(q)
 
 
 @custom_op("vision_attn::multipole_grid_backward")

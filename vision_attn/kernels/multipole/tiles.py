@@ -213,6 +213,16 @@ def exact_tile(i, near_cells, first_y, first_x, across, chosen, whole, T: tl.con
 
 
 @triton.jit
+def exact_block(i, near_cells, first_y, first_x, across, chosen, columns, SPLIT: tl.constexpr):
+    """Number of tile i of near cells, then chosen ones, where tiles are counted cell by cell."""
+    n = i // (SPLIT * SPLIT)
+    other = tl.load(chosen + n - near_cells, mask=n >= near_cells, other=0)
+    row = _quotient(n, across)
+    cell = tl.where(n < near_cells, (first_y + row) * columns + first_x + n - row * across, other)
+    return cell * (SPLIT * SPLIT) + i % (SPLIT * SPLIT)
+
+
+@triton.jit
 def exact_count(chosen, cells, EXACT: tl.constexpr, EXACT_BLOCK: tl.constexpr):
     """How many cells are chosen; those that are none come last."""
     e = tl.arange(0, EXACT_BLOCK)  # [EXACT_BLOCK]

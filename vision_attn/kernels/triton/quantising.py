@@ -1,8 +1,8 @@
-"""Queries, keys and values in 8 bits, in Triton, in the order in which local attention in 8 bits reads them.
+"""Queries, keys and values in 8 bits, in Triton, in the order in which attention in 8 bits reads them.
 
-Tokens are cut into blocks of 64 slots: first the tokens outside the grid by their rank, then the 8 x 8 cells of each
-sub-grid. `eight_bit.py` says what is rounded how. Three launches: sums of keys and the greatest values of each part of
-the tokens; the mean and the scales of each head; the blocks.
+Tokens are cut into blocks of 64 slots: see `Blocks` in `vision_attn/kernels/eight_bits.py`, which says what is rounded
+how. Three launches: sums of keys and the greatest values of each part of the tokens; the mean and the scales of each
+head; the blocks.
 
     q8, k8 [B, H, blocks, 64, BLOCK_D],    v8 [B, H, blocks, BLOCK_D, 64]
 
@@ -23,22 +23,19 @@ import triton.language as tl
 from torch import Tensor
 
 from vision_attn.kernels import launches
-from vision_attn.kernels.local.eight_bit import CELL, SLOTS
-from vision_attn.kernels.local.op import Call
-from vision_attn.kernels.local.tiles import grid_program
+from vision_attn.kernels.eight_bits import SLOTS, Blocks
 from vision_attn.kernels.triton.launching import Kernel, strides_of
 from vision_attn.kernels.triton.rows import (
     HIDDEN,
     head_of,
     load_rows,
     load_rows_below,
-    outside_tokens,
     program_of,
     seen_tokens,
     store_rows,
 )
 
-_SIDE, _SLOTS = tl.constexpr(CELL), tl.constexpr(SLOTS)
+_SLOTS = tl.constexpr(SLOTS)
 _LEAST = tl.constexpr(1e-20)
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a float32 to whole numbers, ties to even
 _PARTS = 64  # of the tokens, at most
@@ -64,7 +61,7 @@ def position(rows):
 
 
 @triton.jit
-def _eight_bits(x, INT8: tl.constexpr, INTERPRETED: tl.constexpr):
+def eight_bits(x, INT8: tl.constexpr, INTERPRETED: tl.constexpr):
     """Values within the range of int8 or e4m3, rounded to it."""
     if INT8:
         whole = ((x + _ROUND) - _ROUND).to(tl.int8)
@@ -117,55 +114,66 @@ def _fold(k_sums, v_tops, k_mean, v_scale, tokens, parts, batch_heads, BLOCK_D: 
     tl.store(v_scale + bh * BLOCK_D + d, tl.div_rn(top, 448.0))
 
 
+@triton.jit
+def store_keys(
+    k8, k_scale, rows, place, PER_ROW: tl.constexpr, BLOCK_D: tl.constexpr, INT8: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Write keys or queries `[64, BLOCK_D]` as block `place`, and their scale; `PER_ROW`, one for each of them."""
+    n = tl.arange(0, _SLOTS)  # [64]
+    most: tl.constexpr = 127.0 if INT8 else 448.0
+    top = tl.maximum(tl.max(tl.abs(rows), 1), _LEAST)  # [64]
+    if PER_ROW:
+        tl.store(k_scale + place * _SLOTS + n, tl.div_rn(top, most))
+        rows *= tl.div_rn(most, top)[:, None]
+    else:
+        top = tl.max(top, 0)
+        tl.store(k_scale + place, tl.div_rn(top, most))
+        rows *= tl.div_rn(most, top)
+    rows = eight_bits(rows, INT8, INTERPRETED)  # [64, BLOCK_D]
+    store_rows(k8 + place * _SLOTS * BLOCK_D, n, BLOCK_D, rows, n >= 0, BLOCK_D, BLOCK_D)
+
+
+@triton.jit
+def store_values(v8, v_scale, rows, place, BLOCK_D: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Write the values `[64, BLOCK_D]` of block `place`, transposed, with the scales of their head at `v_scale`."""
+    d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    rows *= tl.div_rn(1.0, tl.maximum(tl.load(v_scale + d), _LEAST))[None, :]
+    columns = position(tl.trans(eight_bits(rows, False, INTERPRETED)))  # [BLOCK_D, 64]
+    store_rows(v8 + place * _SLOTS * BLOCK_D, d, _SLOTS, columns, d >= 0, _SLOTS, _SLOTS)
+
+
 @Kernel
 @triton.jit
 def _quantise(
-    q, k, v, k_mean, v_scale, mask, q8, k8, v8, q_scale, k_scale, hidden,
-    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, mask_b,
-    N, heads, batch_heads, prefix, height, width, outside, blocks, outside_blocks, step_y, step_x, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, MASK: tl.constexpr, INT8: tl.constexpr, INTERPRETED: tl.constexpr,
+    q, k, v, k_mean, v_scale, mask, places, q8, k8, v8, q_scale, k_scale, hidden,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, mask_b, N, heads, batch_heads, prefix, image, blocks,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, INT8: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One block of one head: its queries, keys and values in 8 bits.
 
     Inputs: q, k, v `[B, N, H, D]` with strides `_b, _n, _h`; k_mean, v_scale `[B, H, BLOCK_D]`; mask `[B, outside]`
-    with its stride.
+    with its stride; places `[blocks, 64]`, the tokens of each block, -1 for none.
     Outputs: q8, k8, v8 as above; q_scale, k_scale `[B, H, blocks]`; hidden `[B, blocks, 64]`, 0 where a key is seen,
     hugely negative where it is not.
     """
     b, h, bh, block, _ = program_of(heads, batch_heads, blocks)
     n = tl.arange(0, _SLOTS)  # [64]
-    image = height * width
-    if block < outside_blocks:
-        rank = block * _SLOTS + n  # [64]
-        token = tl.minimum(outside_tokens(rank, prefix, image), N - 1)  # [64]
-        keep = rank < outside  # [64]
-    else:
-        whole = (height, width, prefix, step_y, step_x)
-        cell = bh * (blocks - outside_blocks) + block - outside_blocks
-        _, _, _, _, _, _, keep, token = grid_program(cell, heads, 1, whole, _SIDE, _SIDE)
+    token = tl.load(places + block * _SLOTS + n)  # [64]
+    keep, token = token >= 0, tl.maximum(token, 0)
     place = bh.to(tl.int64) * blocks + block
     if h == 0:
         seen = keep & seen_tokens(token, N, mask + b * mask_b, prefix, image, MASK)  # [64]
         tl.store(hidden + (b.to(tl.int64) * blocks + block) * _SLOTS + n, tl.where(seen, 0.0, HIDDEN))
     d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    most: tl.constexpr = 127.0 if INT8 else 448.0
     q_rows = load_rows(head_of(q, b, h, q_b, q_h), token, q_n, D, BLOCK_D).to(tl.float32)  # [64, BLOCK_D]
-    q_rows = tl.where(keep[:, None], q_rows, 0.0)
-    top = tl.maximum(tl.max(tl.max(tl.abs(q_rows), 1), 0), _LEAST)
-    tl.store(q_scale + place, tl.div_rn(top, most))
-    rows = _eight_bits(q_rows * tl.div_rn(most, top), INT8, INTERPRETED)  # [64, BLOCK_D]
-    store_rows(q8 + place * _SLOTS * BLOCK_D, n, BLOCK_D, rows, n >= 0, BLOCK_D, BLOCK_D)
+    store_keys(q8, q_scale, tl.where(keep[:, None], q_rows, 0.0), place, False, BLOCK_D, INT8, INTERPRETED)
     k_rows = load_rows(head_of(k, b, h, k_b, k_h), token, k_n, D, BLOCK_D).to(tl.float32)  # [64, BLOCK_D]
     k_rows = tl.where(keep[:, None], k_rows - tl.load(k_mean + bh * BLOCK_D + d)[None, :], 0.0)
-    top = tl.maximum(tl.max(tl.max(tl.abs(k_rows), 1), 0), _LEAST)
-    tl.store(k_scale + place, tl.div_rn(top, most))
-    rows = _eight_bits(k_rows * tl.div_rn(most, top), INT8, INTERPRETED)  # [64, BLOCK_D]
-    store_rows(k8 + place * _SLOTS * BLOCK_D, n, BLOCK_D, rows, n >= 0, BLOCK_D, BLOCK_D)
+    store_keys(k8, k_scale, k_rows, place, False, BLOCK_D, INT8, INTERPRETED)
     v_rows = load_rows(head_of(v, b, h, v_b, v_h), token, v_n, D, BLOCK_D).to(tl.float32)  # [64, BLOCK_D]
     v_rows = tl.where(keep[:, None], v_rows, 0.0)
-    v_rows *= tl.div_rn(1.0, tl.maximum(tl.load(v_scale + bh * BLOCK_D + d), _LEAST))[None, :]
-    columns = position(tl.trans(_eight_bits(v_rows, False, INTERPRETED)))  # [BLOCK_D, 64]
-    store_rows(v8 + place * _SLOTS * BLOCK_D, d, _SLOTS, columns, d >= 0, _SLOTS, _SLOTS)
+    store_values(v8, v_scale + bh * BLOCK_D, v_rows, place, BLOCK_D, INTERPRETED)
 
 
 @dataclass(frozen=True)
@@ -179,42 +187,40 @@ class EightBits:
     k_scale: Tensor
     v_scale: Tensor
     hidden: Tensor
+    k_mean: Tensor
 
 
-def blocks_of(call: Call) -> tuple[int, int]:
-    """Return the number of blocks of a head, and how many of them hold the tokens outside the grid."""
-    outside = math.ceil(call.outside / SLOTS)
-    return outside + call.tiles((CELL, CELL)), outside
-
-
-def quantise(call: Call, block_d: int, kind: torch.dtype) -> EightBits:
-    """Return q, k and v of a call in 8 bits: q and k in `kind`, int8 or e4m3, and v in e4m3."""
-    q, k, v, mask = call.q, call.k, call.v, call.mask
+def quantise(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, blocks: Blocks, block_d: int, kind: torch.dtype
+) -> EightBits:
+    """Return q, k and v in 8 bits: q and k in `kind`, int8 or e4m3, and v in e4m3; `mask` is in bytes."""
     B, N, H, D = q.shape
-    height, width, prefix, _ = call.size
+    height, width, prefix, _ = blocks.size
     length = max(256, math.ceil(math.ceil(N / _PARTS) / SLOTS) * SLOTS)
-    parts = math.ceil(N / length)
-    blocks, outside_blocks = blocks_of(call)
+    parts, count = math.ceil(N / length), blocks.count
 
     def made(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return q.new_empty(shape, dtype=dtype)
 
     k_sums, v_tops = (made(parts, B, H, block_d) for _ in range(2))
-    k_mean = made(B, H, block_d)
     found = EightBits(
-        made(B, H, blocks, SLOTS, block_d, dtype=kind), made(B, H, blocks, SLOTS, block_d, dtype=kind),
-        made(B, H, blocks, block_d, SLOTS, dtype=torch.float8_e4m3fn), made(B, H, blocks), made(B, H, blocks),
-        made(B, H, block_d), made(B, blocks, SLOTS),
+        made(B, H, count, SLOTS, block_d, dtype=kind), made(B, H, count, SLOTS, block_d, dtype=kind),
+        made(B, H, count, block_d, SLOTS, dtype=torch.float8_e4m3fn), made(B, H, count), made(B, H, count),
+        made(B, H, block_d), made(B, count, SLOTS), made(B, H, block_d),
     )  # fmt: skip
     _statistics[(parts * B * H,)](
         k, v, k_sums, v_tops, *strides_of(k, v), N, H, B * H, length, D=D, BLOCK_D=block_d, ROWS=32, num_warps=4
     )
-    _fold[(B * H,)](k_sums, v_tops, k_mean, found.v_scale, N, parts, B * H, BLOCK_D=block_d, ROWS=16, num_warps=4)
-    _quantise[(blocks * B * H,)](
-        q, k, v, k_mean, found.v_scale, found.hidden if mask is None else mask, found.q, found.k, found.v,
-        found.q_scale, found.k_scale, found.hidden, *strides_of(q, k, v),
-        0 if mask is None else mask.stride(0) * (mask.shape[0] > 1), N, H, B * H, prefix, height, width, call.outside,
-        blocks, outside_blocks, *call.steps, D=D, BLOCK_D=block_d, MASK=mask is not None, INT8=kind == torch.int8,
-        INTERPRETED=launches.target_of(q.device) is launches.INTERPRETER, num_warps=4,
+    _fold[(B * H,)](k_sums, v_tops, found.k_mean, found.v_scale, N, parts, B * H, BLOCK_D=block_d, ROWS=16, num_warps=4)
+    _quantise[(count * B * H,)](
+        q, k, v, found.k_mean, found.v_scale, found.hidden if mask is None else mask, blocks.places(q.device),
+        found.q, found.k, found.v, found.q_scale, found.k_scale, found.hidden, *strides_of(q, k, v),
+        0 if mask is None else mask.stride(0) * (mask.shape[0] > 1), N, H, B * H, prefix, height * width, count,
+        D=D, BLOCK_D=block_d, MASK=mask is not None, INT8=kind == torch.int8, INTERPRETED=interpreted(q), num_warps=4,
     )  # fmt: skip
     return found
+
+
+def interpreted(t: Tensor) -> bool:
+    """Whether kernels on `t` are interpreted, which rounds and multiplies e4m3 wrongly."""
+    return launches.target_of(t.device) is launches.INTERPRETER
