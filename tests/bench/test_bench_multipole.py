@@ -20,8 +20,9 @@ def test_the_small_case_is_checked_and_timed(tmp_path):
     assert main(["bench", "kernels_multipole", "--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
     (row,) = read_document(tmp_path / "kernels_multipole_cpu.json")["rows"]
     assert row["case"] == "multipole-32-c8-n1-p4-e4-fp32"
-    ours, dense = row["candidates"]
+    ours, int8, fp8, dense = row["candidates"]
     assert ours["name"] == "ours" and set(ours["errors"]["twin"]) == set("oqkv") and ours["backward"]
+    assert [one["name"] for one in (int8, fp8)] == ["int8", "fp8"] and set(fp8["errors"]["twin"]) == {"o"}
     assert dense["name"] == "SDPA" and dense["forward"]["ratio"] > 0
 
 
@@ -44,10 +45,23 @@ def test_a_wrong_operator_is_caught(side, wrong):
     assert set(shares) == (set("oqkv") if side == 24 else {"o"})
 
 
+@pytest.mark.parametrize("side", [24, 48], ids=["whole", "sampled rows"])
+def test_eight_bits_are_held_to_a_cosine(side):
+    spec = Multipole(cell=4, near=1, pool=4, exact=2)
+    problem = MultipoleProblem("", Grid(side, side + 2, prefix=5), spec, heads=2, head_dim=32, dtype="float32")
+    inputs = problem.inputs(CPU)
+    (int8,) = (c for c in kernels_multipole.CANDIDATES if c.name == "int8")
+    run = int8.prepare(problem, CPU).run
+    assert 0.05 < problem.errors(int8.computes, run, inputs, gradients=True)["o"] < 0.6
+    wrong = replace(problem, spec=replace(spec, exact=0))
+    assert problem.errors(int8.computes, int8.prepare(wrong, CPU).run, inputs, gradients=True)["o"] > 2
+
+
 def test_the_cases_are_the_issues():
     found = {case.name: case for case in kernels_multipole.cases(torch.device("cuda"))}
     for side, exact in ((128, 0), (128, 4), (256, 0), (256, 4), (512, 4)):
-        assert found[f"multipole-{side}-c8-n1-p4-e{exact}"].peers == ("clear r16", "cuDNN")
+        assert found[f"multipole-{side}-c8-n1-p4-e{exact}"].peers == ("int8", "fp8", "clear r16", "cuDNN")
+    assert found["multipole-256-c8-n1-p2-e4"].peers == ("clear r16", "cuDNN")
     assert {"multipole-128-c8-n1-p2-e0", "multipole-256-c8-n1-p2-e0"} <= set(found)
     assert all(case.grid.prefix == 512 and case.heads == 24 and case.head_dim == 128 for case in found.values())
     assert "ours" in found["multipole-256-c8-n1-p4-e4"].backward

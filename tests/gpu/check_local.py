@@ -19,8 +19,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import torch
+from eight_bit_cases import rounding_errors, teachers
 from local_cases import CASES, Case, draw, exact_and_plain, run
 
+from vision_attn import Clear
 from vision_attn.grid import Grid
 from vision_attn.kernels.local import Window, local_attention
 from vision_attn.kernels.local import op as local_op
@@ -151,75 +153,24 @@ def modes():
 def eight_bits():
     """Return how far 8 bits are from what they should be, on normal inputs and on real activations.
 
-    Of each call: the mean error of the kernel beside PyTorch's rounding, as a share of twice a rounding of the output,
-    which must be 1 at most; and its cosine to the 16-bit kernel, which has no bound on normal inputs: errors do not
-    cancel there.
+    Of each call what `rounding_errors` says; of a teacher what `nearness` does, and whether it is what was asked for.
     """
     torch.set_default_device("cuda")
     found = {}
     for case in CASES + TUNED:
         if case.bias or case.pooled:
             continue
-        for precision in ("int8", "fp8"):
-            torch.manual_seed(0)
-            *tensors, _, mask, _ = draw(case, torch.bfloat16)
-            q, k, v = (t.detach() for t in tensors)
-            plain, rounded = (Window(**case.window, precision=one) for one in (None, precision))
+        torch.manual_seed(0)
+        *tensors, _, mask, _ = draw(case, torch.bfloat16)
+        q, k, v = (t.detach() for t in tensors)
 
-            def run(window, backend, inputs=(q, k, v), case=case, mask=mask):
-                o = local_attention(*inputs, case.grid, window, mask=mask, scale=case.scale, backend=backend)
-                return o.double()
+        def attend(precision, backend, inputs=(q, k, v), case=case, mask=mask):
+            window = Window(**case.window, precision=precision)
+            return local_attention(*inputs, case.grid, window, mask=mask, scale=case.scale, backend=backend)
 
-            with torch.no_grad():
-                ours, same, want = run(rounded, "triton"), run(rounded, "torch"), run(plain, "triton")
-            error = (ours - same).abs().mean() / (2 * torch.finfo(torch.bfloat16).eps * same.abs().mean())
-            found[f"{precision} {case}"] = dict(error=round(error.item(), 3), cosine=round(_cosine(ours, want), 5))
-    for name in ("base", "unet"):
-        for precision in ("int8", "fp8"):
-            found[f"{precision} {name}"] = _teacher(name, precision)
-    return found
-
-
-def _cosine(a, b):
-    return torch.cosine_similarity(a.double().flatten(), b.double().flatten(), 0).item()
-
-
-def _teacher(name, precision):
-    """Return the cosines of all layers and steps on a teacher's activations, and the PSNR of its pictures.
-
-    They must be 0.9995 at least, and 35 dB.
-    """
-    from vision_attn import Clear, convert
-    from vision_attn.demo import load_teacher
-    from vision_attn.processors.clear import ClearAttention
-
-    pictures, cosines = [], []
-    window = Window(radius=16, precision=precision)
-
-    def compare(module, args, o):
-        q, k, v, grid, *_ = args
-        scale = args[5] if len(args) > 5 else None
-        rounded = local_attention(q, k, v, grid, window, mask=args[4] if len(args) > 4 else None, scale=scale)
-        cosines.append(_cosine(rounded, o))
-
-    for spec in (Clear(radius=16), Clear(radius=16, precision=precision)):
-        pipe = load_teacher(name).to("cuda", torch.bfloat16)
-        convert(pipe, spec)
-        if spec.precision is None:
-            hosts = [m for m in (getattr(pipe, "transformer", None), getattr(pipe, "unet", None)) if m is not None]
-            found = [m for host in hosts for m in host.modules() if isinstance(m, ClearAttention)]
-            hooks = [m.register_forward_hook(compare) for m in found]
-        draw_from = torch.Generator("cpu").manual_seed(0)
-        torch.set_default_device(None)
-        with torch.no_grad():
-            drawn = pipe(["octopus", "red apple"], num_inference_steps=10, output_type="pt", generator=draw_from)
-        pictures.append(torch.as_tensor(drawn.images).double())
-        for hook in hooks:
-            hook.remove()
-    error = (pictures[0] - pictures[1]).square().mean()
-    result = dict(least=round(min(cosines), 5), mean=round(sum(cosines) / len(cosines), 5), calls=len(cosines))
-    result["psnr_db"] = round(-10 * torch.log10(error).item(), 1)
-    return result | dict(holds=result["least"] >= 0.9995 and result["psnr_db"] >= 35)
+        found |= {f"{precision} {case}": errors for precision, errors in rounding_errors(attend).items()}
+    torch.set_default_device(None)
+    return found | teachers(Clear(radius=16))
 
 
 def elsewhere():

@@ -1,20 +1,27 @@
 """Check `multipole_attention`'s Triton backend on a GPU against float64; `vision-attn bench kernels` times it.
 
     PYTHONPATH=. python tests/gpu/check_multipole.py [--dtypes bf16,fp16,fp32] [--only NAME] [--out FILE.json]
+    PYTHONPATH=. python tests/gpu/check_multipole.py --parts eight_bits
 
 Output and all gradients, in three dtypes, as shares of the error budget; how much worse than the best the chosen cells
-are; then a call compiled whole and one in a CUDA graph.
+are; then a call compiled whole and one in a CUDA graph; then 8 bits, on normal inputs and on the teachers.
 """
 
 import argparse
 import json
 import os
+import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-import torch
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
+import torch
+from eight_bit_cases import rounding_errors, teachers
+
+from vision_attn import Multipole
 from vision_attn.grid import Grid
 from vision_attn.kernels.multipole import Cells, choose_cells, multipole_attention, op
 from vision_attn.kernels.multipole.cells import _cell_bounds, _finest_sums, cell_means
@@ -140,20 +147,40 @@ def modes():
     return {name: all(torch.equal(a, b) for a, b in zip(want, got, strict=True)) for name, got in same.items()}
 
 
+def eight_bits():
+    """Return how far 8 bits are from what they should be: see `rounding_errors` and `teachers`."""
+    torch.set_default_device("cuda")
+    found = {}
+    for name, (grid, fields, _) in CASES.items():
+        q, k, v = tensors(name, torch.bfloat16, count=3)
+        outside = grid.prefix + grid.suffix
+        mask = torch.arange(outside).expand(q.shape[0], -1) % 3 > 0 if outside > 1 else None
+        # the kernel and PyTorch may choose otherwise
+        cells = Cells(**fields, chosen=choose_cells(q, k, grid, Cells(**fields)))
+
+        def attend(precision, backend, inputs=(q, k, v), grid=grid, mask=mask, cells=cells):
+            return multipole_attention(*inputs, grid, replace(cells, precision=precision), mask=mask, backend=backend)
+
+        found |= {f"{precision} {name}": errors for precision, errors in rounding_errors(attend).items()}
+    torch.set_default_device(None)
+    return found | teachers(Multipole())
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtypes", default="bf16,fp16,fp32")
     parser.add_argument("--only", default="", help="part of the names of the rows")
+    parser.add_argument("--parts", default="check,modes,eight_bits", help="what to check")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "check_multipole.json")
     args = parser.parse_args()
     import triton
 
     result = dict(device=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__, check={})
-    workers = max(1, min(14, (os.cpu_count() or 2) - 2))
+    workers, parts = max(1, min(14, (os.cpu_count() or 2) - 2)), args.parts.split(",")
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         jobs = {
             pool.submit(check, case, name): f"{name} {case}"
-            for name in args.dtypes.split(",")
+            for name in (args.dtypes.split(",") if "check" in parts else ())
             for case in CASES
             if args.only in case
         }
@@ -165,8 +192,10 @@ def main():
             result["check"][jobs[job]] = shares
             bad = isinstance(shares, str) or not all(share <= 1 for share in shares.values())
             print("FAIL" if bad else "ok  ", jobs[job], shares, flush=True)
-    result["modes"] = modes()
-    print("modes", result["modes"], flush=True)
+    for function in (modes, eight_bits):
+        if function.__name__ in parts:
+            result[function.__name__] = function()
+            print(function.__name__, json.dumps(result[function.__name__], indent=1), flush=True)
     args.out.write_text(json.dumps(result, indent=1))
 
 

@@ -1,5 +1,9 @@
 """What the tests of attention in 8 bits share: the errors that are right, and how near 8 bits are on a teacher."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +19,38 @@ WORST = dict(int8=1.1e-3, fp8=2.2e-3)
 def cosine(a: Tensor, b: Tensor) -> float:
     """Return the cosine of two outputs."""
     return torch.cosine_similarity(a.double().flatten(), b.double().flatten(), 0).item()
+
+
+def rounding_errors(attend: Callable[[str | None, str], Tensor]) -> dict[str, dict[str, float]]:
+    """Return the errors of both precisions on a GPU, on inputs in bfloat16.
+
+    The mean error of the kernel beside PyTorch's rounding, as a share of twice a rounding of the output, must be 1 at
+    most. Its cosine to the 16-bit kernel has no bound on normal inputs: errors do not cancel there.
+
+    Args:
+        attend: Takes a precision or None, and a backend.
+    """
+    found = {}
+    with torch.no_grad():
+        want = attend(None, "triton").double()
+        for precision in PRECISIONS:
+            ours, same = (attend(precision, backend).double() for backend in ("triton", "torch"))
+            error = (ours - same).abs().mean() / (2 * torch.finfo(torch.bfloat16).eps * same.abs().mean())
+            found[precision] = dict(error=round(error.item(), 3), cosine=round(cosine(ours, want), 5))
+    return found
+
+
+def teachers(plain: Any) -> dict[str, dict[str, float]]:
+    """Return `nearness` of a spec in both precisions on both teachers, on a GPU, and whether it holds.
+
+    It holds with cosines of 0.9995 at least, and 35 dB.
+    """
+    found = {}
+    for name in ("base", "unet"):
+        for precision in PRECISIONS:
+            one = nearness(name, plain, replace(plain, precision=precision), device="cuda")
+            found[f"{precision} {name}"] = one | dict(holds=one["least"] >= 0.9995 and one["psnr_db"] >= 35)
+    return found
 
 
 def nearness(

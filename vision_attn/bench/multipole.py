@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vision_attn.bench.candidate import SHORT_DTYPE, Candidate, Inputs, Prepared, budget_shares, results_of
 from vision_attn.bench.local.candidates import OPERATORS
-from vision_attn.bench.local.problem import LocalProblem
+from vision_attn.bench.local.problem import EIGHT_BITS, LocalProblem, unlikeness
 from vision_attn.bench.local.problem import errors as local_errors
 from vision_attn.grid import Grid
 from vision_attn.kernels.local import Window
@@ -109,11 +109,11 @@ class MultipoleProblem:
             image[:, top:bottom, left:right] += share
 
     def errors(self, computes: str, run: Callable[..., Tensor], inputs: Inputs, gradients: bool) -> dict[str, float]:
-        """Check a candidate that computes one of `SAME`, `DISC`, `DENSE`; a long sequence at sampled rows."""
-        if computes != SAME:
+        """Check a candidate of `SAME`, `EIGHT_BITS`, `DISC` or `DENSE`; a long sequence at sampled rows."""
+        if computes not in (SAME, EIGHT_BITS):
             window = Window(radius=RADIUS) if computes == DISC else None
             return local_errors(run, inputs, self.grid, window, gradients)
-        cells = self.spec.cells()
+        cells, gradients = self.spec.cells(), gradients and computes == SAME
         if self.grid.tokens <= _WHOLE:
             got, dtype = results_of(run, inputs, gradients), inputs.tensors[0].dtype
             both = []
@@ -121,12 +121,16 @@ class MultipoleProblem:
                 twin = Inputs(tuple(t.to(wide) for t in inputs.tensors), inputs.cotangent.to(wide))
                 definition = partial(multipole_attention, grid=self.grid, cells=cells, backend="reference")
                 both.append(results_of(definition, twin, gradients))
+            if computes == EIGHT_BITS:
+                return unlikeness(got[0], both[0][0])
             return budget_shares(got, both[0], [t.to(dtype) for t in both[1]], "oqkv")
         got = results_of(run, inputs, False)
         draw = torch.Generator().manual_seed(0)
         rows = torch.randint(self.grid.image_tokens, (_ROWS,), generator=draw).tolist()
         exact, plain = (sampled_rows(inputs, self.grid, cells, rows, wide) for wide in (torch.float64, torch.float32))
         own = got[0][0, [self.grid.prefix + row for row in rows], :_HEADS]
+        if computes == EIGHT_BITS:
+            return unlikeness(own, exact)
         return budget_shares([own], [exact], [plain.to(own.dtype)], "o")
 
     def needed_flop(self, gradients: bool) -> int:
@@ -163,11 +167,12 @@ def sampled_rows(inputs: Inputs, grid: Grid, cells: Cells, rows: list[int], dtyp
     return torch.stack(found).unflatten(0, (len(rows), -1))
 
 
-def _ours(problem: MultipoleProblem, device: torch.device) -> Prepared:
-    backend = "triton" if device.type == "cuda" else "torch"
+def _ours(precision: str | None, problem: MultipoleProblem, device: torch.device) -> Prepared:
+    """The whole operator: what quantises is inside the timing."""
+    backend, cells = "triton" if device.type == "cuda" else "torch", replace(problem.spec, precision=precision).cells()
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return multipole_attention(q, k, v, problem.grid, problem.spec.cells(), backend=backend)
+        return multipole_attention(q, k, v, problem.grid, cells, backend=backend)
 
     return Prepared(run)
 
@@ -180,7 +185,9 @@ def _as_local(name: str, problem: MultipoleProblem, device: torch.device) -> Pre
 
 
 CANDIDATES = (
-    Candidate("ours", SAME, _ours),
+    Candidate("ours", SAME, partial(_ours, None)),
+    Candidate("int8", EIGHT_BITS, partial(_ours, "int8")),
+    Candidate("fp8", EIGHT_BITS, partial(_ours, "fp8")),
     Candidate("clear r16", DISC, partial(_as_local, "ours")),
     Candidate("cuDNN", DENSE, partial(_as_local, "cuDNN")),
     Candidate("SDPA", DENSE, partial(_as_local, "SDPA")),

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from vision_attn._checks import check_int
 from vision_attn.grid import Grid
+from vision_attn.kernels.eight_bits import EIGHT_BIT_CALLS, EIGHT_BIT_PASSES
 from vision_attn.kernels.multipole import Cells, choose_cells, multipole_attention
 from vision_attn.processors.base import AttnSpec, Layer, Processor, register
 
@@ -57,6 +58,8 @@ class Multipole(AttnSpec):
             the bounds of its keys allow.
         hold: For how many calls of inference a choice is kept: 1 chooses at every call. Compiled code, and calls with
             gradients, choose at every call.
+        precision: 'int8' or 'fp8' for products in 8 bits (SageAttention 2, https://arxiv.org/abs/2411.10958), in
+            inference alone; None for those of the model's dtype, which train.
     """
 
     cell: int = 8
@@ -66,6 +69,7 @@ class Multipole(AttnSpec):
     group: int = 1
     spread: float = 0.5
     hold: int = 1
+    precision: str | None = None
 
     def __post_init__(self) -> None:
         self.cells()
@@ -73,7 +77,8 @@ class Multipole(AttnSpec):
 
     def cells(self, **learned: Any) -> Cells:
         """Return what the operator takes."""
-        return Cells(self.cell, self.near, self.pool, self.exact, self.group, self.spread, **learned)
+        sizes = self.cell, self.near, self.pool, self.exact, self.group, self.spread
+        return Cells(*sizes, precision=self.precision, **learned)
 
     def build(self, layer: Layer) -> "MultipoleAttention":
         """Return the processor of one layer."""
@@ -120,13 +125,13 @@ class Multipole(AttnSpec):
 
     @property
     def passes(self) -> float:
-        """Means and the choice read q, k and v once more."""
-        return 2.0
+        """Means and the choice read q, k and v once more; in 8 bits they are read, written and read in fewer bytes."""
+        return 1.0 + (EIGHT_BIT_PASSES if self.precision else 1.0)
 
     @property
     def calls(self) -> float:
-        """Kernels of the means, of the choice and of the attention itself."""
-        return 15.0 if self.exact else 10.0
+        """Kernels of the means, of the choice and of the attention itself, and of what is quantised."""
+        return (15.0 if self.exact else 10.0) + (EIGHT_BIT_CALLS - 1 if self.precision else 0.0)
 
 
 def _near(side: int, cell: int, near: int, unit: int = 1) -> float:

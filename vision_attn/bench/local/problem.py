@@ -158,7 +158,12 @@ def eight_bit_errors(run: Callable[..., Tensor], inputs: Inputs, grid: Grid, win
     every = torch.arange(grid.tokens, device=got.device)
     rows = every if grid.tokens <= _WHOLE else _sample(grid).to(every.device)
     (exact,) = attend_rows(inputs.tensors, None, seen(grid, window, rows, every), rows, torch.float64)
-    unlike = 1 - torch.cosine_similarity(got[:, rows].double().flatten(), exact.flatten(), 0)
+    return unlikeness(got[:, rows], exact)
+
+
+def unlikeness(got: Tensor, exact: Tensor) -> dict[str, float]:
+    """Return how far an output points from the exact one, as a share of what 8 bits may."""
+    unlike = 1 - torch.cosine_similarity(got.double().flatten(), exact.double().flatten(), 0)
     return {"o": (unlike / _UNLIKE).item()}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from vision_attn.adapters.adapter import read_adapter
 from vision_attn.conversion.conversion import Conversion, convert, load
 from vision_attn.hosts import Host
+from vision_attn.kernels.eight_bits import PRECISIONS
 from vision_attn.processors import (
     RALA,
     Agent,
@@ -78,9 +79,12 @@ def multipole(cell: int, pool: int, exact: int, near: int = 1, spread: float = 0
 
 
 DISCS = tuple(Contender(f"clear r{radius}", Clear(radius=radius)) for radius in (8, 16))
-EIGHT_BITS = tuple(
-    Contender(f"clear r{radius} {precision}", Clear(radius=radius, precision=precision))
-    for radius in (8, 16) for precision in ("int8", "fp8")
+EIGHT_BITS = (
+    *(
+        Contender(f"clear r{radius} {precision}", Clear(radius=radius, precision=precision))
+        for radius in (8, 16) for precision in PRECISIONS
+    ),
+    *(Contender(f"multipole {precision}", Multipole(precision=precision)) for precision in PRECISIONS),
 )  # fmt: skip
 POOLED = (
     Contender("clear r16 pool 4", Clear(radius=16, pool=4)),
