@@ -33,6 +33,8 @@ ROWS = {
     "clear": (Clear(radius=2), Grid(6, 9, prefix=3)),
     "multipole": (Multipole(cell=4, pool=2, near=0, exact=1), Grid(8, 8)),
     "multipole-ragged": (Multipole(cell=4, pool=2, near=0, exact=1), Grid(9, 12, prefix=2)),
+    "multipole-int8": (Multipole(near=0, exact=1, precision="int8"), Grid(9, 16, prefix=2)),
+    "clear-int8": (Clear(radius=2, precision="int8"), Grid(6, 9, prefix=3)),
     "neighborhood": (Neighborhood(kernel_size=3), Grid(8, 8)),
     "linfusion": (LinFusion(mid_dim=-1), Grid(8, 8)),
 }

@@ -125,7 +125,9 @@ def exporting() -> bool:
 
 def passing() -> bool:
     """Whether tensors are those of a transform or a mode, and must not outlive it: what is made now is not kept."""
-    return bool(torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack())
+    if torch.compiler.is_compiling() or transformed():
+        return True
+    return torch._C._len_torch_dispatch_stack() > (HERE.recorder is not None)  # which makes real tensors
 
 
 class CustomOp:
