@@ -51,8 +51,9 @@ def test_a_training(tmp_path: Path) -> None:
 
     write_images(tmp_path / "images", count=2)
     write_cache(settings(tmp_path))
+    config = settings(tmp_path, run__steps=1, run__save_every=0)  # reading a file of settings is no training
     with opened_files() as files:
-        train(settings(tmp_path, run__steps=1, run__save_every=0))
+        train(config)
     own = {name for name in files if name.split("/")[0] in ("distill", "conversion", "adapters", "highres")}
     assert own == listed("For a training")
     assert len(own) <= 16

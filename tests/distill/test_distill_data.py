@@ -17,9 +17,9 @@ from vision_attn.cli import main
 from vision_attn.demo import load_teacher
 from vision_attn.distill import cache
 from vision_attn.distill.cache import write_cache
-from vision_attn.distill.config import read_config
 from vision_attn.distill.data import CachedData, Order
 from vision_attn.distill.images import find_items, generate, nearest_size
+from vision_attn.distill.reading import read_config
 
 NAMES = ("emoji:nano", "FluxTransformer2DModel")
 

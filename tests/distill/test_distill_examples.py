@@ -20,7 +20,7 @@ from vision_attn.bench.quality import dinov2, terrain
 from vision_attn.bench.quality.contenders import DEFAULT, distilled
 from vision_attn.bench.quality.weights import DINOV2, TERRAIN
 from vision_attn.demo import load_teacher
-from vision_attn.distill.config import read_config
+from vision_attn.distill.reading import read_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "distill"
 FILES = sorted(set(EXAMPLES.glob("*.yaml")) - {EXAMPLES / "recipes.yaml"})

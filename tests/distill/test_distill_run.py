@@ -16,7 +16,8 @@ from vision_attn.distill.cache import is_current, write_cache
 from vision_attn.distill.command import _this_process
 from vision_attn.distill.images import undrawn
 from vision_attn.distill.loop import train
-from vision_attn.distill.run import DONE, needs_cache, needs_images, needs_report, needs_training, run_all
+from vision_attn.distill.output import is_finished
+from vision_attn.distill.run import DONE, needs_cache, needs_images, needs_report, run_all
 
 QUICK = dict(
     model__base="emoji:unet", student__processor="Clear", student__fields={"radius": 3}, run__steps=2,
@@ -25,7 +26,7 @@ QUICK = dict(
 
 
 def needs(config):
-    return [check(config) for check in (needs_images, needs_cache, needs_training, needs_report)]
+    return [needs_images(config), needs_cache(config), not is_finished(config), needs_report(config)]
 
 
 @pytest.mark.slow
@@ -49,10 +50,10 @@ def test_one_command_from_prompts_to_the_report(tmp_path):
     longer = settings(tmp_path, data__prompts=prompts, **{**QUICK, "run__steps": 3})
     assert needs(longer) == [False, False, True, False]
     # a run that the clock ended is not gone on with, whatever its steps
-    assert not needs_training(settings(tmp_path, data__prompts=prompts, run__minutes=1, **{**QUICK, "run__steps": 9}))
+    assert is_finished(settings(tmp_path, data__prompts=prompts, run__minutes=1, **{**QUICK, "run__steps": 9}))
     # other settings than the checkpoint's are a matter for the training, which says what changed
     other = settings(tmp_path, data__prompts=prompts, optimizer__learning_rate=0.5, **QUICK)
-    assert needs_training(other)
+    assert not is_finished(other)
     with pytest.raises(ValueError, match=r"optimizer.learning_rate was 0.001, is 0.5"):
         run_all(other, _this_process())
     prompts.write_text("\n".join(WORDS[:3]))

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -17,7 +18,7 @@ from vision_attn.distill.data import CachedData
 from vision_attn.distill.denoiser import load_pipeline
 from vision_attn.distill.loop import train
 from vision_attn.distill.losses import Outputs, Step, distillation_losses
-from vision_attn.distill.run import needs_training
+from vision_attn.distill.output import is_finished
 from vision_attn.distill.student import make_student
 
 STAGES = [
@@ -52,9 +53,9 @@ def test_stages_go_on_from_each_other(root):
     config = settings(root, stages=STAGES, transfer__steps=1, run__measure_every=2, run__save_every=0)
     first, last = config.each_stage()
     assert (first.transfer.steps, last.transfer.steps) == (1, 0) and last.run.out == config.run.out
-    assert needs_training(config)
+    assert not is_finished(config)
     folder = train(config)
-    assert folder == root / "out" / "adapter" and not needs_training(config)
+    assert folder == root / "out" / "adapter" and is_finished(config)
     features, everything = tensors(root / "out" / "stage-1"), tensors(root / "out")
     assert all(".vision_attn." in name for name in features) and len(everything) > 3 * len(features)
     lines = {part: points(root / "out" / part) for part in ("stage-1", ".")}
@@ -77,10 +78,37 @@ def test_a_given_pipeline_teaches_every_stage_as_it_was(root):
     ([{}, {"loss": {"tusk": 0}}], "stages: 2: loss must be one of"),
     ([{"student": {"trainable": "everything"}}], "stages: 1: student.trainable must be one of"),
     ([{"run": {"steps": 0}}], "stages: 1: run.steps must be at least 1"),
-], ids=["section", "key", "choice", "number"])  # fmt: skip
+    ([{"run": {"steps": 2.5}}], "stages: 1: run.steps must be int, got 2.5"),
+    ([{"loss": {"relative": "perhaps"}}], "stages: 1: loss.relative must be bool, got 'perhaps'"),
+    ([{"student": {"projections": "q"}}], r"stages: 1: student.projections must be list\[str\], got 'q'"),
+    ([{"run": {"out": "other"}}], "stages: 1: run.out cannot be set here: each stage has a folder in run.out"),
+    ([{}, {"student": {"min_tokens": 64}}], "stages: 2: student.min_tokens cannot be set here: the first stage"),
+], ids=["section", "key", "choice", "number", "int", "bool", "list", "folder", "layers"])  # fmt: skip
 def test_a_stage_that_does_not_fit_is_refused(root, stages, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((TypeError, ValueError), match=match):
         settings(root, stages=stages)
+
+
+def test_the_values_of_a_stage_have_the_types_of_the_settings(root):
+    changes = {"data": {"cache": "other", "sizes": [[32, 32]], "native": [32, 32]}, "optimizer": {"betas": [0.9, 1e-4]}}
+    (stage,) = settings(root, stages=[changes]).each_stage()
+    assert stage.data.cache == Path("other") and stage.data.sizes == [(32, 32)] and stage.data.native == (32, 32)
+    assert stage.optimizer.betas == (0.9, 1e-4)
+
+
+def test_no_stage_starts_from_layers_that_cannot_be_merged(root):
+    lora = dict(student__trainable="lora", model__quantisation="int8")
+    with pytest.raises(ValueError, match="stages: 2: nothing can start from the LoRA layers of the stage before"):
+        settings(root, stages=[{}, {}], **lora)
+    assert settings(root, stages=[{"student": {"trainable": "new"}}, {}], **lora).each_stage()
+
+
+def test_a_stage_that_the_clock_ended_is_not_gone_on_with(root):
+    stages = [{"student": {"trainable": "new"}, "run": {"steps": 99, "minutes": 1e-6}}, {"run": {"steps": 1}}]
+    config = settings(root, stages=stages, run__save_every=0)
+    for _ in range(2):
+        train(config)
+        assert len((root / "out" / "stage-1" / "metrics.jsonl").read_text().splitlines()) == 1
 
 
 def test_some_layers_have_other_processors(root):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from vision_attn.distill.config import read_config
+from vision_attn.distill.reading import read_config
 
 WORDS = ("red apple", "octopus", "rocket", "house", "penguin", "snail")
 

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from vision_attn.distill.config import Config, read_config
+from vision_attn.distill.config import Config
+from vision_attn.distill.reading import read_config
 
 ACTIONS = ("train", "generate", "cache", "eval", "run")
 _USAGE = f"""usage: vision-attn distill [{" | ".join(ACTIONS)}] --config FILE [--section.key VALUE ...] [--print-config]

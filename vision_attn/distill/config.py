@@ -1,18 +1,16 @@
-"""The settings of a distillation, from a YAML file and from single values on the command line."""
+"""The settings of a distillation, and of its stages."""
 
-import inspect
-import itertools
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
-from vision_attn._checks import check_number, check_one_of
+from vision_attn._checks import check_number, check_one_of, fitting
 from vision_attn.processors import AttnSpec, from_config
 
 PROJECTIONS = ("q", "k", "v", "out")
+_OF_THE_FIRST = ("where", "layers", "min_tokens", "init", "adapter")  # a later stage has them from the one before
 
 
 @dataclass(frozen=True)
@@ -356,92 +354,53 @@ class Config:
         """Return settings with other values, by section and key; `of` says where these come from.
 
         Raises:
+            TypeError: If a value has another type.
             ValueError: If a key does not exist or a value does not fit.
         """
         sections = {}
-        for name, values in changes.items():
+        for name, values in fitting(of, changes, dict[str, dict[str, Any]]).items():
             check_one_of(of, name, ("student", "data", "run", "loss", "transfer", "optimizer"))
             section = getattr(self, name)
             kinds = get_type_hints(type(section))
-            for key, value in values.items():
+            for key in values:
                 check_one_of(f"{of}: {name}", key, kinds)
-                if get_origin(kinds[key]) is Literal:
-                    check_one_of(f"{of}: {name}.{key}", value, get_args(kinds[key]))
+            fields = {key: fitting(f"{of}: {name}.{key}", value, kinds[key]) for key, value in values.items()}
             try:
-                sections[name] = replace(section, **values)
+                sections[name] = replace(section, **fields)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{of}: {error}") from None
         return replace(self, **sections)
 
     def each_stage(self) -> list["Config"]:
-        """Return the settings of each stage; the last one has the run's own folder."""
+        """Return the settings of each stage; the last one has the run's own folder.
+
+        Raises:
+            TypeError: If a value has another type.
+            ValueError: If a stage cannot have a setting, or cannot start from the one before it.
+        """
         stages: list[Config] = []
-        for number, changes in enumerate(self.stages):
-            last = number == len(self.stages) - 1
-            stage = replace(self, stages=[]).changed(changes, f"stages: {number + 1}")
-            out = self.run.out if last else self.run.out / f"stage-{number + 1}"
+        for number, changes in enumerate(self.stages, 1):
+            of = f"stages: {number}"
+            stage = replace(self, stages=[]).changed(changes, of)
+            for section, key in (("run", "out"), *(("student", key) for key in _OF_THE_FIRST if stages)):
+                if key in changes.get(section, {}):
+                    whose = "the first stage decides" if section == "student" else "each stage has a folder in run.out"
+                    raise ValueError(f"{of}: {section}.{key} cannot be set here: {whose}")
+            out = self.run.out if number == len(self.stages) else self.run.out / f"stage-{number}"
             stage = replace(stage, run=replace(stage.run, out=out))
             if stages:
+                if self.model.quantisation and stages[-1].student.trainable == "lora":
+                    raise ValueError(
+                        f"{of}: nothing can start from the LoRA layers of the stage before, because they are not "
+                        f"merged into weights in {self.model.quantisation}: train 'new' there, or leave out "
+                        "model.quantisation"
+                    )
                 before = str(stages[-1].run.out / "adapter")
                 start = replace(stage.student, adapter=before, where=None, init="inherited")
                 own = stage.transfer if "transfer" in changes else TransferConfig()
                 stage = replace(stage, student=start, transfer=own)
             stages.append(stage)
         return stages or [self]
-
-
-def read_config(arguments: Sequence[str], program: str) -> Config | str:
-    """Read `--config FILE` and values such as `--optimizer.learning_rate 1e-4`, which override it.
-
-    Returns:
-        The settings; or, with `--print-config`, what to print.
-
-    Raises:
-        ValueError: If a key does not exist or a value does not fit.
-        FileNotFoundError: If there is no such file.
-    """
-    try:
-        import jsonargparse  # noqa: PLC0415, of the extra 'distill'
-    except ModuleNotFoundError:
-        raise ValueError("settings are read by jsonargparse: pip install 'vision_attn[distill]'") from None
-    arguments, printed = list(arguments), "--print-config" in arguments
-    if printed:
-        arguments.remove("--print-config")
-    for flag, value in itertools.pairwise(arguments):
-        if flag == "--config" and not Path(value).is_file():
-            raise FileNotFoundError(f"--config: {value} does not exist")
-    parser = jsonargparse.ArgumentParser(
-        prog=program,
-        description=__doc__,
-        exit_on_error=False,
-        default_env=False,
-        print_config=None,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", action="config", help="YAML file; values that follow override it")
-    parser.add_class_arguments(Config, None, fail_untyped=True)
-    _explain(parser)
-    try:
-        values: Any = parser.parse_args(arguments)
-        if printed:
-            return parser.dump(values, skip_none=False)
-        made = parser.instantiate_classes(values)
-    except jsonargparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
-    return Config(**{name: getattr(made, name) for name in Config.__dataclass_fields__})
-
-
-def _explain(parser: Any) -> None:
-    """Give each key its line of the docstrings above: jsonargparse reads them only with another package."""
-    actions = {action.dest: action for action in parser._actions}
-    kinds: dict[str, Any] = {name: entry.type for name, entry in Config.__dataclass_fields__.items()}
-    del kinds["stages"]
-    for section, kind in {**kinds, "": Config}.items():
-        summary, _, arguments = inspect.cleandoc(kind.__doc__).partition("\n\nArgs:\n")
-        for group in parser._action_groups:
-            group.title = summary.rstrip(".") if group.title == str(kind) else group.title
-        for name, text in re.findall(r"^    (\w+): (.+?)(?=^    \w|\Z)", arguments, re.MULTILINE | re.DOTALL):
-            actions[f"{section}.{name}".strip(".")].help = " ".join(text.split()).replace("%", "%%")
 
 
 def _at_least(section: str, values: Any, least: float, *names: str) -> None:

@@ -16,7 +16,7 @@ from vision_attn.distill.curve import Curve
 from vision_attn.distill.data import CachedData, Order, batches_of
 from vision_attn.distill.denoiser import Batch, denoiser_of, load_pipeline
 from vision_attn.distill.losses import Step, explain
-from vision_attn.distill.output import Checkpoints, Metrics, flat, last_step, save_adapter, settings_of, write_sheet
+from vision_attn.distill.output import Checkpoints, Metrics, flat, is_finished, save_adapter, settings_of, write_sheet
 from vision_attn.distill.parameters import Averaging, Shards, is_sharded, make_optimizer, make_schedule
 from vision_attn.distill.student import make_student
 from vision_attn.distill.transfer import transfer
@@ -42,8 +42,7 @@ def train(config: Config, *, pipe: Any = None) -> Path:
     *first, last = config.each_stage()
     for stage in first:
         with accelerated(stage) as accelerator, _set_aside(pipe):
-            adapter = stage.run.out / "adapter"
-            if last_step(stage)[0] != stage.run.steps or not adapter.is_dir():
+            if not is_finished(stage):
                 _train(stage, accelerator, load_pipeline(stage.model, prompts=False) if pipe is None else pipe)
     with accelerated(last) as accelerator:
         return _train(last, accelerator, load_pipeline(last.model, prompts=False) if pipe is None else pipe)

@@ -129,20 +129,19 @@ def complete(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"{_PREFIX}*/{STATE}") if path.parent.suffix != ".part")
 
 
-def last_step(config: Config) -> tuple[int | None, float]:
-    """Return the step of the last checkpoint that these settings would go on from, and when it was written.
+def is_finished(config: Config) -> bool:
+    """Whether a training with these settings has ended: its adapter is newer than its last checkpoint.
 
-    Returns:
-        (None, 0) if there is none, or it is of other settings.
+    A run that `run.minutes` ended has, whatever its steps. With stages, the last one counts.
     """
     config = config.each_stage()[-1]
-    found = complete(config.run.out)
-    if not found:
-        return None, 0.0
+    adapter, found = config.run.out / "adapter" / "config.json", complete(config.run.out)
+    if not found or not adapter.exists():
+        return False
     state = json.loads((found[-1] / STATE).read_text())
-    if state["settings"] != settings_of(config):
-        return None, 0.0
-    return int(state["step"]), (found[-1] / STATE).stat().st_mtime
+    if state["settings"] != settings_of(config) or adapter.stat().st_mtime < (found[-1] / STATE).stat().st_mtime:
+        return False
+    return state["step"] >= config.run.steps or config.run.minutes is not None
 
 
 def settings_of(config: Config) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from vision_attn.distill.data import INDEX
 from vision_attn.distill.evaluate import REPORT, evaluate
 from vision_attn.distill.images import generate, undrawn
 from vision_attn.distill.loop import train
-from vision_attn.distill.output import last_step
+from vision_attn.distill.output import is_finished
 
 DONE = "nothing to do"
 
@@ -49,7 +49,7 @@ def run_all(config: Config, state: Any) -> dict[str, Any]:
     if state.is_main_process:
         report["cache"] = _stage(needs_cache(config), lambda: write_cache(config, device=device))
     state.wait_for_everyone()
-    report["train"] = _stage(needs_training(config), lambda: {"adapter": str(train(config))})
+    report["train"] = _stage(not is_finished(config), lambda: {"adapter": str(train(config))})
     if state.is_main_process:
         report["eval"] = _stage(needs_report(config), lambda: evaluate(config, device=device))
     return report
@@ -75,16 +75,6 @@ def needs_cache(config: Config) -> bool:
     """Whether the cache was made of other pictures, or of none."""
     given = config.data.images is None and (config.data.cache / INDEX).exists()
     return not given and not is_current(config)
-
-
-def needs_training(config: Config) -> bool:
-    """Whether the training has not ended: a run that `run.minutes` ended has."""
-    config = config.each_stage()[-1]
-    adapter = config.run.out / "adapter" / "config.json"
-    step, written = last_step(config)
-    if step is None or not adapter.exists() or adapter.stat().st_mtime < written:
-        return True
-    return step < config.run.steps and config.run.minutes is None
 
 
 def needs_report(config: Config) -> bool:
