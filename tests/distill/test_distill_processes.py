@@ -224,6 +224,20 @@ def test_two_processes_that_share_a_batch_learn_what_one_learns(root, tmp_path, 
         torch.testing.assert_close(adapter(tmp_path / "shared")[name], tensor, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.slow
+def test_the_load_of_a_shared_batch_is_learned_once(tmp_path):
+    """Each process routes the tokens of all, and the gradients of all are added."""
+    fields = {"spec": {"class": "Clear", "radius": 3}, "share": 0.5, "shared": 0}
+    more = dict(model__base="emoji:base", student__processor="MoH", student__fields=fields, loss__balance=5.0)
+    more |= dict(run__steps=2, run__save_every=0, optimizer__clip=0)
+    write_images(tmp_path / "images", count=4)
+    write_cache(settings(tmp_path, **more))
+    Sharing(settings(tmp_path, **more, run__share=2, run__out=tmp_path / "shared" / "out")).finish()
+    train(settings(tmp_path, **more))
+    for found, expected in zip(metrics(tmp_path / "shared"), metrics(tmp_path), strict=True):
+        assert expected["balance"] > 0.5 and found == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_batch_is_not_shared_by_processes_that_are_not_there(root, tmp_path):
     with pytest.raises(ValueError, match=r"run\.share: 2 does not divide 1 processes"):
         train(settings(root, run__share=2, run__out=tmp_path / "out"))

@@ -102,6 +102,14 @@ def test_equal_lengths_are_no_nan() -> None:
     assert o.isfinite().all() and q.grad is not None and q.grad.isfinite().all()
 
 
+def test_lengths_that_are_nearly_equal_have_their_gradient_in_float32() -> None:
+    """As those of a host that normalises its queries: of two heads both logits are 1 from their mean, whatever q is."""
+    q = 8 * torch.nn.functional.normalize(torch.randn(1, 512, 2, D), dim=-1)
+    leaf = (q * torch.tensor([1.05, 1.0])[:, None]).requires_grad_()
+    (gradient,) = torch.autograd.grad(built(MoH(share=0.5, shared=0), 2).balance(leaf), leaf)
+    assert gradient.abs().max() < 1e-9
+
+
 def test_a_processor_that_wants_the_moment_gets_it() -> None:
     spec, grid = MoH(AgentSD(cell=2, random=False)), Grid(4, 4)
     q, k, v = tensors(torch.float32, grid=grid)

@@ -155,7 +155,9 @@ def distillation_losses(
     if weights.variance and student.variance is not None and teacher.variance is not None:
         losses["variance"] = _mse(student.variance, teacher.variance)
     if weights.balance and student.balance is not None:
-        losses["balance"] = student.balance
+        whole = student.balance  # of all tokens, in each process
+        share = whole if group is None else whole / torch.distributed.get_world_size(group)
+        losses["balance"] = share + (whole - share).detach()
     total = torch.stack([getattr(weights, name) * loss for name, loss in losses.items()]).sum()
     return {**losses, "total": total}
 

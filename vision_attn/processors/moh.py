@@ -143,7 +143,8 @@ class MoHAttention(Processor):
         """Return which of the heads that are not shared a token takes, 1 or 0, and their softmax, in float32."""
         wide = torch.promote_types(q.dtype, torch.float32)
         length = torch.linalg.vector_norm(q[:, :, self.shared :], dim=-1, dtype=wide)
-        p = (length / length.std(-1, correction=0, keepdim=True).clamp(min=1e-6)).softmax(-1)
+        from_mean = length - length.mean(-1, keepdim=True)  # no softmax sees the mean, but its gradient would round
+        p = (from_mean / from_mean.square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt()).softmax(-1)
         best = length.topk(self.routed, -1).indices
         return torch.zeros_like(p).scatter(-1, best, 1.0), p
 
