@@ -7,7 +7,7 @@ import torch
 from operator_cases import shares
 from torch import Tensor
 
-from vision_attn import Clear, Grid, LinFusion, MoH, Multipole, Softmax
+from vision_attn import Clear, Grid, LinFusion, MoH, Multipole, Neighborhood, Softmax
 from vision_attn.distill.config import StudentConfig
 from vision_attn.kernels.dense import dense_attention
 from vision_attn.processors import AgentSD, Layer, Moment, from_config, spec_of_text, to_config
@@ -142,6 +142,7 @@ def test_it_is_written_in_configurations_and_on_command_lines() -> None:
     assert str(spec) == "MoH(spec=Clear(radius=8, pool=2), share=0.5, shared=0.25)"
     assert spec_of_text("moh:spec=(clear:radius=8,pool=2),share=0.5,shared=0.25") == spec
     assert spec_of_text("moh:spec=clear,share=0.5") == MoH(Clear(), share=0.5)
+    assert spec_of_text("moh:spec=neighborhood:kernel_size=(3,5)") == MoH(Neighborhood((3, 5)))
     fields = {"spec": {"class": "Clear", "radius": 8, "pool": 2}, "share": 0.5, "shared": 0.25}
     assert StudentConfig("MoH", fields).spec() == spec
     with pytest.raises(ValueError, match="with its class"):

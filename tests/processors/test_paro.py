@@ -201,6 +201,8 @@ def test_a_calibration_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="not bypassed"), calibrating(model), conversion.bypassed():
         run(case, model, *size_of(case))
     before = [layer.kept.clone() for layer in layers(model)]
+    with pytest.raises(ValueError, match="block already"), calibrating(model), calibrating(model):
+        pass
     with pytest.raises(KeyError, match="stop"), calibrating(model):
         run(case, model, *size_of(case))
         raise KeyError("stop")

@@ -1,5 +1,6 @@
 """Every processor on every host: forward and backward on a non-square grid, precision, saving, loading, reverting."""
 
+import math
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from untouched import assert_untouched, state
 from vision_attn import (
     RALA,
     Agent,
+    Clear,
     Grid,
     Halo,
     HiLo,
@@ -165,6 +167,12 @@ def test_a_schedule_is_refused_where_there_is_no_timestep() -> None:
         (lambda: Agent(num_agents=0), ValueError, "num_agents"),
         (lambda: Agent(num_agents="9"), TypeError, "num_agents"),
         (lambda: Agent(biases=1), TypeError, "biases"),
+        (lambda: AgentSD(random="no"), TypeError, "random must be True or False, got 'no'"),
+        (lambda: AgentSD(k_scale="1"), TypeError, "k_scale must be a number"),
+        (lambda: Clear(pool=2, counted=1), TypeError, "counted must be True or False, got 1"),
+        (lambda: LinFusion(rotate="no"), TypeError, "rotate must be True or False, got 'no'"),
+        (lambda: RALA(rotate="no"), TypeError, "rotate must be True or False, got 'no'"),
+        (lambda: AgentSD(shortcut=math.nan), ValueError, "shortcut must be a number, got nan"),
         (lambda: AgentSD(cell=0), ValueError, "cell"),
         (lambda: AgentSD(cell=(2,)), ValueError, "cell must be a side or"),
         (lambda: AgentSD(cell=(2, 2.0)), TypeError, "cell must be an int"),
@@ -172,7 +180,7 @@ def test_a_schedule_is_refused_where_there_is_no_timestep() -> None:
         (lambda: HiLo(alpha=1.5), ValueError, "alpha"),
         (lambda: HiLo(window_size=2.5), TypeError, "window_size"),
         (lambda: RALA(kernel_size=4), ValueError, "odd"),
-        (lambda: InLine(kernel_size=2), ValueError, "kernel_size must be odd, or 0 for no local residual, got 2"),
+        (lambda: InLine(kernel_size=2), ValueError, "kernel_size must be odd, or 0 for no convolution, got 2"),
         (lambda: InLine(kernel_size=3.0), TypeError, "kernel_size must be an int"),
         (lambda: InLine(feature_map="elu"), ValueError, "feature_map"),
         (lambda: Halo(block=0), ValueError, "block must be at least 1"),

@@ -90,7 +90,7 @@ def spec_of_text(text: str) -> AttnSpec:
         if not equals:
             raise ValueError(f"fields are written name=value, got {field!r} in {text!r}")
         if key == "spec":
-            fields[key] = spec_of_text(value.removeprefix("(").removesuffix(")"))
+            fields[key] = spec_of_text(value[1:-1] if value.startswith("(") else value)
             continue
         try:
             fields[key] = ast.literal_eval(value)

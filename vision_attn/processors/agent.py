@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vision_attn._checks import check_int
+from vision_attn._checks import check_bool, check_int
 from vision_attn.grid import Grid
 from vision_attn.kernels.agent import Agents, Direct, agent_attention
 from vision_attn.kernels.backend import PerAxis, per_axis
@@ -51,8 +51,7 @@ class Agent(AttnSpec):
         else:
             check_int("num_agents", self.num_agents, 1, "an int or (rows, columns)")
         for name in ("biases", "dwc"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+            check_bool(name, getattr(self, name))
 
     @property
     def agent_grid(self) -> tuple[int, int]:

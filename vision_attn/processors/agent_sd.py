@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vision_attn._checks import check_int, check_number
+from vision_attn._checks import check_bool, check_int, check_number
 from vision_attn.grid import Grid
 from vision_attn.kernels.agent import Agents
 from vision_attn.kernels.backend import exporting
@@ -62,10 +62,11 @@ class AgentSD(AttnSpec):
             raise ValueError(f"cell must be a side or (height, width), got {self.cell}")
         for name, value in (*(("cell", side) for side in sides), ("max_downsample", self.max_downsample)):
             check_int(name, value, 1)
-        for name in ("ratio", "agent_ratio"):
+        check_bool("random", self.random)
+        for name in ("ratio", "agent_ratio", "k_scale", "shortcut"):
             value = getattr(self, name)
             check_number(name, value)
-            if not 0 <= value < 1:
+            if name in ("ratio", "agent_ratio") and not 0 <= value < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
 
     @property

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vision_attn._checks import check_int
+from vision_attn._checks import check_bool, check_int
 from vision_attn.grid import Grid
 from vision_attn.kernels.eight_bits import EIGHT_BIT_CALLS, EIGHT_BIT_PASSES
 from vision_attn.kernels.local import Window, biased_attention, local_attention
@@ -66,8 +66,7 @@ class Clear(AttnSpec):
             if value is None and name == "native_tokens":
                 continue
             check_int(name, value, least)
-        if self.counted not in (False, True):
-            raise TypeError(f"counted must be True or False, got {self.counted!r}")
+        check_bool("counted", self.counted)
         if self.counted and self.pool == 1:
             raise ValueError("counted=True counts the tokens of pooled keys: give pool, the side of their cells")
         if self.precision is not None and self.pool > 1:

@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vision_attn._checks import check_one_of, is_int
+from vision_attn._checks import check_one_of
 from vision_attn.grid import Grid
 from vision_attn.kernels.backend import exporting, transformed
 from vision_attn.kernels.linear import Features, feature_mean, injective_attention
 from vision_attn.processors.base import AttnSpec, Layer, Processor, register
 from vision_attn.processors.image import on_image
 from vision_attn.processors.linfusion import key_weight
+from vision_attn.processors.positional import check_kernel_size
 
 FEATURE_MAPS = ("identity", "relu", "leaky_relu", "exp")
 
@@ -54,11 +55,7 @@ class InLine(AttnSpec):
     feature_map: str = "identity"
 
     def __post_init__(self) -> None:
-        size = self.kernel_size
-        if not is_int(size):
-            raise TypeError(f"kernel_size must be an int, got {size!r}")
-        if size < 0 or (size and size % 2 == 0):
-            raise ValueError(f"kernel_size must be odd, or 0 for no local residual, got {size}")
+        check_kernel_size(self.kernel_size)
         check_one_of("feature_map", self.feature_map, FEATURE_MAPS)
 
     def build(self, layer: Layer) -> "InLineAttention":

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vision_attn._checks import check_int, check_one_of, is_int
+from vision_attn._checks import check_bool, check_int, check_one_of, is_int
 from vision_attn.grid import Grid
 from vision_attn.kernels.dense import around
 from vision_attn.kernels.hedgehog import hedgehog
@@ -71,6 +71,7 @@ class LinFusion(AttnSpec):
         if self.features > 1 and self.feature_map != "hedgehog":
             raise ValueError(f"features={self.features} needs feature_map='hedgehog', got {self.feature_map!r}")
         check_kernel_size(self.kernel_size)
+        check_bool("rotate", self.rotate)
 
     def build(self, layer: Layer) -> "LinFusionAttention":
         """Return the processor of one layer.

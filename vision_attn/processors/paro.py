@@ -157,13 +157,15 @@ def calibrating(target: Any) -> Iterator[None]:
         target: A converted model, or a pipeline of converted models.
 
     Raises:
-        ValueError: If no layer has PARO attention, or none ran inside the block.
+        ValueError: If no layer has PARO attention, one is in such a block already, or none ran inside.
     """
     parts = getattr(target, "components", {"": target}).values()
     models = [part for part in parts if isinstance(part, nn.Module)]
     layers = [module for model in models for module in model.modules() if isinstance(module, ParoAttention)]
     if not layers:
         raise ValueError(f"no layer of this {type(target).__name__} has PARO attention: convert it to Paro() first")
+    if any(layer.sums is not None for layer in layers):
+        raise ValueError(f"this {type(target).__name__} is inside of a calibrating() block already")
     for layer in layers:
         layer.begin()
     finished = False

@@ -45,7 +45,7 @@ def check_kernel_size(size: Any) -> None:
     if not is_int(size):
         raise TypeError(f"kernel_size must be an int, got {size!r}")
     if size < 0 or (size and size % 2 == 0):
-        raise ValueError(f"kernel_size must be odd, or 0 for no positional branch, got {size}")
+        raise ValueError(f"kernel_size must be odd, or 0 for no convolution, got {size}")
 
 
 def rotation_of(moment: Moment, spec: AttnSpec) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vision_attn._checks import check_bool
 from vision_attn.grid import Grid
 from vision_attn.kernels.linear import Features, feature_mean, linear_attention
 from vision_attn.processors.base import AttnSpec, Layer, Moment, Processor, register
@@ -41,6 +42,7 @@ class RALA(AttnSpec):
 
     def __post_init__(self) -> None:
         check_kernel_size(self.kernel_size)
+        check_bool("rotate", self.rotate)
 
     def build(self, layer: Layer) -> "RALAAttention":
         """Return the processor of one layer."""
