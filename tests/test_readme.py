@@ -1,5 +1,6 @@
 """README and pages run, with tiny models standing in for hub names; their figures are the stored ones."""
 
+import copy
 import functools
 import importlib.util
 import json
@@ -7,19 +8,25 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from layers import LEVELS, ORDER
 
 from vision_attn.bench.run import find_entries
 from vision_attn.cli import main
+from vision_attn.demo import load_teacher
+from vision_attn.distill.reading import read_config
+from vision_attn.distill.student import make_student
 from vision_attn.processors import REGISTRY, Schedule
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in
          (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))}  # fmt: skip
+GUIDES = PAGES | {path.relative_to(ROOT).as_posix(): path.read_text() for path in ROOT.glob("examples/*/README.md")}
 README = PAGES["README.md"]
 TEXT = " ".join(" ".join(PAGES.values()).split())
 TINY = '__import__("tiny_pipelines")'
@@ -38,6 +45,13 @@ STAND_INS = {
     'pipe.load_ip_adapter("h94/IP-Adapter", subfolder="sdxl_models", weight_name="ip-adapter_sdxl.bin")': (
         f"{TINY}.load_ip_adapter(pipe)"
     ),
+    'ChromaPipeline.from_pretrained("lodestones/Chroma1-HD", torch_dtype=torch.bfloat16)': (f"{TINY}.build_chroma()"),
+    "prompt_embeds=embeds, prompt": "height=64, width=64, num_inference_steps=1, prompt_embeds=embeds, prompt",
+    'conversion = vision_attn.load(pipe, "out/adapter")': (
+        "import vision_attn, quantised_hosts\n"
+        'pipe = quantised_hosts.beside_its_lora(load_teacher("nano"), "out/adapter")\n'
+        'conversion = vision_attn.load(pipe, "out/adapter")'
+    ),
     "pipe.enable_model_cpu_offload()": (
         '__import__("accelerate").cpu_offload_with_hook(pipe.unet, execution_device=torch.device("cpu"))\n'
         f'pipe(**{TINY}.PIPELINE["sdxl"].call(64, 64), **{TINY}.ip_adapter_inputs(pipe))\n'
@@ -46,10 +60,16 @@ STAND_INS = {
 }
 
 
+IN_PROCESSES = "docs/parallel.md"  # tests/parallel runs its programs
+
+
 def blocks(page, language):
     """Return the blocks of a page with the lines that they begin at."""
-    found = re.finditer(rf"```{language}\n(.*?)```", PAGES[page], flags=re.DOTALL)
-    return [(PAGES[page][: match.start()].count("\n") + 1, match[1]) for match in found]
+    found = re.finditer(rf"```{language}\n(.*?)```", GUIDES[page], flags=re.DOTALL)
+    return [(GUIDES[page][: match.start()].count("\n") + 1, match[1]) for match in found]
+
+
+SETTINGS = {page: [text for _, text in blocks(page, "yaml")] for page in PAGES if blocks(page, "yaml")}
 
 
 @pytest.fixture
@@ -66,9 +86,22 @@ def is_compiled(block):
     return "compile_" in block
 
 
-CODE = [pytest.param(page, False, id=page) for page in PAGES if blocks(page, "python")]
+CODE = [pytest.param(page, False, id=page) for page in PAGES if blocks(page, "python") and page != IN_PROCESSES]
 CODE += [pytest.param(page, True, id=f"{page}, compiled", marks=pytest.mark.slow) for page in PAGES
          if any(is_compiled(block) for _, block in blocks(page, "python"))]  # fmt: skip
+
+
+def test_every_block_has_a_language_that_is_tested():
+    """Text is no program: the order of imports."""
+    found = [
+        (page, fence, text.splitlines()[0])
+        for page in PAGES for fence, text in re.findall(r"^```(\w*)\n(.*?)^```$", PAGES[page], re.MULTILINE | re.DOTALL)
+    ]  # fmt: skip
+    left = [(page, text) for page, fence, text in found if fence not in ("python", "bash", "yaml")]
+    assert sorted(left) == [(page, "_compat, _checks < grid < kernels < processors < hosts, backbones < adapters, "
+                                   "estimation, graphs, parallel < conversion") for page in
+                            ("CONTRIBUTING.md", "docs/architecture.md")]  # fmt: skip
+    assert len(found) > 40
 
 
 @pytest.mark.usefixtures("_registry")
@@ -198,15 +231,15 @@ def anchors(text):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", GUIDES)
 def test_the_links_lead_somewhere(page):
-    links = re.findall(r"\]\((?!http)([^)]+)\)", PAGES[page])
+    links = re.findall(r"\]\((?!http)([^)]+)\)", GUIDES[page])
     for link in links:
         file, _, anchor = link.partition("#")
         target = (ROOT / page).parent / file if file else ROOT / page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target.read_text()), link
-    for path in re.findall(r"`((?:vision_attn|tests|examples|docs|bench|\.ci)/[\w./]+)`", PAGES[page]):
+    for path in re.findall(r"`((?:vision_attn|tests|examples|docs|bench|\.ci)/[\w./]+)`", GUIDES[page]):
         assert (ROOT / path).exists(), path
 
 
@@ -237,6 +270,21 @@ def test_the_first_block_imports_in_a_fresh_process():
     assert imports and done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.parametrize("page", SETTINGS)
+def test_the_settings_can_be_read(page, tmp_path):
+    """Those of recipes go into a file that has the rest. Each stage is that of a teacher which is here."""
+    (text,) = SETTINGS[page]
+    rest = {"model": {"base": "emoji:nano"}, "data": {"cache": "cache", "batch_size": 2}, "run": {"out": "out"}}
+    given = yaml.safe_load(text)
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(rest | given))
+    config = read_config(["--config", str(tmp_path / "settings.yaml")], "test")
+    assert given and len(config.each_stage()) == len(given.get("stages", [1]))
+    pipe = load_teacher("nano")
+    for stage in config.each_stage():
+        fresh = replace(stage.student, adapter=None)
+        assert make_student(replace(stage, stages=[], student=fresh), copy.deepcopy(pipe)).parameters
+
+
 def test_the_targets_that_pages_and_ci_name_exist():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     in_ci = set(re.findall(r"^ *step make ([\w-]+)$", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE))
@@ -244,14 +292,16 @@ def test_the_targets_that_pages_and_ci_name_exist():
     assert {"lint", "test", "docs"} <= said(r"`?\bmake ([\w-]+)(?=`| #)") <= targets
 
 
-SHELL = dict.fromkeys(re.split(r"\s\s+#", line.strip())[0] for page in PAGES for _, block in blocks(page, "bash")
+SHELL = dict.fromkeys(re.split(r"\s\s+#", line.strip())[0] for page in GUIDES for _, block in blocks(page, "bash")
                       for line in block.strip().splitlines())  # fmt: skip
 SMALL = {  # what stands for what takes long
     "generate emoji ": "generate emoji-nano ",
     "--processor clear:radius=8 --out clock.png": "--processor clear:radius=8 --num-inference-steps 2 --out clock.png",
     "--highres --height 512 --width 512": "--highres --height 64 --width 64 --level-inference-steps 1",
     "vit_base_patch16_224 --height 1024 --width 1024": "vit_tiny_patch16_224 --height 256 --width 256",
-    "accelerate launch -m vision_attn.distill run": "vision-attn distill run --print-config",
+    "accelerate launch -m vision_attn.distill": "vision-attn distill",
+    " --config ": " --print-config --config ",  # all of them are of distillations
+    "torchrun --nproc-per-node 2 -m vision_attn.cli": "vision-attn",
 }
 
 
@@ -264,6 +314,8 @@ def test_every_command_runs(line, tmp_path, monkeypatch, capsys):
         line = line.replace(text, small)
     words = [word for word in shlex.split(line) if not re.fullmatch(r"[A-Z_]+=\S*", word)]
     program, *arguments = words
+    if "my_flux.yaml" in words:
+        (tmp_path / "my_flux.yaml").write_text(SETTINGS["docs/flux-in-an-evening.md"][0])
     if program == "make":
         assert f"\n{arguments[0]}:" in (ROOT / "Makefile").read_text()
     elif program == "pip":
@@ -274,6 +326,10 @@ def test_every_command_runs(line, tmp_path, monkeypatch, capsys):
         markers = re.findall(r'^ {4}"(\w+):', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
         (marker,) = re.findall(r"-m ['\"]?(?:not )?(\w+)['\"]?(?: |$)", line.partition("pytest")[2])
         assert marker in markers and all((ROOT / word).exists() for word in arguments if word.startswith("tests"))
+    elif program == "npm":
+        assert arguments[0] == "pack"
+    elif program == "torchrun":
+        assert arguments[-1] == "draw.py"  # the program below it
     elif program == "python":
         script = (ROOT / arguments[0]).read_text()
         assert all(f'"{word}"' in script for word in arguments if word.startswith("--"))

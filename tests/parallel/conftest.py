@@ -6,6 +6,6 @@ from processes import PRELOAD, Group
 
 @pytest.fixture(scope="session")
 def pair():
-    group = Group(2, [*PRELOAD, "sliced_models", "sliced_unets", "sliced_highres"])
+    group = Group(2, [*PRELOAD, "sliced_models", "sliced_unets", "sliced_highres", "sliced_page"])
     yield group
     group.close()

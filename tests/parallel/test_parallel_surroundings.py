@@ -79,6 +79,18 @@ def test_sharded_weights(pair):
 
 
 @pytest.mark.slow
+def test_the_programs_of_the_page_run(pair):
+    one, other = pair.run("sliced_page:of_the_page")
+    assert one == other and all(torch.tensor(list(pixels)).float().std() > 5 for pixels in one)
+
+
+@pytest.mark.slow
+def test_the_example_runs(pair, tmp_path):
+    assert pair.run("sliced_page:of_the_example", str(tmp_path / "picture.png")) == [2, 2]
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["flux", "sdxl", "sd3"])
 def test_generate_highres(pair, kind):
     expected = sliced_highres.drawn(kind, False)

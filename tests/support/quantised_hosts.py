@@ -1,5 +1,6 @@
 """The ways in which people quantise a host, all of them on a CPU, and a twin of a quantised host in plain weights."""
 
+import copy
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -137,3 +138,18 @@ def from_gguf(host_id: str, folder: Path) -> nn.Module:
     config = diffusers.GGUFQuantizationConfig(compute_dtype=torch.float32)
     options: dict[str, Any] = dict(config=str(folder), quantization_config=config, torch_dtype=torch.float32)
     return type(model).from_single_file(str(folder / "model.gguf"), **options).eval()
+
+
+def beside_its_lora(pipe: Any, folder: str) -> Any:
+    """Write an adapter and LoRA layers beside it, as the distillation of a quantised host does; return the pipeline."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    import vision_attn
+
+    conversion = vision_attn.convert(pipe, vision_attn.Clear(radius=3))
+    conversion.save(folder)
+    conversion.revert()
+    model = copy.deepcopy(pipe.transformer)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q"]), model)
+    model.save_lora_adapter(folder)
+    return pipe

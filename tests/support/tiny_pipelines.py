@@ -119,6 +119,16 @@ def build_flux_img2img() -> diffusers.DiffusionPipeline:
     return _flow(diffusers.FluxImg2ImgPipeline, "flux", 2)
 
 
+def build_chroma() -> diffusers.DiffusionPipeline:
+    """Return a ChromaPipeline whose `encode_prompt` answers one prompt, with padding, as its own does."""
+    pipe = _flow(diffusers.ChromaPipeline, "chroma", 1)
+    encode = pipe.encode_prompt
+    mask, ids = (torch.arange(TEXT) < TEXT - 2).float()[None], torch.zeros(TEXT, 3)
+    found = [(noise(1, TEXT, TEXT_DIM, seed=seed), ids, mask) for seed in (3, 4)]
+    pipe.encode_prompt = lambda prompt, **given: (*found[0], *found[1]) if prompt else encode(prompt, **given)
+    return pipe
+
+
 def build_sd3() -> diffusers.DiffusionPipeline:
     """Return a StableDiffusion3Pipeline with SD3.5 layers."""
     return _flow(diffusers.StableDiffusion3Pipeline, "sd35", 3)
