@@ -10,7 +10,7 @@ from processes import PRELOAD, Group
 from sliced import close
 from tiny_hosts import HOST
 
-from vision_attn.processors import Agent, Clear, HiLo, LinearLocal, LinFusion, Multipole, Softmax
+from vision_attn.processors import Agent, AgentSD, Clear, HiLo, LinearLocal, LinFusion, MoH, Multipole, Softmax
 
 SPECS = {
     "clear": Clear(radius=2),
@@ -48,6 +48,12 @@ def check(group, name, size, spec, options, ways, gradients=True):
 def test_equal_to_one_process(pair, name, spec):
     status = check(pair, name, (6, 9, 2, 8), SPECS[spec], {}, dict(ulysses_degree=2))
     assert set(status.values()) == {"rerouted"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [LinFusion(mid_dim=-1, rotate=True), AgentSD(cell=2, random=False)], ids=str)
+def test_a_mixture_of_heads_has_what_the_other_processor_wants(pair, spec):
+    check(pair, "flux", (6, 9, 2, 8), MoH(spec, share=0.5), {}, dict(ulysses_degree=2))
 
 
 @pytest.mark.slow

@@ -62,7 +62,8 @@ def attend(
         ranks: Who holds what.
         mask: Bool `[B, own prefix + own suffix]`, False for padding keys outside the grid; None on all or on none.
         scale: The host's factor of the logits, `D ** -0.5` if None.
-        moment: What is known about the forward, for a processor that wants it; its tokens are those of the own slice.
+        moment: What is known about the forward, for a processor that wants it; its tokens and its rotation are those of
+            the own slice.
 
     Returns:
         `[B, tokens, H, D]` in the dtype of `q`.
@@ -91,6 +92,10 @@ def _whole(
             spans = [ranks.count(ranks.image, rank) for rank in range(ranks.size)] if image else counts
             rows = gather(tokens.transpose(0, 1), spans, ranks, "block input").wait().transpose(0, 1)
             moment = replace(moment, block_input=rows if image else ranks.whole(rows))
+        if moment.rotary is not None:
+            own = torch.stack(moment.rotary, 1)  # [tokens, 2, D]
+            found = ranks.whole(gather(own, counts, ranks, "rotation").wait()[None])[0]
+            moment = replace(moment, rotary=(found[:, 0], found[:, 1]))
         more = (moment,)
     o = processor(*tensors, ranks.grid, mask, scale, *more)
     return ranks.slice(o)
