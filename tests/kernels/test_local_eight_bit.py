@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from eight_bit_cases import PRECISIONS, WORST
+from eight_bit_cases import PRECISIONS, WORST, check_gradients_are_refused
 from interpreted import INTERPRETED
 from local_cases import Case, draw
 
@@ -135,14 +135,8 @@ def test_rounded_tensors_are_near_and_scales_are_those_of_blocks(precision):
 
 def test_a_gradient_is_refused():
     grid, window = Grid(4, 5), Window(radius=2, precision="int8")
-    q, k, v = torch.randn(3, 1, 20, 1, 16)
-    for wants in (q, k, v):
-        wants.requires_grad_()
-        with pytest.raises(ValueError, match=r"precision='int8' has no gradient, .* train with precision=None"):
-            local_attention(q, k, v, grid, window)
-        with torch.no_grad():
-            local_attention(q, k, v, grid, window)
-        wants.requires_grad_(False)
+    tensors = torch.randn(3, 1, 20, 1, 16).unbind()
+    check_gradients_are_refused("int8", tensors, lambda q, k, v: local_attention(q, k, v, grid, window))
 
 
 def test_what_a_window_of_eight_bits_cannot_have():

@@ -1,6 +1,6 @@
 """What the tests of attention in 8 bits share: the errors that are right, and how near 8 bits are on a teacher."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,20 @@ WORST = dict(int8=1.1e-3, fp8=2.2e-3)
 def cosine(a: Tensor, b: Tensor) -> float:
     """Return the cosine of two outputs."""
     return torch.cosine_similarity(a.double().flatten(), b.double().flatten(), 0).item()
+
+
+def check_gradients_are_refused(precision: str, tensors: Sequence[Tensor], attend: Callable[..., Tensor]) -> None:
+    """Check that `attend(*tensors)` is refused by name where one of the tensors wants a gradient, and runs without."""
+    import pytest  # not where a GPU's checks run
+
+    for wants in tensors:
+        wants.requires_grad_()
+        match = rf"precision='{precision}' has no gradient, .* train with precision=None"
+        with pytest.raises(ValueError, match=match):
+            attend(*tensors)
+        with torch.no_grad():
+            attend(*tensors)
+        wants.requires_grad_(False)
 
 
 def rounding_errors(attend: Callable[[str | None, str], Tensor]) -> dict[str, dict[str, float]]:

@@ -130,6 +130,13 @@ def passing() -> bool:
     return torch._C._len_torch_dispatch_stack() > (HERE.recorder is not None)  # which makes real tensors
 
 
+def upright(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Return q and a scale above 0 for the same logits: hidden ones must stay the lowest after scaling."""
+    if scale > 0:
+        return q, scale
+    return (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
+
+
 class CustomOp:
     """An operator of PyTorch around code that it cannot look into: autograd and `torch.compile` see it as one call.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vision_attn.grid import Grid
-from vision_attn.kernels.backend import custom_op
+from vision_attn.kernels.backend import custom_op, upright
 from vision_attn.kernels.triton.launching import (
     block_of,
     bytes_of_mask,
@@ -22,7 +22,6 @@ from vision_attn.kernels.triton.launching import (
     next_power,
     packed,
     thrice,
-    upright,
 )
 
 if TYPE_CHECKING:

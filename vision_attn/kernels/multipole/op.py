@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vision_attn.grid import Grid
-from vision_attn.kernels.backend import custom_op
+from vision_attn.kernels.backend import custom_op, upright
 from vision_attn.kernels.launches import Launch
 from vision_attn.kernels.multipole.cells import Cells, choose_cells, means_of, of_one_head
 from vision_attn.kernels.multipole.pyramid import MeanTiles, Pyramid, pyramid
@@ -25,7 +25,6 @@ from vision_attn.kernels.triton.launching import (
     layout,
     next_power,
     packed,
-    upright,
 )
 
 _AMD = torch.version.hip is not None  # the kernel that chooses multiplies as its GPUs cannot

@@ -100,13 +100,6 @@ def _in_units(shape: tuple[int, ...], strides: tuple[int, ...], unit: int) -> bo
     return strides[-1] == 1 and all(s % unit == 0 for n, s in zip(shape[:-1], strides[:-1], strict=True) if n > 1)
 
 
-def upright(q: Tensor, scale: float) -> tuple[Tensor, float]:
-    """Return q and a scale above 0 for the same logits: hidden ones must stay the lowest after scaling."""
-    if scale > 0:
-        return q, scale
-    return (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
-
-
 def bytes_of_mask(mask: Tensor | None) -> Tensor | None:
     """Return a bool mask as kernels read it."""
     return None if mask is None else mask.contiguous().view(torch.uint8)
