@@ -151,10 +151,10 @@ def test_what_a_window_of_eight_bits_cannot_have():
 
 
 def test_architectures_without_e4m3_are_refused(monkeypatch):
-    from vision_attn.kernels import eight_bits
+    from vision_attn.kernels import launches
 
     for name, able in (("sm_80", False), ("sm_86", False), ("gfx942", False), ("sm_89", True), ("sm_120", True)):
-        monkeypatch.setattr(eight_bits, "target_of", lambda device, name=name: Target(name, 2**16, 80))
+        monkeypatch.setattr(launches, "target_of", lambda device, name=name: Target(name, 2**16, 80))
         reasons = " ".join(eight_bit_reasons(torch.zeros(1, 4, 1, 16), auto=False))
         assert ("no products of e4m3" in reasons) != able
 

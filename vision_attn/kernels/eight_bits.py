@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vision_attn.grid import Grid
+from vision_attn.kernels import launches
 from vision_attn.kernels.backend import passing
 from vision_attn.kernels.dense import full_mask, outside
-from vision_attn.kernels.launches import target_of
 from vision_attn.kernels.tapes import fixed
 from vision_attn.kernels.triton.launching import triton_reasons
 
@@ -66,7 +66,7 @@ def eight_bit_reasons(q: Tensor, *, auto: bool) -> list[str]:
     """List why products in 8 bits cannot run in Triton; empty if they can."""
     reasons = triton_reasons(q, auto=auto)
     if not torch.compiler.is_compiling():  # which cannot trace the question; the launch asks it too
-        reasons += target_of(q.device).without_eight_bits
+        reasons += launches.target_of(q.device).without_eight_bits
     return reasons
 
 
