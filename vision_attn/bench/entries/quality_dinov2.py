@@ -32,7 +32,7 @@ TITLE = (
 CANDIDATES: Sequence[Contender] = tuple(dict.fromkeys((*EVERY, *EIGHT_BITS, *MULTIPOLES, *SPREAD)))
 MEASURES = {"keys": ("keys", ".0f"), "cosine": ("cosine", ".4f"), "error": ("error", ".2g"), "iou": ("IoU", ".3f")}
 PLOTTED = ("error", "squared error of the features, relative")
-_ON_CPU = {518: 20, 896: 6}  # pixels: photos
+_ON_CPU = {518: 20, 896: 20, 1288: 4}  # pixels: photos
 
 
 def cases(device: torch.device, quick: bool = False, sources: Sources | None = None) -> list[PhotosCase]:
