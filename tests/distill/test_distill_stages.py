@@ -165,3 +165,15 @@ def test_guided_and_relative_losses_are_what_they_say():
     assert losses["total"].item() == pytest.approx((0.5 * guided + a + b).item(), rel=1e-5)
     absolute = distillation_losses(student, teacher, torch.zeros(()), replace(weights, relative=False))
     assert absolute["attention"].item() != pytest.approx(losses["attention"].item(), rel=1e-2)
+
+
+@pytest.mark.parametrize(("prediction", "forwards"), [(0.0, 1), (0.5, 2)])
+def test_the_teacher_runs_if_a_loss_asks_for_it(root, prediction, forwards):
+    """FLUX learns no variances, so that their loss, which has a weight by default, asks for nothing."""
+    config = settings(root, loss__task=1.0, loss__attention=0.0, loss__prediction=prediction, student__trainable="new")
+    student = make_student(config, load_pipeline(config.model, prompts=False))
+    data = CachedData(config.data, config.model.base, "FluxTransformer2DModel")
+    step, ran = Step(config, student, data.interface), []
+    student.model.register_forward_pre_hook(lambda model, args: ran.append(model))
+    step.losses(student.model, step.noisy(data[data.buckets[32, 32][:2]], 0))
+    assert len(ran) == forwards

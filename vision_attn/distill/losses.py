@@ -85,11 +85,15 @@ class Step:
             noisy: What `noisy` returned.
         """
         weights, student = self.config.loss, self.student
-        with student.teaching(model) as teacher:
-            needed = bool(weights.prediction or weights.guided or self.layers or weights.variance)
-            taught = self._forward(teacher, student.copy or student.model, noisy) if needed else None
+        taught = self._taught(model, noisy) if weights.prediction or weights.guided or self.layers else None
         learned = self._forward(model, student.model, noisy)
+        if taught is None and weights.variance and learned.variance is not None:
+            taught = self._taught(model, noisy)
         return distillation_losses(learned, taught or learned, noisy.target, weights, student.group)
+
+    def _taught(self, model: Any, noisy: Noisy) -> "Outputs":
+        with self.student.teaching(model) as teacher:
+            return self._forward(teacher, self.student.copy or self.student.model, noisy)
 
     def _forward(self, model: Any, inner: Any, noisy: Noisy) -> "Outputs":
         with attention_outputs(inner, self.layers) as attention, routed_queries(inner) as queries:
