@@ -21,6 +21,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 
 from vision_attn.demo import load_teacher  # before diffusers: it repairs torchvision
 
@@ -224,7 +225,7 @@ def spec_of(config: Config) -> str:
     return "; ".join([str(own[1]), *(f"{other} on {pattern}" for pattern, other in others)])
 
 
-def in_processes(args, pairs: list[tuple[str, str]], keep) -> None:
+def in_processes(args, pairs: list[tuple[str, str]], minutes: float, keep) -> None:
     """Train `args.jobs` students at a time, each in a process of its own, and keep each result when it is there."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     gpus = listed.split(",") if listed else [str(n) for n in range(max(torch.cuda.device_count(), 1))]
@@ -242,7 +243,7 @@ def in_processes(args, pairs: list[tuple[str, str]], keep) -> None:
         place = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if torch.cuda.is_available() else {}
         with log.open("w") as written:
             done = subprocess.run(
-                [*command, "--jobs", "1", "--row", str(row)],
+                [*command, "--jobs", "1", "--minutes", str(minutes), "--row", str(row)],
                 env={**os.environ, **place},
                 stderr=written,
                 check=False,
@@ -321,18 +322,20 @@ def main() -> None:
     pairs = [(t, s) for t in args.teachers.split(",") for s in args.students]
     missing = [pair for pair in pairs if "-".join(pair) not in results]
     minutes = args.minutes if args.recipes else args.minutes / len(pairs)
+    kept = Lock()
 
     def keep(name: str, result: dict) -> None:
-        results[name] = result
-        path.with_suffix(".part").write_text(json.dumps(results, indent=2) + "\n")
-        path.with_suffix(".part").replace(path)
-        (args.out / "results.md").write_text(table(results))
+        with kept:
+            results[name] = result
+            path.with_suffix(".part").write_text(json.dumps(results, indent=2) + "\n")
+            path.with_suffix(".part").replace(path)
+            (args.out / "results.md").write_text(table(results))
 
     if args.row is not None:
         args.row.write_text(json.dumps(result_of(args, *missing[0], minutes, results)))
         return
     if args.jobs > 1:
-        in_processes(args, missing, keep)
+        in_processes(args, missing, minutes, keep)
     else:
         for teacher, student in missing:
             keep(f"{teacher}-{student}", result_of(args, teacher, student, minutes, results))

@@ -14,6 +14,7 @@ from PIL import Image
 from vision_attn.cli import main
 from vision_attn.distill.cache import is_current, write_cache
 from vision_attn.distill.command import _this_process
+from vision_attn.distill.evaluate import evaluate
 from vision_attn.distill.images import undrawn
 from vision_attn.distill.loop import train
 from vision_attn.distill.output import is_finished
@@ -119,3 +120,12 @@ def test_a_tracker_gets_every_step(tmp_path):
     found.Reload()
     assert [event.step for event in found.Scalars("total")] == [1, 2]
     assert torch.isfinite(torch.tensor([event.value for event in found.Scalars("norm")])).all()
+
+
+def test_an_adapter_that_is_not_there_is_named(tmp_path):
+    config = settings(tmp_path, eval__adapter=tmp_path / "none")
+    config.run.out.mkdir()
+    (config.run.out / "eval.json").write_text("{}")
+    assert needs_report(config)
+    with pytest.raises(FileNotFoundError, match=r"eval\.adapter: .*none does not exist"):
+        evaluate(config)

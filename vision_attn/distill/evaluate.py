@@ -37,7 +37,7 @@ def evaluate(config: Config, *, device: str = "cpu") -> dict[str, Any]:
     Raises:
         FileNotFoundError: If there is no adapter, no cache or no file of prompts.
     """
-    adapter = config.eval.adapter or config.run.out / "adapter"
+    adapter = adapter_of(config)
     if not adapter.exists():
         raise FileNotFoundError(f"eval.adapter: {adapter} does not exist: train first")
     pipe = load_pipeline(config.model).to(device)
@@ -59,6 +59,11 @@ def evaluate(config: Config, *, device: str = "cpu") -> dict[str, Any]:
     config.run.out.mkdir(parents=True, exist_ok=True)
     (config.run.out / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     return report
+
+
+def adapter_of(config: Config) -> Path:
+    """Return the folder of the adapter that is measured."""
+    return config.eval.adapter or config.run.out / "adapter"
 
 
 @dataclass(frozen=True)

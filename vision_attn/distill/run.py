@@ -13,7 +13,6 @@ import gc
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ import torch
 from vision_attn.distill.cache import is_current, write_cache
 from vision_attn.distill.config import Config
 from vision_attn.distill.data import INDEX
-from vision_attn.distill.evaluate import REPORT, evaluate
+from vision_attn.distill.evaluate import REPORT, adapter_of, evaluate
 from vision_attn.distill.images import generate, undrawn
 from vision_attn.distill.loop import train
 from vision_attn.distill.output import is_finished
@@ -79,11 +78,7 @@ def needs_cache(config: Config) -> bool:
 
 def needs_report(config: Config) -> bool:
     """Whether the adapter was not evaluated with these settings."""
-    path = config.run.out / REPORT
-    if not path.exists() or path.stat().st_mtime < _adapter(config).stat().st_mtime:
+    path, adapter = config.run.out / REPORT, adapter_of(config)
+    if not path.exists() or not adapter.exists() or path.stat().st_mtime < adapter.stat().st_mtime:
         return True
     return json.loads(path.read_text()).get("eval") != json.loads(json.dumps(asdict(config.eval), default=str))
-
-
-def _adapter(config: Config) -> Path:
-    return config.eval.adapter or config.run.out / "adapter"
