@@ -42,6 +42,7 @@ OPERATORS = (
     "multipole-int8", "multipole-fp8", "multipole-cell12-int8",
     "linear", "linear-features", "linear-options", "injective", "rala", "agent", "agent-options", "window",
     "window-options", "window-halo", "linear_local", "linear_local-options", "hedgehog",
+    "means", "depthwise",
 )  # fmt: skip
 
 
@@ -157,6 +158,7 @@ def _call(operator: str, dtype: Any, D: int) -> Any:
 
     from vision_attn import RALA, Agent, Halo, HiLo, InLine, LinFusion
     from vision_attn.grid import Grid
+    from vision_attn.kernels.image import Windows, add_depthwise, means
     from vision_attn.kernels.linear import Features, linear_attention
     from vision_attn.kernels.linear_local import linear_local_attention
     from vision_attn.kernels.local import Window, local_attention
@@ -202,8 +204,14 @@ def _call(operator: str, dtype: Any, D: int) -> Any:
         return local_attention(q, k, v, grid, windows[operator](), backend="triton")
     if operator in cells:
         return multipole_attention(q, k, v, grid, cells[operator], backend="triton")
-    if operator == "linear":
-        return linear_attention(q, k, v, backend="triton")
+    weight, bias, gate = draw(2 * D, 1, 5, 5), draw(2 * D), draw(2, D, D)
+    calls: dict[str, Callable[[], Any]] = {
+        "linear": lambda: linear_attention(q, k, v, backend="triton"),
+        "means": lambda: means(k, grid, Windows(count=(7, 7)), and_of=v, backend="triton")[0],
+        "depthwise": lambda: add_depthwise(q, v, grid, weight, bias, gate=gate, backend="triton"),
+    }
+    if operator in calls:
+        return calls[operator]()
     if operator == "linear-features":  # as the Hedgehog's
         a, b = (draw(1, grid.tokens, 2, 2 * D) for _ in range(2))
         return linear_attention(a, b, v, features=Features("none"), backend="triton")

@@ -136,7 +136,7 @@ def test_mean_of_features(weight, dtype):
         torch.manual_seed(1)
         q = torch.randn(2, 1, 150, 24).to(dtype).to(wide).transpose(1, 2).requires_grad_()
         w = torch.rand(2, 150, 1).to(dtype).to(wide).requires_grad_() if weight else None
-        m = feature_mean(q, weight=w, backend=backend)
+        m = feature_mean(q, weight=w, scale=0.3, backend=backend)
         cotangent = torch.cos(torch.arange(m.numel(), dtype=torch.float64)).view_as(m).to(m.dtype)
         results.append(list(torch.autograd.grad(m, [q, *([w] if weight else [])], cotangent)))
         if backend == "triton":
@@ -167,7 +167,7 @@ def test_opcheck_and_compile():
     weight, query = torch.rand(1, 40, 1).requires_grad_(), draw(1, 1, 16)
     torch.library.opcheck(_linear.registered, (q, k, v, cos, sin, weight, query, "elu", 1e-6))
     torch.library.opcheck(_linear.registered, (q, k, v, None, None, None, None, "relu", 1e-6))
-    torch.library.opcheck(_mean.registered, (q, weight, "elu"))
+    torch.library.opcheck(_mean.registered, (q, weight, "elu", 0.25))
     compiled = torch.compile(linear_attention, fullgraph=True, backend="aot_eager")
     options = dict(features=Features("elu", (cos, sin)), key_weight=weight, global_query=query, backend="triton")
     o = [f(q, k, v, **options) for f in (compiled, linear_attention)]

@@ -30,8 +30,8 @@ from vision_attn import (
     load,
 )
 from vision_attn.conversion.state import is_rerouted, state_of
+from vision_attn.kernels.image import averages
 from vision_attn.processors import REGISTRY, AgentSD, Schedule
-from vision_attn.processors.agent import averages
 
 UNLIKE = {
     name: (16, 8) for name in ("clear-pool", "clear-counted")

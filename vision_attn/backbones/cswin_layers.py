@@ -22,8 +22,8 @@ from vision_attn.backbones.checkpoints import Rule, rename, unwrap
 from vision_attn.backbones.leaplab import PositionedBackbone, checkpoint_filter
 from vision_attn.backbones.registry import operator
 from vision_attn.grid import Grid
+from vision_attn.kernels.image import add_depthwise
 from vision_attn.kernels.window import from_cells, to_cells, window_attention
-from vision_attn.processors.positional import add_depthwise
 
 CSWIN_RULES: tuple[Rule, ...] = (
     (r"^stage1_conv_embed\.0\.", "patch_embed.proj."),
@@ -99,9 +99,9 @@ def attend_in_stripes(qkv: list[Tensor], weight: Tensor, bias: Tensor | None, si
     grid = Grid(*size)
     o = window_attention(q, k, v, grid, cell)
     if cell == size:
-        return add_depthwise(o, v, grid, weight, bias).flatten(2)
+        return add_depthwise(o, v, grid, weight, bias, backend="torch").flatten(2)
     o, v = (to_cells(t, grid, cell).flatten(0, 1) for t in (o, v))
-    o = add_depthwise(o, v, Grid(*cell), weight, bias).unflatten(0, (q.shape[0], -1))
+    o = add_depthwise(o, v, Grid(*cell), weight, bias, backend="torch").unflatten(0, (q.shape[0], -1))
     return from_cells(o, grid, cell).flatten(2)
 
 

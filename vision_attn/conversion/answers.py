@@ -22,7 +22,6 @@ from vision_attn.conversion.masks import is_bias, key_padding, stays_dense
 from vision_attn.conversion.projections import Projections
 from vision_attn.conversion.state import ADDED, MASKED, LayerState, rotary_of
 from vision_attn.grid import Grid, largest
-from vision_attn.kernels.tapes import DEVICES
 from vision_attn.parallel.models import stock_attention
 from vision_attn.parallel.processors import attend
 from vision_attn.parallel.ranks import Ranks
@@ -314,7 +313,7 @@ class Answers:
             return grouped(self.processor, q, k, v, mask, run)
         if self.moment is not None:
             return self.processor(q, k, v, grid, mask, scale, self.moment)
-        if torch.compiler.is_compiling() or self.backend is not None or q.device.type not in DEVICES:
+        if torch.compiler.is_compiling() or self.backend is not None or self.processor.repeats_itself:
             return self.processor(q, k, v, grid, mask, scale)
         return self.state.tapes.call(self.processor, (q, k, v, grid, mask, scale), self.processor)
 

@@ -210,7 +210,7 @@ class LayerState:
         return adds
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "block_input": None, "block": None, "decisions": {}, "tapes": Tapes()}
+        return {**self.__dict__, "block_input": None, "block": None, "decisions": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, block=_Block())

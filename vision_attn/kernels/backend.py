@@ -53,6 +53,12 @@ def check_backend(backend: str, known: Sequence[str] = ("triton", "torch", "refe
         raise ValueError(f"backend must be one of {names}, got {backend!r}")
 
 
+def for_inference(backend: str, *tensors: Tensor | None) -> str:
+    """Return by which backend an operator runs that has no gradient but in PyTorch, and no definition of its own."""
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return "torch" if wanted or backend == "reference" else backend
+
+
 def pick(operator: str, backend: str, implementations: Mapping[str, Implementation]) -> Callable[..., Any]:
     """Return the function that runs `operator` with the chosen backend.
 

@@ -47,7 +47,13 @@ def fixed(t: Tensor) -> Tensor:
 
 
 class Tapes(dict[Any, Any]):
-    """Tapes of a function by all that its launches depend on: None before the second call, False if there is none."""
+    """Tapes of a function by all that its launches depend on: None before the second call, False if there is none.
+
+    They hold addresses, so copies and pickles begin anew.
+    """
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Tapes, ()
 
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], owner: nn.Module | None = None) -> Any:
         """Call `function(*args)`, or repeat its launches.
@@ -80,7 +86,8 @@ class Tapes(dict[Any, Any]):
 def _can_repeat(t: Tensor) -> bool:
     """Whether nothing of PyTorch has a part in calls of this moment."""
     return (
-        t.device.type in DEVICES
+        not torch.compiler.is_compiling()
+        and t.device.type in DEVICES
         and not torch.is_grad_enabled()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
@@ -91,11 +98,14 @@ def _can_repeat(t: Tensor) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a call of a module is its class's forward and nothing else; of modules inside it nobody would know."""
-    return not (
-        module._modules or module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    """Whether a call of a module is its class's forward and nothing else, and so with the modules inside it."""
+    if (
+        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
         or _modules._global_forward_hooks or _modules._global_forward_pre_hooks
-    )  # fmt: skip
+    ):  # fmt: skip
+        return False
+    inside = module._modules
+    return not inside or all(_is_plain(m) for m in inside.values() if m is not None)
 
 
 def _layout(a: Any) -> Any:
@@ -178,8 +188,6 @@ def _is_view(func: Any, args: tuple[Any, ...], result: Any) -> bool:
 
 def _record(function: Callable[..., Any], args: tuple[Any, ...], owner: nn.Module | None) -> tuple[Any, "Tape | bool"]:
     """Return the result of a call and its tape, False if it has none."""
-    if HERE.recorder is not None:
-        return function(*args), False
     inputs = [a for a in args if isinstance(a, Tensor)]
     with Recorder(inputs) as heard:
         result = function(*args)
@@ -196,6 +204,8 @@ def _tape_of(heard: Recorder, result: Any, owner: nn.Module | None) -> "Tape | N
     if None in numbers or len(set(numbers)) < len(numbers):
         return None
     tape = Tape(isinstance(result, tuple), outputs[0].device)
+    for module in () if owner is None else owner.modules():
+        tape.modules += [(module._modules, name, inner) for name, inner in module._modules.items() if inner is not None]
     bases = dict(zip(numbers, range(len(inputs), len(inputs) + len(outputs)), strict=True))
     places = {}
     for n, (t, zero) in enumerate(heard.allocated):
@@ -319,6 +329,7 @@ class Tape:
         zeros: Bytes of each further memory that begins as zeros.
         bytes: All other memory that is asked for.
         kept: Parameters: where each is kept, by what name, itself, and its address.
+        modules: Modules inside its owner: where each is kept, by what name, and itself.
         tables: Tensors that nobody writes to.
     """
 
@@ -329,6 +340,7 @@ class Tape:
     zeros: list[int] = field(default_factory=list)
     bytes: int = 0
     kept: list[tuple[dict[str, Any], str, Tensor, int]] = field(default_factory=list)
+    modules: list[tuple[dict[str, Any], str, nn.Module]] = field(default_factory=list)
     tables: list[Tensor] = field(default_factory=list)
 
     def keep(self, t: Tensor, owner: nn.Module | None) -> bool:
@@ -345,8 +357,10 @@ class Tape:
         return False
 
     def valid(self) -> bool:
-        """Whether all parameters are where they were."""
-        return all(among.get(name) is t and t.data_ptr() == address for among, name, t, address in self.kept)
+        """Whether all parameters, and modules inside the owner, are where they were."""
+        return all([among.get(name) is t and t.data_ptr() == address for among, name, t, address in self.kept]) and all(
+            [among.get(name) is module for among, name, module in self.modules]
+        )
 
     def repeat(self, inputs: Sequence[Tensor]) -> Any:
         """Launch anew on other inputs and new memory; returns what the call returned."""

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from vision_attn.kernels.agent import Agents, Direct, read_agents
 from vision_attn.kernels.agent.parts import dense_part, dense_part_gradients
+from vision_attn.kernels.image import averages
 from vision_attn.parallel.outside import Outside, merge_parts, packed, unpacked
 from vision_attn.parallel.ranks import Ranks
 from vision_attn.parallel.sums import Total, own_image
 from vision_attn.parallel.transfers import gather
-from vision_attn.processors.agent import averages
 
 
 def pool_agents_over(q: Tensor, ranks: Ranks, agent_grid: tuple[int, int]) -> Total:

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from vision_attn.grid import Grid
 from vision_attn.kernels.dense import dense_attention
+from vision_attn.kernels.image import add_depthwise
 from vision_attn.kernels.window import Haloed, window_attention
 from vision_attn.parallel.linear import cells_slab
 from vision_attn.parallel.local import Halo, Slab
 from vision_attn.parallel.outside import Shared
 from vision_attn.parallel.ranks import Ranks
 from vision_attn.parallel.sums import CellSums, cell_counts, own_cells, own_image, squares
-from vision_attn.processors.positional import add_depthwise
 
 
 def _slab_of(ranks: Ranks, cells: Haloed, rank: int) -> Slab:

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from vision_attn._checks import check_bool, check_int
 from vision_attn.grid import Grid
 from vision_attn.kernels.agent import Agents, Direct, agent_attention
-from vision_attn.kernels.backend import PerAxis, per_axis
+from vision_attn.kernels.backend import PerAxis, for_inference, per_axis
 from vision_attn.kernels.dense import full_mask, outside, with_dense_rows
+from vision_attn.kernels.image import Windows, means
 from vision_attn.processors.base import AttnSpec, Layer, Processor, register
-from vision_attn.processors.image import on_image
 from vision_attn.processors.positional import DepthwiseBranch
 
 
@@ -92,19 +92,19 @@ class AgentAttention(Processor):
         if spec.biases:
             self.position = AgentBiases(layer.num_heads, spec.agent_grid, (7, 7), (7, 7))
         if spec.dwc:
-            self.dwc = DepthwiseBranch(layer.num_heads * layer.head_dim, 3)
+            self.dwc = DepthwiseBranch(layer.num_heads * layer.head_dim, 3, layer.backend)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None = None, scale: float | None = None
     ) -> Tensor:
         """Attend through agents: see `Processor.forward`."""
-        image = grid.image
         key_bias = query_bias = None
         if self.spec.biases:
             size = (grid.height, grid.width)
             key_bias, query_bias = self.position(size, size)
             key_bias = F.pad(key_bias, (grid.prefix, grid.suffix))
-        agents = Agents(pool_agents(q[:, image], grid, self.spec.agent_grid), key_bias, query_bias)
+        tokens, _ = means(q, grid, Windows(count=self.spec.agent_grid), backend=for_inference(self.backend, q))
+        agents = Agents(tokens, key_bias, query_bias)
         o = attend_through(q, k, v, agents, grid, mask=mask, scale=scale, backend=self.backend)
         return self.dwc(o, v, grid) if self.spec.dwc else o
 
@@ -142,26 +142,6 @@ def attend_through(
         direct = Direct(outside(k, grid), outside(v, grid), mask)
     o = agent_attention(q[:, grid.image], k, v, agents, mask=everything, direct=direct, scale=scale, backend=backend)
     return with_dense_rows(o, q, k, v, grid, mask=mask, scale=scale)
-
-
-def pool_agents(q: Tensor, grid: Grid, agent_grid: tuple[int, int]) -> Tensor:
-    """Return the means of queries `[B, height * width, H, D]` over a grid of agents: `[B, rows * columns, H, D]`."""
-    return on_image(q, grid, lambda image: _pool(image, agent_grid))
-
-
-def _pool(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return `F.adaptive_avg_pool2d(image, size)`, whose gradient on CUDA is not deterministic, so that it may be."""
-    if not (image.is_cuda and torch.are_deterministic_algorithms_enabled()):
-        return F.adaptive_avg_pool2d(image, size)
-    rows, columns = (averages(old, new).to(image) for old, new in zip(image.shape[-2:], size, strict=True))
-    return rows @ image @ columns.mT
-
-
-def averages(length: int, windows: int) -> Tensor:
-    """Return the matrix `[windows, length]` by which adaptive pooling averages `length` entries of an axis."""
-    i, n = torch.arange(windows)[:, None], torch.arange(length)
-    inside = ((n >= i * length // windows) & (n < ((i + 1) * length + windows - 1) // windows)).double()
-    return inside / inside.sum(1, keepdim=True)
 
 
 class AgentBiases(nn.Module):

@@ -77,12 +77,14 @@ class Processor(nn.Module, ABC):
             moment as one more argument of `forward` if it wants it too.
         heads_alike: Whether it computes all heads alike, so that a group of heads may stand in the batch.
         counts_calls: Whether what it computes depends on how often it was called, so no CUDA graph can replay it.
+        repeats_itself: Whether it does more than launch kernels, and repeats the launches in it by tapes of its own.
         changes: How often an attribute was set, by which those see it who remember calls.
     """
 
     wants: bool = False
     heads_alike: bool = False
     counts_calls: bool = False
+    repeats_itself: bool = False
     changes: int = 0
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -13,15 +13,16 @@ Paper: 'Fast Vision Transformers with HiLo Attention' - https://arxiv.org/abs/22
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vision_attn._checks import check_int, check_number
 from vision_attn.grid import Grid
+from vision_attn.kernels.backend import for_inference
 from vision_attn.kernels.dense import around, dense_attention, full_mask, outside, with_dense_rows
+from vision_attn.kernels.image import Windows, means
+from vision_attn.kernels.tapes import Tapes
 from vision_attn.kernels.window import window_attention
 from vision_attn.processors.base import AttnSpec, Layer, Processor, register
-from vision_attn.processors.image import on_image
 
 
 def low_heads(num_heads: int, alpha: float, window_size: int) -> int:
@@ -71,32 +72,47 @@ class HiLo(AttnSpec):
 class HiLoAttention(Processor):
     """`window_attention` on the first heads, dense attention over pooled keys on the last."""
 
+    repeats_itself = True
+
     def __init__(self, spec: HiLo, layer: Layer) -> None:
         super().__init__()
         self.spec, self.backend = spec, layer.backend
         self.high = layer.num_heads - low_heads(layer.num_heads, spec.alpha, spec.window_size)
         self.heads_alike = self.high in (0, layer.num_heads)
+        self._tapes = Tapes()
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None = None, scale: float | None = None
     ) -> Tensor:
         """Attend on both groups of heads: see `Processor.forward`."""
-        h, size, outputs = self.high, self.spec.window_size, []
+        h, heads = self.high, q.shape[2]
+        found = self._tapes.call(self._high_and_means, (q, k, v, grid, mask, scale), self)
+        if h == heads:
+            return found[0]
+        keys, values = found[-2:]
+        low = self._low(q[:, :, h:], k[:, :, h:], v[:, :, h:], keys, values, grid, mask, scale)
+        return torch.cat([found[0], low], 2) if h else low
+
+    def _high_and_means(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None, scale: float | None
+    ) -> tuple[Tensor, ...]:
+        """Return the output of the high heads, and the pooled keys and values of the low ones, of those that exist."""
+        h, size, found = self.high, self.spec.window_size, []
         if h:
             high = (q[:, :, :h], k[:, :, :h], v[:, :, :h], grid, size)
-            outputs.append(window_attention(*high, mask=mask, scale=scale, backend=self.backend))
+            found.append(window_attention(*high, mask=mask, scale=scale, backend=self.backend))
         if h < q.shape[2]:
-            outputs.append(self._low(q[:, :, h:], k[:, :, h:], v[:, :, h:], grid, mask, scale))
-        return torch.cat(outputs, 2)
+            k, v = k[:, :, h:], v[:, :, h:]
+            found += means(k, grid, Windows(size=size), and_of=v, backend=for_inference(self.backend, k, v))
+        return tuple(found)
 
-    def _low(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None, scale: float | None) -> Tensor:
-        image, size = grid.image, self.spec.window_size
-        keys, values = (around(outside(t, grid), pool_means(t[:, image], grid, size), grid) for t in (k, v))
-        pooled = Grid(1, keys.shape[1] - grid.prefix - grid.suffix, grid.prefix, grid.suffix)
-        o = dense_attention(q[:, image], keys, values, mask=full_mask(mask, pooled), scale=scale)
+    def _low(
+        self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, grid: Grid, mask: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:  # fmt: skip
+        """Attend to pooled keys and values, and to the tokens outside the grid."""
+        pooled = Grid(1, keys.shape[1], grid.prefix, grid.suffix)
+        if grid.prefix + grid.suffix:
+            keys, values = (around(outside(t, grid), own, grid) for t, own in ((k, keys), (v, values)))
+        o = dense_attention(q[:, grid.image], keys, values, mask=full_mask(mask, pooled), scale=scale)
         return with_dense_rows(o, q, k, v, grid, mask=mask, scale=scale)
-
-
-def pool_means(t: Tensor, grid: Grid, window_size: int) -> Tensor:
-    """Return the means of tokens `[B, height * width, H, D]` over windows: `[B, windows, H, D]`."""
-    return on_image(t, grid, lambda image: F.avg_pool2d(image, window_size, ceil_mode=True, count_include_pad=False))

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from vision_attn._checks import check_one_of
 from vision_attn.grid import Grid
 from vision_attn.kernels.backend import exporting, transformed
+from vision_attn.kernels.image import on_image
 from vision_attn.kernels.linear import Features, feature_mean, injective_attention
 from vision_attn.processors.base import AttnSpec, Layer, Processor, register
-from vision_attn.processors.image import on_image
 from vision_attn.processors.linfusion import key_weight
 from vision_attn.processors.positional import check_kernel_size
 

@@ -201,7 +201,7 @@ class LinFusionAttention(Processor):
                 Hedgehog(layer.num_heads, layer.head_dim, layer.backend, spec.features) for _ in range(2)
             )
         if spec.kernel_size:
-            self.lepe = DepthwiseBranch(layer.num_heads * layer.head_dim, spec.kernel_size)
+            self.lepe = DepthwiseBranch(layer.num_heads * layer.head_dim, spec.kernel_size, layer.backend)
         self.wants = spec.rotate
 
     def residuals(self) -> Mapping[str, nn.Module]:

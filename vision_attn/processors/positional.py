@@ -7,32 +7,40 @@ Papers: 'CSWin Transformer' (LePE) - https://arxiv.org/abs/2107.00652,
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vision_attn._checks import is_int
 from vision_attn.grid import Grid
+from vision_attn.kernels.backend import for_inference
+from vision_attn.kernels.image import add_depthwise
 from vision_attn.kernels.linear import rotate_pairs
 from vision_attn.processors.base import AttnSpec, Moment
-from vision_attn.processors.image import on_image
 
 
 class DepthwiseBranch(nn.Module):
     """A depth-wise `kernel_size` x `kernel_size` convolution with zero padding, zero at the start.
+
+    Args:
+        channels: C.
+        kernel_size: Its side.
+        backend: How it runs; where a gradient is wanted, in PyTorch.
 
     Attributes:
         weight: `[C, 1, kernel_size, kernel_size]`.
         bias: `[C]`.
     """
 
-    def __init__(self, channels: int, kernel_size: int) -> None:
+    def __init__(self, channels: int, kernel_size: int, backend: str = "auto") -> None:
         super().__init__()
+        self.backend = backend
         self.weight = nn.Parameter(torch.zeros(channels, 1, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, o: Tensor, v: Tensor, grid: Grid) -> Tensor:
-        """Add the convolution of the grid's values to the grid's outputs, both `[B, N, H, D]`."""
-        return add_depthwise(o, v, grid, self.weight, self.bias)
+    def forward(self, o: Tensor, v: Tensor, grid: Grid, gate: Tensor | None = None) -> Tensor:
+        """Add the convolution of the grid's values to the grid's outputs, and apply a gate: see `add_depthwise`."""
+        weight, bias = (t.to(v.device) for t in (self.weight, self.bias))  # offloading may have parked them elsewhere
+        backend = for_inference(self.backend, o, v, weight, bias, gate)
+        return add_depthwise(o, v, grid, weight, bias, gate=gate, backend=backend)
 
 
 def check_kernel_size(size: Any) -> None:
@@ -71,25 +79,3 @@ def unrotated(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = rotary
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return rotate_pairs(wide, cos.to(x.device), -sin.to(x.device)).to(x.dtype)
-
-
-def add_depthwise(o: Tensor, v: Tensor, grid: Grid, weight: Tensor, bias: Tensor) -> Tensor:
-    """Add the convolution of the grid's values, channel by channel, to the grid's outputs.
-
-    Args:
-        o: Outputs `[B, N, H, D]`.
-        v: Values `[B, N, H, D]`.
-        grid: Where the image tokens lie.
-        weight: `[C, 1, kernel_size, kernel_size]`, with an odd side.
-        bias: `[C]`.
-
-    Returns:
-        `[B, N, H, D]`.
-    """
-
-    def convolve(image: Tensor) -> Tensor:
-        return F.conv2d(image, weight.to(v), bias.to(v), padding=weight.shape[-1] // 2, groups=weight.shape[0])
-
-    local = on_image(v[:, grid.image], grid, convolve)
-    outside = grid.prefix + grid.suffix
-    return o + (F.pad(local, (0, 0, 0, 0, grid.prefix, grid.suffix)) if outside else local)

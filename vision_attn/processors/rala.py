@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from vision_attn._checks import check_bool
 from vision_attn.grid import Grid
+from vision_attn.kernels.backend import for_inference
+from vision_attn.kernels.image import add_depthwise
 from vision_attn.kernels.linear import Features, feature_mean, linear_attention
 from vision_attn.processors.base import AttnSpec, Layer, Moment, Processor, register
 from vision_attn.processors.linfusion import key_weight
@@ -81,7 +83,7 @@ class RALAAttention(Processor):
         self.spec, self.backend = spec, layer.backend
         self.gate = nn.Parameter(torch.zeros(layer.num_heads, layer.head_dim, layer.head_dim))
         if spec.kernel_size:
-            self.lepe = DepthwiseBranch(layer.num_heads * layer.head_dim, spec.kernel_size)
+            self.lepe = DepthwiseBranch(layer.num_heads * layer.head_dim, spec.kernel_size, layer.backend)
         self.wants = spec.rotate
 
     def forward(
@@ -94,10 +96,10 @@ class RALAAttention(Processor):
             rotary = rotation_of(moment[0], self.spec)
             q, k = unrotated(q, rotary), unrotated(k, rotary)
         y = rank_augmented_attention(q, k, v, rotary=rotary, key_weight=weight, scale=scale, backend=self.backend)
+        gate = self.gate.to(v.device)  # offloading may have parked it elsewhere
         if self.spec.kernel_size:
-            y = self.lepe(y, v, grid)
-        gate = torch.einsum("bnhd,hde->bnhe", v, self.gate.to(v))
-        return y + y * gate
+            return self.lepe(y, v, grid, gate)
+        return add_depthwise(y, v, grid, None, None, gate=gate, backend=for_inference(self.backend, y, v, gate))
 
 
 def rank_augmented_attention(
@@ -125,12 +127,8 @@ def rank_augmented_attention(
         `[B, N, H, D]` in the dtype of `q`.
     """
     features = Features("elu", rotary)
-    g = _global_query(q, key_weight, q.shape[-1] ** -0.5 if scale is None else scale, backend)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    g = feature_mean(q, features=Features("elu"), weight=key_weight, scale=scale, backend=backend)
     return linear_attention(
         q, k, v, features=features, key_weight=key_weight, global_query=g, eps=1e-6, backend=backend
     )
-
-
-def _global_query(q: Tensor, weight: Tensor | None, scale: float, backend: str) -> Tensor:
-    """Return the scaled mean of phi(q) over the tokens `[B, H, D]`, in float32 at least."""
-    return feature_mean(q, features=Features("elu"), weight=weight, backend=backend) * scale

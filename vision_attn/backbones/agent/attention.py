@@ -24,9 +24,9 @@ from vision_attn.backbones.registry import operator
 from vision_attn.backbones.swin_layers import RolledAttention
 from vision_attn.grid import Grid
 from vision_attn.kernels.agent import Agents, agent_attention
+from vision_attn.kernels.image import Windows, add_depthwise, means
 from vision_attn.kernels.window import from_cells, inside_cells, to_cells
-from vision_attn.processors.agent import AgentBiases, pool_agents, position_biases
-from vision_attn.processors.positional import add_depthwise
+from vision_attn.processors.agent import AgentBiases, position_biases
 
 Size = tuple[int, int]
 
@@ -87,13 +87,13 @@ def _attend(
         ac, ca = (t[0] for t in tables[6:])
         key_bias, query_bias, prefix = torch.cat([ac, key_bias], -1), torch.cat([ca, query_bias], 1), 1
     grid = Grid(*size, prefix=prefix)
-    tokens = pool_agents(q[:, grid.image], grid, agents)
+    tokens, _ = means(q, grid, Windows(count=agents), backend="torch")
     o = agent_attention(q, k, v, Agents(tokens, key_bias, query_bias), mask=mask)
     if size != key_size:
         image = v.flatten(2).transpose(1, 2).unflatten(2, key_size)
         image = F.interpolate(image, size, mode="bilinear")
         v = image.flatten(2).transpose(1, 2).unflatten(2, v.shape[2:])
-    return add_depthwise(o, v, grid, *local)
+    return add_depthwise(o, v, grid, *local, backend="torch")
 
 
 def add_biases(

@@ -21,10 +21,10 @@ from vision_attn.backbones.pvt_layers import ReducedAttention
 from vision_attn.backbones.registry import operator
 from vision_attn.backbones.swin_layers import RolledAttention
 from vision_attn.grid import Grid
+from vision_attn.kernels.image import add_depthwise
 from vision_attn.kernels.linear import injective_attention
 from vision_attn.kernels.window import from_cells, inside_cells, to_cells
 from vision_attn.processors.inline import FEATURE_MAPS, add_local_residual, injective_features
-from vision_attn.processors.positional import add_depthwise
 
 
 def attend(
@@ -73,7 +73,7 @@ def attend_injectively(
     o = injective_attention(phi_q, phi_k, v, key_weight=there)
     o = add_local_residual(o, v, grid, kernels)
     if weight is not None and bias is not None:
-        o = add_depthwise(o, v, grid, weight, bias)
+        o = add_depthwise(o, v, grid, weight, bias, backend="torch")
     return (o if cell == size else from_cells(o.unflatten(0, (batch, -1)), whole, cell)).flatten(2)
 
 

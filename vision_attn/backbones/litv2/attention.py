@@ -20,8 +20,9 @@ from vision_attn.backbones.blocks import refuse_heads
 from vision_attn.backbones.registry import operator
 from vision_attn.grid import Grid
 from vision_attn.kernels.dense import dense_attention
+from vision_attn.kernels.image import Windows, means
 from vision_attn.kernels.window import window_attention
-from vision_attn.processors.hilo import HiLo, low_heads, pool_means
+from vision_attn.processors.hilo import HiLo, low_heads
 
 
 @operator("attend_high(Tensor qkv, int num_heads, int window_size) -> Tensor")
@@ -43,7 +44,8 @@ def attend_low(q: Tensor, kv: Tensor, num_heads: int) -> Tensor:
 @operator("window_means(Tensor x, int window_size) -> Tensor")
 def window_means(x: Tensor, window_size: int) -> Tensor:
     """Return the means `[B, M, C]` of a map `[B, height, width, C]` over windows."""
-    return pool_means(x.flatten(1, 2)[:, :, None], Grid(*x.shape[1:3]), window_size)[:, :, 0]
+    windows = Windows(size=window_size)
+    return means(x.flatten(1, 2)[:, :, None], Grid(*x.shape[1:3]), windows, backend="torch")[0][:, :, 0]
 
 
 @register_notrace_module

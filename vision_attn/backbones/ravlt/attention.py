@@ -18,8 +18,8 @@ from vision_attn.backbones.conv_layers import PointwiseConv2d
 from vision_attn.backbones.registry import operator
 from vision_attn.grid import Grid
 from vision_attn.kernels.dense import dense_attention
+from vision_attn.kernels.image import add_depthwise
 from vision_attn.kernels.linear import rotate_pairs
-from vision_attn.processors.positional import add_depthwise
 from vision_attn.processors.rala import rank_augmented_attention
 
 
@@ -76,7 +76,7 @@ def attend_gated(
         o = rank_augmented_attention(q, k, v, rotary=(cos, sin))
     else:
         o = dense_attention(rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin), v)
-    o = add_depthwise(o, v, Grid(*size), weight, bias)
+    o = add_depthwise(o, v, Grid(*size), weight, bias, backend="torch")
     return o.flatten(2).transpose(1, 2).unflatten(2, size) * g
 
 

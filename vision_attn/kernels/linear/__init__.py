@@ -171,16 +171,18 @@ def injective_attention(
 
 
 def feature_mean(
-    q: Tensor, *, features: Features = Features(), weight: Tensor | None = None, backend: str = "auto"
-) -> Tensor:
-    """Return the mean of phi(q) over the tokens, weighed.
+    q: Tensor, *, features: Features = Features(), weight: Tensor | None = None, scale: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Return the mean of phi(q) over the tokens, weighed, times a number.
 
-        m = sum_i w_i phi(q_i) / sum_i w_i
+        m = scale * sum_i w_i phi(q_i) / sum_i w_i
 
     Args:
         q: Queries `[B, N, H, F]`, any strides.
         features: The feature map; its rotation has no part in this.
         weight: Weights w `[B, N, H]`, not negative, broadcasting.
+        scale: The number.
         backend: 'triton' (CUDA, one pass), 'torch' or 'reference', which are the same here, or 'auto' for the fastest
             that can run.
 
@@ -199,16 +201,16 @@ def feature_mean(
         "torch": Implementation(_mean),
         "reference": Implementation(_mean),
     }
-    return pick("feature_mean", backend, implementations)(q, features, weight)
+    return pick("feature_mean", backend, implementations)(q, features, weight, scale)
 
 
 @full_precision
-def _mean(q: Tensor, features: Features, weight: Tensor | None) -> Tensor:
+def _mean(q: Tensor, features: Features, weight: Tensor | None, scale: float) -> Tensor:
     phi = features.of(q.to(torch.promote_types(q.dtype, torch.float32)))
     if weight is None:
-        return phi.mean(1)
+        return phi.mean(1) * scale
     weight = weight.to(phi.dtype)[..., None]
-    return (phi * weight).sum(1) / weight.expand(*phi.shape[:3], 1).sum(1)
+    return (phi * weight).sum(1) / weight.expand(*phi.shape[:3], 1).sum(1) * scale
 
 
 def _check(

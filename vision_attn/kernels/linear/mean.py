@@ -63,12 +63,13 @@ def _sums(
 @Kernel
 @triton.jit
 def _mean(
-    part_sums, part_total, mean, total, parts, batch_heads, PARTS: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr
+    part_sums, part_total, mean, total, scaled, parts, batch_heads, scale, PARTS: tl.constexpr, SCALE: tl.constexpr,
+    F: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Add the parts of one head and divide.
+    """Add the parts of one head and divide; with `SCALE` also multiply.
 
     Inputs: part_sums `[parts, B, H, F]`, part_total `[parts, B, H]`.
-    Outputs: mean `[B, H, F]`, total `[B, H]`.
+    Outputs: mean and, times `scale`, scaled `[B, H, F]`, total `[B, H]`.
     Launch: `PARTS` parts at a time.
     """
     bh = tl.program_id(0).to(tl.int64)
@@ -80,7 +81,10 @@ def _mean(
         place = n * batch_heads + bh  # [PARTS]
         sums += tl.sum(load_rows_below(part_sums + bh * F, n, parts, batch_heads * F, 0, F, BLOCK_F), 0)
         weights += tl.sum(tl.load(part_total + place, mask=n < parts, other=0.0), 0)
-    tl.store(mean + bh * F + f, sums / weights, mask=f < F)
+    m = sums / weights  # [BLOCK_F]
+    tl.store(mean + bh * F + f, m, mask=f < F)
+    if SCALE:
+        tl.store(scaled + bh * F + f, m * scale, mask=f < F)
     tl.store(total + bh, weights)
 
 
@@ -140,17 +144,32 @@ def _launch(
 
 def feature_sums(q: Tensor, weight: Tensor | None, map_: str) -> tuple[Tensor, Tensor]:
     """Return the mean `[B, H, F]` and the sum of the weights `[B, H]`, in float32; `weight` is `[B, N, H]`."""
+    return _averaged(q, weight, map_, None)[:2]
+
+
+def scaled_mean(q: Tensor, weight: Tensor | None, map_: str, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `scale` times what `feature_sums` returns first, and that."""
+    mean, total, scaled = _averaged(q, weight, map_, scale)
+    return scaled, mean, total
+
+
+def _averaged(q: Tensor, weight: Tensor | None, map_: str, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
     B, N, H, F = q.shape
     if not q.numel():
-        return q.new_zeros((B, H, F), dtype=torch.float32), q.new_zeros((B, H), dtype=torch.float32)
+        mean, total, scaled = (q.new_zeros((B, H, *rest), dtype=torch.float32) for rest in ((F,), (), (F,)))
+        return mean, total, scaled
     inputs, made = (q, q if weight is None else weight), torch.float32
     launch, numbers, named = _launch(q, _sums, (*inputs, made, made), weight, LANES=LANES, MAP=map_)
     parts, length = cut(N, B * H, launch, q, least=4)
     part, totals = (q.new_empty((parts, B, H, *rest), dtype=torch.float32) for rest in ((F,), ()))
     _sums[(parts * B * H,)](*inputs, part, totals, *numbers, length, **named)
     mean, total = part.new_empty((B, H, F)), part.new_empty((B, H))
-    _mean[(B * H,)](part, totals, mean, total, parts, B * H, PARTS=64, F=F, BLOCK_F=block_of(F), num_warps=8)
-    return mean, total
+    scaled = mean if scale is None else part.new_empty((B, H, F))
+    _mean[(B * H,)](
+        part, totals, mean, total, scaled, parts, B * H, scale or 0.0, PARTS=64, SCALE=scale is not None, F=F,
+        BLOCK_F=block_of(F), num_warps=8,
+    )  # fmt: skip
+    return mean, total, scaled
 
 
 def feature_sums_gradient(

@@ -24,11 +24,11 @@ def linear_attention_triton(
     return _linear(q, k, v, cos, sin, key_weight, global_query, features.map, eps)[0]
 
 
-def feature_mean_triton(q: Tensor, features: Any, weight: Tensor | None) -> Tensor:
+def feature_mean_triton(q: Tensor, features: Any, weight: Tensor | None, scale: float) -> Tensor:
     """Run `feature_mean` on checked inputs."""
     if weight is not None:
         weight = _narrow(weight).expand(q.shape[:3])
-    return _mean(q, weight, features.map)[0]
+    return _mean(q, weight, features.map, scale)[0]
 
 
 def injective_attention_triton(q: Tensor, k: Tensor, v: Tensor, key_weight: Tensor | None, scale: float) -> Tensor:
@@ -170,17 +170,17 @@ _linear.register_autograd(_backward, setup_context=_save)
 
 
 @custom_op("vision_attn::feature_mean_triton", repeats=True)
-def _mean(q: Tensor, weight: Tensor | None, map_: str) -> tuple[Tensor, Tensor]:
-    """Mean `[B, H, F]` and sum of the weights `[B, H]`."""
-    from vision_attn.kernels.linear.mean import feature_sums  # noqa: PLC0415
+def _mean(q: Tensor, weight: Tensor | None, map_: str, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`scale` times the mean; for the backward the mean, `[B, H, F]` both, and the sum of the weights `[B, H]`."""
+    from vision_attn.kernels.linear.mean import scaled_mean  # noqa: PLC0415
 
-    return feature_sums(aligned(q), weight, map_)
+    return scaled_mean(aligned(q), weight, map_, scale)
 
 
 @_mean.register_fake
-def _(q: Tensor, weight: Tensor | None, map_: str) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *args: object) -> tuple[Tensor, ...]:
     B, _, H, F = q.shape
-    return tuple(q.new_empty((B, H, *rest), dtype=torch.float32) for rest in ((F,), ()))  # type: ignore[return-value]
+    return tuple(q.new_empty((B, H, *rest), dtype=torch.float32) for rest in ((F,), (F,), ()))
 
 
 @custom_op("vision_attn::feature_mean_triton_backward")
@@ -201,18 +201,18 @@ def _(
     return q.new_empty(q.shape), q.new_empty(q.shape[:3] if weight_gradient else (0,), dtype=dtype)
 
 
-def _save_mean(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _save_mean(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:2], *output)
-    ctx.map = inputs[2]
+    ctx.save_for_backward(*inputs[:2], *output[1:])
+    ctx.map, ctx.scale = inputs[2:]
 
 
-def _mean_gradient(ctx: Any, dmean: Tensor | None, unused: object) -> tuple:
+def _mean_gradient(ctx: Any, dmean: Tensor | None, *unused: object) -> tuple:
     q, weight, mean, total = ctx.saved_tensors
-    dmean = torch.zeros_like(mean) if dmean is None else dmean
+    dmean = torch.zeros_like(mean) if dmean is None else dmean * ctx.scale
     wanted = ctx.needs_input_grad[1]
     dq, dweight = _mean_backward(dmean, mean, total, q, weight, ctx.map, wanted)
-    return dq, dweight if wanted else None, None
+    return dq, dweight if wanted else None, None, None
 
 
 _mean.register_autograd(_mean_gradient, setup_context=_save_mean)
