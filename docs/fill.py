@@ -504,7 +504,7 @@ def compiles() -> str:
         "kernels that compile and fit",
         "calls with one that does not",
     ]
-    return table([*head, "most shared memory", "calls refused in part, with a reason"], rows)
+    return table([*head, "most shared memory", "calls refused in part or whole, with a reason"], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
