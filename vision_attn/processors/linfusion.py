@@ -215,7 +215,7 @@ class LinFusionAttention(Processor):
         """Attend linearly: see `Processor.forward`. There are no logits, so `scale` is not used."""
         features, rotary = "elu", None
         if self.spec.rotate:
-            rotary = rotation_of(moment[0], self.spec)
+            rotary = rotation_of(moment[0], self)
             q, k = unrotated(q, rotary), unrotated(k, rotary)
         if self.spec.feature_map == "hedgehog":
             q, k, features = self.features_q(q), self.features_k(k), "none"

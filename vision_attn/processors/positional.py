@@ -14,7 +14,7 @@ from vision_attn.grid import Grid
 from vision_attn.kernels.backend import for_inference
 from vision_attn.kernels.image import add_depthwise
 from vision_attn.kernels.linear import rotate_pairs
-from vision_attn.processors.base import AttnSpec, Moment
+from vision_attn.processors.base import Moment
 
 
 class DepthwiseBranch(nn.Module):
@@ -56,21 +56,26 @@ def check_kernel_size(size: Any) -> None:
         raise ValueError(f"kernel_size must be odd, or 0 for no convolution, got {size}")
 
 
-def rotation_of(moment: Moment, spec: AttnSpec) -> tuple[Tensor, Tensor]:
+def rotation_of(moment: Moment, processor: Any) -> tuple[Tensor, Tensor]:
     """Return cosine and sine `[N, D]` by which the host rotated queries and keys.
+
+    Which channels a host pairs is compared once, because on a GPU the host waits for it, and not while it compiles.
 
     Args:
         moment: What is known about the forward.
-        spec: What needs them, for the error.
+        processor: What needs them; its `spec` is for the error.
 
     Raises:
         ValueError: If the host does not pass them to its attention, or does not rotate pairs of neighbouring channels.
     """
     if moment.rotary is None:
-        raise ValueError(f"{spec} needs a host that passes cosine and sine to its attention, as FLUX does")
+        raise ValueError(f"{processor.spec} needs a host that passes cosine and sine to its attention, as FLUX does")
     cos, sin = moment.rotary
-    if not torch.compiler.is_compiling() and cos.device.type == "cpu" and not torch.equal(cos[:, ::2], cos[:, 1::2]):
-        raise ValueError(f"{spec} needs a host that rotates pairs of neighbouring channels, as FLUX does")
+    capturing = cos.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not (torch.compiler.is_compiling() or capturing or getattr(processor, "pairs_neighbours", False)):
+        if not torch.equal(cos[:, ::2], cos[:, 1::2]):
+            raise ValueError(f"{processor.spec} needs a host that rotates pairs of neighbouring channels, as FLUX does")
+        processor.pairs_neighbours = True
     return cos, sin
 
 

@@ -93,7 +93,7 @@ class RALAAttention(Processor):
         """Attend linearly: see `Processor.forward`."""
         weight, rotary = key_weight(mask, grid, q), None
         if self.spec.rotate:
-            rotary = rotation_of(moment[0], self.spec)
+            rotary = rotation_of(moment[0], self)
             q, k = unrotated(q, rotary), unrotated(k, rotary)
         y = rank_augmented_attention(q, k, v, rotary=rotary, key_weight=weight, scale=scale, backend=self.backend)
         gate = self.gate.to(v.device)  # offloading may have parked it elsewhere
