@@ -3,8 +3,8 @@
     o_i = softmax_j(scale * q_i . k_j) v_j,    j in block(i) + halo of block(i) + tokens outside the grid
 
 The grid is cut into blocks of `block` x `block` tokens from its top left corner; the last ones are smaller where that
-does not divide the grid. The halo of a block are the tokens at most `halo` rows and columns beyond its sides, cut by
-the border. Tokens outside the grid (text, class, registers, reference images) are seen by everything and see
+does not divide the grid. The halo of a block is the frame of `halo` rows and columns around it, cut by the
+border. Tokens outside the grid (text, class, registers, reference images) are seen by everything and see
 everything. The paper's backbones add relative positions to the logits; a pretrained host has positions of its own.
 
 Paper: 'Scaling Local Self-Attention for Parameter Efficient Visual Backbones' - https://arxiv.org/abs/2103.12731
@@ -31,8 +31,8 @@ from vision_attn.processors.base import AttnSpec, Layer, Processor, register
 class Halo(AttnSpec):
     """Blocks of `block` x `block` tokens that see `halo` tokens beyond each side.
 
-    It has no parameters. A query sees `(block + 2 * halo)^2` keys of the grid, fewer at the border; those at the side
-    of a block see less far beyond it than those in its middle.
+    It has no parameters. A query sees `(block + 2 * halo)^2` keys of the grid, fewer at the border. In the middle of a
+    block it sees equally far on all sides, at a side of the block only `halo` tokens beyond it.
 
     Args:
         block: Side of a block in tokens, at least 1; or a (height, width) pair.

@@ -3,7 +3,7 @@
     o_i = softmax_j(scale * q_i . k_j) v_j,    j in cell(i) + halo of cell(i) + prefix + suffix
 
 The grid is cut into cells from its top left corner; cells at the right and bottom border are smaller where it does not
-divide. The halo of a cell are the tokens at most so many rows and columns beyond its sides; the border cuts it.
+divide. The halo of a cell is a frame of rows and columns around it; the border cuts it.
 
 Papers: 'Swin Transformer' - https://arxiv.org/abs/2103.14030, 'Fast Vision Transformers with HiLo Attention' -
 https://arxiv.org/abs/2205.13213, 'Scaling Local Self-Attention for Parameter Efficient Visual Backbones' (HaloNet) -
