@@ -32,16 +32,19 @@ def covering(rows: Sequence[tuple], *needs: Need) -> list[tuple]:
     Returns:
         The rows chosen, in their order in the table.
     """
-    chosen: list[tuple] = []
-    while missing := open_needs(rows, chosen, needs):
-        seen = Counter((fact, fact(*row)) for row in chosen for fact, _ in needs)
+    values = [[(fact, fact(*row)) for fact, _ in needs] for row in rows]
+    missing, seen = open_needs(rows, (), needs), Counter()
+    left = dict.fromkeys(range(len(rows)))
 
-        def worth(row: tuple, missing: Counter = missing, seen: Counter = seen) -> tuple[int, int]:
-            values = [(fact, fact(*row)) for fact, _ in needs]
-            return sum(value in missing for value in values), -sum(seen[value] for value in values)
+    def worth(row: int) -> tuple[int, int]:
+        return sum(missing[value] > 0 for value in values[row]), -sum(seen[value] for value in values[row])
 
-        chosen.append(max((row for row in rows if row not in chosen), key=worth))
-    return [row for row in rows if row in chosen]
+    while +missing:
+        best = max(left, key=worth)
+        del left[best]
+        missing.subtract(values[best])
+        seen.update(values[best])
+    return [row for i, row in enumerate(rows) if i not in left]
 
 
 def quick(rows: Sequence[tuple], *needs: Need) -> list[Any]:
