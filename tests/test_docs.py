@@ -66,24 +66,22 @@ def write(out: Path, *only: str, **environment: str) -> None:
     subprocess.run(command, check=True, env={**os.environ, **environment}, cwd=out)
 
 
-def test_the_pages_are_of_the_package_beside_the_script(tmp_path: Path) -> None:
-    """Another checkout may be installed: its package must not be the one that the pages describe."""
-    other = tmp_path / "other" / "vision_attn"
+def test_a_few_pages(tmp_path: Path) -> None:
+    """Of the package beside the script: another checkout may be installed, and is not what the pages describe."""
+    other, out = tmp_path / "other" / "vision_attn", tmp_path / "out"
     other.mkdir(parents=True)
     (other / "__init__.py").write_text("raise ImportError('this is the other checkout')")
     paths = os.pathsep.join([str(other.parent), os.environ.get("PYTHONPATH", "")])
-    write(tmp_path, "vision_attn.grid", PYTHONPATH=paths)
-    assert "legend of every axis letter" in (tmp_path / "vision_attn" / "grid.html").read_text()
-
-
-def test_a_few_pages(tmp_path: Path) -> None:
-    write(tmp_path, "vision_attn", "vision_attn.grid", "vision_attn.processors.clear", "vision_attn.adapters")
-    page = (tmp_path / "vision_attn" / "processors" / "clear.html").read_text()
+    out.mkdir()
+    names = ("vision_attn", "vision_attn.grid", "vision_attn.processors.clear", "vision_attn.adapters")
+    write(out, *names, PYTHONPATH=paths)
+    page = (out / "vision_attn" / "processors" / "clear.html").read_text()
     assert "native_tokens" in page and "Arguments" in page
-    assert "Where the grid lies in the sequence." in (tmp_path / "vision_attn" / "grid.html").read_text()
-    index = (tmp_path / "index.html").read_text()
+    grid = (out / "vision_attn" / "grid.html").read_text()
+    assert "Where the grid lies in the sequence." in grid and "legend of every axis letter" in grid
+    index = (out / "index.html").read_text()
     assert "vision_attn/processors/clear.html" in index and "CLEAR: each grid token attends to a disc" in index
-    assert broken(tmp_path) == []
+    assert broken(out) == []
 
 
 def test_a_broken_link_is_found(tmp_path: Path, api: ModuleType) -> None:

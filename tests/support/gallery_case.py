@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "gallery"
 EXAMPLES = {example.name: example for example in find_examples(FOLDER)}
 SMALL: dict[str, dict[str, Any]] = {
-    "emoji_multipole": dict(highres=256, steps=2),
+    "emoji_multipole": dict(sides=(64,), highres=160, steps=2),
     "emoji_highres": dict(side=256, steps=2, level_inference_steps=1),
     "own_processor": dict(prompts=("red apple",), steps=1),
     "vit_attention": dict(steps=1),
