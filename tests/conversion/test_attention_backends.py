@@ -280,7 +280,10 @@ def test_threads_on_two_backends(flash: Backend) -> None:
 
 
 @pytest.mark.parametrize("name", ["_flash_3", pytest.param("flex", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("options", [dict(), dict(min_tokens=10**6)], ids=["rerouted", "dense"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({}, id="rerouted"), pytest.param(dict(min_tokens=10**6), id="dense", marks=pytest.mark.slow)],
+)
 def test_compiled(name: str, options: Any, flash: Backend) -> None:
     models: list[Any] = [HOST["flux"].build() for _ in range(2)]
     for model in models:

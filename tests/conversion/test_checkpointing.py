@@ -1,6 +1,7 @@
 """Gradient checkpointing runs layers again in backward, over the same grid and rerouted as before."""
 
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -28,7 +29,9 @@ def gradients(host_id: str, save_memory: bool, sizes: Any) -> dict[str, Tensor]:
 
 
 @hosts("flux", "sd35", "sd15-unet", "pixart", "vit")
-@pytest.mark.parametrize("sizes", [[SIZE], [SIZE, (8, 8)]], ids=["one", "two"])
+@pytest.mark.parametrize(
+    "sizes", [pytest.param([SIZE], id="one", marks=pytest.mark.slow), pytest.param([SIZE, (8, 8)], id="two")]
+)
 def test_gradient_checkpointing(host_id: str, sizes: Any) -> None:
     want = gradients(host_id, False, sizes)
     got = gradients(host_id, True, sizes)
@@ -99,6 +102,17 @@ def _with(host_id: str, model: nn.Module, inputs: dict[str, Any], name: str, ima
     return HOST[host_id].output(model(**inputs, **{name: image}))
 
 
+def whole_models(*names: str) -> Any:
+    """Run a test for each host with both kinds of checkpointing, the UNet quickly with one."""
+    kinds = {"saved-tensors": False, "reentrant": True}
+    slow = [("sd15-unet", "saved-tensors")]
+    rows = [
+        pytest.param(host_id, kinds[kind], id=f"{kind}-{host_id}", marks=[pytest.mark.slow] * ((host_id, kind) in slow))
+        for kind, host_id in product(kinds, names)
+    ]
+    return pytest.mark.parametrize("host_id, reentrant", rows)
+
+
 def assert_alike(got: list[Tensor | None], want: list[Tensor | None]) -> None:
     for one, other in zip(got, want, strict=True):
         assert (one is None) == (other is None)
@@ -106,16 +120,14 @@ def assert_alike(got: list[Tensor | None], want: list[Tensor | None]) -> None:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-@hosts("flux", "sd35", "sd15-unet", "vit")
-@pytest.mark.parametrize("reentrant", [False, True], ids=["saved-tensors", "reentrant"])
+@whole_models("flux", "sd35", "sd15-unet", "vit")
 def test_whole_models_run_again_over_their_own_grids(host_id: str, reentrant: bool) -> None:
     """Two forwards over grids with as many tokens come before one backward, and others came before them."""
     sizes = [SIZE, (8, 16)]
     assert_alike(whole(host_id, sizes, reentrant), whole(host_id, sizes, None))
 
 
-@hosts("flux", "sd15-unet", "vit")
-@pytest.mark.parametrize("reentrant", [False, True], ids=["saved-tensors", "reentrant"])
+@whole_models("flux", "sd15-unet", "vit")
 def test_whole_models_whose_blocks_run_again_too(host_id: str, reentrant: bool) -> None:
     assert_alike(whole(host_id, [SIZE], reentrant, blocks=True), whole(host_id, [SIZE], None))
     try:

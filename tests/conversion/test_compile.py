@@ -40,6 +40,10 @@ COMPILED = {
 }
 
 
+# Their quick twins: the blocks of FLUX.1 below, and PRX as a whole in test_newer_hosts.py.
+SLOW = ("flux-grid", "flux-use-grid", "sd3")
+
+
 @pytest.fixture
 def compiler() -> CompileCounterWithBackend:
     """Count the graphs, and trace through autograd and the fake kernels of our operators."""
@@ -56,10 +60,7 @@ def tracer() -> CompileCounterWithBackend:
 
 @pytest.mark.parametrize(
     "host_id, build, options, graphs",
-    [
-        pytest.param(*row, id=name, marks=pytest.mark.slow if name in ("flux-use-grid", "sd3") else ())
-        for name, row in COMPILED.items()
-    ],
+    [pytest.param(*row, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, row in COMPILED.items()],
 )
 def test_compiled_whole(host_id: str, build: Any, options: Any, graphs: int, compiler: Any, request: Any) -> None:
     model = build()

@@ -153,7 +153,7 @@ def test_a_processor_that_hides_ours_is_named() -> None:
     assert set(Conversion.of(pipe).status) and np.isfinite(images(case, pipe)).all()
 
 
-@pytest.mark.parametrize("pipeline_id", ["sd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("pipeline_id", ["sd", pytest.param("sdxl", marks=pytest.mark.slow), "sd3", "flux"])
 def test_several_resolutions_in_one_process(pipeline_id: str) -> None:
     case, pipe = PIPELINE[pipeline_id], PIPELINE[pipeline_id].build()
     pipe.set_attn_processor("clear", radius=2)

@@ -21,7 +21,7 @@ WITH_ADDITIONS = list(
 PAIRWISE = quick(
     [(*case, name) for case in WITH_ADDITIONS for name in PROCESSORS],
     (lambda pipeline_id, addition, name: (pipeline_id, addition), 1),
-    (lambda pipeline_id, addition, name: (pipeline_id, name), 1),
+    (lambda pipeline_id, addition, name: (pipeline_id.partition("-")[0], name), 1),  # of each denoiser
     (lambda pipeline_id, addition, name: (addition, name), 1),
 )
 

@@ -31,7 +31,11 @@ def fits(host_id: str, name: str) -> bool:
 def rows(*tables: Any, only: Any = fits) -> list[Any]:
     """Return each host with each way to quantise it, and with each row of other tables."""
     every = [one for one in product(HOSTS, QUANTISATIONS, *tables) if fits(*one[:2]) and only(*one[:2])]
-    needed = [(lambda *one: one[:2], 1), *((lambda *one, at=i: one[2 + at], 1) for i in range(len(tables)))]
+    needed = [
+        (lambda *one: one[1], 1),
+        (lambda *one: (one[0], QUANTISATIONS[one[1]].package), 1),
+        *((lambda *one, at=i: one[2 + at], 1) for i in range(len(tables))),
+    ]
     quick = covering(every, *needed)
     return [row(*one, package=QUANTISATIONS[one[1]].package, slow=one not in quick) for one in every]
 

@@ -108,7 +108,7 @@ def test_checkpoints_are_rotated_and_a_half_written_one_is_passed_over(root):
     assert numbers(root) == before
 
 
-@pytest.mark.parametrize("where", ["parameters", "optimizer"])
+@pytest.mark.parametrize("where", ["parameters", pytest.param("optimizer", marks=pytest.mark.slow)])
 def test_a_full_disk_leaves_the_last_checkpoint(root, where, monkeypatch):
     config = settings(root, run__steps=4, run__save_every=2)
     real = output.save_file, torch.save
@@ -235,7 +235,7 @@ def test_bf16_keeps_what_is_trained_in_fp32(root):
     assert all(np.isfinite(line["total"]) for line in metrics(root))
 
 
-@pytest.mark.parametrize("trainable", ["new", "attention"])
+@pytest.mark.parametrize("trainable", ["new", pytest.param("attention", marks=pytest.mark.slow)])
 def test_a_student_starts_from_an_adapter(root, trainable):
     first = settings(root, student__trainable=trainable, run__steps=1)
     folder = train(first)

@@ -56,7 +56,8 @@ def picture(pipe):
 
 
 NAMES = [name for name in QUANTISATIONS if name != "torchao-int8-dynamic"]  # which has no gradients
-ROWS = [row(name, package=QUANTISATIONS[name].package) for name in NAMES]
+QUICK = ("torchao-int8", "bitsandbytes-nf4", "layerwise-bfloat16", "layerwise-float8")
+ROWS = [row(name, package=QUANTISATIONS[name].package, slow=name not in QUICK) for name in NAMES]
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -98,7 +99,7 @@ def test_lora_lies_beside_the_adapter(name, root):
         train(settings(root, student__adapter=folder, student__trainable="new", run__out=root / "next"))
 
 
-@pytest.mark.parametrize("name", [row(name, package="torchao") for name in ("int8", "float8")])
+@pytest.mark.parametrize("name", [row(name, package="torchao", slow=name != "int8") for name in ("int8", "float8")])
 def test_the_settings_quantise(name, root):
     pipe = load_pipeline(ModelConfig("emoji:nano", quantisation=name))
     assert "torchao" in type(pipe.transformer.transformer_blocks[0].attn.to_q.weight).__module__

@@ -272,7 +272,7 @@ def test_a_converted_pipeline_is_not_converted_again() -> None:
     assert set(conversion.status.values()) == {"rerouted"}
 
 
-@pytest.mark.parametrize("teacher", ["nano", "unet"])
+@pytest.mark.parametrize("teacher", ["nano", pytest.param("unet", marks=pytest.mark.slow)])
 def test_the_embedded_teachers(teacher: str) -> None:
     from vision_attn.demo import load_teacher
 

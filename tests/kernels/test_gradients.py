@@ -1,5 +1,7 @@
 """Derivatives of every operator against finite differences in float64: of any order, in any mode, of many samples."""
 
+from itertools import product
+
 import pytest
 import torch
 from derivative_cases import CASES, TRITON, inputs_of
@@ -10,9 +12,16 @@ BACKENDS = pytest.mark.parametrize("backend", ["torch", "reference"])
 # The operators of these have a form for each kind of derivative; what is plain PyTorch has no other.
 OWN = [case for case in CASES if str(case) in ("local-dilated-text-bias-pooled", "multipole-pooled")]
 
+# Numbers one by one take long. Of the reference, and of two large rows, the direction at random is quick: see below.
+LARGE = ("multipole-cut-text-mask", "multipole-group-unlearned")
+EACH = [
+    pytest.param(case, backend, id=f"{case}-{backend}",
+                 marks=[pytest.mark.slow] * (backend == "reference" or str(case) in LARGE))
+    for case, backend in product(CASES, ("torch", "reference"))
+]  # fmt: skip
 
-@BACKENDS
-@every
+
+@pytest.mark.parametrize("case, backend", EACH)
 def test_gradients_are_those_of_finite_differences(case, backend):
     assert gradcheck(lambda *t: case.call(t, backend), inputs_of(case))
 
