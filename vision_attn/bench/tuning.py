@@ -320,5 +320,6 @@ def _short(launch: Launch) -> str:
     tiles = " by ".join("x".join(map(str, tile)) for tile in (launch.own, launch.walk) if tile)
     more = f" {launch.programs} programs" if launch.programs > 1 else ""
     more += f" {launch.features} features" if launch.features else ""
+    more += f" {launch.registers} registers" if launch.registers else ""
     boxes = f", TMA {_short(launch.boxes)}" if launch.boxes else ""
     return f"{tiles} {launch.warps} warps {launch.stages} stages{more}{boxes}"

@@ -41,6 +41,7 @@ class Launch:
         stages: Stages of the pipeline that loads what is walked.
         programs: Programs that one multiprocessor holds, by which loops are cut.
         features: Features that are multiplied at a time.
+        registers: Registers of a thread at most, so that a multiprocessor holds more programs; 0 for any.
         boxes: The launch where TMA can load, if it is another one.
         exact: Whether no smaller one takes its place where it does not fit: of a launch that is tried.
     """
@@ -51,6 +52,7 @@ class Launch:
     stages: int = 1
     programs: int = 1
     features: int = 0
+    registers: int = 0
     boxes: "Launch | None" = None
     exact: bool = False
 
@@ -63,6 +65,12 @@ class Launch:
     def length(self) -> int:
         """Tokens that it walks at a time."""
         return math.prod(self.walk or self.own)
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton is told beside the kernel's arguments."""
+        limit = dict(maxnreg=self.registers) if self.registers else {}
+        return dict(num_warps=self.warps, num_stages=self.stages, **limit)
 
     def smaller(self) -> Iterator["Launch"]:
         """Yield this launch and ever smaller ones; those without a pipeline come last, as they are slow."""
@@ -172,10 +180,13 @@ def _plain(row: Row) -> dict[str, Any]:
     return {**about, **columns, **_numbers(row.launch), **(dict(why=row.why) if row.why else {})}
 
 
+_OPTIONAL = ("programs", 1), ("features", 0), ("registers", 0)
+
+
 def _numbers(launch: Launch) -> dict[str, Any]:
     found: dict[str, Any] = {name: list(tile) for name in ("own", "walk") if (tile := getattr(launch, name))}
     found |= dict(warps=launch.warps, stages=launch.stages)
-    found |= {name: n for name, least in (("programs", 1), ("features", 0)) if (n := getattr(launch, name)) != least}
+    found |= {name: n for name, least in _OPTIONAL if (n := getattr(launch, name)) != least}
     found |= dict(exact=True) if launch.exact else {}
     return found if launch.boxes is None else found | dict(boxes=_numbers(launch.boxes))
 

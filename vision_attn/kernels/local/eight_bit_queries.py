@@ -181,7 +181,7 @@ def _plan_launch(call: Call, launch: Launch, q8: Tensor, v8: Tensor) -> Plan:
         batch=B, blocks=count, outside_blocks=blocks.outside, row_programs=programs * parts,
         part_length=length // SLOTS, together=call.together, parts=parts, TMA=boxes[0] is not None,
         INT8=q8.dtype == torch.int8, INTERPRETED=interpreted(call.q),
-        num_warps=launch.warps, num_stages=launch.stages, **call.numbers(),
+        **launch.options, **call.numbers(),
     )  # fmt: skip
     for name in ("TWO", "PRECISION"):
         del named[name]

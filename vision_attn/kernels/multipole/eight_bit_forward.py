@@ -250,6 +250,6 @@ def _plan_launch(call: Call, launch: Launch, rounded: tuple[Tensor, Tensor, Tens
         SPLIT=blocks.split, EXACT=exact, EXACT_BLOCK=next_power(max(1, exact)), MEANS=means.width,
         EACH=means.each, D=call.q.shape[3], BLOCK_D=block_d, ALIKE=call.alike, RAGGED=call.ragged(CELL),
         TMA=boxes[0] is not None, INT8=rounded[0].dtype == torch.int8, INTERPRETED=interpreted(call.q),
-        num_warps=launch.warps, num_stages=launch.stages,
+        **launch.options,
     )  # fmt: skip
     return Plan(Bound(_forward, (programs * parts + tiles,), (), named), parts, boxes, launch)
