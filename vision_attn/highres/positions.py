@@ -50,7 +50,7 @@ def stretched_positions(model: Any, grid: tuple[int, int], stretch: float, rope:
 
 def position_ids(grid: tuple[int, int], stretch: float) -> Tensor:
     """Return ids `[height * width, 3]` in float32: segment 0, row, column, divided by `stretch` about the centres."""
-    rows, columns = ((torch.arange(side) + 0.5) / stretch - 0.5 for side in grid)
-    ids = torch.zeros(*grid, 3)
+    rows, columns = ((torch.arange(side, device="cpu") + 0.5) / stretch - 0.5 for side in grid)
+    ids = torch.zeros(*grid, 3, device="cpu")
     ids[..., 1], ids[..., 2] = rows[:, None], columns
     return ids.flatten(0, 1)

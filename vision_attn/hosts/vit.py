@@ -68,12 +68,12 @@ def grids_of_coordinates(coordinates: Tensor, valid: Tensor | None, prefix: int 
         valid: Bool `[B, N]`, False for padding; None if there is none.
         prefix: Tokens before the patches.
     """
-    whole = torch.ones(coordinates.shape[:2], dtype=torch.bool) if valid is None else valid.bool().cpu()
+    whole = torch.ones(coordinates.shape[:2], dtype=torch.bool, device="cpu") if valid is None else valid.bool().cpu()
     grids = []
     for own, real in zip(coordinates.cpu(), whole, strict=True):
         tokens = int(real.sum())
         height, width = (own[real].amax(0) + 1).tolist() if tokens else (0, 0)
-        rows = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+        rows = torch.cartesian_prod(torch.arange(height, device="cpu"), torch.arange(width, device="cpu"))
         if not real[:tokens].all() or height * width != tokens or not torch.equal(own[:tokens].long(), rows):
             return "the patches of a sample are not the rows of a grid, followed by padding"
         grids.append(Grid(height, width, prefix))

@@ -117,7 +117,7 @@ class Blocks:
 
 def _places(blocks: Blocks, device: torch.device) -> Tensor:
     height, width, prefix, suffix = blocks.size
-    tokens = torch.arange(prefix + height * width + suffix, dtype=torch.int32)
+    tokens = torch.arange(prefix + height * width + suffix, dtype=torch.int32, device="cpu")
     grid = Grid(height, width, prefix, suffix)
     beside = outside(tokens[None, :, None, None], grid).flatten()
     cut = [F.pad(beside, (0, -len(beside) % SLOTS), value=-1).view(-1, SLOTS)]

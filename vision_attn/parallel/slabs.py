@@ -151,17 +151,24 @@ def _tables(
         process's flags end.
     """
     begins = [sum(held[:n]) for n in range(len(held) + 1)]
-    row = torch.arange(begins[-1]) // columns
+    row = torch.arange(begins[-1], device="cpu") // columns
     beyond = torch.stack([(row < a) | (row >= b) for a, b in spans])  # [processes, cells]
     for each, (a, b) in enumerate(itertools.pairwise(begins)):
         beyond[each, a:b] = False
     own = held[rank]
-    give = torch.arange(entries * own).repeat(len(held))
-    cell = torch.arange(entries)[:, None] * begins[-1] + torch.arange(begins[-1])  # [entries, cells]
+    give = torch.arange(entries * own, device="cpu").repeat(len(held))
+    cell = torch.arange(entries, device="cpu")[:, None] * begins[-1] + torch.arange(
+        begins[-1], device="cpu"
+    )  # [entries, cells]
     take = torch.cat([cell[:, a:b].flatten() for a, b in itertools.pairwise(begins)])
     ends = [entries * own * (n + 1) for n in range(len(held))]
     ends += [ends[-1] + entries * b for b in begins[1:]]
-    found = beyond[:, begins[rank] : begins[rank + 1]], beyond[rank], torch.cat([give, take]), torch.tensor(ends) - 1
+    found = (
+        beyond[:, begins[rank] : begins[rank + 1]],
+        beyond[rank],
+        torch.cat([give, take]),
+        torch.tensor(ends, device="cpu") - 1,
+    )
     return found[0].to(device), found[1].to(device), found[2].to(device), found[3].to(device)
 
 

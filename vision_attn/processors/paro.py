@@ -229,7 +229,7 @@ def orders_of(grid: Grid, count: int, device: torch.device) -> Tensor:
 
 
 def _orders(height: int, width: int, count: int, device: torch.device) -> Tensor:
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    y, x = torch.meshgrid(torch.arange(height, device="cpu"), torch.arange(width, device="cpu"), indexing="ij")
     side = math.sqrt(height * width / count)  # of a square block
     square, flat = max(1, round(side)), max(1, round(side * 0.5**0.5))
     keys = [
@@ -265,7 +265,7 @@ def hilbert(y: Tensor, x: Tensor, side: int) -> Tensor:
 def nearest(count: int, kept: int) -> Tensor:
     """Return the `kept` blocks of Hilbert's order nearest to each block, in a square grid `[count, kept]`."""
     side = max(1, math.ceil(math.sqrt(count)))
-    y, x = torch.meshgrid(torch.arange(4 * side), torch.arange(4 * side), indexing="ij")
+    y, x = torch.meshgrid(torch.arange(4 * side, device="cpu"), torch.arange(4 * side, device="cpu"), indexing="ij")
     place = hilbert(y, x, 4 * side).flatten().argsort().argsort() * count // y.numel()
     which = torch.nn.functional.one_hot(place, count).double()
     centre = which.T @ torch.stack([y.flatten(), x.flatten()], 1).double() / which.sum(0)[:, None]

@@ -105,7 +105,7 @@ def _adaptive(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 def averages(length: int, windows: int) -> Tensor:
     """Return the matrix `[windows, length]` by which adaptive pooling averages `length` entries of an axis."""
-    i, n = torch.arange(windows)[:, None], torch.arange(length)
+    i, n = torch.arange(windows, device="cpu")[:, None], torch.arange(length, device="cpu")
     inside = ((n >= i * length // windows) & (n < ((i + 1) * length + windows - 1) // windows)).double()
     return inside / inside.sum(1, keepdim=True)
 

@@ -127,18 +127,18 @@ def _layout(height: int, width: int, cell: int, near: int, pool: int, device: to
         coarse = math.ceil(height / (cell << level)), math.ceil(width / (cell << level))
         found = _interactions(coarse, side, near, cell // pool)
         found = torch.where(found < 0, means, found + first)
-        row, column = (torch.arange(n).div(1 << level, rounding_mode="floor") for n in size)
+        row, column = (torch.arange(n, device="cpu").div(1 << level, rounding_mode="floor") for n in size)
         slots.append(found[(row[:, None] * coarse[1] + column).flatten()])
         first += side[0] * side[1]
     boxes = [_boxes(height, width, pool << level) for level in range(levels)]
-    level_of = [torch.full((len(box),), level) for level, box in enumerate(boxes)]
-    empty = torch.zeros(1, 4, dtype=torch.long)
+    level_of = [torch.full((len(box),), level, device="cpu") for level, box in enumerate(boxes)]
+    empty = torch.zeros(1, 4, dtype=torch.long, device="cpu")
     return Layout(
         size,
         _neighbours(size, near).to(device),
-        (torch.cat(slots, 1) if slots else torch.zeros(count, 0, dtype=torch.long)).to(device),
+        (torch.cat(slots, 1) if slots else torch.zeros(count, 0, dtype=torch.long, device="cpu")).to(device),
         torch.cat([*boxes, empty]).to(device),
-        torch.cat([*level_of, torch.zeros(1, dtype=torch.long)]).to(device),
+        torch.cat([*level_of, torch.zeros(1, dtype=torch.long, device="cpu")]).to(device),
         sides,
         torch.cat([_boxes(height, width, cell), empty]).to(device),
     )
@@ -149,13 +149,15 @@ _kept_layout = functools.lru_cache(maxsize=256)(_layout)
 
 def _boxes(height: int, width: int, side: int) -> Tensor:
     """The squares of `side` tokens that a grid is cut into, at the borders what is left `[squares, 4]`."""
-    y, x = torch.meshgrid(torch.arange(0, height, side), torch.arange(0, width, side), indexing="ij")
+    y, x = torch.meshgrid(
+        torch.arange(0, height, side, device="cpu"), torch.arange(0, width, side, device="cpu"), indexing="ij"
+    )
     return torch.stack([y, (y + side).clamp(max=height), x, (x + side).clamp(max=width)], -1).flatten(0, 1)
 
 
 def _neighbours(size: tuple[int, int], near: int) -> Tensor:
     """Cells within `near` of each cell `[cells, (2 * near + 1)^2]`; the number of cells where there is none."""
-    rows, columns = (torch.arange(n)[:, None] + torch.arange(-near, near + 1) for n in size)
+    rows, columns = (torch.arange(n, device="cpu")[:, None] + torch.arange(-near, near + 1, device="cpu") for n in size)
     y, x = rows[:, None, :, None], columns[None, :, None, :]
     inside = (y >= 0) & (y < size[0]) & (x >= 0) & (x < size[1])
     return torch.where(inside, y * size[1] + x, size[0] * size[1]).flatten(2).flatten(0, 1)
@@ -170,20 +172,20 @@ def _interactions(size: tuple[int, int], means: tuple[int, int], near: int, per_
         near: Distance of a neighbourhood in cells.
         per_cell: Means along the side of a cell.
     """
-    children = torch.arange(2 * (2 * near + 1))
-    own_y, own_x = (torch.arange(n) for n in size)
+    children = torch.arange(2 * (2 * near + 1), device="cpu")
+    own_y, own_x = (torch.arange(n, device="cpu") for n in size)
     y, x = ((2 * (own // 2 - near))[:, None] + children for own in (own_y, own_x))  # [rows, children]
     close_y, close_x = (y - own_y[:, None]).abs() <= near, (x - own_x[:, None]).abs() <= near
     y_in, x_in = (y >= 0) & (y < size[0]), (x >= 0) & (x < size[1])
     seen = y_in[:, None, :, None] & x_in[None, :, None, :] & ~(close_y[:, None, :, None] & close_x[None, :, None, :])
-    inner = torch.arange(per_cell)
+    inner = torch.arange(per_cell, device="cpu")
     mean_y, mean_x = y[:, None, :, None, None, None] * per_cell + inner[:, None], x[None, :, None, :, None, None]
     mean_x = mean_x * per_cell + inner
     there = seen[..., None, None] & (mean_y < means[0]) & (mean_x < means[1])
     found = torch.where(there, mean_y * means[1] + mean_x, -1).flatten(2).flatten(0, 1)  # [cells, all]
     axes = [_met(n, m, near, per_cell) for n, m in zip(size, means, strict=True)]
     most = max([wide_y * wide_x - own_y * own_x for wide_y, own_y in axes[0] for wide_x, own_x in axes[1]])
-    place = torch.arange(found.shape[1])
+    place = torch.arange(found.shape[1], device="cpu")
     order = torch.where(found < 0, place + len(place), place).argsort(dim=1)[:, :most]  # ONNX has no stable sort
     return found.gather(1, order)
 

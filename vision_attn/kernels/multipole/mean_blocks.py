@@ -64,16 +64,20 @@ def _tables(rows: Pyramid, device: torch.device) -> tuple[Tensor, Tensor]:
     # first rows of the tiles that each cell meets, level by level
     tiles = rows.tile_rows(blocks.tiles, torch.device("cpu")).unflatten(0, rows.cells)
     tiles = tiles.unflatten(2, (-1, blocks.tiles_of_level))  # [rows, columns, levels, tiles]
-    y, x = (torch.arange(n)[:, None] for n in rows.cells)
-    slots, met, before = [torch.empty(0, SLOTS, dtype=torch.int32)], [torch.empty(*rows.cells, 0, dtype=torch.int32)], 0
+    y, x = (torch.arange(n, device="cpu")[:, None] for n in rows.cells)
+    slots, met, before = (
+        [torch.empty(0, SLOTS, dtype=torch.int32, device="cpu")],
+        [torch.empty(*rows.cells, 0, dtype=torch.int32, device="cpu")],
+        0,
+    )
     for level in range(rows.levels):
         (down, across), step = rows.blocks(level), 2 << level
         first = tiles[::step, ::step, level].flatten(0, 1)  # [parents, tiles], by the first cell of each parent
-        found = (first[:, :, None] + torch.arange(rows.block)).flatten(1)
+        found = (first[:, :, None] + torch.arange(rows.block, device="cpu")).flatten(1)
         found = torch.where((found < 0) | (found >= rows.rows), -1, found)
         slots.append(F.pad(found, (0, -found.shape[1] % SLOTS), value=-1).view(-1, SLOTS).int())
         parent = (y >> (level + 1)) * across + (x >> (level + 1)).T  # [rows, columns]
-        met.append((before + parent[:, :, None] * blocks.each + torch.arange(blocks.each)).int())
+        met.append((before + parent[:, :, None] * blocks.each + torch.arange(blocks.each, device="cpu")).int())
         before += down * across * blocks.each
     # from the CPU, so that nothing kept here is of the memory of a CUDA graph that is being captured
     return fixed(torch.cat(slots).to(device)), fixed(torch.cat(met, 2).flatten(0, 1).to(device))

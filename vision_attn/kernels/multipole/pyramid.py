@@ -148,11 +148,11 @@ class MeanTiles:
 def _order(rows: Pyramid, device: torch.device) -> Tensor:
     found, before = [], 0
     count, wide = sum(math.prod(rows.means(level)) for level in range(rows.levels)), 2 * rows.per_cell
-    inner = torch.arange(rows.block)
+    inner = torch.arange(rows.block, device="cpu")
     for level in range(rows.levels):
         (down, across), (tall, broad) = rows.means(level), rows.blocks(level)
-        y = torch.arange(tall)[:, None, None] * wide + inner // wide
-        x = torch.arange(broad)[None, :, None] * wide + inner % wide
+        y = torch.arange(tall, device="cpu")[:, None, None] * wide + inner // wide
+        x = torch.arange(broad, device="cpu")[None, :, None] * wide + inner % wide
         there = (y < down) & (x < across) & (inner < wide * wide)
         found.append(torch.where(there, before + y * across + x, count).flatten())
         before += down * across
@@ -163,11 +163,11 @@ def _order(rows: Pyramid, device: torch.device) -> Tensor:
 @functools.lru_cache(maxsize=256)
 def _tile_rows(rows: Pyramid, tiles: MeanTiles, device: torch.device) -> Tensor:
     span = 2 * rows.near + 1
-    j = torch.arange(span * tiles.across)
+    j = torch.arange(span * tiles.across, device="cpu")
     if tiles.skip:
         j = j[j != rows.near * span + rows.near]
     down, right, inside = j // tiles.across - rows.near, -rows.near, j % tiles.across * tiles.length
-    y, x = (torch.arange(n) for n in rows.cells)
+    y, x = (torch.arange(n, device="cpu") for n in rows.cells)
     found = [j.new_zeros((len(y), len(x), 0))]
     for level in range(rows.levels):
         block_y, block_x = (y[:, None, None] >> (level + 1)) + down, (x[None, :, None] >> (level + 1)) + right
