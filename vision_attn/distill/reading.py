@@ -32,7 +32,7 @@ def read_config(arguments: Sequence[str], program: str) -> Config | str:
             raise FileNotFoundError(f"--config: {value} does not exist")
     parser = jsonargparse.ArgumentParser(
         prog=program,
-        description=__doc__,
+        description="The settings of a distillation, from a YAML file and from single values on the command line.",
         exit_on_error=False,
         default_env=False,
         print_config=None,
