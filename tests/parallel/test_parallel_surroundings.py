@@ -12,9 +12,10 @@ import sliced_highres
 import sliced_models
 import torch
 from tiny_hosts import HOST
+from tiny_pipelines import PIPELINE
 
 import vision_attn
-from vision_attn.parallel import enable
+from vision_attn.parallel import enable, shared_decoding
 from vision_attn.processors import Clear, LinFusion, Multipole
 
 SPECS = {"clear": Clear(radius=2), "multipole": Multipole(cell=2, near=0, pool=1, exact=1), "linfusion": LinFusion()}
@@ -42,7 +43,19 @@ def test_layers_of_a_cut_model_must_not_stay_dense(pair):
         assert "would attend to this process's slice alone" in refused
 
 
+def test_what_needs_processes_says_so():
+    with pytest.raises(ValueError, match="process group has not been initialized"):
+        enable(HOST["flux"].build())
+    with (
+        pytest.raises(ValueError, match=r"call torch\.distributed\.init_process_group\(\) first"),
+        shared_decoding(PIPELINE["flux"].build().vae),
+    ):
+        pass
+
+
 def test_enable_says_what_it_cannot_cut():
+    with pytest.raises(TypeError, match="give a model or a pipeline of diffusers to cut, got 'flux'"):
+        enable("flux")
     model = HOST["pixart"].build()
     with pytest.raises(ValueError, match="convert every self-attention"):
         enable(model)

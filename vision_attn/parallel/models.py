@@ -67,7 +67,9 @@ def enable(target: Any, *, share: int | None = None) -> Enabled | EnabledUNet:
         What takes it back.
 
     Raises:
-        ValueError: If the model cannot be cut, a layer is not converted, or `share` does not divide the processes.
+        TypeError: If `target` is neither a model nor a pipeline, or `share` no int.
+        ValueError: If the model cannot be cut, a layer is not converted, there is no process group, or `share` does not
+            divide the processes.
     """
     model = target if isinstance(target, nn.Module) else _denoiser(target)
     name = _kind(model)
@@ -96,6 +98,8 @@ def has_plan(model: nn.Module) -> bool:
 
 
 def _denoiser(pipe: Any) -> nn.Module:
+    if not hasattr(pipe, "components"):
+        raise TypeError(f"give a model or a pipeline of diffusers to cut, got {pipe!r}")
     found = denoisers_of(pipe)
     if len(found) != 1:
         raise ValueError(f"give one model to cut: this {type(pipe).__name__} has the denoisers {', '.join(found)}")

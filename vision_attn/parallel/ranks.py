@@ -72,7 +72,13 @@ class Cut:
 
     @classmethod
     def over(cls, group: Any, gathers: bool = False) -> "Cut":
-        """Return the cut over a process group."""
+        """Return the cut over a process group.
+
+        Raises:
+            ValueError: If PyTorch has no process group, which is then None.
+        """
+        if group is None:
+            raise ValueError("there is no process group: call torch.distributed.init_process_group() first")
         return cls(group.group_name, torch.distributed.get_rank(group), group.size(), gathers)
 
     def of(self, grid: Grid) -> "Ranks":

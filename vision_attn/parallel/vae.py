@@ -27,7 +27,7 @@ def shared_decoding(vae: Any, group: Any = None) -> Iterator[None]:
         group: The process group, all processes if None.
 
     Raises:
-        ValueError: If the autoencoder has other tiles.
+        ValueError: If the autoencoder has other tiles, or there is no process group.
     """
     if not all(hasattr(vae, name) for name in ("tile_latent_min_size", "tile_overlap_factor", "tiled_decode")):
         raise ValueError(f"a {type(vae).__name__} is not cut into the tiles of an AutoencoderKL, so it is not shared")
@@ -52,7 +52,11 @@ def _decode(vae: Any, whole: Any, cut: Cut, z: Tensor, return_dict: bool = True)
     first, stop = cuts[cut.rank : cut.rank + 2]
     above = max(first - 1, 0)
     slab = z[:, :, above * step : max(stop - 1, 0) * step + vae.tile_latent_min_size]
-    rows = whole(slab, return_dict=False)[0] if stop > first else z.new_empty((len(z), 3, 0, z.shape[3] * per_latent))
+    rows = (
+        whole(slab, return_dict=False)[0]
+        if stop > first
+        else z.new_empty((len(z), vae.config.out_channels, 0, z.shape[3] * per_latent))
+    )
     rows = rows[:, :, sum(heights[above:first]) :][:, :, : counts[cut.rank]]
     picture = gather(rows.permute(2, 0, 1, 3), counts, cut, "rows of the picture").wait().permute(1, 2, 0, 3)
     if not return_dict:
