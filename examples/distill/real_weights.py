@@ -246,9 +246,10 @@ def main():
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     models = args.models.split(",")
+    if unknown := [model for model in models if model not in MODELS]:
+        parser.error(f"--models: {', '.join(unknown)} not among {', '.join(MODELS)}")
     if "dinov2" in models and not (args.out / "pictures.npy").exists():
         make_pictures(args)
-    # the short ones first, so that no worker waits for long
     work = [(args, model, student) for model in models for student in chosen(args.students)]
     with Workers(args.workers) as workers:
         rows = workers.map(distil, work)
