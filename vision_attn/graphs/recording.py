@@ -56,7 +56,7 @@ def _captured(call: Callable[[], Any], pool: Any, device: int) -> tuple[torch.cu
 
     While a graph is captured PyTorch refuses random numbers to all other threads, because the generator of the GPU
     takes part. So a copy of it takes part; a call that draws random numbers itself fails, and leaves the generator as
-    it was. The copy stands in its place while the capture begins: a thread that draws just then may draw the same again.
+    it was. The copy stands in its place while the capture begins: a thread that draws just then may draw that again.
     """
     graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[device]
     with torch.cuda.stream(torch.cuda.Stream()):
