@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from backbone_families import FAMILIES
+from covering import quick
 from golden_case import GOLDEN, mechanism
 from transformers import DinatConfig
 from transformers.models.dinat import modeling_dinat
@@ -84,8 +85,14 @@ def test_transformers_layout(family, scaled, monkeypatch):
     assert torch.equal(FAMILIES[family].recorded(dict(case, state_dict=as_nat))(x), want)
 
 
-@pytest.mark.parametrize("family, case", OPEN)
-@pytest.mark.parametrize("wrap", ["module", "model", "state_dict", "own"])
+WRAPPED = quick(
+    [(wrap, *row) for wrap in ("module", "model", "state_dict", "own") for row in OPEN],
+    (lambda wrap, family, case: (family, case), 1),
+    (lambda wrap, family, case: wrap, 4),
+)
+
+
+@pytest.mark.parametrize("wrap, family, case", WRAPPED)
 def test_wrapped_checkpoints(family, case, wrap):
     case = mechanism(f"{family}/{case}")
     model = FAMILIES[family].recorded(case)

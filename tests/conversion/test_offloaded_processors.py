@@ -29,7 +29,7 @@ def change(model: nn.Module) -> None:
     "host_id, name, offload, when",
     quick(
         ROWS,
-        (lambda host_id, name, offload, when: (name, offload == "sequential" and when == "after"), 1),
+        (lambda host_id, name, offload, when: name if offload == "sequential" and when == "after" else "any", 1),
         (lambda host_id, name, offload, when: (host_id, offload, when), 1),
     ),
 )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from covering import quick
-from processor_table import PROCESSORS
+from processor_table import KIND_OF_SPEC, PROCESSORS
 from tiny_pipelines import PIPELINE, add_lora, ip_adapter_inputs, load_ip_adapter
 
 import vision_attn.pipelines  # noqa: F401, pipelines get set_attn_processor
@@ -22,7 +22,7 @@ PAIRWISE = quick(
     [(*case, name) for case in WITH_ADDITIONS for name in PROCESSORS],
     (lambda pipeline_id, addition, name: (pipeline_id, addition), 1),
     (lambda pipeline_id, addition, name: (pipeline_id.partition("-")[0], name), 1),  # of each denoiser
-    (lambda pipeline_id, addition, name: (addition, name), 1),
+    (lambda pipeline_id, addition, name: (addition, KIND_OF_SPEC[name]), 1),
 )
 
 

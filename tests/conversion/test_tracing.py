@@ -11,7 +11,7 @@ import torch
 from converted_hosts import CLEAR, SIZE, converted, hosts
 from covering import quick
 from host_runs import TEXT, run, size_of, stock
-from processor_table import PROCESSORS
+from processor_table import KIND_OF_SPEC, PROCESSORS
 from tiny_hosts import HOST, noise
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
@@ -64,10 +64,10 @@ def test_jit_trace_of_every_host(host_id: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("spec", PROCESSORS.values(), ids=PROCESSORS)
-def test_jit_trace_of_every_processor(spec: Any) -> None:
+@pytest.mark.parametrize("name", quick([(name,) for name in PROCESSORS], (KIND_OF_SPEC.get, 1)))
+def test_jit_trace_of_every_processor(name: str) -> None:
     model = HOST["vit"].build()
-    convert(model, spec)
+    convert(model, PROCESSORS[name])
     torch.testing.assert_close(traced("vit", model, SIZE), run(HOST["vit"], model, *SIZE))
 
 

@@ -56,7 +56,7 @@ def picture(pipe):
 
 
 NAMES = [name for name in QUANTISATIONS if name != "torchao-int8-dynamic"]  # which has no gradients
-QUICK = ("torchao-int8", "bitsandbytes-nf4", "layerwise-bfloat16", "layerwise-float8")
+QUICK = ("torchao-int8", "bitsandbytes-nf4", "layerwise-bfloat16")  # one of each package
 ROWS = [row(name, package=QUANTISATIONS[name].package, slow=name not in QUICK) for name in NAMES]
 
 

@@ -12,8 +12,8 @@ BACKENDS = pytest.mark.parametrize("backend", ["torch", "reference"])
 # The operators of these have a form for each kind of derivative; what is plain PyTorch has no other.
 OWN = [case for case in CASES if str(case) in ("local-dilated-text-bias-pooled", "multipole-pooled")]
 
-# Numbers one by one take long. Of the reference, and of two large rows, the direction at random is quick: see below.
-LARGE = ("multipole-cut-text-mask", "multipole-group-unlearned")
+# Numbers one by one take long. Of the reference, and of three large rows, the direction at random is quick: see below.
+LARGE = ("multipole-cut-text-mask", "multipole-group-unlearned", "linear-local-cut-text-mask")
 EACH = [
     pytest.param(case, backend, id=f"{case}-{backend}",
                  marks=[pytest.mark.slow] * (backend == "reference" or str(case) in LARGE))

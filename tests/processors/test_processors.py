@@ -9,7 +9,7 @@ import pytest
 import torch
 from covering import quick
 from host_runs import FROM_A_FILE, distance, run, size_of, stock
-from processor_table import PROCESSORS
+from processor_table import KIND_OF_SPEC, PROCESSORS
 from tiny_hosts import HOST, KIND, HostCase
 from torch import nn
 from untouched import assert_untouched, state
@@ -39,7 +39,8 @@ UNLIKE = {
 PAIRS = quick(
     list(product(KIND, PROCESSORS)),
     (lambda host_id, name: host_id, 1),
-    (lambda host_id, name: (KIND[host_id], name), 1),
+    (lambda host_id, name: name, 2),
+    (lambda host_id, name: (KIND[host_id], KIND_OF_SPEC[name]), 1),
 )
 
 

@@ -3,3 +3,4 @@
 from vision_attn.processors import REGISTRY
 
 PROCESSORS = {name: spec for known in REGISTRY.values() for name, spec in known.tests.items()}
+KIND_OF_SPEC = {name: type(spec).__name__ for name, spec in PROCESSORS.items()}
