@@ -32,6 +32,7 @@ from vision_attn import (
 from vision_attn.conversion.state import is_rerouted, state_of
 from vision_attn.kernels.image import averages
 from vision_attn.processors import REGISTRY, AgentSD, Schedule
+from vision_attn.processors.linfusion import Residual
 
 UNLIKE = {
     name: (16, 8) for name in ("clear-pool", "clear-counted")
@@ -238,6 +239,18 @@ def test_residual_networks_run_with_weights_stored_in_8_bits() -> None:
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     got = run(HOST["flux"], model, 6, 6)
     assert (got - want).abs().max() < 0.2 * want.abs().max()
+
+
+def test_residual_networks_call_their_layers_where_hooks_listen() -> None:
+    """Without hooks their layers are not called, and compute the same."""
+    residual, x, ran = Residual(6, 4), torch.randn(2, 3, 6), []
+    torch.nn.init.normal_(residual[3].weight)
+    want = residual(x)
+    for layer in residual:
+        layer.register_forward_hook(lambda *args: ran.append(args[0]))
+    assert torch.equal(residual(x), want) and ran == list(residual)
+    residual[0] = torch.nn.Linear(6, 4, bias=False)
+    assert not torch.equal(residual(x), want)
 
 
 @pytest.mark.parametrize(("size", "agents"), [((12, 20), (3, 5)), ((7, 10), (3, 4)), ((3, 2), (5, 2))], ids=str)

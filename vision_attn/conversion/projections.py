@@ -19,8 +19,8 @@ from vision_attn.hosts.host import heads_of
 
 _ROLES = {f"{before}{role}{after}": role for role in "qk" for before, after in (("to_", ""), ("", "_proj"))}
 _ROLES |= {"query": "q", "key": "k"}  # of transformers
-_FUSED = ("to_qkv", "to_qkv_mlp_proj", "qkv", "img_qkv_proj")
-PROJECTIONS = (*_ROLES, *_FUSED)  # names of the layers that project to queries or keys
+_FUSED = dict.fromkeys(("to_qkv", "to_qkv_mlp_proj", "qkv", "img_qkv_proj"))
+PROJECTIONS = frozenset((*_ROLES, *_FUSED))  # names of the layers that project to queries or keys
 _SLOT = "_vision_attn_projections"  # attribute of an attention module and of its projections
 
 
@@ -84,11 +84,11 @@ class Projections:
     @property
     def fused(self) -> bool:
         """Whether one layer projects to everything, so that its calls of `linear` must be looked at."""
-        return any(name in self.module._modules for name in _FUSED)
+        return not _FUSED.keys().isdisjoint(self.module._modules)
 
     def missing(self) -> list[str]:
         """Return the roles whose projection was not seen."""
-        return sorted(set(self.residuals) - self.seen)
+        return [] if self.seen >= self.residuals.keys() else sorted(self.residuals.keys() - self.seen)
 
     def enter(self, projection: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Change the arguments of a projection that is about to run; None leaves them as they are."""
@@ -142,9 +142,8 @@ class Projections:
 def bind(module: nn.Module) -> None:
     """Put hooks on the projections that an attention module has now. `unbind` undoes it."""
     slot: _Slot = vars(module).setdefault(_SLOT, _Slot())
-    for name in PROJECTIONS:
-        projection = module._modules.get(name)
-        if projection is not None and vars(projection).get(_SLOT) is not slot:
+    for name, projection in module._modules.items():
+        if name in PROJECTIONS and projection is not None and projection.__dict__.get(_SLOT) is not slot:
             setattr(projection, _SLOT, slot)
             projection.register_forward_pre_hook(_enter)
             if name in _FUSED:

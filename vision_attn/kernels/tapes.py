@@ -64,7 +64,7 @@ class Tapes(dict[Any, Any]):
             args: Its arguments; the first is a tensor.
             owner: A module, if `function` runs it.
         """
-        if not _can_repeat(args[0]) or (owner is not None and not _is_plain(owner)):
+        if not _can_repeat(args[0]) or (owner is not None and not is_plain(owner)):
             return function(*args)
         about = None if owner is None else (owner, owner.training, getattr(owner, "changes", 0))
         key = threading.get_ident(), about, *[_layout(a) for a in args]
@@ -97,15 +97,26 @@ def _can_repeat(t: Tensor) -> bool:
     )
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a call of a module is its class's forward and nothing else, and so with the modules inside it."""
-    if (
-        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-        or _modules._global_forward_hooks or _modules._global_forward_pre_hooks
-    ):  # fmt: skip
+def is_plain(*modules: nn.Module) -> bool:
+    """Whether a call of each module is its class's forward and nothing else, and so with the modules that this runs.
+
+    Those do not count that its class names in `apart`.
+    """
+    if _modules._global_forward_hooks or _modules._global_forward_pre_hooks:
         return False
-    inside = module._modules
-    return not inside or all(_is_plain(m) for m in inside.values() if m is not None)
+    found = list(modules)
+    for module in found:
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            return False
+        if module._modules:
+            found += [part for _, part in _parts(module)]
+    return True
+
+
+def _parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the modules that the forward of a module may run, by name."""
+    apart = getattr(type(module), "apart", ())
+    return [(name, part) for name, part in module._modules.items() if part is not None and name not in apart]
 
 
 def _layout(a: Any) -> Any:
@@ -204,8 +215,8 @@ def _tape_of(heard: Recorder, result: Any, owner: nn.Module | None) -> "Tape | N
     if None in numbers or len(set(numbers)) < len(numbers):
         return None
     tape = Tape(isinstance(result, tuple), outputs[0].device)
-    for module in () if owner is None else owner.modules():
-        tape.modules += [(module._modules, name, inner) for name, inner in module._modules.items() if inner is not None]
+    if owner is not None:
+        tape.hold(owner)
     bases = dict(zip(numbers, range(len(inputs), len(inputs) + len(outputs)), strict=True))
     places = {}
     for n, (t, zero) in enumerate(heard.allocated):
@@ -355,6 +366,12 @@ class Tape:
                         self.kept.append((among, name, found, found.data_ptr()))
                         return True
         return False
+
+    def hold(self, owner: nn.Module) -> None:
+        """Note where the modules are that `owner` may run."""
+        for name, part in _parts(owner):
+            self.modules.append((owner._modules, name, part))
+            self.hold(part)
 
     def valid(self) -> bool:
         """Whether all parameters, and modules inside the owner, are where they were."""

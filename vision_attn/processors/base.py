@@ -77,6 +77,7 @@ class Processor(nn.Module, ABC):
             moment as one more argument of `forward` if it wants it too.
         heads_alike: Whether it computes all heads alike, so that a group of heads may stand in the batch.
         counts_calls: Whether what it computes depends on how often it was called, so no CUDA graph can replay it.
+        apart: Names of modules that `forward` does not run.
         repeats_itself: Whether it does more than launch kernels, and repeats the launches in it by tapes of its own.
         changes: How often an attribute was set, by which those see it who remember calls.
     """
@@ -85,6 +86,7 @@ class Processor(nn.Module, ABC):
     heads_alike: bool = False
     counts_calls: bool = False
     repeats_itself: bool = False
+    apart: tuple[str, ...] = ()
     changes: int = 0
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -65,8 +65,8 @@ class HiLo(AttnSpec):
 
     @property
     def calls(self) -> float:
-        """A kernel of windows, and pooling, dense attention and joining in PyTorch."""
-        return 20.0
+        """Kernels of windows and of pooling, and dense attention and joining in PyTorch."""
+        return 12.0
 
 
 class HiLoAttention(Processor):

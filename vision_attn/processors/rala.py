@@ -66,8 +66,8 @@ class RALA(AttnSpec):
 
     @property
     def calls(self) -> float:
-        """Kernels of the mean and of the sums, the gate and the convolution."""
-        return 20.0 if self.kernel_size else 16.0
+        """Kernels of the mean and of the sums, and one of the gate and the convolution."""
+        return 12.0
 
 
 class RALAAttention(Processor):
