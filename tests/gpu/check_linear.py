@@ -26,6 +26,7 @@ from operator_cases import CASES, Case, call, inputs_of
 from vision_attn.grid import Grid
 from vision_attn.kernels.agent import Agents, agent_attention
 from vision_attn.kernels.hedgehog import hedgehog
+from vision_attn.kernels.image import Windows, add_depthwise, means
 from vision_attn.kernels.linear import Features, feature_mean, linear_attention
 from vision_attn.kernels.window import Haloed, window_attention
 
@@ -129,6 +130,24 @@ def check_features(D, dtype):
         wide = torch.float64 if kind == torch.float64 else torch.float32
         o.append(hedgehog(x.to(kind), weight.to(wide), backend=backend))
     return shares("o", *([x] for x in o), dtype)
+
+
+def check_image(D, dtype):
+    """Check means over windows, and the convolution with a gate, on heads of D channels."""
+    grid, H = Grid(37, 50, prefix=77, suffix=5), 3
+    o, v = torch.randn(2, 2, grid.tokens, H, D).half().cuda()
+    tensors = o, v.transpose(1, 2).contiguous().transpose(1, 2)
+    filters = [t.half().cuda() for t in (torch.randn(H * D, 1, 5, 5) / 5, torch.randn(H * D), torch.randn(H, D, D) / D)]
+    found = []
+    for kind, backend in ((dtype, "triton"), (dtype, "torch"), (torch.float64, "torch")):
+        o, v = (t.to(kind) for t in tensors)
+        weight, bias, gate = (t.to(kind) for t in filters)
+        cells, agents = (
+            means(o, grid, windows, and_of=v, backend=backend) for windows in (Windows(size=3), Windows(count=(7, 8)))
+        )
+        gated, plain = (add_depthwise(o, v, grid, weight, bias, gate=own, backend=backend) for own in (gate, None))
+        found.append([*cells, *agents, gated, plain])
+    return shares(("cell k", "cell v", "agent k", "agent v", "gated", "convolved"), *found, dtype)
 
 
 def gradients(function, leaves, do):
@@ -253,6 +272,7 @@ def main():
     portable = "linear_injective-weights"  # its key weights take a gradient
     rows = [(check, case, case) for case in CASES + TUNED if case.operator in OPERATORS and str(case) != portable]
     rows += [(check_features, D, f"hedgehog-d{D}") for D in (16, 40, 64, 72, 80, 128)]
+    rows += [(check_image, D, f"image-d{D}") for D in (32, 40, 64, 80, 128)]
     rows = [row for row in rows if args.only in str(row[2])]
     with pool() as workers:
         every = itertools.product(args.dtypes.split(","), rows)
