@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 
+from vision_attn.conversion import answers
 from vision_attn.grid import Grid
 from vision_attn.kernels import tapes
 from vision_attn.processors import (
@@ -47,6 +48,7 @@ QUICK = ("clear", "linfusion", "rala") if DEVICE == "cpu" else tuple(ROWS)
 @pytest.fixture(autouse=True)
 def inference(monkeypatch):
     monkeypatch.setattr(tapes, "DEVICES", (DEVICE,))
+    monkeypatch.setattr(answers, "DEVICES", (DEVICE,))
     with torch.no_grad():
         yield
 

@@ -22,6 +22,7 @@ from vision_attn.conversion.masks import is_bias, key_padding, stays_dense
 from vision_attn.conversion.projections import Projections
 from vision_attn.conversion.state import ADDED, MASKED, LayerState, rotary_of
 from vision_attn.grid import Grid, largest
+from vision_attn.kernels.tapes import DEVICES
 from vision_attn.parallel.models import stock_attention
 from vision_attn.parallel.processors import attend
 from vision_attn.parallel.ranks import Ranks
@@ -256,16 +257,9 @@ class Answers:
             here.answer = before
 
     def _processed(
-        self,
-        grid: Grid | tuple[Grid, ...],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attn_mask: Tensor | None,
-        dropout_p: float,
-        is_causal: bool,
-        scale: float | None,
-    ) -> Tensor:
+        self, grid: Grid | tuple[Grid, ...], q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None,
+        dropout_p: float, is_causal: bool, scale: float | None,
+    ) -> Tensor:  # fmt: skip
         """Let the processor attend over `[B, N, H, D]` tensors."""
         state = self.state
         if dropout_p or is_causal:
@@ -313,7 +307,8 @@ class Answers:
             return grouped(self.processor, q, k, v, mask, run)
         if self.moment is not None:
             return self.processor(q, k, v, grid, mask, scale, self.moment)
-        if torch.compiler.is_compiling() or self.backend is not None or self.processor.repeats_itself:
+        repeats = self.backend is None and q.device.type in DEVICES and not self.processor.repeats_itself
+        if torch.compiler.is_compiling() or not repeats:
             return self.processor(q, k, v, grid, mask, scale)
         return self.state.tapes.call(self.processor, (q, k, v, grid, mask, scale), self.processor)
 
