@@ -50,7 +50,6 @@ def _repeatable():
 
 def pytest_collection_finish():
     """Spare every later search for garbage what the imports have made, which takes half a second."""
-    gc.collect()
     gc.freeze()
 
 
