@@ -12,6 +12,7 @@ import torch
 from vision_attn.conversion import answers
 from vision_attn.grid import Grid
 from vision_attn.kernels import tapes
+from vision_attn.kernels.local import Window
 from vision_attn.processors import (
     RALA,
     Agent,
@@ -24,7 +25,7 @@ from vision_attn.processors import (
     Multipole,
     Neighborhood,
 )
-from vision_attn.processors.base import Layer
+from vision_attn.processors.base import Layer, Processor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [] if DEVICE == "cuda" else [pytest.mark.interpreter]
@@ -196,6 +197,27 @@ def check_change(name, change):
         now = found.call(processor, args, processor)
         assert torch.equal(now, processor(*args))
     assert not torch.equal(now, before) or next(processor.parameters()).dtype == torch.float16
+
+
+class Around(Processor):
+    """Lets another processor attend."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args):
+        return self.inner(*args)
+
+
+def test_a_changed_processor_inside_another_is_seen():
+    inner, grid = built("clear")
+    processor, found, args = Around(inner), tapes.Tapes(), drawn(grid, 0)
+    before = [found.call(processor, args, processor) for _ in range(3)][-1]
+    assert len(kept(found)) == 1
+    inner.window = Window(radius=3)
+    now = found.call(processor, args, processor)
+    assert torch.equal(now, processor(*args)) and not torch.equal(now, before)
 
 
 def test_what_does_more_than_launch_is_not_recorded():

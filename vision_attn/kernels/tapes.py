@@ -340,7 +340,7 @@ class Tape:
         zeros: Bytes of each further memory that begins as zeros.
         bytes: All other memory that is asked for.
         kept: Parameters: where each is kept, by what name, itself, and its address.
-        modules: Modules inside its owner: where each is kept, by what name, and itself.
+        modules: Modules inside its owner: where each is kept, by what name, itself, and how often it was changed.
         tables: Tensors that nobody writes to.
     """
 
@@ -351,7 +351,7 @@ class Tape:
     zeros: list[int] = field(default_factory=list)
     bytes: int = 0
     kept: list[tuple[dict[str, Any], str, Tensor, int]] = field(default_factory=list)
-    modules: list[tuple[dict[str, Any], str, nn.Module]] = field(default_factory=list)
+    modules: list[tuple[dict[str, Any], str, nn.Module, int]] = field(default_factory=list)
     tables: list[Tensor] = field(default_factory=list)
 
     def keep(self, t: Tensor, owner: nn.Module | None) -> bool:
@@ -370,13 +370,16 @@ class Tape:
     def hold(self, owner: nn.Module) -> None:
         """Note where the modules are that `owner` may run."""
         for name, part in _parts(owner):
-            self.modules.append((owner._modules, name, part))
+            self.modules.append((owner._modules, name, part, part.__dict__.get("changes", 0)))
             self.hold(part)
 
     def valid(self) -> bool:
-        """Whether all parameters, and modules inside the owner, are where they were."""
+        """Whether all parameters, and modules inside the owner, are where they were, and these as they were."""
         return all([among.get(name) is t and t.data_ptr() == address for among, name, t, address in self.kept]) and all(
-            [among.get(name) is module for among, name, module in self.modules]
+            [
+                among.get(name) is part and part.__dict__.get("changes", 0) == changes
+                for among, name, part, changes in self.modules
+            ]
         )
 
     def repeat(self, inputs: Sequence[Tensor]) -> Any:
