@@ -156,13 +156,12 @@ class Residual(nn.Sequential):
             return super().forward(x).to(x.dtype)
         # the same without the calls of four modules, which take the host as long as what they compute
         first, norm, activation, last = parts
-        weight, bias = first._parameters.values()
-        hidden = F.linear(x.to(weight.dtype), weight, bias)
-        weight, bias = norm._parameters.values()
-        hidden = torch.layer_norm(hidden, norm.normalized_shape, weight, bias, norm.eps)
+        weight = first.weight
+        hidden = F.linear(x.to(weight.dtype), weight, first.bias)
+        hidden = torch.layer_norm(hidden, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
         hidden = F.leaky_relu(hidden, activation.negative_slope)
-        weight, bias = last._parameters.values()
-        return F.linear(hidden.to(weight.dtype), weight, bias).to(x.dtype)
+        weight = last.weight
+        return F.linear(hidden.to(weight.dtype), weight, last.bias).to(x.dtype)
 
 
 _PARTS = _Affine, nn.LayerNorm, nn.LeakyReLU, _Affine
