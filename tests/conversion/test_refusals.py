@@ -25,7 +25,7 @@ SPECS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "radius-0": (lambda: Clear(radius=0), ValueError, "radius must be above 0, got 0"),
     "counted": (lambda: Clear(counted=True), ValueError, "give pool, the side of their cells"),
     "counted-type": (lambda: Clear(pool=2, counted=2), TypeError, "counted must be True or False, got 2"),
-    "radius-nan": (lambda: Clear(radius=math.nan), ValueError, "radius must be above 0"),
+    "radius-nan": (lambda: Clear(radius=math.nan), ValueError, "radius must be a number of tokens, got nan"),
     "radius-text": (lambda: Clear(radius="2"), TypeError, "radius must be a number of tokens, got '2'"),
     "radius-bool": (lambda: Clear(radius=True), TypeError, "radius"),
     "pool-0": (lambda: Clear(pool=0), ValueError, "pool must be at least 1, got 0"),
