@@ -222,7 +222,7 @@ def test_bad_input_is_named(change, error, message):
         (dict(radius=3, cell=0.5), TypeError, "cell must be an int"),
         (dict(radius=3, kernel_size=3), ValueError, "give either radius or kernel_size"),
         (dict(radius=0), ValueError, "radius must be above 0"),
-        (dict(radius=math.nan), ValueError, "radius must be above 0"),
+        (dict(radius=math.nan), ValueError, "radius must be a number of tokens, got nan"),
         (dict(radius="8"), TypeError, "radius must be a number"),
         (dict(radius=3, dilation=2), ValueError, "a disc has neither bias nor dilation"),
         (dict(kernel_size=0), ValueError, "kernel_size must be at least 1"),
