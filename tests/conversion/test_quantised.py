@@ -67,8 +67,8 @@ def test_every_processor(host_id: str, name: str, spec: str) -> None:
     for inner, parameter in conversions[1].named_parameters():
         parameter.data.copy_(added[inner])
     output = run(HOST[host_id], model, *SIZE)
-    if spec == "agent-sd":  # it merges the tokens that are most alike: rounded ones may be others
-        assert distance(output, run(HOST[host_id], twin, *SIZE)) < 0.1
+    if spec in ("agent-sd", "moh", "moh-clear"):  # which tokens are merged, or heads taken, may change by rounding
+        assert distance(output, run(HOST[host_id], twin, *SIZE)) < 0.2
     else:
         assert_like(output, run(HOST[host_id], twin, *SIZE), name)
     assert "rerouted" in conversions[0].status.values() and distance(output, before) > 1e-3
