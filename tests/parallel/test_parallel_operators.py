@@ -5,10 +5,13 @@ Slices end inside rows and inside cells, text is cut too, and there are more pro
 
 import pytest
 import sliced
+import torch
 from processes import Group
 from processor_table import PROCESSORS
 
 from vision_attn.grid import Grid
+from vision_attn.kernels.multipole import Cells
+from vision_attn.parallel.slabs import room
 from vision_attn.processors import Clear, Halo, HiLo, LinFusion, Multipole, Neighborhood, Schedule
 
 SPECS = PROCESSORS | {
@@ -126,3 +129,12 @@ def test_a_schedule_runs_the_processor_of_its_stage(group):
     spec = Schedule(((0.5, Clear(radius=2)), (1.0, Clear(radius=3))))
     grid = Grid(7, 6, prefix=3)
     sliced.compare(group[2].run("sliced:over", spec, grid), sliced.alone(spec, grid))
+
+
+@pytest.mark.parametrize(("outside", "cell", "zero"), [(5, 8, 256), (512, 8, 0), (0, 8, 0), (5, 6, 1000)])
+def test_what_a_tile_reads_beyond_the_text_or_a_cell_is_zero(outside, cell, zero):
+    """A weight of zero does not hide a NaN; all other memory is NaN here."""
+    torch.use_deterministic_algorithms(True)
+    found = room(torch.empty(0), (1, 1000, 2, 4), outside, Cells(cell=cell, pool=2))
+    first = 0 if zero == 1000 else outside
+    assert (found[:, first : first + zero] == 0).all() and int(found.isnan().sum()) == 8 * (1000 - zero)

@@ -59,7 +59,7 @@ def multipole_attention_over(
     outside.wait()
     means_k, means_v, chosen = means.wait(scale)
     n, begin = ranks.grid.image_tokens, slabs[ranks.rank].span[0]
-    blank = torch.is_grad_enabled() or not q.is_cuda
+    blank = torch.is_grad_enabled() or not q.is_cuda  # PyTorch's implementation reads all, and gradients
 
     def placed(parts: dict[int, Tensor]) -> Tensor:
         shape = (q.shape[0], outside.count + n, *q.shape[2:])

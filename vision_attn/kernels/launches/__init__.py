@@ -41,7 +41,8 @@ class Launch:
         stages: Stages of the pipeline that loads what is walked.
         programs: Programs that one multiprocessor holds, by which loops are cut.
         features: Features that are multiplied at a time.
-        registers: Registers of a thread at most, so that a multiprocessor holds more programs; 0 for any.
+        registers: Registers of a thread at most, so that a multiprocessor holds more programs; 0 for any. It counts for
+            kernels that are launched with `options`: those of local, multipole, window and linear-local attention.
         boxes: The launch where TMA can load, if it is another one.
         exact: Whether no smaller one takes its place where it does not fit: of a launch that is tried.
     """

@@ -331,9 +331,7 @@ def _pooled(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor,
 
     def numbers(launch: Launch) -> dict[str, Any]:
         _, length = splits(q, B * H * math.ceil(pooled / launch.rows), image, 0, launch.length)
-        return dict(
-            part_length=length, M=launch.rows, LEN=launch.length, num_warps=launch.warps, num_stages=launch.stages
-        )
+        return dict(part_length=length, M=launch.rows, LEN=launch.length, **launch.options)
 
     rest = *strides_of(q, do, k, v), N, H, B, prefix, image, pooled, call.scale
     more = dict(D=D, BLOCK_D=call.block_d, TWO=len(lse) == 2, PRECISION=thrice(q))
@@ -364,7 +362,7 @@ def bias_gradient(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     )  # fmt: skip
 
     def of(launch: Launch) -> dict[str, Any]:
-        return dict(WIDE=launch.rows, num_warps=launch.warps, num_stages=launch.stages, **more)
+        return dict(WIDE=launch.rows, **launch.options, **more)
 
     launch = launch_of(
         "local.bias", q, (bias.dtype, more["BLOCK_K"], call.bias_block),

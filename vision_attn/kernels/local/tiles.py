@@ -99,7 +99,7 @@ def _plan_launch(
         TALL=queries[0], WIDE=queries[1], KEY_TALL=keys[0], KEY_WIDE=keys[1],
         MASK=call.mask is not None, BIAS=call.bias_block, PREFIX=prefix > 0, SUFFIX=suffix > 0,
         RAGGED_PREFIX=prefix % LEN > 0, TMA=tma,
-        num_warps=launch.warps, num_stages=launch.stages, **call.numbers(), **more,
+        **launch.options, **call.numbers(), **more,
     )  # fmt: skip
     bound = Bound(kernel, (blocks * parts + grid_programs,), strides_of(*strided), named)
     return Plan(bound, parts, tuple(boxes), launch)

@@ -157,7 +157,7 @@ def fill_means(d_means: list[Tensor], d_mass: Tensor, call: Call, do: Tensor, ls
         T = call.tile(launch)
         side = min(*launch.own, (4 if rows.per_cell == 1 else 8) if call.block_d * q.element_size() <= 256 else 4)
         boxes, tma = grid_boxes(call, do, T)
-        named = dict(T=T, SPLIT=call.split(T), SIDE=side, TMA=tma, num_warps=launch.warps, num_stages=launch.stages)
+        named = dict(T=T, SPLIT=call.split(T), SIDE=side, TMA=tma, **launch.options)
         return side, boxes, named
 
     def needs(launch: Launch) -> int:

@@ -69,7 +69,7 @@ def _plan_queries_launch(call: Call, kernel: Kernel, launch: Launch, others: Seq
         EXACT_BLOCK=next_power(max(1, call.chosen.shape[3])), LEN=LEN, MEANS=tiles.length, D=D, BLOCK_D=call.block_d,
         MASK=call.mask is not None, ALIKE=call.alike, PREFIX=prefix > 0, SUFFIX=suffix > 0,
         RAGGED=call.ragged(T), RAGGED_PREFIX=prefix % LEN > 0, TMA=tma,
-        PRECISION=thrice(call.q), num_warps=launch.warps, num_stages=launch.stages,
+        PRECISION=thrice(call.q), **launch.options,
     )  # fmt: skip
     strides = strides_of(call.q, call.k, call.v, *others, call.means_k, call.means_v)
     return Plan(Bound(kernel, (blocks * parts + grid_programs,), strides, numbers), parts, tuple(boxes), launch)
@@ -110,7 +110,7 @@ def _plan_keys_launch(call: Call, kernel: Kernel, launch: Launch, do: Tensor) ->
         scale=call.scale, row_programs=blocks * parts, part_length=length, together=call.together, parts=parts, T=T,
         SPLIT=split, EXACT=exact, LEN=launch.length, D=D, BLOCK_D=call.block_d, MASK=call.mask is not None,
         PREFIX=prefix > 0 and not call.partial, SUFFIX=suffix > 0, RAGGED=call.ragged(T), TMA=tma,
-        PRECISION=thrice(call.q), num_warps=launch.warps, num_stages=launch.stages,
+        PRECISION=thrice(call.q), **launch.options,
     )  # fmt: skip
     strides = strides_of(call.q, call.k, call.v, do)
     return Plan(Bound(kernel, (blocks * parts + grid_programs,), strides, numbers), parts, tuple(boxes), launch)

@@ -100,7 +100,7 @@ class Cells:
                 height=self.size[0], width=self.size[1], cell_h=self.cell[0], cell_w=self.cell[1], heads=H,
                 batch_heads=B * H, scale=self.scale, SLOTS=self.slots, ROWS=launch.rows,
                 TILES=max(1, self.slots // launch.rows), D=D, BLOCK_D=block_of(D), PRECISION=precision_of(self.q),
-                num_warps=launch.warps, num_stages=launch.stages, **more(launch),
+                **launch.options, **more(launch),
             )  # fmt: skip
 
         about = self.slots, self.shared_k is None, self.mask is None, *constants
