@@ -53,6 +53,7 @@ def check(case, dtype):
     for name, o, p, e in zip(("o", "dq", "dk", "dv"), ours, plain, exact, strict=True):
         budget = 2 * ((p - e).abs().max() + torch.finfo(dtype).eps * e.abs().max() + 1e-6)
         shares[name] = round(((o - e).abs().max() / budget).item(), 3)
+    print(case, dtype, shares, flush=True)
     return shares
 
 

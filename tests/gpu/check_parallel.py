@@ -89,14 +89,14 @@ def shares(found, exact):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", default="", help="part of the names of processors")
+    parser.add_argument("--only", default="", help="parts of the names of processors, with commas between them")
     options = parser.parse_args()
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl")
     cut, rows = Cut.over(dist.group.WORLD), []
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.use_deterministic_algorithms(True, warn_only=True)  # memory that nobody has written to holds NaN
-    for spec in (spec for spec in SPECS if options.only in str(spec)):
+    for spec in (spec for spec in SPECS if any(part in str(spec) for part in options.only.split(","))):
         for grid in GRIDS:
             if isinstance(spec, Clear) and (grid.height % spec.pool or grid.width % spec.pool):
                 continue
