@@ -1,7 +1,7 @@
 """Turns a problem and its candidates into a row: each is checked, measured for memory, then timed beside the others."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -23,12 +23,18 @@ class Measurement:
         rounds: Turns of each candidate, see `interleave`.
         chosen: Names of the candidates that take part, all if empty. The subject always does.
         workers: Processes for what is not timed; this one if None.
+        say: Receives lines about the progress of a case.
+
+    Attributes:
+        keep: Receives the row of a case that goes on, of what is measured so far.
     """
 
     def __init__(
-        self, device: torch.device, *, rounds: int = 4, chosen: Sequence[str] = (), workers: Workers | None = None
-    ) -> None:
-        self.device, self.rounds, self.chosen = device, rounds, tuple(chosen)
+        self, device: torch.device, *, rounds: int = 4, chosen: Sequence[str] = (), workers: Workers | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:  # fmt: skip
+        self.device, self.rounds, self.chosen, self.say = device, rounds, tuple(chosen), say
+        self.keep: Callable[[dict[str, Any]], None] = lambda row: None
         self.workers = workers or Workers()
         self._twins: dict[tuple[str, Problem, bool], dict[str, float]] = {}
 

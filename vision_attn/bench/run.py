@@ -112,7 +112,7 @@ def run_benchmarks(
         quick: Run fewer cases and take fewer samples.
         workers: Processes that measure side by side what is not timed.
         sources: Where pretrained weights, photos and distilled adapters lie, if not in the usual places.
-        say: Receives a line as each case ends.
+        say: Receives a line as each case ends, and of some entries lines about the progress.
 
     Returns:
         The files written.
@@ -133,7 +133,7 @@ def run_benchmarks(
     command = shlex.join(["vision-attn", "bench", name, f"--device={where.type}", *options])
     written, failed = [], []
     with Workers(workers) as processes:
-        measurement = Measurement(where, rounds=2 if quick else 4, chosen=candidates, workers=processes)
+        measurement = Measurement(where, rounds=2 if quick else 4, chosen=candidates, workers=processes, say=say)
         for entry, cases in chosen.items():
             path, rows = _run_entry(entry, cases, measurement, out, dict(date=today(), command=command), say)
             failed += [f"{row['case']}: {reason}" for row in rows if (reason := subject_reason(row))]
@@ -146,19 +146,29 @@ def run_benchmarks(
 def _run_entry(
     entry: Any, cases: Sequence[Any], measurement: Measurement, out: Path, run: dict[str, str], say: Callable
 ) -> tuple[Path, list[dict[str, Any]]]:
-    """Measure some cases of an entry; return the file and the rows that were measured, with `run` in each of them."""
+    """Measure some cases of an entry; return the file and the rows that were measured, with `run` in each of them.
+
+    A row is stored when its case ends. An entry that hands its row to `Measurement.keep` has it stored before.
+    """
     where = measurement.device
     short = entry.__name__.rpartition(".")[2]
     path = out / f"{short}_{device_slug(where)}.json"
     place = dict(schema=SCHEMA, entry=short, title=entry.TITLE, device=device_name(where), versions=versions())
-    stored, rows = stored_rows(path, place), []
+    stored, rows = stored_rows(path, place), list[dict[str, Any]]()
     order = [*getattr(entry, "NAMES", ())]  # cases of other numbers of processes, which stay stored
     order += [case.name for case in (*entry.cases(where, False), *entry.cases(where, True))]
-    for case in cases:
-        rows.append(entry.row(case, measurement) | run)
-        timing = getattr(entry, "TIMING", _TIMING)
+    timing = getattr(entry, "TIMING", _TIMING)
+
+    def store(row: dict[str, Any]) -> None:
         if leads():
-            write_document(path, dict(**place, timing=timing, rows=merged(stored, rows, order)))
+            write_document(path, dict(**place, timing=timing, rows=merged(stored, [*rows, row | run], order)))
+
+    measurement.keep = store
+    for case in cases:
+        row = entry.row(case, measurement)
+        store(row)
+        rows.append(row | run)
+        if leads():
             say(describe(rows[-1]))
     return path, rows
 
