@@ -16,7 +16,7 @@ from interpreted import INTERPRETED
 from local_cases import Case, draw
 
 from vision_attn.grid import Grid
-from vision_attn.kernels.eight_bits import Blocks, Rounded, eight_bit_reasons
+from vision_attn.kernels.eight_bits import Blocks, Rounded, eight_bit_reasons, sampled
 from vision_attn.kernels.launches import Target
 from vision_attn.kernels.local import Window, local_attention
 
@@ -80,6 +80,19 @@ def test_kernels_round_as_the_definition_does(case, precision):
     given = inputs(case, batch=batch, heads=heads)
     ours, want = (run(case, given, precision, backend) for backend in ("triton", "reference"))
     assert (ours - want).abs().mean() < 1e-4 * want.abs().mean()
+
+
+@pytest.mark.interpreter
+def test_kernels_take_the_mean_of_the_sampled_keys(monkeypatch):
+    """As with more than 8191 tokens; another mean would round all keys otherwise."""
+    case = CASES[1]
+    q, k, v, mask = inputs(case, batch=1, heads=1)
+    k = k + torch.linspace(-1, 1, k.shape[1])[None, :, None, None]
+    whole = run(case, (q, k, v, mask), "int8", "reference")
+    monkeypatch.setattr("vision_attn.kernels.eight_bits._SAMPLED", 16)
+    assert 16 <= sampled(k).shape[1] < k.shape[1] / 5
+    ours, want = (run(case, (q, k, v, mask), "int8", backend) for backend in ("triton", "reference"))
+    assert (ours - want).abs().mean() < 1e-4 * want.abs().mean() < (whole - want).abs().mean()
 
 
 @slow

@@ -2,7 +2,7 @@
 
 Tokens are cut into blocks of 64 slots: see `Blocks` in `vision_attn/kernels/eight_bits.py`, which says what is rounded
 how. Three launches: sums of keys and the greatest values of each part of the tokens; the mean and the scales of each
-head; the blocks.
+head; the blocks, of which a program writes one of queries, keys or values, so that many loads are under way.
 
     q8, k8 [B, H, blocks, 64, BLOCK_D],    v8 [B, H, blocks, BLOCK_D, 64]
 
@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vision_attn.kernels import launches
-from vision_attn.kernels.eight_bits import SLOTS, Blocks
+from vision_attn.kernels.eight_bits import SLOTS, Blocks, sampled
 from vision_attn.kernels.triton.launching import Kernel, strides_of
 from vision_attn.kernels.triton.rows import (
     HIDDEN,
@@ -75,23 +75,24 @@ def eight_bits(x, INT8: tl.constexpr, INTERPRETED: tl.constexpr):
 @Kernel
 @triton.jit
 def _statistics(
-    k, v, k_sums, v_tops, k_b, k_n, k_h, v_b, v_n, v_h, N, heads, batch_heads, length, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    k, v, k_sums, v_tops, k_b, k_n, k_h, v_b, v_n, v_h, N, heads, batch_heads, sampled, k_length, v_length,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of keys and greatest absolute values of a part of `length` tokens.
+    """Sums of a part of the sampled keys, and greatest absolute values of a part of the tokens.
 
-    Inputs: k, v `[B, N, H, D]` with strides `_b, _n, _h`.
+    Inputs: k `[B, sampled, H, D]`, v `[B, N, H, D]` with strides `_b, _n, _h`; a part has `k_length` and `v_length`.
     Outputs: k_sums, v_tops `[parts, B, H, BLOCK_D]`.
     """
     b, h, bh, _, part = program_of(heads, batch_heads, 1)
     k, v = head_of(k, b, h, k_b, k_h), head_of(v, b, h, v_b, v_h)
-    stop = tl.minimum(N, (part + 1) * length)
     total = tl.zeros([BLOCK_D], tl.float32)  # [BLOCK_D]
+    stop = tl.minimum(sampled, (part + 1) * k_length)
+    for i in tl.range(part * k_length, stop, ROWS):
+        total += tl.sum(load_rows_below(k, i + tl.arange(0, ROWS), stop, k_n, 0, D, BLOCK_D).to(tl.float32), 0)
     top = tl.zeros([BLOCK_D], tl.float32)  # [BLOCK_D]
-    for i in tl.range(part * length, stop, ROWS):
-        row = i + tl.arange(0, ROWS)  # [ROWS]
-        total += tl.sum(load_rows_below(k, row, stop, k_n, 0, D, BLOCK_D).to(tl.float32), 0)
-        v_rows = load_rows_below(v, row, stop, v_n, 0, D, BLOCK_D).to(tl.float32)  # [ROWS, BLOCK_D]
+    stop = tl.minimum(N, (part + 1) * v_length)
+    for i in tl.range(part * v_length, stop, ROWS):
+        v_rows = load_rows_below(v, i + tl.arange(0, ROWS), stop, v_n, 0, D, BLOCK_D).to(tl.float32)  # [ROWS, BLOCK_D]
         top = tl.maximum(top, tl.max(tl.abs(v_rows), 0))
     place = (part.to(tl.int64) * batch_heads + bh) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
     tl.store(k_sums + place, total)
@@ -101,7 +102,7 @@ def _statistics(
 @Kernel
 @triton.jit
 def _fold(k_sums, v_tops, k_mean, v_scale, tokens, parts, batch_heads, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
-    """Mean key and scales of values of a head, `[B, H, BLOCK_D]`, of its parts."""
+    """Mean of `tokens` keys, and scales of values, of a head, `[B, H, BLOCK_D]`, of its parts."""
     bh, d = tl.program_id(0), tl.arange(0, BLOCK_D)  # [BLOCK_D]
     total = tl.zeros([BLOCK_D], tl.float32)  # [BLOCK_D]
     top = tl.zeros([BLOCK_D], tl.float32)  # [BLOCK_D]
@@ -150,30 +151,33 @@ def _quantise(
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, mask_b, N, heads, batch_heads, prefix, image, blocks,
     D: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, INT8: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One block of one head: its queries, keys and values in 8 bits.
+    """One block of one head in 8 bits: of its values, its keys or its queries.
 
     Inputs: q, k, v `[B, N, H, D]` with strides `_b, _n, _h`; k_mean, v_scale `[B, H, BLOCK_D]`; mask `[B, outside]`
     with its stride; places `[blocks, 64]`, the tokens of each block, -1 for none.
     Outputs: q8, k8, v8 as above; q_scale, k_scale `[B, H, blocks]`; hidden `[B, blocks, 64]`, 0 where a key is seen,
     hugely negative where it is not.
     """
-    b, h, bh, block, _ = program_of(heads, batch_heads, blocks)
+    b, h, bh, block, which = program_of(heads, batch_heads, blocks)
     n = tl.arange(0, _SLOTS)  # [64]
     token = tl.load(places + block * _SLOTS + n)  # [64]
     keep, token = token >= 0, tl.maximum(token, 0)
     place = bh.to(tl.int64) * blocks + block
-    if h == 0:
-        seen = keep & seen_tokens(token, N, mask + b * mask_b, prefix, image, MASK)  # [64]
-        tl.store(hidden + (b.to(tl.int64) * blocks + block) * _SLOTS + n, tl.where(seen, 0.0, HIDDEN))
-    d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    q_rows = load_rows(head_of(q, b, h, q_b, q_h), token, q_n, D, BLOCK_D).to(tl.float32)  # [64, BLOCK_D]
-    store_keys(q8, q_scale, tl.where(keep[:, None], q_rows, 0.0), place, False, BLOCK_D, INT8, INTERPRETED)
-    k_rows = load_rows(head_of(k, b, h, k_b, k_h), token, k_n, D, BLOCK_D).to(tl.float32)  # [64, BLOCK_D]
-    k_rows = tl.where(keep[:, None], k_rows - tl.load(k_mean + bh * BLOCK_D + d)[None, :], 0.0)
-    store_keys(k8, k_scale, k_rows, place, False, BLOCK_D, INT8, INTERPRETED)
-    v_rows = load_rows(head_of(v, b, h, v_b, v_h), token, v_n, D, BLOCK_D).to(tl.float32)  # [64, BLOCK_D]
-    v_rows = tl.where(keep[:, None], v_rows, 0.0)
-    store_values(v8, v_scale + bh * BLOCK_D, v_rows, place, BLOCK_D, INTERPRETED)
+    if which == 0:
+        v_rows = load_rows(head_of(v, b, h, v_b, v_h), token, v_n, D, BLOCK_D).to(tl.float32)  # [64, BLOCK_D]
+        v_rows = tl.where(keep[:, None], v_rows, 0.0)
+        store_values(v8, v_scale + bh * BLOCK_D, v_rows, place, BLOCK_D, INTERPRETED)
+    elif which == 1:
+        if h == 0:
+            seen = keep & seen_tokens(token, N, mask + b * mask_b, prefix, image, MASK)  # [64]
+            tl.store(hidden + (b.to(tl.int64) * blocks + block) * _SLOTS + n, tl.where(seen, 0.0, HIDDEN))
+        d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+        k_rows = load_rows(head_of(k, b, h, k_b, k_h), token, k_n, D, BLOCK_D).to(tl.float32)  # [64, BLOCK_D]
+        k_rows = tl.where(keep[:, None], k_rows - tl.load(k_mean + bh * BLOCK_D + d)[None, :], 0.0)
+        store_keys(k8, k_scale, k_rows, place, False, BLOCK_D, INT8, INTERPRETED)
+    else:
+        q_rows = load_rows(head_of(q, b, h, q_b, q_h), token, q_n, D, BLOCK_D).to(tl.float32)  # [64, BLOCK_D]
+        store_keys(q8, q_scale, tl.where(keep[:, None], q_rows, 0.0), place, False, BLOCK_D, INT8, INTERPRETED)
 
 
 @dataclass(frozen=True)
@@ -198,6 +202,8 @@ def quantise(
     height, width, prefix, _ = blocks.size
     length = max(256, math.ceil(math.ceil(N / _PARTS) / SLOTS) * SLOTS)
     parts, count = math.ceil(N / length), blocks.count
+    some = sampled(k)
+    k_length = math.ceil(some.shape[1] / parts)
 
     def made(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return q.new_empty(shape, dtype=dtype)
@@ -209,10 +215,13 @@ def quantise(
         made(B, H, block_d), made(B, count, SLOTS), made(B, H, block_d),
     )  # fmt: skip
     _statistics[(parts * B * H,)](
-        k, v, k_sums, v_tops, *strides_of(k, v), N, H, B * H, length, D=D, BLOCK_D=block_d, ROWS=32, num_warps=4
+        some, v, k_sums, v_tops, *strides_of(some, v), N, H, B * H, some.shape[1], k_length, length, D=D,
+        BLOCK_D=block_d, ROWS=32, num_warps=4,
+    )  # fmt: skip
+    _fold[(B * H,)](
+        k_sums, v_tops, found.k_mean, found.v_scale, some.shape[1], parts, B * H, BLOCK_D=block_d, ROWS=16, num_warps=4
     )
-    _fold[(B * H,)](k_sums, v_tops, found.k_mean, found.v_scale, N, parts, B * H, BLOCK_D=block_d, ROWS=16, num_warps=4)
-    _quantise[(count * B * H,)](
+    _quantise[(3 * count * B * H,)](
         q, k, v, found.k_mean, found.v_scale, found.hidden if mask is None else mask, blocks.places(q.device),
         found.q, found.k, found.v, found.q_scale, found.k_scale, found.hidden, *strides_of(q, k, v),
         0 if mask is None else mask.stride(0) * (mask.shape[0] > 1), N, H, B * H, prefix, height * width, count,
