@@ -8,11 +8,14 @@ import pickle
 
 import pytest
 import torch
+from interpreted import take
 
 from vision_attn.conversion import answers
 from vision_attn.grid import Grid
 from vision_attn.kernels import tapes
+from vision_attn.kernels.launches import Launch
 from vision_attn.kernels.local import Window
+from vision_attn.kernels.triton.launching import Kernel
 from vision_attn.processors import (
     RALA,
     Agent,
@@ -218,6 +221,25 @@ def test_a_changed_processor_inside_another_is_seen():
     inner.window = Window(radius=3)
     now = found.call(processor, args, processor)
     assert torch.equal(now, processor(*args)) and not torch.equal(now, before)
+
+
+def test_launches_that_are_planned_anew_are_recorded_anew(monkeypatch):
+    """`vision-attn tune` compares launches of calls alike: each has to run with its own."""
+    processor, grid = built("clear")
+    found, args, rows, run = tapes.Tapes(), drawn(grid, 0), [], Kernel.run
+
+    def seen(self, *args, **named):
+        rows.append(named["TALL"])
+        return run(self, *args, **named)
+
+    monkeypatch.setattr(Kernel, "run", seen)
+    for tall in (4, 8, 4):
+        take(monkeypatch, local__forward=Launch((tall, 8), (8, 8), 4))
+        for _ in range(3):
+            found.call(processor, args, processor)
+        assert len(kept(found)) == 1
+        assert rows == [tall] * (3 if DEVICE == "cpu" else 1)  # on a GPU what was compiled runs straight away
+        rows.clear()
 
 
 def test_what_does_more_than_launch_is_not_recorded():

@@ -40,6 +40,17 @@ class _Here(threading.local):
 HERE = _Here()
 
 
+class _Launches:
+    """How often all launches were planned anew, in all threads."""
+
+    changes = 0
+
+
+def forget() -> None:
+    """Record all calls anew: launches are planned anew."""
+    _Launches.changes += 1
+
+
 def fixed(t: Tensor) -> Tensor:
     """Say that nobody ever writes to `t`, which outlives the call that reads it: a table. Returns it."""
     _fixed[t] = True
@@ -49,8 +60,10 @@ def fixed(t: Tensor) -> Tensor:
 class Tapes(dict[Any, Any]):
     """Tapes of a function by all that its launches depend on: None before the second call, False if there is none.
 
-    They hold addresses, so copies and pickles begin anew.
+    They hold addresses, so copies and pickles begin anew, and they hold launches: see `forget`.
     """
+
+    changes = 0  # when these were recorded
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return Tapes, ()
@@ -66,6 +79,9 @@ class Tapes(dict[Any, Any]):
         """
         if not _can_repeat(args[0]) or (owner is not None and not is_plain(owner)):
             return function(*args)
+        if self.changes != _Launches.changes:
+            self.clear()
+            self.changes = _Launches.changes
         about = None if owner is None else (owner, owner.training, getattr(owner, "changes", 0))
         key = threading.get_ident(), about, *[_layout(a) for a in args]
         tape = self.get(key)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vision_attn.kernels import launches
+from vision_attn.kernels import launches, tapes
 from vision_attn.kernels.backend import LaunchError, exporting, transformed
 from vision_attn.kernels.launches import Launch
 from vision_attn.kernels.tapes import HERE
@@ -441,7 +441,8 @@ def launch_of(
 
 
 def forget() -> None:
-    """Plan every launch anew, from tables that are read anew."""
+    """Plan every launch anew, from tables that are read anew; what repeats a call's launches is recorded anew."""
     for plans in _plans:
         plans.clear()
+    tapes.forget()
     launches.forget()
