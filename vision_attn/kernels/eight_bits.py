@@ -34,9 +34,9 @@ from vision_attn.kernels.triton.launching import triton_reasons
 PRECISIONS = ("int8", "fp8")
 CELL, SLOTS = 8, 64
 _SAMPLED = 4096  # keys that a mean is taken of, at least, if there are as many
-# For estimates. v is read for its scales; q, k and v are read and written in half of the bytes, and
-# read again (from 16 bits); o is written. Four kernels run.
-EIGHT_BIT_PASSES, EIGHT_BIT_CALLS = (1 + 3 + 1.5 + 1.5 + 1) / 4, 9.0
+# For estimates. v is read for its scales; k and v are read and written in half of the bytes; then q, and k and v from 8
+# bits, are read, and o is written. Four kernels run.
+EIGHT_BIT_PASSES, EIGHT_BIT_CALLS = (1 + 3 + 2 + 1) / 4, 9.0
 _HIDDEN = -1e30
 _LEAST = 1e-20
 

@@ -39,8 +39,8 @@ from vision_attn.kernels.triton.eight_bits import (
     update_rounded,
     values_met,
 )
-from vision_attn.kernels.triton.launching import Bound, Kernel, planned
-from vision_attn.kernels.triton.quantising import interpreted, quantise
+from vision_attn.kernels.triton.launching import Bound, Kernel, planned, strides_of
+from vision_attn.kernels.triton.quantising import interpreted, quantise, round_queries
 from vision_attn.kernels.triton.rows import LOG2E, Plan, own_head, splits, store_rows
 
 _SIDE, _SLOTS = tl.constexpr(CELL), tl.constexpr(SLOTS)
@@ -86,7 +86,7 @@ def _cell(sub, whole, row, column):
 @Kernel
 @triton.jit
 def _forward(
-    q8, k8, v8, q_scale, k_scale, v_scale, hidden, o, part_o, part_lse, k_box, v_box,
+    q, places, k8, v8, k_scale, v_scale, hidden, o, part_o, part_lse, k_box, v_box, q_b, q_n, q_h,
     N, heads, batch, prefix, height, width, outside, blocks, outside_blocks, limit, reach, KY, KX, step_y, step_x,
     scale, row_programs, part_length, together, parts,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DISC: tl.constexpr, TMA: tl.constexpr, INT8: tl.constexpr,
@@ -102,7 +102,7 @@ def _forward(
     pid = tl.program_id(0)
     if pid < row_programs:
         attend_outside(
-            pid, q8, k8, v8, q_scale, k_scale, v_scale, hidden, o, part_o, part_lse, k_box, v_box,
+            pid, q, places, k8, v8, k_scale, v_scale, hidden, o, part_o, part_lse, k_box, v_box, q_b, q_n, q_h,
             N, heads, batch, prefix, height * width, outside, blocks, outside_blocks, scale, part_length, parts,
             D, BLOCK_D, TMA, INT8, INTERPRETED,
         )  # fmt: skip
@@ -111,9 +111,11 @@ def _forward(
         b, h, bh, sub, y0, x0, keep, _ = grid_program(pid - row_programs, heads, together, whole, _SIDE, _SIDE)
         m, l, acc = nothing_met(BLOCK_D)
         start = bh * blocks
-        own = start + outside_blocks + _cell(sub, whole, y0, x0)
-        q_rows = load_block(q8, k_box, own, _SLOTS, BLOCK_D, False)  # [64, BLOCK_D]
-        c = scale * LOG2E * tl.load(q_scale + own)
+        own = outside_blocks + _cell(sub, whole, y0, x0)
+        q_rows, q_scale = round_queries(
+            q, places, b, h, own, q_b, q_n, q_h, D, BLOCK_D, INT8, INTERPRETED
+        )  # [64, BLOCK_D]
+        c = scale * LOG2E * q_scale
         m, l, acc = meet_blocks(
             q_rows, c, m, l, acc, k8, v8, k_box, v_box, k_scale, hidden + b.to(tl.int64) * blocks * _SLOTS, start, 0,
             outside_blocks, BLOCK_D, TMA, INT8, INTERPRETED,
@@ -150,8 +152,8 @@ def forward(call: Call, precision: str) -> Tensor:
     if not q.numel():
         return q.new_empty(q.shape)
     block_d = max(call.block_d, 32)  # what a product of 8 bits sums over at least
-    x = quantise(q, call.k, call.v, call.mask, _blocks(call), block_d, kind_of(precision))
-    return run_blocks(_plan(call, x.q, x.v), x, q, call.outside, call.size[2], (), flat(x.k, x.v))
+    x = quantise(call.k, call.v, call.mask, _blocks(call), block_d, kind_of(precision))
+    return run_blocks(_plan(call, x.k, x.v), x, q, call.outside, call.size[2], (), flat(x.k, x.v))
 
 
 def _blocks(call: Call) -> Blocks:
@@ -160,30 +162,30 @@ def _blocks(call: Call) -> Blocks:
 
 
 @planned
-def _plan(call: Call, q8: Tensor, v8: Tensor) -> Plan:
-    """Plan the launch that fits, for keys like `q8` and values like `v8`."""
-    made = q8, q8, v8, *[torch.float32] * 4, call.q.dtype, *[torch.float32] * 2
+def _plan(call: Call, k8: Tensor, v8: Tensor) -> Plan:
+    """Plan the launch that fits, for keys like `k8` and values like `v8`."""
+    made = call.q, torch.int32, k8, v8, *[torch.float32] * 3, call.q.dtype, *[torch.float32] * 2
 
     def attempt(launch: Launch) -> tuple[Plan, int]:
         check_blocks(launch)
-        return _plan_launch(call, launch, q8, v8).needs(*made, boxed=flat(q8, v8))
+        return _plan_launch(call, launch, k8, v8).needs(*made, boxed=flat(k8, v8))
 
     return fitting("local.eight_bit", call.q, attempt, channels=call.block_d, columns=call.span)
 
 
-def _plan_launch(call: Call, launch: Launch, q8: Tensor, v8: Tensor) -> Plan:
-    B, H, count, _, block_d = q8.shape
+def _plan_launch(call: Call, launch: Launch, k8: Tensor, v8: Tensor) -> Plan:
+    B, H, count, _, block_d = k8.shape
     blocks = _blocks(call)
     programs, cells = B * H * blocks.outside, B * H * blocks.cells
     parts, length = splits(call.q, programs, count * SLOTS, cells * call.work((CELL, CELL)), SLOTS)
-    boxes = block_boxes(q8, v8)
+    boxes = block_boxes(k8, v8)
     named = dict(
         batch=B, blocks=count, outside_blocks=blocks.outside, row_programs=programs * parts,
         part_length=length // SLOTS, together=call.together, parts=parts, TMA=boxes[0] is not None,
-        INT8=q8.dtype == torch.int8, INTERPRETED=interpreted(call.q),
+        INT8=k8.dtype == torch.int8, INTERPRETED=interpreted(call.q),
         **launch.options, **call.numbers(),
     )  # fmt: skip
     for name in ("TWO", "PRECISION"):
         del named[name]
     named["BLOCK_D"] = block_d
-    return Plan(Bound(_forward, (programs * parts + cells,), (), named), parts, boxes, launch)
+    return Plan(Bound(_forward, (programs * parts + cells,), strides_of(call.q), named), parts, boxes, launch)

@@ -42,7 +42,14 @@ from vision_attn.kernels.triton.eight_bits import (
     values_met,
 )
 from vision_attn.kernels.triton.launching import Bound, Kernel, next_power, planned, strides_of
-from vision_attn.kernels.triton.quantising import EightBits, interpreted, quantise, store_keys, store_values
+from vision_attn.kernels.triton.quantising import (
+    EightBits,
+    interpreted,
+    quantise,
+    round_queries,
+    store_keys,
+    store_values,
+)
 from vision_attn.kernels.triton.rows import (
     HIDDEN,
     LOG2E,
@@ -85,8 +92,8 @@ def _round_means(
 @Kernel
 @triton.jit
 def _forward(
-    q8, k8, v8, q_scale, k_scale, v_scale, hidden, o, part_o, part_lse, means_k, means_v, means_scale, met, masses,
-    chosen, k_box, v_box, means_k_box, means_v_box,
+    q, places, k8, v8, k_scale, v_scale, hidden, o, part_o, part_lse, means_k, means_v, means_scale, met, masses,
+    chosen, k_box, v_box, means_k_box, means_v_box, q_b, q_n, q_h,
     N, heads, batch, prefix, height, width, outside, cell, near, rows, columns, blocks, outside_blocks, mean_blocks,
     levels, scale, row_programs, part_length, together, parts,
     SPLIT: tl.constexpr, EXACT: tl.constexpr, EXACT_BLOCK: tl.constexpr, MEANS: tl.constexpr, EACH: tl.constexpr,
@@ -107,7 +114,7 @@ def _forward(
     whole = (height, width, prefix, cell, rows, columns)
     if pid < row_programs:
         attend_outside(
-            pid, q8, k8, v8, q_scale, k_scale, v_scale, hidden, o, part_o, part_lse, k_box, v_box,
+            pid, q, places, k8, v8, k_scale, v_scale, hidden, o, part_o, part_lse, k_box, v_box, q_b, q_n, q_h,
             N, heads, batch, prefix, height * width, outside, blocks, outside_blocks, scale, part_length, parts,
             D, BLOCK_D, TMA, INT8, INTERPRETED,
         )  # fmt: skip
@@ -119,9 +126,11 @@ def _forward(
         n = tl.arange(0, _SLOTS)  # [64]
         start, inner = bh * blocks, (y0 - cell_y * cell) // _SIDE * SPLIT + (x0 - cell_x * cell) // _SIDE
         first = start + outside_blocks
-        place = first + own * (SPLIT * SPLIT) + inner
-        q_rows = load_block(q8, k_box, place, _SLOTS, BLOCK_D, False)  # [64, BLOCK_D]
-        c = scale * LOG2E * tl.load(q_scale + place)
+        q_rows, q_scale = round_queries(
+            q, places, b, h, outside_blocks + own * (SPLIT * SPLIT) + inner, q_b, q_n, q_h, D, BLOCK_D, INT8,
+            INTERPRETED,
+        )  # fmt: skip
+        c = scale * LOG2E * q_scale
         hidden += b.to(tl.int64) * blocks * _SLOTS
         m, l, acc = meet_blocks(
             q_rows, c, m, l, acc, k8, v8, k_box, v_box, k_scale, hidden, start, 0, outside_blocks,
@@ -178,13 +187,13 @@ def forward(call: Call, precision: str) -> Tensor:
     if not q.numel():
         return q.new_empty(q.shape)
     kind, block_d = kind_of(precision), max(call.block_d, 32)  # what a product of 8 bits sums over at least
-    x = quantise(q, call.k, call.v, call.mask, _blocks(call), block_d, kind)
+    x = quantise(call.k, call.v, call.mask, _blocks(call), block_d, kind)
     means = _rounded_means(call, x, block_d, kind)
     added = masses(call.chosen, call.mass, call.size, means.blocks.tiles)
     if not means.blocks.count:
         added = means.scale
     others = means.k, means.v, means.scale, means.blocks.met(q.device), added, call.chosen
-    plan = _plan(call, x.q, x.v, means.k, means.v)
+    plan = _plan(call, x.k, x.v, means.k, means.v)
     return run_blocks(plan, x, q, call.outside, call.size[2], others, flat(x.k, x.v, means.k, means.v))
 
 
@@ -221,15 +230,16 @@ def _rounded_means(call: Call, x: EightBits, block_d: int, kind: torch.dtype) ->
 
 
 @planned
-def _plan(call: Call, q8: Tensor, v8: Tensor, means_k8: Tensor, means_v8: Tensor) -> Plan:
-    """Plan the launch that fits, for keys like `q8` and values like `v8`."""
+def _plan(call: Call, k8: Tensor, v8: Tensor, means_k8: Tensor, means_v8: Tensor) -> Plan:
+    """Plan the launch that fits, for keys like `k8` and values like `v8`."""
     made, whole = torch.float32, torch.int32
-    tensors = q8, q8, v8, *[made] * 4, call.q.dtype, made, made, means_k8, means_v8, made, whole, made, call.chosen
+    tokens = call.q, whole, k8, v8, *[made] * 3, call.q.dtype, made, made
+    tensors = *tokens, means_k8, means_v8, made, whole, made, call.chosen
 
     def attempt(launch: Launch) -> tuple[Plan, int]:
         check_blocks(launch)
-        plan = _plan_launch(call, launch, (q8, v8, means_k8, means_v8))
-        return plan.needs(*tensors, boxed=flat(q8, v8, means_k8, means_v8))
+        plan = _plan_launch(call, launch, (k8, v8, means_k8, means_v8))
+        return plan.needs(*tensors, boxed=flat(k8, v8, means_k8, means_v8))
 
     return fitting("multipole.eight_bit", call.q, attempt, channels=call.block_d)
 
@@ -252,4 +262,4 @@ def _plan_launch(call: Call, launch: Launch, rounded: tuple[Tensor, Tensor, Tens
         TMA=boxes[0] is not None, INT8=rounded[0].dtype == torch.int8, INTERPRETED=interpreted(call.q),
         **launch.options,
     )  # fmt: skip
-    return Plan(Bound(_forward, (programs * parts + tiles,), (), named), parts, boxes, launch)
+    return Plan(Bound(_forward, (programs * parts + tiles,), strides_of(call.q), named), parts, boxes, launch)

@@ -1,7 +1,7 @@
 """What the launches of attention in 8 bits share, in Triton: blocks, their products, and the tokens outside the grid.
 
 `vision_attn/kernels/eight_bits.py` says what they compute; they read what `quantising.py` wrote: blocks of 64 tokens,
-each of which is one piece of memory with one scale.
+each of which is one piece of memory with one scale. A program quantises its own queries.
 """
 
 # ruff: noqa: ANN001, E741  # the compiler of a kernel reads no annotations
@@ -17,7 +17,7 @@ from vision_attn.kernels.backend import LaunchError
 from vision_attn.kernels.eight_bits import SLOTS
 from vision_attn.kernels.launches import Launch
 from vision_attn.kernels.triton.launching import hopper
-from vision_attn.kernels.triton.quantising import EightBits, position, rounded
+from vision_attn.kernels.triton.quantising import EightBits, position, round_queries, rounded
 from vision_attn.kernels.triton.rows import (
     LOG2E,
     NO_KEY,
@@ -113,24 +113,25 @@ def meet_blocks(
 
 @triton.jit
 def attend_outside(
-    pid, q8, k8, v8, q_scale, k_scale, v_scale, hidden, o, part_o, part_lse, k_box, v_box,
-    N, heads, batch, prefix, image, outside, blocks, outside_blocks, scale, part_length, parts,
+    pid, q, places, k8, v8, k_scale, v_scale, hidden, o, part_o, part_lse, k_box, v_box,
+    q_b, q_n, q_h, N, heads, batch, prefix, image, outside, blocks, outside_blocks, scale, part_length, parts,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr, INT8: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Output of a block of the tokens outside the grid over a part of the blocks of keys.
 
-    Inputs: as `quantising.py` writes them; v_scale `[B, H, BLOCK_D]`; boxes of one block, with `TMA` only.
+    Inputs: q `[B, N, H, D]` with its strides; the others as of `EightBits`. Boxes of one block, with `TMA` only.
     Outputs: o `[B, N, H, D]`; part_o `[parts, B, H, outside, D]` and part_lse if there are several parts.
     Launch: program `pid` of those of the tokens outside the grid, each over `part_length` blocks.
     """
     b, h, bh, part, rank, keep, _ = outside_program(pid, outside, heads, N, prefix, image, _SLOTS, parts)
     m, l, acc = nothing_met(BLOCK_D)
     start = bh * blocks
-    own = start + pid % outside_blocks
-    q_rows = load_block(q8, k_box, own, _SLOTS, BLOCK_D, False)  # [64, BLOCK_D]
+    q_rows, q_scale = round_queries(
+        q, places, b, h, pid % outside_blocks, q_b, q_n, q_h, D, BLOCK_D, INT8, INTERPRETED
+    )  # [64, BLOCK_D]
     first = part * part_length
     m, l, acc = meet_blocks(
-        q_rows, scale * LOG2E * tl.load(q_scale + own), m, l, acc, k8, v8, k_box, v_box, k_scale,
+        q_rows, scale * LOG2E * q_scale, m, l, acc, k8, v8, k_box, v_box, k_scale,
         hidden + b.to(tl.int64) * blocks * _SLOTS, start, first, tl.minimum(first + part_length, blocks),
         BLOCK_D, TMA, INT8, INTERPRETED,
     )  # fmt: skip
@@ -187,11 +188,11 @@ def run_blocks(
 ) -> Tensor:  # fmt: skip
     """Launch a kernel whose first tensors are those of a local one, then `others`; return its output `[B, N, H, D]`."""
     B, N, H, D = q.shape
-    o, part_o, part_lse = q.new_empty(q.shape), x.q_scale, x.q_scale
+    o, part_o, part_lse = q.new_empty(q.shape), x.k_scale, x.k_scale
     if plan.parts > 1:
         part_o = q.new_empty((plan.parts, B, H, outside, D), dtype=torch.float32)
         part_lse = q.new_empty((1, plan.parts, B, H, outside), dtype=torch.float32)
-    tensors = x.q, x.k, x.v, x.q_scale, x.k_scale, x.v_scale, x.hidden, o, part_o, part_lse
+    tensors = q, x.places, x.k, x.v, x.k_scale, x.v_scale, x.hidden, o, part_o, part_lse
     plan.run(*tensors, *others, boxed=boxed)
     if plan.parts > 1:
         merge_outside(part_o, part_lse, o, q.new_empty((1, B, H, N), dtype=torch.float32), prefix)

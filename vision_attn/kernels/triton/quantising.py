@@ -1,10 +1,12 @@
-"""Queries, keys and values in 8 bits, in Triton, in the order in which attention in 8 bits reads them.
+"""Keys and values in 8 bits, in Triton, in the order in which attention in 8 bits reads them.
 
 Tokens are cut into blocks of 64 slots: see `Blocks` in `vision_attn/kernels/eight_bits.py`, which says what is rounded
 how. Three launches: sums of keys and the greatest values of each part of the tokens; the mean and the scales of each
-head; the blocks, of which a program writes one of queries, keys or values, so that many loads are under way.
+head; the blocks, of which a program writes one of keys or of values, so that many loads are under way.
 
-    q8, k8 [B, H, blocks, 64, BLOCK_D],    v8 [B, H, blocks, BLOCK_D, 64]
+    k8 [B, H, blocks, 64, BLOCK_D],    v8 [B, H, blocks, BLOCK_D, 64]
+
+Queries are read once, so the program that attends with a block of them quantises it (`round_queries`).
 
 A product of 8 bits wants neighbouring bytes along what it sums over, so the values of a block lie transposed. Their
 slots are in the order in which a thread that computed weights hands them to the next product (`position`), so that no
@@ -116,21 +118,42 @@ def _fold(k_sums, v_tops, k_mean, v_scale, tokens, parts, batch_heads, BLOCK_D: 
 
 
 @triton.jit
+def _largest(rows, INT8: tl.constexpr):
+    """The scales of int8 or e4m3 for the largest of each of some rows `[rows]`, and what to multiply it by."""
+    most: tl.constexpr = 127.0 if INT8 else 448.0
+    top = tl.maximum(rows, _LEAST)
+    return tl.div_rn(top, most), tl.div_rn(most, top)
+
+
+@triton.jit
+def round_queries(
+    q, places, b, h, block, q_b, q_n, q_h, D: tl.constexpr, BLOCK_D: tl.constexpr, INT8: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The queries of a block `[64, BLOCK_D]` in 8 bits, and their scale; places `[blocks, 64]` as of `Blocks`."""
+    token = tl.load(places + block * _SLOTS + tl.arange(0, _SLOTS))  # [64]
+    rows = load_rows(head_of(q, b, h, q_b, q_h), tl.maximum(token, 0), q_n, D, BLOCK_D).to(tl.float32)
+    rows = tl.where((token >= 0)[:, None], rows, 0.0)  # [64, BLOCK_D]
+    scale, factor = _largest(tl.max(tl.max(tl.abs(rows), 1), 0), INT8)
+    return eight_bits(rows * factor, INT8, INTERPRETED), scale
+
+
+@triton.jit
 def store_keys(
     k8, k_scale, rows, place, PER_ROW: tl.constexpr, BLOCK_D: tl.constexpr, INT8: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Write keys or queries `[64, BLOCK_D]` as block `place`, and their scale; `PER_ROW`, one for each of them."""
+    """Write keys `[64, BLOCK_D]` as block `place`, and their scale; `PER_ROW`, one for each of them."""
     n = tl.arange(0, _SLOTS)  # [64]
-    most: tl.constexpr = 127.0 if INT8 else 448.0
-    top = tl.maximum(tl.max(tl.abs(rows), 1), _LEAST)  # [64]
+    top = tl.max(tl.abs(rows), 1)  # [64]
     if PER_ROW:
-        tl.store(k_scale + place * _SLOTS + n, tl.div_rn(top, most))
-        rows *= tl.div_rn(most, top)[:, None]
+        scale, factor = _largest(top, INT8)
+        tl.store(k_scale + place * _SLOTS + n, scale)
+        rows *= factor[:, None]
     else:
-        top = tl.max(top, 0)
-        tl.store(k_scale + place, tl.div_rn(top, most))
-        rows *= tl.div_rn(most, top)
+        scale, factor = _largest(tl.max(top, 0), INT8)
+        tl.store(k_scale + place, scale)
+        rows *= factor
     rows = eight_bits(rows, INT8, INTERPRETED)  # [64, BLOCK_D]
     store_rows(k8 + place * _SLOTS * BLOCK_D, n, BLOCK_D, rows, n >= 0, BLOCK_D, BLOCK_D)
 
@@ -147,27 +170,23 @@ def store_values(v8, v_scale, rows, place, BLOCK_D: tl.constexpr, INTERPRETED: t
 @Kernel
 @triton.jit
 def _quantise(
-    q, k, v, k_mean, v_scale, mask, places, q8, k8, v8, q_scale, k_scale, hidden,
-    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, mask_b, N, heads, batch_heads, prefix, image, blocks,
+    k, v, k_mean, v_scale, mask, places, k8, v8, k_scale, hidden,
+    k_b, k_n, k_h, v_b, v_n, v_h, mask_b, N, heads, batch_heads, prefix, image, blocks,
     D: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, INT8: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One block of one head in 8 bits: of its values, its keys or its queries.
+    """One block of one head in 8 bits: of its values, or of its keys.
 
-    Inputs: q, k, v `[B, N, H, D]` with strides `_b, _n, _h`; k_mean, v_scale `[B, H, BLOCK_D]`; mask `[B, outside]`
-    with its stride; places `[blocks, 64]`, the tokens of each block, -1 for none.
-    Outputs: q8, k8, v8 as above; q_scale, k_scale `[B, H, blocks]`; hidden `[B, blocks, 64]`, 0 where a key is seen,
-    hugely negative where it is not.
+    Inputs: k, v `[B, N, H, D]` with strides `_b, _n, _h`; k_mean, v_scale `[B, H, BLOCK_D]`; mask `[B, outside]` with
+    its stride; places `[blocks, 64]`, the tokens of each block, -1 for none.
+    Outputs: k8, v8 as above; k_scale `[B, H, blocks]`; hidden `[B, blocks, 64]`, 0 where a key is seen, hugely negative
+    where it is not.
     """
-    b, h, bh, block, which = program_of(heads, batch_heads, blocks)
+    b, h, bh, block, keys = program_of(heads, batch_heads, blocks)
     n = tl.arange(0, _SLOTS)  # [64]
     token = tl.load(places + block * _SLOTS + n)  # [64]
     keep, token = token >= 0, tl.maximum(token, 0)
     place = bh.to(tl.int64) * blocks + block
-    if which == 0:
-        v_rows = load_rows(head_of(v, b, h, v_b, v_h), token, v_n, D, BLOCK_D).to(tl.float32)  # [64, BLOCK_D]
-        v_rows = tl.where(keep[:, None], v_rows, 0.0)
-        store_values(v8, v_scale + bh * BLOCK_D, v_rows, place, BLOCK_D, INTERPRETED)
-    elif which == 1:
+    if keys:
         if h == 0:
             seen = keep & seen_tokens(token, N, mask + b * mask_b, prefix, image, MASK)  # [64]
             tl.store(hidden + (b.to(tl.int64) * blocks + block) * _SLOTS + n, tl.where(seen, 0.0, HIDDEN))
@@ -176,29 +195,27 @@ def _quantise(
         k_rows = tl.where(keep[:, None], k_rows - tl.load(k_mean + bh * BLOCK_D + d)[None, :], 0.0)
         store_keys(k8, k_scale, k_rows, place, False, BLOCK_D, INT8, INTERPRETED)
     else:
-        q_rows = load_rows(head_of(q, b, h, q_b, q_h), token, q_n, D, BLOCK_D).to(tl.float32)  # [64, BLOCK_D]
-        store_keys(q8, q_scale, tl.where(keep[:, None], q_rows, 0.0), place, False, BLOCK_D, INT8, INTERPRETED)
+        v_rows = load_rows(head_of(v, b, h, v_b, v_h), token, v_n, D, BLOCK_D).to(tl.float32)  # [64, BLOCK_D]
+        v_rows = tl.where(keep[:, None], v_rows, 0.0)
+        store_values(v8, v_scale + bh * BLOCK_D, v_rows, place, BLOCK_D, INTERPRETED)
 
 
 @dataclass(frozen=True)
 class EightBits:
-    """What `_quantise` and `_fold` write, see there."""
+    """What `_quantise` and `_fold` write, see there; and the tokens of each block, which `round_queries` reads."""
 
-    q: Tensor
     k: Tensor
     v: Tensor
-    q_scale: Tensor
     k_scale: Tensor
     v_scale: Tensor
     hidden: Tensor
     k_mean: Tensor
+    places: Tensor
 
 
-def quantise(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, blocks: Blocks, block_d: int, kind: torch.dtype
-) -> EightBits:
-    """Return q, k and v in 8 bits: q and k in `kind`, int8 or e4m3, and v in e4m3; `mask` is in bytes."""
-    B, N, H, D = q.shape
+def quantise(k: Tensor, v: Tensor, mask: Tensor | None, blocks: Blocks, block_d: int, kind: torch.dtype) -> EightBits:
+    """Return k and v in 8 bits: k in `kind`, int8 or e4m3, and v in e4m3; `mask` is in bytes."""
+    B, N, H, D = k.shape
     height, width, prefix, _ = blocks.size
     length = max(256, math.ceil(math.ceil(N / _PARTS) / SLOTS) * SLOTS)
     parts, count = math.ceil(N / length), blocks.count
@@ -206,13 +223,12 @@ def quantise(
     k_length = math.ceil(some.shape[1] / parts)
 
     def made(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return q.new_empty(shape, dtype=dtype)
+        return k.new_empty(shape, dtype=dtype)
 
     k_sums, v_tops = (made(parts, B, H, block_d) for _ in range(2))
     found = EightBits(
-        made(B, H, count, SLOTS, block_d, dtype=kind), made(B, H, count, SLOTS, block_d, dtype=kind),
-        made(B, H, count, block_d, SLOTS, dtype=torch.float8_e4m3fn), made(B, H, count), made(B, H, count),
-        made(B, H, block_d), made(B, count, SLOTS), made(B, H, block_d),
+        made(B, H, count, SLOTS, block_d, dtype=kind), made(B, H, count, block_d, SLOTS, dtype=torch.float8_e4m3fn),
+        made(B, H, count), made(B, H, block_d), made(B, count, SLOTS), made(B, H, block_d), blocks.places(k.device),
     )  # fmt: skip
     _statistics[(parts * B * H,)](
         some, v, k_sums, v_tops, *strides_of(some, v), N, H, B * H, some.shape[1], k_length, length, D=D,
@@ -221,11 +237,11 @@ def quantise(
     _fold[(B * H,)](
         k_sums, v_tops, found.k_mean, found.v_scale, some.shape[1], parts, B * H, BLOCK_D=block_d, ROWS=16, num_warps=4
     )
-    _quantise[(3 * count * B * H,)](
-        q, k, v, found.k_mean, found.v_scale, found.hidden if mask is None else mask, blocks.places(q.device),
-        found.q, found.k, found.v, found.q_scale, found.k_scale, found.hidden, *strides_of(q, k, v),
-        0 if mask is None else mask.stride(0) * (mask.shape[0] > 1), N, H, B * H, prefix, height * width, count,
-        D=D, BLOCK_D=block_d, MASK=mask is not None, INT8=kind == torch.int8, INTERPRETED=interpreted(q), num_warps=4,
+    _quantise[(2 * count * B * H,)](
+        k, v, found.k_mean, found.v_scale, found.hidden if mask is None else mask, found.places, found.k, found.v,
+        found.k_scale, found.hidden, *strides_of(k, v), 0 if mask is None else mask.stride(0) * (mask.shape[0] > 1),
+        N, H, B * H, prefix, height * width, count, D=D, BLOCK_D=block_d, MASK=mask is not None,
+        INT8=kind == torch.int8, INTERPRETED=interpreted(k), num_warps=4,
     )  # fmt: skip
     return found
 
