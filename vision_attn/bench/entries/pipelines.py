@@ -32,6 +32,7 @@ _DIT_WINDOWS, _UNET_WINDOWS = ("clear r16", "clear r8", "neighborhood k33"), ("c
 _OTHERS = tuple(name for name in WAYS if name not in (*STOCK, _FLEX, *_DIT_WINDOWS, *_UNET_WINDOWS))
 _DIT, _UNET = (*_DIT_WINDOWS, *_OTHERS), (*_UNET_WINDOWS, *_OTHERS)
 _FAST = ("clear r16", "multipole", "linfusion")
+_NEWER = ("clear r16", "multipole")
 
 _EAGER = {1024: 1.0, 2048: 1.38, 4096: 2.8, 8192: 8.5}
 _COMPILED = {2048: 1.6, 4096: 3.8, 8192: 11.0}
@@ -87,7 +88,8 @@ def cases(device: torch.device, quick: bool = False) -> list[PipelineCase]:
     others += [_case("pixart", pixels, _FAST) for pixels in (4096, 8192)]
     # SD3.5's table of positions ends at 6144 px
     others += [_case("sd35", pixels, _DIT) for pixels in (1024, 2048)] + [_case("sd35", 4096, _FAST)]
-    return [*flux, *compiled, *sdxl, *others]
+    newer = [_case(name, pixels, _NEWER) for name in ("qwen", "flux2", "zimage") for pixels in (1024, 2048, 4096)]
+    return [*flux, *compiled, *sdxl, *others, *newer]
 
 
 def _on_cpu(quick: bool) -> list[PipelineCase]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vision_attn.bench.candidate import AbsentError
 
-_FLUX_TEXT = 512  # tokens
+_FLUX_TEXT, _TEXT = 512, 256  # tokens
 Draw = Callable[..., Tensor]
 """Draws normal noise of a shape, on the device and in the dtype of the model."""
 
@@ -133,6 +133,38 @@ def _sd3_inputs(config: Mapping[str, Any], pixels: int, draw: Draw) -> dict[str,
     )
 
 
+def _qwen_inputs(config: Mapping[str, Any], pixels: int, draw: Draw) -> dict[str, Any]:
+    side = pixels // 16
+    x = draw(1, side**2, config["in_channels"])
+    return dict(
+        hidden_states=x,
+        encoder_hidden_states=draw(1, _TEXT, config["joint_attention_dim"]),
+        encoder_hidden_states_mask=None,
+        timestep=x.new_full((1,), 0.5),
+        img_shapes=[[(1, side, side)]],
+    )
+
+
+def _flux2_inputs(config: Mapping[str, Any], pixels: int, draw: Draw) -> dict[str, Any]:
+    """Position ids have columns for time, row, column and the layer of a token of text."""
+    side, x = pixels // 16, draw(1)
+    image = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in (1, side, side, 1)))
+    text = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in (1, 1, 1, _FLUX_TEXT)))
+    return dict(
+        hidden_states=draw(1, side**2, config["in_channels"]),
+        encoder_hidden_states=draw(1, _FLUX_TEXT, config["joint_attention_dim"]),
+        timestep=torch.full_like(x, 0.5),
+        guidance=torch.full_like(x, 4.0, dtype=torch.float32),
+        img_ids=image[None],
+        txt_ids=text[None],
+    )
+
+
+def _zimage_inputs(config: Mapping[str, Any], pixels: int, draw: Draw) -> dict[str, Any]:
+    x = draw(config["in_channels"], 1, pixels // 8, pixels // 8)
+    return dict(x=[x], t=x.new_full((1,), 0.5), cap_feats=[draw(_TEXT, config["cap_feat_dim"])])
+
+
 _UNET_SMALL = dict(
     block_out_channels=(16, 32, 32), norm_num_groups=8, cross_attention_dim=24, attention_head_dim=2, sample_size=8,
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), layers_per_block=1,
@@ -206,6 +238,28 @@ ARCHITECTURES = {
                  caption_projection_dim=32, pooled_projection_dim=16, pos_embed_max_size=32,
                  dual_attention_layers=(0,)),
             1024, _sd3_inputs, ("JointTransformerBlock",),
+        ),
+        Architecture(
+            "qwen", "Qwen-Image", "Qwen/Qwen-Image", "QwenImageTransformer2DModel",
+            dict(in_channels=64, joint_attention_dim=3584),
+            dict(in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+                 joint_attention_dim=24, axes_dims_rope=(4, 6, 6)),
+            1024, _qwen_inputs, ("QwenImageTransformerBlock",), ("transformer_blocks",), prefix=_TEXT,
+        ),
+        Architecture(
+            "flux2", "FLUX.2-dev", "black-forest-labs/FLUX.2-dev", "Flux2Transformer2DModel",
+            dict(in_channels=128, joint_attention_dim=15360),
+            dict(in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+                 joint_attention_dim=24, axes_dims_rope=(4, 4, 4, 4)),
+            1024, _flux2_inputs, ("Flux2TransformerBlock", "Flux2SingleTransformerBlock"),
+            ("transformer_blocks", "single_transformer_blocks"), prefix=_FLUX_TEXT,
+        ),
+        Architecture(
+            "zimage", "Z-Image", "Tongyi-MAI/Z-Image-Turbo", "ZImageTransformer2DModel",
+            dict(in_channels=16, cap_feat_dim=2560, axes_lens=[1536, 512, 512]),
+            dict(dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=24, axes_dims=[4, 6, 6],
+                 axes_lens=[384, 64, 64]),
+            1024, _zimage_inputs, ("ZImageTransformerBlock",), ("layers",),
         ),
     )
 }  # fmt: skip
