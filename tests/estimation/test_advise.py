@@ -1,5 +1,6 @@
 """`advise` and `vision-attn advise`: what a step is made of, what helps, and one line of code that runs as printed."""
 
+import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from vision_attn.estimation.advising import _as_measured, timed
 from vision_attn.estimation.cost import CPU, H200
 from vision_attn.estimation.model import read
 from vision_attn.estimation.profile import Profile, profile
+from vision_attn.estimation.rates import BUSY
 from vision_attn.estimation.step import PARTS, Attending, Step
 from vision_attn.graphs import enable, replayed_of
 from vision_attn.grid import Grid
@@ -332,11 +334,12 @@ def test_bad_input_of_the_command(arguments: list[str], message: str, capsys: py
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_a_step_on_a_gpu_is_measured_needs_a_gpu() -> None:
+def test_a_step_on_a_gpu_is_measured_needs_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     model = timm.create_model("vit_base_patch16_224", dynamic_img_size=True).eval().to("cuda", torch.bfloat16)
     small, large = (advise(model, pixels, pixels) for pixels in (512, 2048))
     for found in (small, large):
-        assert found.about == "measured" and found.machine.source == "measured"
+        assert found.about == "measured" and found.machine.source in ("measured", BUSY), caplog.text
         assert found.stock.host > 0 and min(getattr(found.stock, part) for part in PARTS) > 0
     assert small.attention_share < large.attention_share
     exec(str(large).splitlines()[-1], dict(model=model))

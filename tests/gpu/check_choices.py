@@ -9,7 +9,8 @@
 4. `advise` with a measured step.
 
 Choices of layers count as often as the model has the layer; at least 95 % must be right. Where both take the same time
-within 5 %, none is wrong. `--device cpu` runs small twins, to try the script.
+within 5 %, none is wrong. Every row is printed and stored as it is found. `--device cpu` runs small twins, to try the
+script.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["VISION_ATTN_RATES"] = tempfile.mkdtemp()
+os.environ["USUAL_TRITON_CACHE"] = os.environ.get("TRITON_CACHE_DIR", "")
 os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()  # Triton is imported after this
 
 import torch
@@ -34,24 +36,49 @@ import torch.nn.functional as F
 
 from vision_attn import Clear, LinFusion, Multipole, advise, convert
 from vision_attn.bench.pipelines.architectures import ARCHITECTURES
-from vision_attn.bench.timing import Launch
+from vision_attn.bench.timing import Launch, own_stream
 from vision_attn.estimation.cost import Machine, host_seconds, seconds
 from vision_attn.estimation.profile import wait
-from vision_attn.estimation.rates import MOST_S, GpuClock, Probe, machine_of
+from vision_attn.estimation.rates import MOST_S, machine_of
 from vision_attn.estimation.step import Denoiser
 from vision_attn.grid import Grid
 from vision_attn.hosts import find_host
 from vision_attn.processors import AttnSpec, Layer, Softmax, registrations
 
 LEAST, SAME = 0.95, 0.05
+STEPS, STEPS_S = 7, 1.5  # so many steps, or fewer if they take longer together
+CALLS, CALLS_MS = 20, 100.0  # the same of calls that tell the host's time
+
+
+class Result:
+    """What is found: printed and stored row by row.
+
+    Args:
+        out: The file.
+        about: What the file says beside the rows.
+    """
+
+    def __init__(self, out: Path, about: dict[str, Any]) -> None:
+        self._out = out
+        self.document: dict[str, Any] = about | dict(layers=[], steps=[])
+
+    def add(self, kind: str, row: dict[str, Any]) -> None:
+        """Print and store a row of 'layers' or 'steps'."""
+        self.document[kind].append(row)
+        print(line_of(row), flush=True)
+        self._out.write_text(json.dumps(self.document, indent=1))
 
 
 def rates(device: torch.device, dtype: torch.dtype) -> tuple[Machine, float]:
-    """Return the rates of the device, and the seconds that it took to find them."""
+    """Return the rates of the device, and the seconds that it took to find them with an empty cache of kernels."""
     torch.zeros(1, device=device).item()  # a program has its model on the GPU by then
     begin = time.perf_counter()
     found = machine_of(str(device), dtype)
-    return found, time.perf_counter() - begin
+    taken = time.perf_counter() - begin
+    del os.environ["TRITON_CACHE_DIR"]
+    if usual := os.environ.pop("USUAL_TRITON_CACHE"):
+        os.environ["TRITON_CACHE_DIR"] = usual  # all else may have been compiled before
+    return found, taken
 
 
 def layers_of(denoiser: Denoiser, size: tuple[int, int]) -> Counter[tuple[Grid, Layer]]:
@@ -63,15 +90,26 @@ def device_ms(call: Callable[[], object], device: torch.device) -> float:
     return statistics.median(Launch(call, device).turn())
 
 
-def host_us(call: Callable[[], object], device: torch.device) -> float:
-    return 1e6 * GpuClock(device).host(Probe("host", 1, lambda: call)) if device.type == "cuda" else 0.0
+def host_us(call: Callable[[], object], device: torch.device, device_ms: float) -> float:
+    """Return the microseconds until a call returns; the GPU's queue must not be full."""
+    if device.type != "cuda":
+        return 0.0
+    count, found = max(1, min(CALLS, int(CALLS_MS / device_ms))), []
+    for _ in range(3):
+        torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(count):
+            call()
+        found.append((time.perf_counter() - begin) / count)
+    torch.cuda.synchronize(device)
+    return 1e6 * min(found)
 
 
 def layer_rows(
-    name: str, side: int, denoiser: Denoiser, machine: Machine, about: dict[str, Any]
-) -> list[dict[str, Any]]:
+    name: str, side: int, denoiser: Denoiser, machine: Machine, about: dict[str, Any], result: Result
+) -> None:
     """Measure every kind of layer at one size with every processor."""
-    device, dtype, rows = about["device"], about["dtype"], []
+    device, dtype = about["device"], about["dtype"]
     for (grid, layer), count in layers_of(denoiser, (side // 8, side // 8)).items():
         q, k, v = torch.randn(3, 1, grid.tokens, layer.num_heads, layer.head_dim, device=device, dtype=dtype)
         heads_first = [t.transpose(1, 2) for t in (q, k, v)]
@@ -79,7 +117,8 @@ def layer_rows(
         def dense(tensors: list[torch.Tensor] = heads_first) -> object:
             return F.scaled_dot_product_attention(*tensors)
 
-        stock_ms, stock_us = device_ms(dense, device), host_us(dense, device)
+        stock_ms = device_ms(dense, device)
+        stock_us = host_us(dense, device, stock_ms)
         estimated = seconds(Softmax(), grid, layer, machine, dtype.itemsize) * 1e3
         for known in registrations():
             for given in known.bench.values():
@@ -91,14 +130,14 @@ def layer_rows(
                     continue
                 processor = spec.build(layer).to(device, dtype)
                 call = attend(processor, q, k, v, grid)
+                ms = device_ms(call, device)
                 row = dict(
                     case=f"{name}-{side}", grid=f"{grid.height}x{grid.width}+{grid.prefix + grid.suffix}",
                     heads=layer.num_heads, head_dim=layer.head_dim, layers=count, spec=str(spec),
-                    dense_ms=stock_ms, ms=device_ms(call, device), estimated_dense_ms=estimated, estimated_ms=ours,
-                    host_us=host_us(call, device) - stock_us, estimated_host_us=host_seconds(spec, machine) * 1e6,
+                    dense_ms=stock_ms, ms=ms, estimated_dense_ms=estimated, estimated_ms=ours,
+                    host_us=host_us(call, device, ms) - stock_us, estimated_host_us=host_seconds(spec, machine) * 1e6,
                 )  # fmt: skip
-                rows.append(judged(row, row["ms"], stock_ms, ours < estimated))
-    return rows
+                result.add("layers", judged(row, ms, stock_ms, ours < estimated))
 
 
 def attend(processor: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: Grid) -> Callable[[], object]:
@@ -117,23 +156,26 @@ def judged(row: dict[str, Any], ours: float, stock: float, chosen: bool) -> dict
     return row | dict(chosen=chosen, right=chosen == (ours < stock) or same, same=same)
 
 
-def step_rows(name: str, side: int, model: Any, denoiser: Denoiser, machine: Machine, about: dict[str, Any]) -> Any:
+def step_rows(
+    name: str, side: int, model: Any, denoiser: Denoiser, machine: Machine, about: dict[str, Any], result: Result
+) -> None:
     """Measure whole steps: stock, converted, and as `only_if_faster` has it."""
     device, dtype = about["device"], about["dtype"]
     arguments = about["architecture"].arguments(side, device, dtype)
 
     def step() -> float:
-        found = []
+        found: list[float] = []
         with torch.no_grad():
-            for number in range(9):
+            model(**arguments)  # compiles
+            while not found or (len(found) < STEPS and sum(found) < 1e3 * STEPS_S):
                 wait(device)
                 begin = time.perf_counter()
                 model(**arguments)
                 wait(device)
-                found += [(time.perf_counter() - begin) * 1e3] * (number > 1)
+                found.append((time.perf_counter() - begin) * 1e3)
         return statistics.median(found)
 
-    stock, rows = step(), []
+    stock = step()
     specs: tuple[AttnSpec, ...] = (Clear(radius=8), Multipole(), LinFusion())
     for spec in specs:
         every = dict.fromkeys(denoiser.names, spec)
@@ -149,12 +191,11 @@ def step_rows(name: str, side: int, model: Any, denoiser: Denoiser, machine: Mac
             estimated_stock_ms=expected.seconds() * 1e3, estimated_ms=expected.seconds(names) * 1e3,
             estimated_host_ms=expected.host * 1e3, loses=times[1] > 1.05 * min(stock, times[0]),
         )  # fmt: skip
-        rows.append(judged(row, times[0], stock, expected.seconds(names) < expected.seconds()))
+        result.add("steps", judged(row, times[0], stock, expected.seconds(names) < expected.seconds()))
     again = step()  # what drifts shows here
     print(f"{name}-{side}: stock {stock:.1f} ms, and {again:.1f} ms after the others", flush=True)
     advised = advise(model, side, side, step=lambda: model(**arguments))
     print(advised, flush=True)
-    return rows
 
 
 def main() -> int:
@@ -168,38 +209,46 @@ def main() -> int:
     dtype = torch.float32 if small else torch.bfloat16
     machine, taken = rates(device, dtype)
     print(f"timed in {taken:.2f} s: {machine}", flush=True)
-    result: dict[str, Any] = dict(seconds=taken, machine=dataclasses.asdict(machine), layers=[], steps=[])
+    result = Result(given.out, dict(seconds=taken, machine=dataclasses.asdict(machine)))
     for name in given.only.split(","):
+        begin = time.perf_counter()
         architecture = ARCHITECTURES[name].twin() if small else ARCHITECTURES[name]
         model = architecture.build(device, dtype).eval()
+        print(f"{name}: built in {time.perf_counter() - begin:.1f} s", flush=True)
         denoiser = Denoiser(model, find_host(model))
         about = dict(device=device, dtype=dtype, architecture=architecture)
         for side in (64,) if small else (architecture.native, 2 * architecture.native):
-            result["layers"] += layer_rows(name, side, denoiser, machine, about)
-            result["steps"] += step_rows(name, side, model, denoiser, machine, about)
-            given.out.write_text(json.dumps(result, indent=1))  # what was measured stays
+            with own_stream(device):
+                step_rows(name, side, model, denoiser, machine, about, result)
+                layer_rows(name, side, denoiser, machine, about, result)
         del model, denoiser
         if not small:
             torch.cuda.empty_cache()
-    return report(result, machine)
+    return report(result.document, machine)
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """Return a line about a row."""
+    if "stock_ms" in row:
+        verdict = "WRONG" if not row["right"] else "LOSES" if row["loses"] else "ok"
+        return (
+            f"{verdict:5} step {row['case']} {row['spec']}: {row['stock_ms']:.1f} -> {row['ms']:.1f} ms, only if "
+            f"faster {row['only_if_faster_ms']:.1f}, estimated {row['estimated_stock_ms']:.1f} -> "
+            f"{row['estimated_ms']:.1f}"
+        )
+    return (
+        f"{'ok' if row['right'] else 'WRONG':5} layer {row['case']} {row['grid']} h{row['heads']} d{row['head_dim']} "
+        f"{row['spec']}: {row['dense_ms']:.3f} -> {row['ms']:.3f} ms, estimated {row['estimated_dense_ms']:.3f} -> "
+        f"{row['estimated_ms']:.3f}"
+    )
 
 
 def report(result: dict[str, Any], machine: Machine) -> int:
-    """Print what went wrong; return 1 if a must is missed."""
+    """Print once more what went wrong; return 1 if a must is missed."""
     layers, steps = result["layers"], result["steps"]
-    for row in layers:
-        if not row["right"]:
-            print(
-                "WRONG layer", row["case"], row["grid"], f"h{row['heads']} d{row['head_dim']}", row["spec"],
-                f"{row['ms']:.3f} of {row['dense_ms']:.3f} ms,",
-                f"estimated {row['estimated_ms']:.3f} of {row['estimated_dense_ms']:.3f}",
-            )  # fmt: skip
-    for row in steps:
-        print(
-            "ok   " if row["right"] and not row["loses"] else "WRONG" if not row["right"] else "LOSES", row["case"],
-            row["spec"], f"{row['stock_ms']:.1f} -> {row['ms']:.1f} ms, only if faster {row['only_if_faster_ms']:.1f},",
-            f"estimated {row['estimated_stock_ms']:.1f} -> {row['estimated_ms']:.1f}",
-        )  # fmt: skip
+    for row in (*layers, *steps):
+        if not row["right"] or row.get("loses"):
+            print(line_of(row))
     share = sum(row["layers"] for row in layers if row["right"]) / sum(row["layers"] for row in layers)
     strict = sum(r["layers"] for r in layers if r["right"] and not r["same"]) / max(
         1, sum(r["layers"] for r in layers if not r["same"])

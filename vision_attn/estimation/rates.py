@@ -1,7 +1,8 @@
 """The rates of a GPU: timed once, in at most 3 seconds, and kept in the user's cache folder.
 
 They are kept for each GPU, driver, torch, triton, version of this package and dtype. Where there is no GPU, and where
-none can be timed at the moment, they are those of an H200. `$VISION_ATTN_RATES` names another folder.
+none can be timed at the moment, they are those of an H200. Rates of a GPU that others use meanwhile hold for this
+process alone. `$VISION_ATTN_RATES` names another folder.
 """
 
 import dataclasses
@@ -34,6 +35,8 @@ from vision_attn.kernels.local import Window, local_attention
 _LOG = logging.getLogger(__name__)
 MOST_S = 3.0  # a measurement takes no longer
 _SLOW_S = 0.1  # a call that takes longer is not repeated
+_STEADY = 1.25  # between two measurements on a GPU that does nothing else
+BUSY = "rates of this GPU, measured while it or its host was busy"  # a source
 _KINDS = ("cuda", "cpu")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _TIMED = ("dense", "narrow", "other", "products", "bandwidth", "host")  # the rates of a machine that are timed
@@ -198,7 +201,10 @@ class _Slot:
                 self._key.gpu, type(error).__name__, str(error).strip().partition("\n")[0],
             )  # fmt: skip
             return H200
-        write_rates(self._key, machine)
+        if machine.source == BUSY:
+            _LOG.warning("%s or its host is busy: rates are not stored, the next process times it again", self._key.gpu)
+        else:
+            write_rates(self._key, machine)
         return machine
 
 
@@ -293,7 +299,8 @@ def measure(name: str, found: list[Probe], clock: Clock, most_s: float = MOST_S)
     """Time probes in their order, and leave out those for which no time is left.
 
     A rate that was left out, or whose probe failed, is that of an H200 times what this device reaches of an H200's
-    dense attention; the host's is then an H200's own.
+    dense attention; the host's is then an H200's own. Dense attention is timed again at the end. Where it takes another
+    time than before, or no time is left, others use the device or the host, and the source of the rates is `BUSY`.
 
     Args:
         name: Name of the device.
@@ -307,6 +314,7 @@ def measure(name: str, found: list[Probe], clock: Clock, most_s: float = MOST_S)
     begin = clock.now()
     rates: dict[str, float] = {}
     failed: dict[str, Exception] = {}
+    source = "measured"
     with torch.no_grad(), torch.autocast("cuda", enabled=False):
         for probe in found:
             slow = max(1.0, rates.get("host", H200.host) / H200.host)  # such a host compiles slowly too
@@ -318,6 +326,14 @@ def measure(name: str, found: list[Probe], clock: Clock, most_s: float = MOST_S)
                 rates[probe.rate] = _positive(taken / probe.work if probe.rate == "host" else probe.work / taken)
             except Exception as error:  # the other rates still say much
                 failed[probe.rate] = error
+        if clock.now() - begin + 0.1 > most_s:
+            source = BUSY
+        elif "dense" in rates:
+            again = next(probe for probe in found if probe.rate == "dense")
+            more = again.work / clock.device(again)
+            if not 1 / _STEADY < more / rates["dense"] < _STEADY:
+                source = BUSY
+            rates["dense"] = max(more, rates["dense"])
     if not rates.keys() & {"dense", "narrow"}:
         raise RuntimeError("dense attention could not be timed") from failed.get("dense")
     for rate, why in failed.items():
@@ -325,7 +341,7 @@ def measure(name: str, found: list[Probe], clock: Clock, most_s: float = MOST_S)
     factor = rates["dense"] / H200.dense if "dense" in rates else rates["narrow"] / H200.narrow
     known = {rate: getattr(H200, rate) * (1.0 if rate == "host" else factor) for rate in _TIMED} | rates
     _LOG.info("%s is timed, in %.1f s", name, clock.now() - begin)
-    return dataclasses.replace(H200, name=name, source="measured", **known)
+    return dataclasses.replace(H200, name=name, source=source, **known)
 
 
 def _positive(value: float) -> float:
@@ -390,8 +406,8 @@ def probes(device: torch.device, dtype: torch.dtype, side: int = 64, heads: int 
     pairs = 4.0 * tokens**2 * dim
     keys = window.share(grid) + H200.spare / tokens
     return [
+        Probe("dense", pairs, functools.partial(dense, heads, 128)),  # first: nothing is known of a device without it
         Probe("host", 5.2, modules, needs=0.1),  # what four modules cost, in operations of whole denoisers
-        Probe("dense", pairs, functools.partial(dense, heads, 128)),
         Probe("other", pairs * keys, local, needs=1.5),  # a kernel is compiled, if it never was
         Probe("narrow", pairs, functools.partial(dense, 2 * heads, 64)),
         Probe("products", 4.0 * tokens * dim**2, products),
