@@ -149,7 +149,7 @@ def _quiet_diffusers() -> None:
 
 def _add_tune(commands: Any) -> None:
     tune = commands.add_parser("tune", help="find launches of the kernels for this GPU, in ten minutes")
-    tune.add_argument("--operator", help="one operator, such as local; a wrong name lists them; all by default")
+    tune.add_argument("--operator", help="operators, such as local,agent; a wrong name lists them; all by default")
     tune.add_argument("--out", type=Path, help="file of the table; by default where this package reads it")
     tune.add_argument("--minutes", type=float, default=10, help="when to stop")
     tune.add_argument("--wide", action="store_true", help="tune float32 and heads above 128 channels too")
@@ -157,9 +157,13 @@ def _add_tune(commands: Any) -> None:
 
 
 def _tune(options: argparse.Namespace) -> None:
+    from vision_attn.bench.faults import GpuLostError  # noqa: PLC0415
     from vision_attn.bench.tuning import tune  # noqa: PLC0415
 
-    tune(options.operator, options.out, minutes=options.minutes, wide=options.wide)
+    try:
+        tune(options.operator, options.out, minutes=options.minutes, wide=options.wide)
+    except GpuLostError as error:
+        raise SystemExit(f"vision-attn: {error}") from error
 
 
 def _add_warm(commands: Any) -> None:

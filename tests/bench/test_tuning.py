@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 
-from vision_attn.bench import tuned, tuning
+from vision_attn.bench import faults, tuned, tuning
+from vision_attn.bench.faults import Faults, GpuLostError
 from vision_attn.bench.tuning import Case, Setup, neighbours, only_committed, rows_of, tune
 from vision_attn.cli import main
-from vision_attn.kernels import launches
+from vision_attn.kernels import launches, tapes
 from vision_attn.kernels.launches import Launch, Row, Table
 from vision_attn.kernels.triton import launching
+from vision_attn.kernels.triton.launching import Kernel
 
 CPU = torch.device("cpu")
 
@@ -44,10 +46,10 @@ def timer_of(milliseconds, asked=None):
     return timer
 
 
-def run(timer, out, **options):
+def run(timer, out, alive=lambda device: True, **options):
     """Tune windows on the CPU; return what was found and what was said."""
     lines = []
-    setup = Setup(CPU, sides=(4,), heads=1, timer=timer)
+    setup = Setup(CPU, sides=(4,), heads=1, timer=timer, alive=alive)
     return tune("window", out, wide=True, setup=setup, say=lines.append, **options), lines
 
 
@@ -116,6 +118,138 @@ def test_other_kernels_of_the_file_stay(tmp_path):
     Table({"local.forward": mine}, "mine").write(out)
     run(timer_of(lambda launch: 1.0), out, minutes=0)
     assert Table.read(out).rows["local.forward"] == mine
+
+
+@pytest.mark.interpreter
+def test_each_launch_is_timed_by_calls_that_launch_it(monkeypatch, tmp_path):
+    """A call of inference repeats recorded launches: here those of another launch must not be repeated."""
+    monkeypatch.setattr(tapes, "DEVICES", ("cpu",))
+    launched, launch_kernel = [], Kernel.run
+
+    def seen(self, *args, **named):
+        launched.append(named["ROWS"])
+        return launch_kernel(self, *args, **named)
+
+    def thrice(case, *args):
+        call, rows = problem(case, *args), launches.lookup(case.kernel, "interpreter", 4, case.row.channels).rows
+
+        def calls():
+            launched.clear()
+            for _ in range(3):  # the second call is recorded
+                call()
+            assert launched == [rows] * 3
+            compared.append(rows)
+
+        return calls
+
+    compared, problem = [], tuning.problem
+    monkeypatch.setattr(Kernel, "run", seen)
+    monkeypatch.setattr(tuning, "problem", thrice)
+    run(timer_of(lambda launch: 1.0), tmp_path / "t.json")
+    assert len(set(compared)) > 2
+
+
+class Lost:
+    """A GPU that a launch of some rows ends the work on, for a window's row of some channels."""
+
+    def __init__(self, monkeypatch, rows, channels):
+        self.alive, holds = True, tuning.Budget.holds
+
+        def lost(budget):
+            case = budget.case
+            if case.row.channels == channels and launches.lookup(case.kernel, "interpreter", 4, channels).rows == rows:
+                self.alive = False
+            if not self.alive:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
+            return holds(budget)
+
+        monkeypatch.setattr(tuning.Budget, "holds", lost)
+
+
+def by_rows(launch):
+    """Milliseconds of a launch: one more tile is better."""
+    return 100 / launch.rows
+
+
+@pytest.mark.interpreter
+def test_a_launch_that_ends_the_work_on_the_gpu_is_named_kept_and_then_left_out(monkeypatch, tmp_path):
+    out, gpu = tmp_path / "user" / "interpreter.json", Lost(monkeypatch, rows=32, channels=64)
+    with pytest.raises(
+        GpuLostError, match=r"window.forward 32 bits D 64: 32 4 warps 1 stages .* illegal memory"
+    ) as lost:
+        run(timer_of(by_rows), out, alive=lambda device: gpu.alive)
+    assert str(out) in str(lost.value) and "the 1 rows before it" in str(lost.value) and "\n" not in str(lost.value)
+    # the row before it is in the table, the row itself as it was
+    assert [row.launch.rows for row in Table.read(out).rows["window.forward"]] == [128, 16]
+    kept = Faults(tmp_path / "user" / "interpreter.faults")
+    assert ("window.forward 32 bits D 64", Launch((32,), (), 4, 1)) in kept
+    assert ("window.forward 32 bits D 32", Launch((32,), (), 4, 1)) not in kept
+    gpu.alive = True
+    found, _ = run(timer_of(by_rows), out, alive=lambda device: gpu.alive)
+    assert gpu.alive and len(found) == 2 and found[1].launch.rows == 16  # 32 is between it and the others
+
+
+@pytest.mark.interpreter
+def test_an_error_that_the_gpu_survives_is_no_fault(monkeypatch, tmp_path):
+    Lost(monkeypatch, rows=32, channels=64)
+    found, _ = run(timer_of(lambda launch: 1.0), tmp_path / "t.json")
+    assert len(found) == 2 and not (tmp_path / "user" / "interpreter.faults").exists()
+
+
+@pytest.mark.interpreter
+def test_a_row_whose_own_launch_is_at_fault_is_left_out(tmp_path):
+    Faults(tmp_path / "user" / "interpreter.faults").add("window.forward 32 bits D 32", Launch((32,), (), 4, 1), "why")
+    found, lines = run(timer_of(lambda launch: 1.0), tmp_path / "t.json")
+    assert [one.case.row.channels for one in found] == [64]
+    assert "window.forward 32 bits D 32: left out" in lines[0] and "interpreter.faults" in lines[0]
+
+
+def test_a_launch_at_fault_counts_for_the_versions_that_compiled_it(monkeypatch, tmp_path):
+    launch = Launch((64,), (32,), 4, 2, boxes=Launch(walk=(64,)))
+    Faults(tmp_path / "sm_90.faults").add("local.keys", launch, "why")
+    assert ("local.keys", launch) in Faults(tmp_path / "sm_90.faults")
+    assert ("local.keys", Launch((64,), (32,), 4, 2)) not in Faults(tmp_path / "sm_90.faults")
+    monkeypatch.setattr(faults, "_versions", lambda: "torch 9")
+    assert ("local.keys", launch) not in Faults(tmp_path / "sm_90.faults")
+
+
+def test_the_command_ends_with_a_message_where_the_gpu_is_lost(monkeypatch):
+    def lost(*args, **options):
+        raise GpuLostError("local.keys 16 bits D 64", Launch((64,), (32,), 4, 2), "CUDA error")
+
+    monkeypatch.setattr(tuning, "tune", lost)
+    with pytest.raises(SystemExit, match=r"vision-attn: local.keys 16 bits D 64: 64 by 32 4 warps 2 stages ended"):
+        main(["tune"])
+
+
+@pytest.mark.interpreter
+def test_the_table_is_written_after_each_row(tmp_path):
+    out, there = tmp_path / "t.json", []
+    setup = Setup(CPU, sides=(4,), heads=1, timer=timer_of(lambda launch: 1.0))
+    tune("window", out, wide=True, setup=setup, say=lambda line: there.append(out.is_file()))
+    assert there == [False, True, True, True]
+
+
+@pytest.mark.interpreter
+def test_rows_that_are_not_reached_keep_what_was_found_before(tmp_path):
+    out = tmp_path / "t.json"
+    before = [Row(4, 32, Launch((128,))), Row(4, 64, Launch((64,)))]
+    Table({"window.forward": before}).write(out)
+    run(timer_of(by_rows), out, minutes=0)
+    assert Table.read(out).rows["window.forward"] == before
+
+
+@pytest.mark.interpreter
+def test_several_operators_are_tuned(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(tuning, "_tune_all", lambda cases, *rest: asked.extend(cases) or [])
+    for module in (tuning, tuned):
+        monkeypatch.setattr(module, "KERNELS", {name: ("window", False) for name in ("window.a", "local.b", "agent.c")})
+    monkeypatch.setattr(tuning, "rows_of", lambda kernel, architecture: [Row(4, 32, Launch((32,)))])
+    tune("window, local", tmp_path / "t.json", wide=True, setup=Setup(CPU), say=lambda line: None)
+    assert [case.kernel for case in asked] == ["window.a", "local.b"]
+    with pytest.raises(ValueError, match="one of window, local, linear, got 'all'"):
+        tune("window,all")
 
 
 def test_neighbours_differ_in_one_setting_and_stay_in_bounds():

@@ -2,16 +2,18 @@
 
 A launch that is tried must first give the results of the definition. It replaces the old one only if it is faster by
 1.5 %, and is so again when both are timed once more in turns: noise makes no table. Other processes compile ahead, so
-that the GPU waits for little.
+that the GPU waits for little. The table is written after each row: a launch may end this process's work on the GPU, and
+is then left out by the next run, see `faults.py`.
 """
 
+import logging
 import math
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
@@ -20,10 +22,12 @@ from typing import Any
 
 import torch
 
+from vision_attn.bench.faults import Faults, GpuLostError, alive, short
 from vision_attn.bench.timing import Launch as Timed
 from vision_attn.bench.timing import own_stream
 from vision_attn.bench.tuned import KERNELS, OPERATORS, Budget, Case, problem
 from vision_attn.kernels import launches
+from vision_attn.kernels.backend import warn
 from vision_attn.kernels.launches import Launch, Row, Table
 from vision_attn.kernels.triton import launching
 
@@ -32,6 +36,7 @@ _LOSS = 0.99  # and never slower than this at one of the sizes
 _SIDES = 64, 160  # of the grids that are timed, in tokens
 _TURNS = 4, 12  # of a first timing, and of the one that decides
 _TURN_MS = 6.0
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -46,7 +51,7 @@ class Found:
     def __str__(self) -> str:
         if self.launch == self.case.row.launch:
             return f"{self.case}: kept, the best of {self.tried}"
-        return f"{self.case}: {self.ratio:.3f}x, {_short(self.launch)} instead of {_short(self.case.row.launch)}"
+        return f"{self.case}: {self.ratio:.3f}x, {short(self.launch)} instead of {short(self.case.row.launch)}"
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Setup:
         sides: Sides of the grids that are timed.
         heads: Heads that are timed; as many as a model of that width has if None.
         timer: Takes launches, a call with each of them, and how many turns they take; returns milliseconds of each.
+        alive: Whether the device still takes work, after an error.
         compiler: Compiles ahead; None compiles when a launch is tried.
     """
 
@@ -65,6 +71,7 @@ class Setup:
     sides: Sequence[int] = _SIDES
     heads: int | None = None
     timer: "Timer" = field(default=lambda tried, calls, turns: _milliseconds(calls, turns))
+    alive: Callable[[torch.device], bool] = field(default=alive)
     compiler: Executor | None = None
 
 
@@ -75,12 +82,12 @@ def tune(
     operator: str | None = None, out: Path | None = None, *, minutes: float = 10, wide: bool = False,
     setup: Setup | None = None, say: Callable[[str], None] = print,
 ) -> list[Found]:  # fmt: skip
-    """Time launches on this GPU and write a table of the fastest.
+    """Time launches on this GPU and write a table of the fastest, after each row.
 
     Args:
-        operator: One of `OPERATORS`; all if None.
+        operator: Some of `OPERATORS`, with commas between them; all if None.
         out: The file of the table; the user's folder if None, where the lookup reads it.
-        minutes: When to stop; what was not reached keeps its launch.
+        minutes: When to stop. What was not reached keeps the launch that the file has, or else that of the package.
         wide: Whether float32 and heads above 128 channels are tuned too.
         setup: Where; the current GPU if None.
         say: Takes lines for the user.
@@ -89,31 +96,42 @@ def tune(
         What was found for each row that was reached.
 
     Raises:
-        ValueError: If the operator is unknown, or there is no GPU.
+        ValueError: If an operator is unknown, or there is no GPU.
+        GpuLostError: If a launch ended this process's work on the GPU. The user's folder keeps it in a file, and it is
+            not tried again.
     """
-    if operator is not None and operator not in OPERATORS:
-        raise ValueError(f"--operator must be one of {', '.join(OPERATORS)}, got {operator!r}")
+    asked = OPERATORS if operator is None else tuple(name.strip() for name in operator.split(","))
+    for name in asked:
+        if name not in OPERATORS:
+            raise ValueError(f"--operator must be one of {', '.join(OPERATORS)}, got {name!r}")
     if setup is None:
         if not torch.cuda.is_available():
             raise ValueError("launches are tuned on a GPU, and none can be used here")
         setup = Setup(torch.device("cuda", torch.cuda.current_device()), compiler=_workers())
-    target = launches.target_of(setup.device)
-    out = launches.user_folder() / f"{target.architecture}.json" if out is None else out
+    architecture = launches.target_of(setup.device).architecture
+    out = launches.user_folder() / f"{architecture}.json" if out is None else out
+    faults = Faults(launches.user_folder() / f"{architecture}.faults")
     with only_committed():
-        committed = {kernel: rows_of(kernel, target.architecture) for kernel in KERNELS}
+        committed = {kernel: rows_of(kernel, architecture) for kernel in KERNELS}
         cases = [
             Case(kernel, row)
             for kernel, rows in committed.items() for row in rows
-            if (operator is None or kernel.split(".")[0] in (operator, "pairs" if operator == "agent" else ""))
+            if kernel.split(".")[0] in (*asked, "pairs" if "agent" in asked else "")
             and (wide or (row.size == 2 and row.channels <= 128))
         ]  # fmt: skip
-        found = _tune_all(cases, setup, time.monotonic() + 60 * minutes, say)
-    new = {(one.case.kernel, *_place(one.case.row)): one.launch for one in found}
-    rows = {
-        kernel: [replace(row, launch=new.get((kernel, *_place(row)), row.launch)) for row in committed[kernel]]
-        for kernel in dict.fromkeys(case.kernel for case in cases)
-    }
-    _merged(rows, _about(setup.device), out).write(out)
+        table = _Written({case.kernel: committed[case.kernel] for case in cases}, _about(setup.device), out)
+        found: list[Found] = []
+        try:
+            for one in _tune_all(cases, setup, time.monotonic() + 60 * minutes, faults, say):
+                found.append(one)
+                table.add(one)
+        except GpuLostError as error:
+            faults.add(error.row, error.launch, error.error)
+            raise GpuLostError(
+                error.row, error.launch, f"{error.error}; the {len(found)} rows before it are in {out}; the same "
+                f"command now leaves this launch out, as {faults.path} says"
+            ) from error  # fmt: skip
+    table.write()
     launching.forget()
     mean = math.exp(statistics.fmean(math.log(one.ratio) for one in found)) if found else 1.0
     say(f"{len(found)} of {len(cases)} rows were reached; geometric mean {mean:.3f}x of the tables of the package")
@@ -121,10 +139,32 @@ def tune(
     return found
 
 
-def _merged(rows: dict[str, list[Row]], about: str, out: Path) -> Table:
-    """Add to the rows those of other kernels that the file has already."""
-    old: dict[str, Sequence[Row]] = dict(Table.read(out).rows) if out.is_file() else {}
-    return Table(old | rows, about)
+class _Written:
+    """A table that is written anew after each row, with what its file has of other rows.
+
+    Args:
+        rows: The rows of the package, by kernel.
+        about: Where they come from.
+        out: The file.
+    """
+
+    def __init__(self, rows: dict[str, Sequence[Row]], about: str, out: Path) -> None:
+        self._others: dict[str, Sequence[Row]] = dict(Table.read(out).rows) if out.is_file() else {}
+        self._rows, self._about, self._out = rows, about, out
+        self._launches = {(kernel, _place(row)): row.launch for kernel in rows for row in self._others.get(kernel, ())}
+
+    def add(self, one: Found) -> None:
+        """Take what was found for a row, and write the table."""
+        self._launches[one.case.kernel, _place(one.case.row)] = one.launch
+        self.write()
+
+    def write(self) -> None:
+        """Write the table."""
+        rows = {
+            kernel: [replace(row, launch=self._launches.get((kernel, _place(row)), row.launch)) for row in of_kernel]
+            for kernel, of_kernel in self._rows.items()
+        }
+        Table(self._others | rows, self._about).write(self._out)
 
 
 def _place(row: Row) -> tuple[int, int, float]:
@@ -205,7 +245,10 @@ def _tiles(tile: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [one for one in found if 16 <= math.prod(one) <= 128]
 
 
-def _tune_all(cases: Sequence[Case], setup: Setup, deadline: float, say: Callable[[str], None]) -> list[Found]:
+def _tune_all(
+    cases: Sequence[Case], setup: Setup, deadline: float, faults: Faults, say: Callable[[str], None]
+) -> Iterator[Found]:
+    """Yield what is found for each row that is reached before the deadline."""
     from tqdm import tqdm  # noqa: PLC0415, tqdm is optional
 
     ahead: dict[tuple[str, Launch], Future[str]] = {}
@@ -213,79 +256,122 @@ def _tune_all(cases: Sequence[Case], setup: Setup, deadline: float, say: Callabl
         for case in cases:
             for launch in neighbours(case.row.launch):
                 ahead[str(case), launch] = setup.compiler.submit(compile_ahead, case, launch, str(setup.device))
-    found = []
-    with tqdm(cases, unit="row") as bar:
-        for case in bar:
-            if time.monotonic() > deadline:
-                break
-            bar.set_description(str(case))
-            with own_stream(setup.device):  # a backward runs on the stream of its forward
-                found.append(_tune_one(case, setup, deadline, ahead))
-            with bar.external_write_mode():
-                say(str(found[-1]))
-    if setup.compiler is not None:
-        setup.compiler.shutdown(wait=False, cancel_futures=True)
-    return found
+    try:
+        with tqdm(cases, unit="row") as bar:
+            for case in bar:
+                if time.monotonic() > deadline:
+                    break
+                bar.set_description(str(case))
+                if (str(case), case.row.launch) in faults:
+                    with bar.external_write_mode():
+                        say(f"{case}: left out, as its own launch is in {faults.path}")
+                    continue
+                search = _Search(
+                    case, setup, deadline, ahead, faults, lambda launch: bar.set_postfix_str(short(launch))
+                )
+                with own_stream(setup.device):  # a backward runs on the stream of its forward
+                    found = search.run()
+                with bar.external_write_mode():
+                    say(str(found))
+                yield found
+    finally:
+        if setup.compiler is not None:
+            setup.compiler.shutdown(wait=False, cancel_futures=True)
 
 
-def _tune_one(case: Case, setup: Setup, deadline: float, ahead: dict[tuple[str, Launch], Future[str]]) -> Found:
-    found, seen = Found(case, case.row.launch), {case.row.launch}
-    budget = Budget(case, setup.device)
-    queue = neighbours(case.row.launch)
-    while queue:
-        best, gain = None, GAIN
-        for launch in queue:
-            seen.add(launch)
-            job = ahead.get((str(case), launch))
-            if time.monotonic() > deadline or (job is not None and _result(job, deadline)):
-                continue
-            found.tried += 1
-            ratio = _compared(case, found.launch, launch, setup, budget)
-            if ratio >= gain:
-                best, gain = launch, ratio
-        # timed anew against the first: a row that is written was faster twice
-        if best is None:
-            return found
-        ratio = _compared(case, case.row.launch, best, setup, budget, _TURNS[1])
-        if ratio < max(GAIN, found.ratio):
-            return found
-        found.launch, found.ratio = best, ratio
-        queue = [launch for launch in neighbours(best) if launch not in seen]
-    return found
+@dataclass(frozen=True)
+class _Search:
+    """The search for the launch of a row.
+
+    Args:
+        case: The row.
+        setup: Where and how launches are tried.
+        deadline: When to stop.
+        ahead: What is compiled ahead, by row and launch.
+        faults: Launches that are never tried.
+        show: Shows which launch is tried: whoever reads what a lost run left has to know.
+    """
+
+    case: Case
+    setup: Setup
+    deadline: float
+    ahead: dict[tuple[str, Launch], Future[str]]
+    faults: Faults
+    show: Callable[[Launch], None]
+
+    def run(self) -> Found:
+        """Return the best launch."""
+        case, row = self.case, str(self.case)
+        found, seen = Found(case, case.row.launch), {case.row.launch}
+        budget = Budget(case, self.setup.device)
+        queue = neighbours(case.row.launch)
+        while queue:
+            best, gain = None, GAIN
+            for launch in queue:
+                seen.add(launch)
+                job = self.ahead.get((row, launch))
+                if time.monotonic() > self.deadline or (row, launch) in self.faults:
+                    continue
+                if job is not None and (why := _result(job, self.deadline)):
+                    _logger.info("%s: %s is left out: %s", row, short(launch), why)
+                    continue
+                found.tried += 1
+                ratio = self._compared(found.launch, launch, budget)
+                if ratio >= gain:
+                    best, gain = launch, ratio
+            # timed anew against the first: a row that is written was faster twice
+            if best is None:
+                return found
+            ratio = self._compared(case.row.launch, best, budget, _TURNS[1])
+            if ratio < max(GAIN, found.ratio):
+                return found
+            found.launch, found.ratio = best, ratio
+            queue = [launch for launch in neighbours(best) if launch not in seen]
+        return found
+
+    def _compared(self, old: Launch, new: Launch, budget: "Budget", turns: int = _TURNS[0]) -> float:
+        """Return how many times faster a launch is; 0 if it is wrong, slower at one size, or does not run.
+
+        Raises:
+            GpuLostError: If a launch ended this process's work on the GPU.
+        """
+        case, setup = self.case, self.setup
+        architecture, ratios = launches.target_of(setup.device).architecture, []
+        self.show(new)
+        _logger.debug("%s: trying %s", case, short(new))
+        running = new
+        try:
+            with trying(case, new, architecture):
+                if not budget.holds():
+                    return 0.0
+            for side in setup.sides:
+                calls: list[Any] = []
+                for running in (old, new):
+                    with trying(case, running, architecture, exact=running != case.row.launch):
+                        call = problem(case, side, setup.device, setup.heads)
+                        call()
+                        # a graph keeps the launch that was planned
+                        calls.append(Timed(call, setup.device) if setup.device.type == "cuda" else call)
+                        if setup.device.type == "cuda" and calls[-1].kind != "graph":
+                            return 0.0
+                before, after = setup.timer((old, new), calls, turns)
+                ratios.append(before / after)
+        except RuntimeError as error:  # it does not fit, or compile
+            if not setup.alive(setup.device):
+                raise GpuLostError(str(case), running, str(error).strip().split("\n")[0]) from error
+            return 0.0
+        return 0.0 if min(ratios) < _LOSS else math.exp(statistics.fmean(map(math.log, ratios)))
 
 
 def _result(job: "Future[str]", deadline: float) -> str:
     """Return why a launch does not compile, if so."""
     try:
         return job.result(max(0.0, deadline - time.monotonic()))
-    except Exception as error:  # a worker may die of what it compiles
+    except BrokenExecutor as error:
+        warn("a process that compiled ahead has died; launches that were not compiled by then are left out")
         return f"{type(error).__name__}: {error}"
-
-
-def _compared(case: Case, old: Launch, new: Launch, setup: Setup, budget: "Budget", turns: int = _TURNS[0]) -> float:
-    """Return how many times faster a launch is; 0 if it is wrong, slower at one size, or does not run."""
-    architecture, ratios = launches.target_of(setup.device).architecture, []
-    try:
-        with trying(case, new, architecture):
-            if not budget.holds():
-                return 0.0
-        for side in setup.sides:
-            calls: list[Any] = []
-            for launch in (old, new):
-                with trying(case, launch, architecture, exact=launch != case.row.launch):
-                    call = problem(case, side, setup.device, setup.heads)
-                    call()
-                    # a graph keeps the launch that was planned
-                    calls.append(Timed(call, setup.device) if setup.device.type == "cuda" else call)
-                    if setup.device.type == "cuda" and calls[-1].kind != "graph":
-                        return 0.0
-            before, after = setup.timer((old, new), calls, turns)
-            ratios.append(before / after)
-    except RuntimeError:  # it does not fit, or compile
-        if setup.device.type == "cuda":
-            torch.cuda.synchronize()
-        return 0.0
-    return 0.0 if min(ratios) < _LOSS else math.exp(statistics.fmean(map(math.log, ratios)))
+    except Exception as error:  # whatever a compiler raises
+        return f"{type(error).__name__}: {error}"
 
 
 def _milliseconds(calls: Sequence[Timed], turns: int) -> list[float]:
@@ -314,12 +400,3 @@ def _workers() -> ProcessPoolExecutor:
     """Return processes that compile side by side."""
     count = max(1, min(14, (os.cpu_count() or 2) - 2))
     return ProcessPoolExecutor(count, mp_context=get_context("spawn"))
-
-
-def _short(launch: Launch) -> str:
-    tiles = " by ".join("x".join(map(str, tile)) for tile in (launch.own, launch.walk) if tile)
-    more = f" {launch.programs} programs" if launch.programs > 1 else ""
-    more += f" {launch.features} features" if launch.features else ""
-    more += f" {launch.registers} registers" if launch.registers else ""
-    boxes = f", TMA {_short(launch.boxes)}" if launch.boxes else ""
-    return f"{tiles} {launch.warps} warps {launch.stages} stages{more}{boxes}"

@@ -161,7 +161,9 @@ class Table:
             kernels.append(f"  {json.dumps(name)}: [\n{lines}\n  ]")
         text = f'{{\n "about": {json.dumps(self.about)},\n "kernels": {{\n' + ",\n".join(kernels) + "\n }\n}\n"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        part = path.with_name(f"{path.name}.{os.getpid()}")  # another process may read the table now
+        part.write_text(text)
+        part.replace(path)
 
 
 def _row(*, size: int, channels: int, columns: float = math.inf, why: str = "", **launch: Any) -> Row:
@@ -178,18 +180,19 @@ def _launch(*, own: Sequence[int] = (), walk: Sequence[int] = (), boxes: Any = N
 def _plain(row: Row) -> dict[str, Any]:
     about = dict(size=row.size, channels=row.channels)
     columns = {} if row.columns == math.inf else dict(columns=row.columns)
-    return {**about, **columns, **_numbers(row.launch), **(dict(why=row.why) if row.why else {})}
+    return {**about, **columns, **numbers_of(row.launch), **(dict(why=row.why) if row.why else {})}
 
 
 _OPTIONAL = ("programs", 1), ("features", 0), ("registers", 0)
 
 
-def _numbers(launch: Launch) -> dict[str, Any]:
+def numbers_of(launch: Launch) -> dict[str, Any]:
+    """Return a launch as tables write it."""
     found: dict[str, Any] = {name: list(tile) for name in ("own", "walk") if (tile := getattr(launch, name))}
     found |= dict(warps=launch.warps, stages=launch.stages)
     found |= {name: n for name, least in _OPTIONAL if (n := getattr(launch, name)) != least}
     found |= dict(exact=True) if launch.exact else {}
-    return found if launch.boxes is None else found | dict(boxes=_numbers(launch.boxes))
+    return found if launch.boxes is None else found | dict(boxes=numbers_of(launch.boxes))
 
 
 @dataclass(frozen=True)
