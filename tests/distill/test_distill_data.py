@@ -75,7 +75,7 @@ def test_help_explains_every_setting(capsys):
         main(["distill", "train", "--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "Stop after this many minutes, even before `steps`. (type: float | null, default: null)" in text
+    assert "The schedule of the learning rate ends with them. (type: float | null, default: null)" in text
     text = re.sub(r", --[a-z._]+[+] \[ITEM,[.]{3}\]", "", text)  # lists have a second option, which adds an item
     bare = re.findall(r"--([a-z]+[.][a-z_]+)[^-]*? (?=[(]type|[(]required)", text)
     assert len(bare) > 20

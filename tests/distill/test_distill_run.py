@@ -1,17 +1,21 @@
 """`distill run`: what is missing is made, what is there stays, and a change makes again what depends on it."""
 
 import importlib.util
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from distill_case import WORDS, arguments, settings, write_images
+from distill_case import WORDS, arguments, metrics, settings, write_images
 from PIL import Image
 
 from vision_attn.cli import main
+from vision_attn.distill import output
 from vision_attn.distill.cache import is_current, write_cache
 from vision_attn.distill.command import _this_process
 from vision_attn.distill.evaluate import evaluate
@@ -59,6 +63,20 @@ def test_one_command_from_prompts_to_the_report(tmp_path):
         run_all(other, _this_process())
     prompts.write_text("\n".join(WORDS[:3]))
     assert undrawn(config) == [2] and needs_images(config)
+
+
+def test_the_rate_falls_until_the_clock_ends_the_run(tmp_path, monkeypatch):
+    write_images(tmp_path / "images", count=2)
+    config = settings(
+        tmp_path, run__minutes=1, optimizer__schedule="cosine", optimizer__warmup=0, **{**QUICK, "run__steps": 9999}
+    )
+    write_cache(config)
+    quarters = itertools.count(step=15)  # seconds
+    monkeypatch.setattr(output, "time", SimpleNamespace(perf_counter=lambda: next(quarters)))
+    train(config)
+    rates = [line["learning_rate"] for line in metrics(tmp_path)]
+    most = config.optimizer.learning_rate
+    assert rates == pytest.approx([most * (1 + math.cos(math.pi * n / 4)) / 2 for n in range(5)], abs=1e-4 * most)
 
 
 def test_a_cache_is_current_until_what_it_was_made_of_changes(tmp_path):

@@ -239,7 +239,7 @@ class RunConfig:
     Args:
         out: Folder for checkpoints, sheets, `metrics.jsonl` and the adapter.
         steps: Stop after this many updates.
-        minutes: Stop after this many minutes, even before `steps`.
+        minutes: Stop after this many minutes, even before `steps`. The schedule of the learning rate ends with them.
         accumulate: Batches per update.
         share: How many processes compute one batch together, each a part of its tokens: for pictures that are too large
             or too slow for one GPU. FLUX.1, FLUX.2 and Qwen-Image only; 1 for a batch per process.

@@ -103,7 +103,7 @@ def _train(config: Config, accelerator: Any, pipe: Any) -> Path:  # noqa: PLR091
                 shards.reshard()
 
     look(sheet=False, measure=start is None)
-    while step < run.steps and not metrics.out_of_time:
+    while step < run.steps and metrics.spent <= 1:
         averaging.begin()
         for micro in range(run.accumulate):
             batch = next(batches).to(accelerator.device, student.dtype)
@@ -123,6 +123,8 @@ def _train(config: Config, accelerator: Any, pipe: Any) -> Path:  # noqa: PLR091
                 optimizer.step()
                 optimizer.zero_grad()
             metrics.add(losses)
+        # with a limit of time it ends with the clock, if that comes first
+        schedule.last_epoch = max(schedule.last_epoch, round(metrics.spent * run.steps) - 1)
         schedule.step()
         averaging.update()
         step += 1

@@ -190,14 +190,14 @@ class Metrics:
 
     Attributes:
         norm: Norm of the last gradient, before clipping.
-        out_of_time: Whether `run.minutes` have passed, equal in all processes.
+        spent: Which share of `run.minutes` has passed, 0 without them; equal in all processes.
     """
 
     def __init__(self, config: Config, accelerator: Any, start: int) -> None:
         self.run, self.accelerator = config.run, accelerator
         self.sums: dict[str, Tensor] = {}
         self.norm: Tensor | float | None = None
-        self.begun, self.out_of_time = time.perf_counter(), False
+        self.begun, self.spent = time.perf_counter(), 0.0
         self.path = config.run.out / "metrics.jsonl"
         main = accelerator.is_main_process
         if main:
@@ -220,7 +220,7 @@ class Metrics:
         means = self.accelerator.reduce(torch.stack([v.float().to(device) for v in values]), "mean").tolist()
         found = dict(zip(self.sums, means[:-1], strict=True))
         self.sums = {}
-        self.out_of_time = self.run.minutes is not None and means[-1] > 60 * self.run.minutes
+        self.spent = means[-1] / (60 * self.run.minutes) if self.run.minutes else 0.0
         found |= {"norm": float(self.norm)} if self.norm is not None else {}
         found["learning_rate"] = rate
         if self.file is not None:
