@@ -282,6 +282,8 @@ def main() -> int:
         for job, rows in pool.map(compiled, jobs(given)):
             launched = rows or [("host", "launched nothing", 0, 0)]
             found[job] = outcome(launched, limit)
+            if given.out:  # a run that is stopped keeps what it found
+                keep(given.out, given.architecture, limit, found)
             for name, shared, warps, stages in launched:
                 sign = sign_of(name, shared, limit)
                 wrong = sign == "BAD"
@@ -295,8 +297,6 @@ def main() -> int:
         f"{given.architecture}: {bad} of {count} kernels do not compile or fit in {limit} bytes; {refused} calls "
         f"are refused before a launch"
     )
-    if given.out:
-        keep(given.out, given.architecture, limit, found)
     return 1 if bad else 0
 
 
