@@ -1,6 +1,7 @@
 """`vision-attn tune` with a timer of its own, in Triton's interpreter: what it keeps, writes and reads again."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from vision_attn.bench.faults import Faults, GpuLostError
 from vision_attn.bench.tuning import Case, Setup, neighbours, only_committed, rows_of, tune
 from vision_attn.cli import main
 from vision_attn.kernels import launches, tapes
+from vision_attn.kernels.backend import LaunchError
 from vision_attn.kernels.launches import Launch, Row, Table
 from vision_attn.kernels.triton import launching
 from vision_attn.kernels.triton.launching import Kernel
@@ -102,6 +104,45 @@ def test_the_check_finds_a_wrong_result():
     assert budget.holds()
     budget.exact[0] = budget.exact[0] + 0.01
     assert not budget.holds()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("operator", ["local", "multipole"])
+def test_launches_of_8_bits_are_checked_against_that_of_the_table(operator, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(tuned, "_CHECKED", 10)
+    monkeypatch.setattr(tuned, "_PREFIX", 2)
+    own = Launch((8, 8), (8, 8), 4, 3, registers=168)
+    case = Case(f"{operator}.eight_bit", Row(4, 64, own))
+    with only_committed():
+        budget = tuned.Budget(case, CPU)
+        with tuning.trying(case, Launch((8, 8), (8, 8), 8, 2), "interpreter"):
+            assert budget.holds()
+            budget.exact[0] = budget.exact[0] * 1.001
+            assert not budget.holds()
+        with (
+            tuning.trying(case, Launch((8, 8), (4, 8), 4, 3), "interpreter"),
+            pytest.raises(LaunchError, match="block"),
+        ):
+            budget.holds()
+    assert Launch((8, 8), (8, 8), 4, 3) in neighbours(own)
+
+
+@pytest.mark.interpreter
+def test_rows_of_8_bits_are_left_out_where_a_gpu_has_none(monkeypatch, tmp_path):
+    asked, able = [], launches.target_of
+    rows = {name: (name.replace(".", "_"), False) for name in ("local.eight_bit", "multipole.eight_bit")}
+    monkeypatch.setattr(tuning, "_tune_all", lambda cases, *rest: asked.append(len(cases)) or [])
+    for module in (tuning, tuned):
+        monkeypatch.setattr(module, "KERNELS", rows)
+    monkeypatch.setattr(tuning, "OPERATORS", ("local", "multipole"))
+    monkeypatch.setattr(tuning, "rows_of", lambda kernel, architecture: [Row(2, 128, Launch((8, 8), (8, 8)))])
+    for architecture in ("sm_89", "sm_80"):
+        monkeypatch.setattr(
+            launches, "target_of", lambda device, name=architecture: replace(able(device), architecture=name)
+        )
+        tune(None, tmp_path / "t.json", setup=Setup(CPU), say=lambda line: None)
+    assert asked == [2, 0]
 
 
 @pytest.mark.interpreter
@@ -283,6 +324,5 @@ def test_the_kernels_are_those_of_the_table(monkeypatch):
     monkeypatch.undo()
     with only_committed():
         names = {name for table in launches.tables("sm_90")[:1] for name in table.rows}
-        # tiles of 8 bits are their blocks, and no definition in float64 says which of its launches are right
-        assert set(tuning.KERNELS) == names - {"local.bias", "local.eight_bit", "multipole.eight_bit"}
+        assert set(tuning.KERNELS) == names - {"local.bias"}
         assert all(rows_of(kernel, "sm_89") for kernel in tuning.KERNELS)

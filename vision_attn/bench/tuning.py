@@ -108,7 +108,8 @@ def tune(
         if not torch.cuda.is_available():
             raise ValueError("launches are tuned on a GPU, and none can be used here")
         setup = Setup(torch.device("cuda", torch.cuda.current_device()), compiler=_workers())
-    architecture = launches.target_of(setup.device).architecture
+    target = launches.target_of(setup.device)
+    architecture = target.architecture
     out = launches.user_folder() / f"{architecture}.json" if out is None else out
     faults = Faults(launches.user_folder() / f"{architecture}.faults")
     with only_committed():
@@ -118,6 +119,7 @@ def tune(
             for kernel, rows in committed.items() for row in rows
             if kernel.split(".")[0] in (*asked, "pairs" if "agent" in asked else "")
             and (wide or (row.size == 2 and row.channels <= 128))
+            and not (Case(kernel, row).rounded and target.without_eight_bits)
         ]  # fmt: skip
         table = _Written({case.kernel: committed[case.kernel] for case in cases}, _about(setup.device), out)
         found: list[Found] = []
@@ -226,6 +228,8 @@ def neighbours(launch: Launch) -> list[Launch]:
     found += [replace(launch, walk=tile) for tile in _tiles(launch.walk)]
     if launch.features:
         found += [replace(launch, features=n) for n in (launch.features // 2, launch.features * 2) if 16 <= n <= 128]
+    if launch.registers:
+        found.append(replace(launch, registers=0))
     boxes = launch.boxes
     if not launch.own and boxes is None:
         found.append(replace(launch, boxes=replace(launch, boxes=None)))
