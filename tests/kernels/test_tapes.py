@@ -4,7 +4,9 @@ Without a GPU Triton's interpreter stands in for it: memory, views and parameter
 """
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -12,9 +14,14 @@ from interpreted import take
 
 from vision_attn.conversion import answers
 from vision_attn.grid import Grid
-from vision_attn.kernels import tapes
+from vision_attn.kernels import eight_bits, tapes
+from vision_attn.kernels.eight_bits import Blocks
 from vision_attn.kernels.launches import Launch
 from vision_attn.kernels.local import Window
+from vision_attn.kernels.multipole import Cells, cells, mean_blocks
+from vision_attn.kernels.multipole import pyramid as multipole_pyramid
+from vision_attn.kernels.multipole.mean_blocks import MeanBlocks
+from vision_attn.kernels.multipole.pyramid import pyramid
 from vision_attn.kernels.triton.launching import Kernel
 from vision_attn.processors import (
     RALA,
@@ -27,8 +34,10 @@ from vision_attn.processors import (
     LinFusion,
     Multipole,
     Neighborhood,
+    paro,
 )
 from vision_attn.processors.base import Layer, Processor
+from vision_attn.processors.paro import orders_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [] if DEVICE == "cuda" else [pytest.mark.interpreter]
@@ -286,6 +295,46 @@ def test_gradients_and_modes_run_as_ever():
         for _ in range(3):
             assert torch.equal(found.call(processor, args, processor), processor(*args))
     assert len(kept(found)) == 1
+
+
+TABLES = {
+    "pyramid": lambda: pyramid([24, 16, 0, 0, 4, 0, 2]).table(torch.device(DEVICE)),
+    "means-in-tiles": lambda: MeanBlocks(pyramid([24, 16, 0, 0, 4, 0, 2])).met(torch.device(DEVICE)),
+    "blocks": lambda: Blocks((9, 7, 3, 0), (1, 1)).places(torch.device(DEVICE)),
+    "cells": lambda: Cells(cell=4).layout(Grid(9, 11), torch.device(DEVICE)).near,
+    "orders": lambda: orders_of(Grid(5, 7), 4, torch.device(DEVICE)),
+}
+
+
+def drop_tables():
+    """Drop what other sizes would drive out of the caches."""
+    kept = multipole_pyramid._table, mean_blocks._tables, eight_bits._kept_places, cells._kept_layout, paro._kept_orders
+    for cache in kept:
+        cache.cache_clear()
+    gc.collect()
+
+
+@pytest.mark.parametrize("captures", [False, True], ids=["eager", "captured"])
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_that_a_graph_reads_outlive_their_cache(name, captures, monkeypatch):
+    drop_tables()
+    monkeypatch.setattr(tapes, "_captured", {})
+    monkeypatch.setattr(tapes, "_captures", lambda t: captures)
+    place = weakref.ref(TABLES[name]())
+    drop_tables()
+    assert (place() is not None) == captures
+
+
+def test_tables_of_a_repeated_call_outlive_its_tape(monkeypatch):
+    processor, grid = built("multipole")
+    found, args = tapes.Tapes(), drawn(grid, 0)
+    for _ in range(3):
+        found.call(processor, args, processor)
+    (tape,) = kept(found)
+    monkeypatch.setattr(tapes, "_captured", {})
+    monkeypatch.setattr(tapes, "_captures", lambda t: True)
+    found.call(processor, args, processor)
+    assert tape.tables and {id(t) for t in tape.tables} == set(tapes._captured)
 
 
 @pytest.mark.slow

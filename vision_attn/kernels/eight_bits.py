@@ -28,7 +28,7 @@ from vision_attn.grid import Grid
 from vision_attn.kernels import launches
 from vision_attn.kernels.backend import passing
 from vision_attn.kernels.dense import full_mask, outside
-from vision_attn.kernels.tapes import fixed
+from vision_attn.kernels.tapes import fixed, lasting
 from vision_attn.kernels.triton.launching import triton_reasons
 
 PRECISIONS = ("int8", "fp8")
@@ -119,7 +119,7 @@ class Blocks:
 
     def places(self, device: torch.device) -> Tensor:
         """Return the token in each slot of each block, int32 `[blocks, 64]`; -1 where there is none."""
-        return _places(self, device) if passing() else _kept_places(self, device)
+        return _places(self, device) if passing() else lasting(_kept_places(self, device))
 
 
 def _places(blocks: Blocks, device: torch.device) -> Tensor:

@@ -29,6 +29,7 @@ _EMPTY = (
 _ZEROS = torch.ops.aten.new_zeros.default, torch.ops.aten.zeros.default
 DEVICES = ("cuda",)  # tests add the CPU of the interpreter
 _fixed = WeakTensorKeyDictionary()
+_captured: dict[int, Tensor] = {}
 
 
 class _Here(threading.local):
@@ -55,6 +56,20 @@ def fixed(t: Tensor) -> Tensor:
     """Say that nobody ever writes to `t`, which outlives the call that reads it: a table. Returns it."""
     _fixed[t] = True
     return t
+
+
+def lasting(t: Tensor) -> Tensor:
+    """Return a table that is about to be read; where a CUDA graph is captured, it is never freed from now on.
+
+    A graph keeps only the address of what it reads, and the tables of other sizes may drive this one out of its cache.
+    """
+    if _captures(t):
+        _captured[id(t)] = t
+    return t
+
+
+def _captures(t: Tensor) -> bool:
+    return t.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 class Tapes(dict[Any, Any]):
@@ -401,6 +416,8 @@ class Tape:
     def repeat(self, inputs: Sequence[Tensor]) -> Any:
         """Launch anew on other inputs and new memory; returns what the call returned."""
         device = self.device
+        for table in self.tables:
+            lasting(table)
         outputs = [
             torch.empty_strided(shape, strides, dtype=dtype, device=device) for shape, strides, dtype, _ in self.outputs
         ]

@@ -20,7 +20,7 @@ Models' - https://arxiv.org/abs/2506.16054
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +33,7 @@ from vision_attn.grid import Grid
 from vision_attn.kernels.backend import full_precision, passing
 from vision_attn.kernels.block_sparse import Blocks, block_sparse_attention
 from vision_attn.kernels.dense import dense_attention, full_mask
+from vision_attn.kernels.tapes import lasting
 from vision_attn.processors.base import AttnSpec, Layer, Processor, register
 
 ORDERS = ("rows", "wide", "squares", "tall", "columns", "hilbert")
@@ -224,8 +225,8 @@ def orders_of(grid: Grid, count: int, device: torch.device) -> Tensor:
         count: Number of blocks, which decides about the sides of rectangles.
         device: Device of the result.
     """
-    make: Callable[..., Tensor] = _orders if passing() else _kept_orders
-    return make(grid.height, grid.width, count, device)
+    about = grid.height, grid.width, count, device
+    return _orders(*about) if passing() else lasting(_kept_orders(*about))
 
 
 def _orders(height: int, width: int, count: int, device: torch.device) -> Tensor:

@@ -19,6 +19,7 @@ from vision_attn._checks import check_int, check_number
 from vision_attn.grid import Grid
 from vision_attn.kernels.backend import exporting, passing
 from vision_attn.kernels.eight_bits import check_precision
+from vision_attn.kernels.tapes import lasting
 
 _MOST_SCORES = 1 << 24  # of mean queries and mean keys at a time
 
@@ -80,8 +81,14 @@ class Cells:
 
     def layout(self, grid: Grid, device: torch.device) -> "Layout":
         """Return who sees what on a grid."""
-        make = _layout if passing() else _kept_layout
-        return make(grid.height, grid.width, self.cell, self.near, self.pool, device)
+        about = grid.height, grid.width, self.cell, self.near, self.pool, device
+        if passing():
+            return _layout(*about)
+        found = _kept_layout(*about)
+        for table in vars(found).values():
+            if isinstance(table, Tensor):
+                lasting(table)
+        return found
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vision_attn.kernels.eight_bits import SLOTS
 from vision_attn.kernels.multipole.pyramid import MeanTiles, Pyramid
-from vision_attn.kernels.tapes import fixed
+from vision_attn.kernels.tapes import fixed, lasting
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class MeanBlocks:
 
     def slots(self, device: torch.device) -> Tensor:
         """Return the row of the pyramid in each slot of each block, int32 `[blocks, 64]`; -1 for none."""
-        return _tables(self.rows, device)[0]
+        return lasting(_tables(self.rows, device)[0])
 
     def met(self, device: torch.device) -> Tensor:
         """Return the blocks that each cell meets, int32 `[C, levels * each]`."""
-        return _tables(self.rows, device)[1]
+        return lasting(_tables(self.rows, device)[1])
 
 
 @functools.lru_cache(maxsize=256)

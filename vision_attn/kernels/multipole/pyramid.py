@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vision_attn.kernels.multipole.cells import count_levels
-from vision_attn.kernels.tapes import fixed
+from vision_attn.kernels.tapes import fixed, lasting
 from vision_attn.kernels.triton.launching import layout, next_power
 
 
@@ -86,18 +86,18 @@ class Pyramid:
 
     def table(self, device: torch.device) -> Tensor:
         """Return first row, columns of blocks, rows and columns of means of each level, int32 `[levels, 4]`."""
-        return _table(self, device)
+        return lasting(_table(self, device))
 
     def order(self, device: torch.device) -> Tensor:
         """Return the mean of each row, counted level by level and row by row; the number of means for none."""
-        return _order(self, device)
+        return lasting(_order(self, device))
 
     def tile_rows(self, tiles: "MeanTiles", device: torch.device) -> Tensor:
         """Return the first row of each tile that each cell meets, int32 `[C, tiles]`: see `tile_of_means`.
 
         It may lie before the first row or beyond the last.
         """
-        return _tile_rows(self, tiles, device)
+        return lasting(_tile_rows(self, tiles, device))
 
 
 @functools.lru_cache(maxsize=256)
