@@ -227,7 +227,9 @@ def test_a_launch_that_ends_the_work_on_the_gpu_is_named_kept_and_then_left_out(
     assert ("window.forward 32 bits D 32", Launch((32,), (), 4, 1)) not in kept
     gpu.alive = True
     found, _ = run(timer_of(by_rows), out, alive=lambda device: gpu.alive)
-    assert gpu.alive and len(found) == 2 and found[1].launch.rows == 16  # 32 is between it and the others
+    # it begins where the other ended, and 32 is between the launch of that row and better ones
+    assert gpu.alive and [(one.case.row.channels, one.launch.rows) for one in found] == [(64, 16), (32, 128)]
+    assert [row.channels for row in Table.read(out).rows["window.forward"]] == [32, 64]
 
 
 @pytest.mark.interpreter

@@ -43,6 +43,12 @@ class Faults:
         """Whether a launch of a row, `(row, launch)`, ended the work of a process with these versions."""
         return any(_same(line, self._line(*tried)) for line in self._lines)
 
+    @property
+    def last(self) -> str | None:
+        """The row of the last launch with these versions."""
+        rows = [line["row"] for line in self._lines if line.get("versions") == self.versions]
+        return rows[-1] if rows else None
+
     def add(self, row: str, launch: Launch, error: str) -> None:
         """Keep a launch."""
         line = self._line(row, launch) | dict(error=error)

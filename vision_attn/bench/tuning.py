@@ -122,6 +122,8 @@ def tune(
             and not (Case(kernel, row).rounded and target.without_eight_bits)
         ]  # fmt: skip
         table = _Written({case.kernel: committed[case.kernel] for case in cases}, _about(setup.device), out)
+        begin = next((n for n, case in enumerate(cases) if str(case) == faults.last), 0)  # where a run ended early
+        cases = cases[begin:] + cases[:begin]
         found: list[Found] = []
         try:
             for one in _tune_all(cases, setup, time.monotonic() + 60 * minutes, faults, say):
