@@ -98,6 +98,21 @@ def test_a_wrong_launch_is_never_timed(tmp_path, monkeypatch):
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("factor", [0.7, math.nan])
+def test_a_launch_that_is_wrong_at_the_timed_size_alone_is_never_timed(factor, tmp_path, monkeypatch):
+    problem, asked = tuning.problem, []
+
+    def wrong(case, *args):
+        call, rows = problem(case, *args), launches.lookup(case.kernel, "interpreter", 4, case.row.channels).rows
+        return lambda: call() * (factor if rows == 64 else 1.0)
+
+    monkeypatch.setattr(tuning, "problem", wrong)
+    run(timer_of(lambda launch: 1.0, asked), tmp_path / "t.json")
+    tried = {launch.rows for pair, _ in asked for launch in pair}
+    assert tried == {16, 32}
+
+
+@pytest.mark.interpreter
 def test_the_check_finds_a_wrong_result():
     case = Case("window.forward", Row(4, 32, Launch((16,), (), 4, 1)))
     budget = tuning.Budget(case, CPU)
@@ -176,10 +191,10 @@ def test_each_launch_is_timed_by_calls_that_launch_it(monkeypatch, tmp_path):
 
         def calls():
             launched.clear()
-            for _ in range(3):  # the second call is recorded
-                call()
+            made = [call() for _ in range(3)]  # the second one is recorded
             assert launched == [rows] * 3
             compared.append(rows)
+            return made[-1]
 
         return calls
 
