@@ -30,6 +30,25 @@ def test_every_small_case_runs(pair):
         json.dumps(row)
 
 
+@pytest.mark.slow
+def test_a_run_that_is_cut_off_leaves_the_candidates_before(pair):
+    (first,), row = pair.run("benched:kept", seconds=280)[0]
+    alone, over = first["candidates"]
+    assert alone["forward"]["samples"] and over["forward"] is None and "cut off" in over["reason"]
+    assert row["candidates"][0]["forward"] == alone["forward"] and row["candidates"][1]["forward"]["speedup"] > 0
+    assert row["candidates"][1]["forward"]["retries"] == 0
+
+
+@pytest.mark.slow
+def test_a_step_over_processes_learns_what_one_process_learns(pair):
+    """Adam's first steps have the sign of the gradient, which a gradient of one process alone would not have."""
+    for alone, over in pair.run("benched:learned", seconds=280):
+        assert alone.keys() == over.keys() and len(alone) > 20
+        for name, moved in alone.items():
+            same = torch.isclose(moved, over[name], rtol=1e-2, atol=2e-7)
+            assert float(same.float().mean()) > 0.97, name
+
+
 def stored(case, processes, **milliseconds):
     """Return a stored row with these times and 2 GB received in a step."""
     names = {f"{name} {kind}": time for name, times in milliseconds.items() for kind, time in times.items()}

@@ -8,7 +8,7 @@ import gc
 import math
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -129,13 +129,17 @@ def join(device: torch.device) -> dist.ProcessGroup:
     return group
 
 
-def parallel_row(case: ParallelCase, device: torch.device, chosen: Sequence[str] = ()) -> dict[str, Any]:
+def parallel_row(
+    case: ParallelCase, device: torch.device, chosen: Sequence[str] = (),
+    keep: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> dict[str, Any]:  # fmt: skip
     """Measure one case in all processes.
 
     Args:
         case: What to measure.
         device: Where.
         chosen: Names of the candidates that take part, all if empty.
+        keep: Receives the row after each candidate; the others then have a reason why they are not in it.
 
     Returns:
         A row of `document.py`'s schema, the same times in all processes.
@@ -146,7 +150,7 @@ def parallel_row(case: ParallelCase, device: torch.device, chosen: Sequence[str]
     torch.manual_seed(0)
     model = case.model.build(device, case.dtype)
     arguments = case.model.arguments(case.pixels, device, case.dtype)
-    for way, result in zip(ways, results, strict=True):
+    for number, (way, result) in enumerate(zip(ways, results, strict=True)):
         try:
             result["forward"] = _measured(way, case, model, arguments, group)
         except Exception as error:  # a candidate may fail in any way, in all processes alike
@@ -154,8 +158,17 @@ def parallel_row(case: ParallelCase, device: torch.device, chosen: Sequence[str]
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+        if number + 1 < len(ways):
+            later = [dict(r, reason="not measured: the run was cut off") for r in results[number + 1 :]]
+            keep(_row(case, [*results[: number + 1], *later], group, None))
+    return _row(case, results, group, bandwidth(device, group))
+
+
+def _row(
+    case: ParallelCase, results: list[dict[str, Any]], group: dist.ProcessGroup, gbs: float | None
+) -> dict[str, Any]:
+    """Return the row of these candidates."""
     _add_efficiency(results, group.size())
-    gbs = bandwidth(device, group)
     about = dict(
         architecture=case.architecture, source=case.model.source, pixels=case.pixels, tokens=case.grid.image_tokens,
         batch=1, dtype=str(case.dtype).removeprefix("torch."), mode="eager", processes=group.size(),
@@ -182,7 +195,10 @@ def _measured(
 
     if case.trains:
         with training(model, way.spec, arguments, None if way.kind == ALONE else group) as update:
+            update()  # which asks for the optimizer's memory: the next step finds other gaps for its own
+            before = _retries(device)
             figures = Steps(update, model, (), device, agree=agree).measure(warm=True)
+            figures["retries"] = _retries(device) - before
         return figures | dict(launch="cpu" if device.type == "cpu" else "eager")
     with converted(model, way.spec), over(model, way.kind, group):
         if way.kind == GATHERED:
@@ -195,6 +211,11 @@ def _measured(
         if way.spec is not None and way.kind != ALONE:
             figures["moved"] = moved(model, step)
     return figures | dict(launch="cpu" if device.type == "cpu" else "eager")
+
+
+def _retries(device: torch.device) -> int:
+    """Return how often memory was so short that PyTorch gave back all that it kept: such a step says little."""
+    return int(torch.cuda.memory_stats(device)["num_alloc_retries"]) if device.type == "cuda" else 0
 
 
 def moved(model: nn.Module, step: Any) -> dict[str, Any]:
@@ -325,7 +346,7 @@ def predict(row: dict[str, Any], size: int) -> dict[str, dict[str, float]]:
     found = {}
     for name, spec in SPECS.items():
         one, many = by_name.get(f"{name} {ALONE}"), by_name.get(f"{name} {OVER}")
-        if not (one and many and "moved" in many):
+        if not (one and many and "moved" in many and about["bandwidth_gbs"]):
             continue
         grows = vectors(spec, grid, size) / vectors(spec, grid, measured)
         beyond = max(many["median_ms"] - one["median_ms"] / measured, 0.0) * grows

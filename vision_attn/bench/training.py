@@ -24,7 +24,8 @@ def training(
     """Yield a function that takes one step, as `vision_attn.distill` takes it by default.
 
     The projections of the converted layers train in float32 under autocast, with AdamW and gradient checkpointing; the
-    losses are those of `LossConfig()`. The model comes back as it was, but for what it learned.
+    losses are those of `LossConfig()`. Over processes a gradient is added up as soon as it is there, as
+    `DistributedDataParallel` does it. The model comes back as it was, but for what it learned.
 
     Args:
         model: The denoiser.
@@ -41,7 +42,7 @@ def training(
     teacher = copy.deepcopy(model)
     conversion = convert(model, spec)
     trained: dict[str, nn.Parameter] = {}
-    cuts = []
+    cuts, hooks, works = [], [], list[Any]()
     try:
         trained = choose_trainables(conversion, StudentConfig("Softmax"))
         model.enable_gradient_checkpointing()
@@ -49,6 +50,8 @@ def training(
         if group is not None:
             cuts = [enable(part) for part in (model, teacher)]
         optimizer = torch.optim.AdamW(trained.values(), lr=1e-6, fused=next(model.parameters()).is_cuda)
+        if group is not None:
+            hooks = [p.register_post_accumulate_grad_hook(_adding(works, group)) for p in trained.values()]
         noisy = _latents(arguments)
         names = list(conversion.specs)
 
@@ -59,16 +62,15 @@ def training(
                 learned = _forward(model, arguments, noisy, names)
                 losses = distillation_losses(learned, taught, noisy, LossConfig(), group)
             losses["total"].backward()
-            if group is not None:
-                grads = [p.grad for p in trained.values() if p.grad is not None]
-                works = [dist.all_reduce(grad, group=group, async_op=True) for grad in grads]
-                for work in works:
-                    work.wait()
+            while works:
+                works.pop().wait()
             optimizer.step()
             optimizer.zero_grad()
 
         yield step
     finally:
+        for hook in hooks:
+            hook.remove()
         for cut in cuts:
             cut.disable()
         for parameter in trained.values():
@@ -77,6 +79,15 @@ def training(
         model.disable_gradient_checkpointing()
         model.eval().requires_grad_(False)
         conversion.revert()
+
+
+def _adding(works: list[Any], group: dist.ProcessGroup) -> Callable[[Tensor], None]:
+    """Return a hook that begins to add a parameter's gradient over all processes, and notes what is under way."""
+
+    def add(parameter: Tensor) -> None:
+        works.append(dist.all_reduce(parameter.grad, group=group, async_op=True))
+
+    return add
 
 
 def _latents(arguments: dict[str, Any]) -> Tensor:

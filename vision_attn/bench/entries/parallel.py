@@ -16,10 +16,10 @@ TITLE = (
     "`gathered` moves all keys and computes the same; `ulysses` and `ring` are diffusers' own"
 )
 TIMING = (
-    "Candidates one after another in one run of all processes: a warm-up, then medians of 5 steps below 0.5 s, 3 below "
-    "2 s, 2 below 6 s, else one. A step above 15 s is extrapolated: one block of each kind is timed in its place. One "
-    "GPU is measured in every process at once, and rank 0 reports. Bytes are those that rank 0 receives in a step; "
-    "memory is the peak of rank 0 with all weights."
+    "Candidates one after another in one run of all processes: a warm-up, two of a distillation, then medians of 5 "
+    "steps below 0.5 s, 3 below 2 s, 2 below 6 s, else one. A step above 15 s is extrapolated: one block of each kind "
+    "is timed in its place. One GPU is measured in every process at once, and rank 0 reports. Bytes are those that "
+    "rank 0 receives in a step; memory is the peak of rank 0 with all weights."
 )
 CANDIDATES = WAYS
 _FLUX = ("clear r16", "multipole")
@@ -81,7 +81,7 @@ def cases(device: torch.device, quick: bool = False) -> list[ParallelCase]:
 
 def row(case: ParallelCase, measurement: Measurement) -> dict[str, Any]:
     """Measure one case; see `parallel_row`."""
-    return parallel_row(case, measurement.device, measurement.chosen)
+    return parallel_row(case, measurement.device, measurement.chosen, measurement.keep)
 
 
 def table(document: dict[str, Any], groups: Any = ()) -> str:
