@@ -31,15 +31,30 @@ def draw(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def results(backend, dtype, case, mask):
-    """Output and gradients of q, k, v and mass, for the same chosen cells."""
+def results(backend, dtype, case, mask, weighted=False):
+    """Output and gradients of q, k, v, and mass or weights, for the same chosen cells."""
     grid, fields, D = case
     q, k, v = (draw(1, grid.tokens, 1, D, seed=seed, dtype=dtype).requires_grad_() for seed in range(3))
     wide = [t.detach().double() for t in (q, k)]
     mass = draw(1, 2, seed=4).to(torch.promote_types(dtype, torch.float32)).requires_grad_()
-    cells = Cells(**fields, mass=mass, chosen=choose_cells(*wide, grid, Cells(**fields)))
+    weights = draw(*[Cells(**fields).pool] * 2, seed=5).to(mass.dtype).requires_grad_()
+    learned = dict(weights=weights) if weighted else dict(mass=mass)
+    cells = Cells(**fields, **learned, chosen=choose_cells(*wide, grid, Cells(**fields)))
     o = multipole_attention(q, k, v, grid, cells, mask=mask, backend=backend)
-    return [o, *torch.autograd.grad((o * draw(*o.shape, seed=9).to(o)).sum(), (q, k, v, mass))]
+    return [o, *torch.autograd.grad((o * draw(*o.shape, seed=9).to(o)).sum(), (q, k, v, *learned.values()))]
+
+
+@interpreter
+@pytest.mark.parametrize(("name", "dtype"), [("near-0", torch.float32), ("ragged-text", torch.float16)], ids=str)
+def test_the_weights_of_means_learn(name, dtype):
+    """Cells at the borders have fewer tokens, so the same weight is another share there."""
+    case = CASES[name]
+    _, *exact = results("reference", torch.float64, case, None, True)
+    _, *plain = results("torch", dtype, case, None, True)
+    _, *ours = results("triton", dtype, case, None, True)
+    for a, b, c in zip(ours, plain, exact, strict=True):
+        budget = 2 * (b.double() - c).abs().max() + 8 * torch.finfo(dtype).eps * c.abs().max()
+        assert (a.double() - c).abs().max() <= budget
 
 
 @interpreter
@@ -96,6 +111,7 @@ def test_opcheck():
     chosen = torch.full((1, 1, 6, 1), 6, dtype=torch.int32)
     chosen[..., 0, 0] = 5
     torch.library.opcheck(_means.registered, (k, v, None, size, True))
+    torch.library.opcheck(_means.registered, (k, v, draw(2, 2, seed=4).requires_grad_(), size, True))
     mass, mask = draw(1, 2).requires_grad_(), torch.tensor([[True, False]])
     torch.library.opcheck(_multipole.registered, (q, k, v, *means, chosen, mass, mask, size, 0.25))
 

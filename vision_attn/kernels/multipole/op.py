@@ -17,7 +17,7 @@ from torch import Tensor
 from vision_attn.grid import Grid
 from vision_attn.kernels.backend import custom_op, upright
 from vision_attn.kernels.launches import Launch
-from vision_attn.kernels.multipole.cells import Cells, choose_cells, means_of, of_one_head
+from vision_attn.kernels.multipole.cells import Cells, choose_cells, of_one_head
 from vision_attn.kernels.multipole.pyramid import MeanTiles, Pyramid, pyramid
 from vision_attn.kernels.triton.launching import (
     block_of,
@@ -178,24 +178,17 @@ def _met(
 ) -> tuple[list[int], Tensor, Tensor, Tensor]:
     """Return the numbers of a call, the means of keys and of values, and the exact cells."""
     size = [grid.height, grid.width, grid.prefix, grid.suffix, cells.cell, cells.near, cells.pool]
-    weights = cells.weights
-    if weights is not None and weights.requires_grad and torch.is_grad_enabled():  # they learn in plain PyTorch
-        sides, order = cells.layout(grid, q.device).sides, pyramid(size).order(q.device)
-        each = (means_of(of_one_head(t)[:, grid.image], grid, cells, sides) for t in (k, v))
-        means = [F.pad(t, (0, 0, 0, 0, 0, 1))[:, order] for t in each]
-        bounds = None
-    else:
-        asks = bool(cells.spread and cells.exact) and cells.group == 1 and cells.chosen is None and not _AMD
-        own = (k, v) if k.stride(2) or v.stride(2) else (of_one_head(k), of_one_head(v))
-        *means, low, high = _means(*own, None if weights is None else weights.detach(), size, asks)
-        bounds = low, high
+    asks = bool(cells.spread and cells.exact) and cells.group == 1 and cells.chosen is None and not _AMD
+    own = (k, v) if k.stride(2) or v.stride(2) else (of_one_head(k), of_one_head(v))
+    *means, low, high = _means(*own, cells.weights, size, asks)
+    bounds: Any = low, high
     if means[0].shape[2] != q.shape[2]:
         means = [t.expand(-1, -1, q.shape[2], -1) for t in means]
-        bounds = bounds and tuple(t.expand(-1, -1, q.shape[2], -1).contiguous() for t in bounds)
+        bounds = tuple(t.expand(-1, -1, q.shape[2], -1).contiguous() for t in bounds)
     chosen = None if cells.chosen is None else cells.chosen.sort(-1).values  # the kernels want those that are none last
-    if chosen is None and (cells.group > 1 or bounds is None or _AMD or not means[0].shape[1]):
+    if chosen is None and (cells.group > 1 or _AMD or not means[0].shape[1]):
         chosen = choose_cells(q, k, grid, cells, scale=scale)
-    elif chosen is None and bounds is not None:
+    elif chosen is None:
         tensors = (t.detach() for t in (q, means[0].contiguous(), *bounds))
         chosen = _choice(*tensors, size, cells.exact, float(cells.spread), scale)
     assert chosen is not None
@@ -263,13 +256,42 @@ def _(d_means_k: Tensor, d_means_v: Tensor, weights: Tensor | None, size: Sequen
 
 
 def _save_means(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(inputs[2])
-    ctx.size = inputs[3]
+    k, v, weights, ctx.size, _ = inputs
+    ctx.save_for_backward(*((k, v) if ctx.needs_input_grad[2] else (None, None)), weights)
     ctx.mark_non_differentiable(*output[2:])
 
 
 def _backward_means(ctx: Any, d_means_k: Tensor, d_means_v: Tensor, *bounds: object) -> tuple:
-    return *_means_backward(d_means_k, d_means_v, ctx.saved_tensors[0], ctx.size), None, None, None
+    k, v, weights = ctx.saved_tensors
+    dk, dv = _means_backward(d_means_k, d_means_v, weights, ctx.size)
+    d_weights = None
+    if k is not None:
+        first = ctx.size[2]
+        image = slice(first, first + ctx.size[0] * ctx.size[1])
+        d_weights = weight_gradient([(k[:, image], dk[:, image]), (v[:, image], dv[:, image])], weights, ctx.size)
+    return dk, dv, d_weights, None, None
+
+
+def weight_gradient(pairs: Sequence[tuple[Tensor, Tensor]], weights: Tensor, size: Sequence[int]) -> Tensor:
+    """Return the gradient of the logarithms of the weights of a mean's tokens, `[pool, pool]`.
+
+        m = sum_i s_i t_i,  s_i = w_i / sum_j w_j:    dlog w_i = a_i - s_i sum_j a_j  with  a_i = t_i . dt_i
+
+    Args:
+        pairs: Tokens of a grid `[B, height * width, H, D]`, and the part of their gradient that the means give them.
+        weights: The logarithms.
+        size: Height, width, prefix, suffix, cell, near, pool, ...
+    """
+    height, width, pool = size[0], size[1], size[6]
+    wide = torch.promote_types(weights.dtype, torch.float32)
+    dots = torch.stack([(t.to(wide) * dt).sum((0, 2, 3)) for t, dt in pairs]).sum(0).view(height, width)
+    more = 0, -width % pool, 0, -height % pool
+    each = F.pad(dots, more).unflatten(1, (-1, pool)).unflatten(0, (-1, pool))  # [rows, pool, columns, pool]
+    there = F.pad(torch.ones_like(dots), more).view_as(each)
+    share = there * weights.to(wide).exp()[:, None]
+    share = share / share.sum((1, 3), keepdim=True)
+    found: Tensor = (each - share * each.sum((1, 3), keepdim=True)).sum((0, 2))
+    return found.to(weights.dtype)
 
 
 _means.register_autograd(_backward_means, setup_context=_save_means)
