@@ -1,4 +1,7 @@
-"""Multipole attention over processes that hold whole rows of cells: the kernels, interpreted, equal one process."""
+"""Multipole attention over processes that hold whole rows of cells: the kernels, interpreted, equal one process.
+
+So do their gradients, and those of the masses and of the weights.
+"""
 
 import pytest
 import sliced
@@ -42,3 +45,12 @@ def test_equal_to_one_process(groups, name, gathers):
     sliced.close(found, expected, "o", 2e-5)
     travelled = [answer[1].get("exact cells", 0) > 0 for answer in answers]
     assert all(travelled) if spec.exact and not gathers else not any(travelled)
+
+
+@pytest.mark.parametrize(("name", "gathers"), ROWS)
+def test_gradients_equal_those_of_one_process(groups, name, gathers):
+    size, spec, grid, cuts = CASES[name]
+    masked = bool(grid.prefix) and not gathers
+    again = name == "text"  # with gradient checkpointing, as models train
+    answers = groups[size].run("sliced:trained", spec, grid, masked, cuts, gathers, again, seconds=300)
+    sliced.compare(answers, sliced.alone(spec, grid, masked))

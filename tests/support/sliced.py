@@ -1,9 +1,11 @@
 """Processors over processes beside the same in one process: outputs and all gradients."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from vision_attn.grid import Grid
 from vision_attn.parallel.processors import attend
@@ -75,23 +77,33 @@ def local_mask(ranks, grid, mask):
     return outside.own_outside(local(outside, padded))
 
 
-def over(rank, spec, grid, masked=False, cuts=None):
-    """Return the same as `alone` of the own slice, and the bytes received."""
-    ranks = ranks_of(grid, cuts)
+def over(rank, spec, grid, masked=False, cuts=None, gathers=False, backend="auto", again=False):
+    """Return the same as `alone` of the own slice, and the bytes received; with `again` by gradient checkpointing."""
+    ranks = replace(ranks_of(grid, cuts), gathers=gathers)
     processor = build(spec)
+    processor.backend = backend
     q, k, v, w, mask = inputs(grid, masked)
     q, k, v, w = (local(ranks, t).contiguous() for t in (q, k, v, w))
     mask = None if mask is None else local_mask(ranks, grid, mask)
     for t in (q, k, v):
         t.requires_grad_()
-    o = attend(processor, q, k, v, ranks, mask, None)
+    run = partial(checkpoint, attend, use_reentrant=False) if again else attend
+    o = run(processor, q, k, v, ranks, mask, None)
     sent = dict(ranks.traffic.received)
     (o * w).sum().backward()
     grads = {}
     for name, p in processor.named_parameters():
+        assert p.grad is not None or name not in ("mass", "pool_weight"), f"{name} has no gradient: DDP would wait"
         grads[name] = torch.zeros_like(p) if p.grad is None else p.grad
         dist.all_reduce(grads[name])
     return o.detach(), q.grad, k.grad, v.grad, grads, ranks.cuts, sent
+
+
+def trained(rank, spec, grid, masked=False, cuts=None, gathers=False, again=False):
+    """Return what `over` returns, in Triton by slabs. Memory that nobody has written to holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert fits_slabs(torch.zeros(BATCH, 1, HEADS, DIM), ranks_of(grid, cuts), spec.cells(), "triton")
+    return over(rank, spec, grid, masked, cuts, gathers, "triton", again)
 
 
 def over_short(rank, spec, grid):

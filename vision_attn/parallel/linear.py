@@ -106,8 +106,8 @@ def linear_local_attention_over(
     slab = slabs[ranks.rank]
     outside = Outside(q[0], k[0], v, ranks, mask, scale)
     wide = torch.promote_types(v.dtype, torch.float32)
-    halo = Halo((k[0], k[1], v), slabs)
-    features, values = ranks.own_image(k[1]), ranks.own_image(v)
+    features, values = ranks.own_image(k[1]), outside.image[2]
+    halo = Halo((outside.image[1], features, values), slabs)
     state = torch.einsum("bmhc,bmhd->bhcd", features.to(wide), values.to(wide))
     both = Total(torch.cat([state, features.to(wide).sum(1)[..., None]], -1), ranks, "state")
     outside.wait()

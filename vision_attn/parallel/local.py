@@ -77,15 +77,15 @@ class Halo:
     """The own tokens and those around them, which are under way when this is made.
 
     Args:
-        tensors: Keys, values and what else is wanted of the own slice, each `[B, tokens, H, D]`; the channels may
-            differ.
+        tensors: Keys, values and what else is wanted of the own tokens of the grid, each `[B, n, H, D]`; the channels
+            may differ.
         slabs: The slab that each process attends on.
         what: What they are, for the count of bytes.
     """
 
     def __init__(self, tensors: Sequence[Tensor], slabs: Sequence[Slab], what: str = "halo") -> None:
         ranks = slabs[0].ranks
-        self._own = [ranks.own_image(t) for t in tensors]
+        self._own = list(tensors)
         self._slab, self._whole = slabs[ranks.rank], Slab(ranks, 0, ranks.grid.height)
         wanted = [self._whole.span if ranks.gathers else slab.span for slab in slabs]
         self._pending: Pending = exchange(self._own, wanted, ranks, what)
@@ -102,8 +102,9 @@ class Halo:
         """Return the slab's tokens `[B, tokens, H, D]` of each tensor."""
         others = apart(self._pending.wait(), self._own)
         held = self._whole if self._slab.ranks.gathers else self._slab
+        found = [held.filled(own, other) for own, other in zip(self._own, others, strict=True)]
         begin, end = (place - held.span[0] for place in self._slab.span)
-        return [held.filled(own, other)[:, begin:end] for own, other in zip(self._own, others, strict=True)]
+        return found if held.span == self._slab.span else [t[:, begin:end] for t in found]
 
 
 def slab_of(ranks: Ranks, window: Window, rank: int, unit: int = 1) -> Slab:
@@ -177,18 +178,20 @@ def local_attention_over(
     slabs = [slab_of(ranks, window, rank, max(cell, 1)) for rank in range(ranks.size)]
     slab = slabs[ranks.rank]
     outside = Outside(q, k, v, ranks, mask, scale)
-    halo = Halo((k, v), slabs)
+    halo = Halo(outside.image[1:], slabs)
     outside.wait()
     keys, values = halo.wait()
-    further = (k[:, :0], v[:, :0]) if pooled is None else pooled.wait()
-    queries = slab.around(ranks.own_image(q))
+    further = [t.detach()[:, :0] for t in (k, v)] if pooled is None else pooled.wait()
+    queries = slab.around(outside.image[0])
     if not queries.shape[1]:
         return ranks.together(outside.rows(), queries + keys + values + sum(t.sum() for t in further) * 0)
     grid, shared = slab.grid, (outside.k, outside.v)
     if cell:
         o = _counted(queries, (keys, values), shared, outside.mask, further, slab, window, cell, scale)
     elif outside.mask is None:
-        more_k, more_v = (torch.cat(pair, 1) for pair in zip(shared, further, strict=True))
+        more_k, more_v = (
+            shared if pooled is None else (torch.cat(pair, 1) for pair in zip(shared, further, strict=True))
+        )
         window = replace(window, pooled=(more_k, more_v) if more_k.shape[1] else None)
         o = local_attention(queries, keys, values, grid, window, scale=scale, backend=backend)
     else:  # no kernel hides pooled keys

@@ -52,10 +52,10 @@ def multipole_attention_over(
         return slab_attention_over(q, k, v, ranks, cells, slabs, mask=mask, scale=scale)
     outside = Outside(q, k, v, ranks, mask, scale)
     if cells.covers(ranks.grid):
-        return _dense(q, k, v, ranks, outside, scale)
-    own = [ranks.own_image(t) for t in (q, k, v)]
+        return _dense(ranks, outside, scale)
+    own = list(outside.image)
     means = _Means(own, ranks, cells)
-    halo = Halo((k, v), slabs)
+    halo = Halo(own[1:], slabs)
     outside.wait()
     means_k, means_v, chosen = means.wait(scale)
     n, begin = ranks.grid.image_tokens, slabs[ranks.rank].span[0]
@@ -94,14 +94,14 @@ def near_slab(ranks: Ranks, cells: Cells, rank: int) -> Slab:
     return Slab(ranks, max(low, 0), min(high, ranks.grid.height))
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, ranks: Ranks, outside: Outside, scale: float) -> Tensor:
+def _dense(ranks: Ranks, outside: Outside, scale: float) -> Tensor:
     """Attend densely, where the neighbourhood of every query is the whole grid."""
     whole = [Slab(ranks, 0, ranks.grid.height)] * ranks.size
-    halo = Halo((k, v), whole)
+    halo = Halo(outside.image[1:], whole)
     outside.wait()
     keys, values = (torch.cat(pair, 1) for pair in zip((outside.k, outside.v), halo.wait(), strict=True))
     mask = full_mask(outside.mask, Grid(ranks.grid.height, ranks.grid.width, prefix=outside.count))
-    return ranks.together(outside.rows(), dense_attention(ranks.own_image(q), keys, values, mask=mask, scale=scale))
+    return ranks.together(outside.rows(), dense_attention(outside.image[0], keys, values, mask=mask, scale=scale))
 
 
 class _Means:

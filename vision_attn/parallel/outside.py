@@ -32,6 +32,9 @@ class Outside:
         ranks: Who holds what.
         mask: Bool `[B, own tokens outside the grid]`, False for padding keys, or None on all processes.
         scale: Factor of the logits.
+
+    Attributes:
+        image: Queries, keys and values of the own tokens of the grid.
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, ranks: Ranks, mask: Tensor | None, scale: float) -> None:
@@ -40,8 +43,10 @@ class Outside:
         self.count = sum(ranks.outside)
         self._rows = self._mask = None
         self._parts: Pending | None = None
+        pieces = [ranks.pieces(t) for t in (q, k, v)]
+        self.image = tuple(image for _, image, _ in pieces)
         if self.count:
-            rows = as_rows(*(ranks.own_outside(t) for t in (q, k, v)))
+            rows = as_rows(*(torch.cat([prefix, suffix], 1) for prefix, _, suffix in pieces))
             self._rows = gather(rows, ranks.outside, ranks, "outside")
             if mask is not None:
                 self._mask = gather(mask.mT.to(torch.uint8), ranks.outside, ranks, "mask")
@@ -56,7 +61,7 @@ class Outside:
     def wait(self) -> "Outside":
         """Wait for the keys, and attend the own keys for the tokens outside the grid; parts are then under way."""
         if self._rows is None:
-            self.k, self.v, self.mask = *(t[:, :0] for t in self._local), None
+            self.k, self.v, self.mask = *(t.detach()[:, :0] for t in self._local), None
             return self
         self.q, self.k, self.v = apart(self._rows.wait(), (self._local[0], *self._local))
         self.mask = None if self._mask is None else self._mask.wait().mT.bool()
@@ -73,7 +78,7 @@ class Outside:
     def rows(self) -> Tensor:
         """Return the merged outputs of the own tokens outside the grid `[B, own, H, D]`."""
         if self._parts is None:
-            return self._local[1][:, :0]
+            return self._local[1].detach()[:, :0]
         out: Tensor = _Merged.apply(self.q, *self._local, self)
         return out
 
@@ -99,13 +104,34 @@ class _Merged(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, o, lse = ctx.saved_tensors
         ranks, hidden, scale = ctx.about
-        B, _, H, D = q.shape
-        rows = torch.cat([do.transpose(0, 1).flatten(1), packed(o, lse)], 1)
-        rows = gather(rows, ranks.outside, ranks, "outside gradients").wait()
-        do = rows[:, : B * H * D].unflatten(1, (B, H, D)).transpose(0, 1)
-        o, lse = unpacked(rows[:, B * H * D :], (B, H, D), q.dtype)
-        o, lse = o.transpose(0, 1), lse.permute(1, 2, 0)
-        return *dense_part_gradients(do, o, lse, q, k, v, hidden, scale)[:3], None
+        return *rows_gradients(send_gradients(do, o, lse, ranks), q, k, v, hidden, ranks, scale), None
+
+
+def send_gradients(do: Tensor, o: Tensor, lse: Tensor, ranks: Ranks) -> Pending:
+    """Begin to give all processes the gradients of the merged rows, the rows and their log-sum-exp."""
+    rows = torch.cat([do.transpose(0, 1).flatten(1), packed(o, lse)], 1)
+    return gather(rows, ranks.outside, ranks, "outside gradients")
+
+
+def rows_gradients(
+    sent: Pending, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, ranks: Ranks, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what the own keys give to the gradients of all queries outside the grid, and their own gradients.
+
+    Args:
+        sent: What `send_gradients` began.
+        q: The queries outside the grid of all processes `[B, E, H, D]`.
+        k: Keys of the own slice.
+        v: Values, like `k`.
+        hidden: Which keys of the own slice are seen `[B, tokens]`, None for all.
+        ranks: Who holds what.
+        scale: Factor of the logits.
+    """
+    B, _, H, D = q.shape
+    rows = sent.wait()
+    do = rows[:, : B * H * D].unflatten(1, (B, H, D)).transpose(0, 1)
+    o, lse = unpacked(rows[:, B * H * D :], (B, H, D), q.dtype)
+    return dense_part_gradients(do, o.transpose(0, 1), lse.permute(1, 2, 0), q, k, v, hidden, scale)[:3]
 
 
 def packed(o: Tensor, lse: Tensor) -> Tensor:

@@ -182,6 +182,14 @@ class Ranks:
         """How many tokens outside the grid each process holds."""
         return tuple(self.count(self.prefix, r) + self.count(self.suffix, r) for r in range(self.size))
 
+    def pieces(self, t: Tensor) -> tuple[Tensor, ...]:
+        """Cut a slice `[B, tokens, ...]` into its prefix, its tokens of the grid and its suffix.
+
+        The gradient of all three is put together at once; where several gradients of slices are added, each is filled
+        up with zeros.
+        """
+        return t.split([self.count(cuts) for cuts in self.cuts], 1)
+
     def own_image(self, t: Tensor) -> Tensor:
         """Return the grid's tokens of a slice `[B, tokens, ...]`."""
         first = self.count(self.prefix)

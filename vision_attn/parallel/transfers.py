@@ -135,12 +135,56 @@ def exchange(tensors: Sequence[Tensor], wanted: Sequence[tuple[int, int]], ranks
         Rows as of `as_rows`, in the order of the grid, without the own ones.
     """
     first, _ = ranks.span()
-    others = [p for p in range(ranks.size) if p != ranks.rank]
-    give = {p: _common(ranks.span(), wanted[p]) for p in others}
+    give = dict(given(wanted, ranks))
     take = [0 if p == ranks.rank else _length(_common(ranks.span(p), wanted[ranks.rank])) for p in range(ranks.size)]
     rows = [as_rows(*(t[:, a - first : b - first] for t in tensors)) for a, b in give.values()]
     counts = [_length(give[p]) if p in give else 0 for p in range(ranks.size)]
     return transfer(torch.cat(rows), take, counts, ranks, what)
+
+
+def exchange_back(tensors: Sequence[Tensor], wanted: Sequence[tuple[int, int]], ranks: Ranks, what: str) -> Pending:
+    """Begin to send gradients of what `exchange` brought back to those who hold the tokens.
+
+    Args:
+        tensors: Gradients of the grid's tokens `[B, height * width, H, D]`, of which this process's wanted ones travel.
+        wanted: As for `exchange`.
+        ranks: Who holds what.
+        what: What they are.
+
+    Returns:
+        Rows as of `as_rows`, those of `given` one after another.
+    """
+    here = [_common(ranks.span(p), wanted[ranks.rank]) for p in range(ranks.size) if p != ranks.rank]
+    give, take = [0] * ranks.size, [0] * ranks.size
+    for p, span in zip((p for p in range(ranks.size) if p != ranks.rank), here, strict=True):
+        give[p] = _length(span)
+    for p, span in given(wanted, ranks):
+        take[p] = _length(span)
+    return transfer(torch.cat([as_rows(*(t[:, a:b] for t in tensors)) for a, b in here]), take, give, ranks, what)
+
+
+def given(wanted: Sequence[tuple[int, int]], ranks: Ranks) -> list[tuple[int, tuple[int, int]]]:
+    """Return every other process, and first and last + 1 of the own tokens of the grid that it wants."""
+    return [(p, _common(ranks.span(), wanted[p])) for p in range(ranks.size) if p != ranks.rank]
+
+
+class Added:
+    """The sum of a tensor over all processes, which is under way when this is made. It has no gradient.
+
+    Args:
+        part: What this process adds.
+        ranks: The processes.
+        what: What it is, for the count of bytes.
+    """
+
+    def __init__(self, part: Tensor, ranks: Ranks | Cut, what: str) -> None:
+        ranks.traffic.add(what, 2 * part.numel() * part.element_size() * (ranks.size - 1) // ranks.size)
+        self._sum = _ops.all_reduce(part.contiguous(), "sum", ranks.group)
+
+    def wait(self) -> Tensor:
+        """Return the sum."""
+        found: Tensor = _ops.wait_tensor(self._sum)
+        return found
 
 
 def _common(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:

@@ -44,7 +44,7 @@ def window_attention_over(
     q, k, v = tensors
     slabs = [_slab_of(ranks, cells, rank) for rank in range(ranks.size)]
     slab = slabs[ranks.rank]
-    keys, values = Halo((k, v), slabs).wait()
+    keys, values = Halo([ranks.own_image(t) for t in (k, v)], slabs).wait()
     queries = slab.around(ranks.own_image(q))
     if not queries.shape[1]:
         return queries + keys + values
@@ -123,7 +123,7 @@ def add_depthwise_over(o: Tensor, v: Tensor, ranks: Ranks, weight: Tensor, bias:
     rows = [ranks.rows(rank) for rank in range(ranks.size)]
     slabs = [Slab(ranks, max(a - reach, 0), min(b + reach, height)) if b > a else Slab(ranks, a, a) for a, b in rows]
     slab = slabs[ranks.rank]
-    (values,) = Halo((v,), slabs, "convolution").wait()
+    (values,) = Halo([ranks.own_image(v)], slabs, "convolution").wait()
     if not ranks.count(ranks.image):
         return o + (values.sum() + weight.sum() + bias.sum()) * 0
     local = add_depthwise(torch.zeros_like(values), values, slab.grid, weight, bias)

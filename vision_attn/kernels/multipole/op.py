@@ -150,12 +150,49 @@ def part_attention_triton(
 def slab_attention(
     q: Tensor, k: Tensor, v: Tensor, grid: Grid, cells: Cells, means: tuple[Tensor, Tensor], rows: tuple[int, int],
     mask: Tensor | None, scale: float,
-) -> Tensor:  # fmt: skip
-    """Do what `part_attention` does, with means and exact cells as the kernels make them; returns all tokens."""
-    size = [grid.height, grid.width, grid.prefix, 0, cells.cell, cells.near, cells.pool, *rows]
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Do what `part_attention` does, with means and exact cells as the kernels make them.
+
+    Returns:
+        All tokens, and their log-sum-exp in base 2 `[B, H, N]`.
+    """
     assert cells.chosen is not None
-    o: Tensor = _multipole(q, k, v, *means, cells.chosen, cells.mass, mask, size, scale)[0]
-    return o
+    o, lse = _multipole(q, k, v, *means, cells.chosen, cells.mass, mask, _slab_size(grid, cells, rows), scale)
+    return o, lse
+
+
+def slab_gradients(
+    do: Tensor, found: tuple[Tensor, Tensor], tensors: tuple[Tensor, Tensor, Tensor], means: tuple[Tensor, Tensor],
+    grid: Grid, cells: Cells, rows: tuple[int, int], mask: Tensor | None, scale: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return the gradients of q, k, v, the means of keys and of values, and the masses: empty for None.
+
+    Args:
+        do: Gradient of the output `[B, N, H, D]`, zero but for the tokens that attend.
+        found: What `slab_attention` returned.
+        tensors: Its q, k and v; q is zero but for the tokens that attend, and k and v are finite.
+        means: Its means.
+        grid: As for it.
+        cells: As for it.
+        rows: As for it.
+        mask: As for it.
+        scale: As for it.
+    """
+    size = _slab_size(grid, cells, rows)
+    grads: tuple[Tensor, ...] = _multipole_backward(
+        do, None, *found, *tensors, *means, cells.chosen, cells.mass, mask, size, scale
+    )
+    return grads
+
+
+def slab_means_gradients(d_means: Tensor, weights: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return what means of all levels, of k and v `[2, B, M, H, D]`, give to their gradients `[B, N, H, D]`."""
+    dk, dv = _means_backward(d_means[0], d_means[1], weights, size)
+    return dk, dv
+
+
+def _slab_size(grid: Grid, cells: Cells, rows: tuple[int, int]) -> list[int]:
+    return [grid.height, grid.width, grid.prefix, 0, cells.cell, cells.near, cells.pool, *rows]
 
 
 def eight_bit_attention_triton(
