@@ -173,3 +173,11 @@ def test_eight_bits_are_held_to_a_cosine():
     assert 0.05 < problem.errors(int8.computes, run, inputs, False)["o"] < 0.6
     wrong = replace(problem, window=Window(radius=4))
     assert problem.errors(int8.computes, int8.prepare(wrong, torch.device("cpu")).run, inputs, False)["o"] > 2
+    (fp8,) = (c for c in kernels_local.CANDIDATES if c.name == "fp8")
+    run = fp8.prepare(problem, torch.device("cpu")).run
+    assert 0.4 < problem.errors(fp8.computes, run, inputs, False)["o"] < 0.7
+
+    def two_bits(*tensors):
+        return run(*(t.to(torch.float8_e5m2).to(t.dtype) for t in tensors))
+
+    assert problem.errors(fp8.computes, two_bits, inputs, False)["o"] > 1.5  # e4m3 has three

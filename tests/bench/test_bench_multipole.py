@@ -57,6 +57,20 @@ def test_eight_bits_are_held_to_a_cosine(side):
     assert problem.errors(int8.computes, int8.prepare(wrong, CPU).run, inputs, gradients=True)["o"] > 2
 
 
+def test_numbers_with_a_bit_less_than_e4m3_are_wrong():
+    """The bound follows from e4m3's three bits and from the inputs: keys that stand out have larger errors."""
+    problem = MultipoleProblem("", Grid(24, 26, prefix=5), Multipole(cell=4), heads=2, head_dim=64, dtype="float32")
+    inputs = problem.inputs(CPU)
+    (fp8,) = (c for c in kernels_multipole.CANDIDATES if c.name == "fp8")
+    run = fp8.prepare(problem, CPU).run
+    assert 0.4 < problem.errors(fp8.computes, run, inputs, gradients=False)["o"] < 0.7
+
+    def two_bits(*tensors):
+        return run(*(t.to(torch.float8_e5m2).to(t.dtype) for t in tensors))
+
+    assert problem.errors(fp8.computes, two_bits, inputs, gradients=False)["o"] > 1.5
+
+
 def test_the_cases_are_the_issues():
     found = {case.name: case for case in kernels_multipole.cases(torch.device("cuda"))}
     for side, exact in ((128, 0), (128, 4), (256, 0), (256, 4), (512, 4)):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vision_attn.bench.candidate import SHORT_DTYPE, Candidate, Inputs, Prepared, budget_shares, results_of
 from vision_attn.bench.local.candidates import OPERATORS
-from vision_attn.bench.local.problem import EIGHT_BITS, LocalProblem, unlikeness
+from vision_attn.bench.local.problem import EIGHT_BITS, Coarse, LocalProblem, unlikeness
 from vision_attn.bench.local.problem import errors as local_errors
 from vision_attn.grid import Grid
 from vision_attn.kernels.local import Window
@@ -22,6 +22,7 @@ from vision_attn.processors.multipole import Multipole
 SAME, DISC, DENSE = "the same function", "a disc of radius 16", "dense attention"
 RADIUS = 16
 _WHOLE, _ROWS, _HEADS = 2000, 16, 2
+_COARSE_ROWS = 48
 _OUTSTANDING = 16
 
 
@@ -122,7 +123,7 @@ class MultipoleProblem:
                 definition = partial(multipole_attention, grid=self.grid, cells=cells, backend="reference")
                 both.append(results_of(definition, twin, gradients))
             if computes == EIGHT_BITS:
-                return unlikeness(got[0], both[0][0])
+                return unlikeness(got[0], both[0][0], *self._coarse(inputs, cells))
             return budget_shares(got, both[0], [t.to(dtype) for t in both[1]], "oqkv")
         got = results_of(run, inputs, False)
         draw = torch.Generator().manual_seed(0)
@@ -130,8 +131,15 @@ class MultipoleProblem:
         exact, plain = (sampled_rows(inputs, self.grid, cells, rows, wide) for wide in (torch.float64, torch.float32))
         own = got[0][0, [self.grid.prefix + row for row in rows], :_HEADS]
         if computes == EIGHT_BITS:
-            return unlikeness(own, exact)
+            return unlikeness(own, exact, *self._coarse(inputs, cells))
         return budget_shares([own], [exact], [plain.to(own.dtype)], "o")
+
+    def _coarse(self, inputs: Inputs, cells: Cells) -> tuple[Tensor, Tensor]:
+        """Return rows of the definition of `Coarse` tokens and means, and of exact ones."""
+        draw = torch.Generator().manual_seed(1)
+        rows = torch.randint(self.grid.image_tokens, (_COARSE_ROWS,), generator=draw).tolist()
+        with_errors = sampled_rows(inputs, self.grid, cells, rows, torch.float64, Coarse(inputs.tensors[0].device))
+        return with_errors, sampled_rows(inputs, self.grid, cells, rows, torch.float64)
 
     def needed_flop(self, gradients: bool) -> int:
         """Count 4 D operations per key met and head (two products), 10 D for the gradients (five)."""
@@ -139,13 +147,28 @@ class MultipoleProblem:
         return (10 if gradients else 4) * self.head_dim * self.heads * pairs
 
 
-def sampled_rows(inputs: Inputs, grid: Grid, cells: Cells, rows: list[int], dtype: torch.dtype) -> Tensor:
-    """Return some grid rows of the definition for the first heads, `[rows, heads, D]`."""
+def sampled_rows(
+    inputs: Inputs, grid: Grid, cells: Cells, rows: list[int], dtype: torch.dtype, coarse: Coarse | None = None
+) -> Tensor:
+    """Return some grid rows of the definition for the first heads, `[rows, heads, D]`.
+
+    Args:
+        inputs: Of all heads.
+        grid: Where the image tokens lie.
+        cells: Sides of cells and means, and how many are exact.
+        rows: Which of the grid's tokens.
+        dtype: Of the computation.
+        coarse: Gives errors to tokens and means; the exact cells are those of tokens without errors.
+    """
     q, k, v = (t[:, :, :_HEADS] for t in inputs.tensors)
     layout, C = cells.layout(grid, q.device), cells.count(grid)
     chosen = choose_cells(q, k, grid, cells)  # [1, heads, C, exact]
     means_k, means_v = (means_of(t[:, grid.image].to(dtype), grid, cells, layout.sides) for t in (k, v))
     outside = [*range(grid.prefix), *range(grid.image.stop, grid.tokens)]
+    if coarse is not None:
+        mean = k.to(dtype).mean(1, keepdim=True)
+        q, k, v = coarse(q), coarse(k.to(dtype) - mean), coarse(v)
+        means_k, means_v = coarse(means_k - mean), coarse(means_v)
     found = []
     for row in rows:
         y, x = divmod(row, grid.width)
