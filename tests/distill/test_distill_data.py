@@ -1,6 +1,7 @@
 """Settings, images, captions, the cache and the order of the data; all that can be wrong with them."""
 
 import json
+import pickle
 import re
 import shutil
 import tarfile
@@ -133,6 +134,29 @@ def cached(config):
     """Return the captions of a cache, in order, and its latents by caption."""
     data = CachedData(config.data, *NAMES)
     return list(data.captions.values()), {caption: data[[place]].latents for place, caption in data.captions.items()}
+
+
+def test_a_small_cache_is_read_once(tmp_path, monkeypatch):
+    write_images(tmp_path / "images", count=3)
+    config = settings(tmp_path, data__shard_size=2)
+    write_cache(config)
+    data, places = CachedData(config.data, *NAMES), [(0, 1), (1, 0)]
+    first = data[places]
+    assert pickle.loads(pickle.dumps(data)).kept == {}  # a worker's copy
+    for path in data.shards:
+        path.unlink()
+    data.files.clear()
+    again = data[places]
+    assert torch.equal(again.latents, first.latents) and again.size == first.size == (32, 32)
+    assert again.tensors.keys() == first.tensors.keys() and again.null.keys() == first.null.keys()
+    with pytest.raises(FileNotFoundError):
+        data[[(0, 0)]]  # was not read
+
+    write_cache(config)
+    monkeypatch.setattr("vision_attn.distill.data._ROOM", first.latents[:1].nbytes)
+    data = CachedData(config.data, *NAMES)
+    assert torch.equal(data[places].latents, first.latents)
+    assert sum(t.nbytes for kept in data.kept.values() for t in kept.values()) <= first.latents[:1].nbytes
 
 
 def test_damaged_images_are_skipped_counted_and_listed_and_the_cache_goes_on(tmp_path, caplog):

@@ -1,4 +1,7 @@
-"""Reads a cache: its index, its samples in batches of one size, and an order that follows from seed and step alone."""
+"""Reads a cache: its index, its samples in batches of one size, and an order that follows from seed and step alone.
+
+A process that reads without workers keeps the samples, up to 2 GiB: training on a small cache waits for no disk.
+"""
 
 import json
 from collections import defaultdict
@@ -17,6 +20,7 @@ from vision_attn.distill.denoiser import Batch, Interface
 INDEX = "index.json"
 FORMAT = "vision_attn.cache.v2"
 EARLIER = "vision_attn.cache.v1"  # does not say which shards are in use
+_ROOM = 2**31  # bytes of samples that a process without workers keeps, so that it reads a small cache once
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -69,6 +73,9 @@ class CachedData(Dataset[Batch]):
         self.captions: dict[tuple[int, int], str] = {}
         self.buckets: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
         self.files: dict[int, Any] = {}
+        self.sizes: dict[int, tuple[int, int]] = {}
+        self.kept: dict[tuple[int, int | None], dict[str, Tensor]] = {}  # by shard and row, None for what rows share
+        self.room = _ROOM
         for number, path in enumerate(self.shards):
             try:
                 with safe_open(path, "pt") as file:
@@ -77,36 +84,49 @@ class CachedData(Dataset[Batch]):
                 raise ValueError(
                     f"data.cache: {path} is missing or damaged: {error}; run 'vision-attn distill cache' again"
                 ) from None
+            self.sizes[number] = tuple(json.loads(metadata["size"]))
             for row, caption in enumerate(json.loads(metadata["captions"])):
                 self.captions[number, row] = caption
-                self.buckets[tuple(json.loads(metadata["size"]))].append((number, row))
+                self.buckets[self.sizes[number]].append((number, row))
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "files": {}}  # each worker opens its own
+        return {**self.__dict__, "files": {}, "kept": {}, "room": 0}  # each worker opens its own, and reads ahead
 
     def _open(self, number: int) -> Any:
         if number not in self.files:
             self.files[number] = safe_open(self.shards[number], "pt")
         return self.files[number]
 
+    def _tensors(self, number: int, row: int | None, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """Return the tensors of a shard whose names begin so: one row `[1, ...]`, or whole."""
+        found = self.kept.get((number, row))
+        if found is None:
+            file = self._open(number)
+            found = {
+                name: file.get_tensor(name) if row is None else file.get_slice(name)[row : row + 1]
+                for name in file.keys() if name.startswith(names)  # noqa: SIM118, it is no dictionary
+            }  # fmt: skip
+            size = sum(t.nbytes for t in found.values())
+            if size <= self.room:
+                self.room -= size
+                self.kept[number, row] = found
+        return found
+
     def __getitem__(self, samples: list[tuple[int, int]]) -> Batch:
         parts: dict[str, list[Tensor]] = defaultdict(list)
         for number, row in samples:
-            file = self._open(number)
-            for name in file.keys():  # noqa: SIM118, it is no dictionary
-                if name == "latents" or name.startswith("cond."):
-                    parts[name].append(file.get_slice(name)[row : row + 1])
-        file = self._open(samples[0][0])
-        rest = {name: file.get_tensor(name) for name in file.keys() if name.startswith(("shared.", "null."))}  # noqa: SIM118
+            for name, tensor in self._tensors(number, row, ("latents", "cond.")).items():
+                parts[name].append(tensor)
+        first = samples[0][0]
+        rest = self._tensors(first, None, ("shared.", "null."))
         rows = {name.removeprefix("cond."): torch.cat(tensors) for name, tensors in parts.items()}
         latents = rows.pop("latents")
         shared = {name.removeprefix("shared."): t for name, t in rest.items() if name.startswith("shared.")}
         null = {name.removeprefix("null."): t for name, t in rest.items() if name.startswith("null.")}
-        size = tuple(json.loads(file.metadata()["size"]))
-        return Batch(size, latents, {**rows, **shared}, null)
+        return Batch(self.sizes[first], latents, {**rows, **shared}, null)
 
 
 def _check_sizes(config: DataConfig, cached: list[list[int]]) -> None:
