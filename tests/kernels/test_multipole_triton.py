@@ -123,6 +123,31 @@ def test_equal_inputs_give_equal_gradients():
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("rows", "first", "stop"), [((), 0, 63), ((1, 2), 3 + 24, 3 + 48), ((2, 3), 3 + 48, 63), ((1, 1), 3 + 24, 3 + 24)]
+)
+def test_of_some_rows_of_cells_only_their_queries_are_met(rows, first, stop):
+    from vision_attn.kernels.multipole.op import Call
+
+    q = torch.zeros(1, 63, 1, 16)
+    call = Call(q, q, q, q, q, torch.zeros(1, 1, 6, 0), None, None, [10, 6, 3, 0, 4, 0, 2, *rows], 1.0)
+    assert call.queries == (first, stop)
+
+
+@interpreter
+def test_a_process_without_a_row_of_cells_has_no_gradient():
+    from vision_attn.kernels.multipole.op import part_attention_triton
+
+    grid, cells = Grid(8, 8, prefix=3), Cells(cell=4, near=0, pool=2, exact=0)
+    q, k, v = (draw(1, grid.tokens, 1, 16, seed=seed).requires_grad_() for seed in range(3))
+    sides = cells.layout(grid, q.device).sides
+    means = tuple(torch.zeros(1, sum(a * b for a, b in sides), 1, 16) for _ in "kv")
+    none = Cells(cell=4, near=0, pool=2, exact=0, chosen=torch.zeros(1, 1, 4, 0, dtype=torch.long))
+    o = part_attention_triton(q, k, v, grid, none, means, (1, 1), None, 0.25)
+    grads = torch.autograd.grad(o.sum() * 0, (q, k, v))
+    assert all((grad == 0).all() for grad in grads)
+
+
 @interpreter
 def test_a_wrong_mass_is_caught():
     grid, fields, D = CASES["ragged-text"]

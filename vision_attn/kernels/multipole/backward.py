@@ -187,8 +187,8 @@ def _meet_queries(
 def _key_gradients(
     q, k, v, do, dk, dv, lse, delta, part_dkv, listed, starts, mask, q_seq, do_seq, q_grid, do_grid,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h, mask_b,
-    N, heads, batch, prefix, height, width, outside, cell, near, rows, columns, first_row, stop_row, scale,
-    row_programs, part_length, together, parts,
+    N, heads, batch, prefix, height, width, outside, cell, near, rows, columns, first_row, stop_row, first_query,
+    stop_query, scale, row_programs, part_length, together, parts,
     T: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, LEN: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, MASK: tl.constexpr, PREFIX: tl.constexpr, SUFFIX: tl.constexpr, RAGGED: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -197,7 +197,7 @@ def _key_gradients(
 
     Inputs: q, k, v, do `[B, N, H, D]`, each with strides `_b, _n, _h`; lse, delta `[B, H, N]`; listed `[B, H, C *
     EXACT]`, the cells that chose each cell, and starts `[B, H, C + 1]`, where the list of each cell begins; mask `[B,
-    outside]` with its stride.
+    outside]` with its stride. Tokens outside the grid meet the queries `first_query .. stop_query - 1`.
     Boxes: q_seq, do_seq of the sequence, q_grid, do_grid of the grid; with `TMA` only.
     Outputs: dk, dv `[B, N, H, D]`; of the tokens outside the grid part_dkv `[parts, 2, B, outside, H, D]` if there are
     several parts.
@@ -215,11 +215,12 @@ def _key_gradients(
         seen = keep
         if MASK:
             seen = seen & (tl.load(mask + b * mask_b + rank, mask=keep, other=0) != 0)
-        first = part * part_length
+        first = first_query + part * part_length
+        stop = tl.minimum(first + part_length, stop_query)
         dk_rows, dv_rows = _meet_queries(
             k_rows, v_rows, dk_rows, dv_rows, head_of(q, b, h, q_b, q_h), head_of(do, b, h, do_b, do_h), q_seq, do_seq,
-            lse + bh.to(tl.int64) * N, delta + bh.to(tl.int64) * N, b, h, first, tl.minimum(first + part_length, N),
-            q_n, do_n, tl.where(seen, 0.0, HIDDEN)[:, None], c, LEN, D, BLOCK_D, TMA and (PREFIX or SUFFIX), PRECISION,
+            lse + bh.to(tl.int64) * N, delta + bh.to(tl.int64) * N, b, h, first, stop, q_n,
+            do_n, tl.where(seen, 0.0, HIDDEN)[:, None], c, LEN, D, BLOCK_D, TMA and (PREFIX or SUFFIX), PRECISION,
         )  # fmt: skip
         if parts == 1:
             token = outside_tokens(rank, prefix, image)  # [M]

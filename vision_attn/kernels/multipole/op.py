@@ -72,6 +72,15 @@ class Call:
         return first, stop
 
     @property
+    def queries(self) -> tuple[int, int]:
+        """First and last + 1 of the tokens that attend."""
+        if not self.partial:
+            return 0, self.q.shape[1]
+        height, width, prefix, _, cell, *_ = self.size
+        first, stop = (prefix + min(row * cell, height) * width for row in self.rows)
+        return first, stop
+
+    @property
     def partial(self) -> bool:
         """Whether only some rows of cells attend, and no token outside the grid."""
         return len(self.size) > 7

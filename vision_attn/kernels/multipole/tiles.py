@@ -96,7 +96,9 @@ def _plan_keys_launch(call: Call, kernel: Kernel, launch: Launch, do: Tensor) ->
     grid_programs = B * H * C * split**2
     blocks = B * H * -(-call.outside // (T * T))
     met = ((2 * near + 1) ** 2 + exact) * cell**2 + call.outside
-    parts, length = splits(call.q, blocks, N, grid_programs * met, launch.length)
+    first_query, stop_query = call.queries
+    span = max(stop_query - first_query, 1)
+    parts, length = splits(call.q, blocks, span, grid_programs * met, launch.length)
     tma = uses_boxes((call.q, do))
     boxes: list[Box | None] = [None] * 4
     if tma:
@@ -107,8 +109,9 @@ def _plan_keys_launch(call: Call, kernel: Kernel, launch: Launch, do: Tensor) ->
         mask_b=0 if call.mask is None else call.mask.stride(0) * (call.mask.shape[0] > 1), N=N, heads=H, batch=B,
         prefix=prefix, height=height, width=width, outside=call.outside, cell=cell, near=near,
         rows=call.pyramid.cells[0], columns=call.pyramid.cells[1], first_row=call.rows[0], stop_row=call.rows[1],
-        scale=call.scale, row_programs=blocks * parts, part_length=length, together=call.together, parts=parts, T=T,
-        SPLIT=split, EXACT=exact, LEN=launch.length, D=D, BLOCK_D=call.block_d, MASK=call.mask is not None,
+        first_query=first_query, stop_query=stop_query, scale=call.scale, row_programs=blocks * parts,
+        part_length=length, together=call.together, parts=parts, T=T, SPLIT=split, EXACT=exact, LEN=launch.length, D=D,
+        BLOCK_D=call.block_d, MASK=call.mask is not None,
         PREFIX=prefix > 0 and not call.partial, SUFFIX=suffix > 0, RAGGED=call.ragged(T), TMA=tma,
         PRECISION=thrice(call.q), **launch.options,
     )  # fmt: skip
