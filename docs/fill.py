@@ -69,6 +69,35 @@ def discs() -> str:
     return table([head[n] for n in kept], [[row[n] for n in kept] for row in rows])
 
 
+def fa4() -> str:
+    """Local attention beside FlashAttention-4 over 2-D tiles, forward and backward."""
+    rows = []
+    for row in stored("bench/results/kernels_local_fa4_h200.json")["rows"]:
+        by_name = {candidate["name"]: candidate for candidate in row["candidates"]}
+        side, radius = re.match(r"(\d+) x \d+, radius (\d+)", row["label"]).groups()  # type: ignore[union-attr]
+        cells = []
+        for which in ("forward", "backward"):
+            own, peer = (by_name[name][which]["median_ms"] for name in ("ours", "FA4 tiles"))
+            cells += [f"{own:.3f} ms", f"{peer:.3f} ms", f"{peer / own:.2f}x"]
+        rows.append([f"{side} x {side}", radius, *cells])
+    head = [f"{which}, {name}" for which in ("forward", "backward") for name in ("ours", "FlashAttention-4", "faster")]
+    return table(["grid", "radius", *head], rows)
+
+
+def eight_bits() -> str:
+    """Whole operators in 8 bits beside those in 16."""
+    rows = []
+    for name in ("local", "multipole"):
+        for row in stored(f"bench/results/kernels_{name}_eight_bits_h200.json")["rows"]:
+            by_name = {candidate["name"]: candidate["forward"] for candidate in row["candidates"]}
+            own, cells = by_name["ours"]["median_ms"], []
+            for kind in ("int8", "fp8"):
+                found = by_name[kind]
+                cells.append(f"{found['median_ms']:.2f} ms ({own / found['median_ms']:.2f}x)" if found else "-")
+            rows.append([row["label"].removesuffix(", D 128, bf16"), f"{own:.2f} ms", *cells])
+    return table(["operator", "bf16", "`int8`", "`fp8`"], rows)
+
+
 def squares() -> str:
     """Neighborhood attention beside dense attention."""
     rows = []
@@ -224,6 +253,18 @@ def multipole_steps() -> str:
         seconds = bracketed(f"{stock['median_ms'] / 1e3:.3f} s", stock)
         rows.append([row["group"], size_of(row) + ", compiled" * is_compiled(row), seconds, *cells])
     return table(["denoiser", "size", "stock", "`Clear(16)`", "`Multipole()`", "`Multipole(exact=0)`"], rows)
+
+
+def newer() -> str:
+    """Denoising steps of newer models, and with weights in float8, beside stock."""
+    rows = []
+    for name in ("newer", "float8"):
+        for row in stored(f"bench/results/pipelines_{name}_h200.json")["rows"]:
+            stock, own = stock_step(row), timed(row)
+            assert stock is not None
+            cells = [factor(own.get(way)) for way in ("clear r16", "multipole")]
+            rows.append([row["group"], size_of(row), bracketed(f"{stock['median_ms'] / 1e3:.3f} s", stock), *cells])
+    return table(["denoiser", "size", "stock", "`Clear(16)`", "`Multipole()`"], rows)
 
 
 def multipole_kernels() -> str:
@@ -520,11 +561,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "choice": choice,
     "speed": speed,
     "discs": discs,
+    "fa4": fa4,
+    "eight_bits": eight_bits,
     "squares": squares,
     "linear": linear,
     "pipelines": pipelines,
     "multipole_steps": multipole_steps,
     "multipole_kernels": multipole_kernels,
+    "newer": newer,
     "graphs": graphs,
     "missed": missed,
     "training": training,

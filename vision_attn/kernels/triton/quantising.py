@@ -87,18 +87,18 @@ def _statistics(
     """
     b, h, bh, _, part = program_of(heads, batch_heads, 1)
     k, v = head_of(k, b, h, k_b, k_h), head_of(v, b, h, v_b, v_h)
-    total = tl.zeros([BLOCK_D], tl.float32)  # [BLOCK_D]
+    rows = tl.arange(0, ROWS)  # [ROWS]
+    total = tl.zeros([ROWS, BLOCK_D], tl.float32)  # [ROWS, BLOCK_D], added up once: a sum over rows waits for warps
     stop = tl.minimum(sampled, (part + 1) * k_length)
     for i in tl.range(part * k_length, stop, ROWS):
-        total += tl.sum(load_rows_below(k, i + tl.arange(0, ROWS), stop, k_n, 0, D, BLOCK_D).to(tl.float32), 0)
-    top = tl.zeros([BLOCK_D], tl.float32)  # [BLOCK_D]
+        total += load_rows_below(k, i + rows, stop, k_n, 0, D, BLOCK_D).to(tl.float32)
+    top = tl.zeros([ROWS, BLOCK_D], tl.float32)  # [ROWS, BLOCK_D]
     stop = tl.minimum(N, (part + 1) * v_length)
     for i in tl.range(part * v_length, stop, ROWS):
-        v_rows = load_rows_below(v, i + tl.arange(0, ROWS), stop, v_n, 0, D, BLOCK_D).to(tl.float32)  # [ROWS, BLOCK_D]
-        top = tl.maximum(top, tl.max(tl.abs(v_rows), 0))
+        top = tl.maximum(top, tl.abs(load_rows_below(v, i + rows, stop, v_n, 0, D, BLOCK_D).to(tl.float32)))
     place = (part.to(tl.int64) * batch_heads + bh) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    tl.store(k_sums + place, total)
-    tl.store(v_tops + place, top)
+    tl.store(k_sums + place, tl.sum(total, 0))
+    tl.store(v_tops + place, tl.max(top, 0))
 
 
 @Kernel
