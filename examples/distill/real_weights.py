@@ -7,8 +7,8 @@
 Each student learns its dense teacher's outputs, and those of the teacher's attention layers. All parameters of the
 attention modules are trained. The UNet of height maps draws its own data. DINOv2 learns from pictures that are in no
 evaluation: crops of the two photos of scikit-learn if it is installed (or of `--photos`), emoji that an embedded
-teacher draws, and random discs and rectangles that occlude each other. Writes OUT/MODEL/STUDENT (adapters),
-OUT/results.json with the losses, and OUT/pictures.npy.
+teacher draws, and random discs and rectangles that occlude each other. Writes OUT/MODEL/STUDENT (an adapter and its
+losses, when it is trained), OUT/results.json with all losses, and OUT/pictures.npy.
 
 Papers: 'Learning to See by Looking at Noise' - https://arxiv.org/abs/2106.05963 (shapes that occlude each other)
 """
@@ -40,6 +40,7 @@ STUDENTS = ("clear r16", DEFAULT.name, "linear local", "linfusion")
 RATES = {"multipole": (3e-5, 1e-3), "clear": (1e-4, 1e-3), "linear": (1e-4, 1e-3), "linfusion": (2e-4, 1e-3)}
 PROMPTS = Path(__file__).parent / "emoji_prompts.txt"
 PICTURES, PIXELS = 384, 518
+RUN = "run.json"  # what a student's training was, beside its adapter
 
 
 class Vision:
@@ -146,9 +147,12 @@ def distil(work):
             record.append([step, output.item(), inner.item()])
     seconds = time.perf_counter() - began
     after = held_out(task, teacher, student, layers, device)
-    conversion.save(args.out / name / folder_of(contender.name))
+    folder = args.out / name / folder_of(contender.name)
+    conversion.save(folder)
     about = dict(steps=step, batch=task.batch, seconds=seconds, rates=rates, trained=sum(p.numel() for p in host + new))
-    return dict(model=name, student=contender.name, **about, before=before, after=after, losses=record)
+    row = dict(model=name, student=contender.name, **about, before=before, after=after, losses=record)
+    (folder / RUN).write_text(json.dumps(row))  # the others may be stopped
+    return row
 
 
 def held_out(task, teacher, student, layers, device):
@@ -253,12 +257,10 @@ def main():
     work = [(args, model, student) for model in models for student in chosen(args.students)]
     with Workers(args.workers) as workers:
         rows = workers.map(distil, work)
-    path = args.out / "results.json"
-    known = json.loads(path.read_text())["rows"] if path.exists() else []
-    kept = {(row["model"], row["student"]): row for row in (*known, *rows)}
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
     about = dict(device=device, torch=torch.__version__, workers=args.workers)
-    path.write_text(json.dumps(about | dict(rows=list(kept.values())), indent=1) + "\n")
+    every = [json.loads(path.read_text()) for path in sorted(args.out.glob(f"*/*/{RUN}"))]
+    (args.out / "results.json").write_text(json.dumps(about | dict(rows=every), indent=1) + "\n")
     for row in rows:
         change = ", ".join(f"{key} {row['before'][key]:.3g} -> {row['after'][key]:.3g}" for key in row["before"])
         print(f"{row['model']}, {row['student']}: {row['steps']} steps in {row['seconds']:.0f} s: {change}")

@@ -161,7 +161,7 @@ def test_real_weights_are_distilled_without_their_data(model, students, tmp_path
     script = runpy.run_path(str(EXAMPLES / "real_weights.py"), run_name="__main__")
     names = students.split(",")
     rows = {row["student"]: row for row in json.loads((out / "results.json").read_text())["rows"]}
-    assert list(rows) == names and all(row["steps"] == 8 and len(row["losses"]) == 4 for row in rows.values())
+    assert sorted(rows) == sorted(names) and all(row["steps"] == 8 and len(row["losses"]) == 4 for row in rows.values())
     for name, row in rows.items():  # the others begin next to their teacher, on so small a grid
         assert row["after"]["attention"] < row["before"]["attention"] or name != "linfusion"
     assert f"{model}, {names[0]}: 8 steps" in capsys.readouterr().out
