@@ -299,6 +299,21 @@ def graphs() -> str:
     return table(["denoiser", "size", *names], rows)
 
 
+def host() -> str:
+    """What a step takes the host, beside stock."""
+    rows = []
+    for row in stored("bench/results/host_h200.json")["rows"]:
+        stock = next(c["forward"] for c in row["candidates"] if c["name"] == "stock")
+        for one in row["candidates"]:
+            times = [
+                f"{one['forward'][key]:.0f} ms ({one['forward'][key] / stock[key]:.2f}x)"
+                for key in ("median_ms", "min_ms")
+            ]
+            what = one["name"] if one["name"] in ("stock", "left alone") else f"`{one['computes']}`"
+            rows.append([f"{row['group']}, {size_of(row)}", what, *times])
+    return table(["denoiser", "attention", "host time of a step", "least"], rows)
+
+
 def training() -> str:
     """Training steps of FLUX.1-dev: seconds, peak memory and the smallest GPU that holds it; a line if not measured."""
     path = "bench/results/training_h200.json"
@@ -570,6 +585,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "multipole_kernels": multipole_kernels,
     "newer": newer,
     "graphs": graphs,
+    "host": host,
     "missed": missed,
     "training": training,
     "models": models,
