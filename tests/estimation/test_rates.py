@@ -196,7 +196,7 @@ def test_the_probes_run_and_leave_the_program_alone(dtype: torch.dtype) -> None:
     before = torch.get_rng_state()
     found = measure("this CPU", probes(torch.device("cpu"), dtype, side=8, heads=1), Wall(), most_s=60)
     assert torch.equal(torch.get_rng_state(), before) and torch.is_grad_enabled()
-    assert found.source == "measured" and 1e6 < found.dense < 1e13 and 1e-7 < found.host < 1e-2
+    assert found.source in ("measured", BUSY) and 1e6 < found.dense < 1e13 and 1e-7 < found.host < 1e-2
 
 
 def test_a_gpu_is_timed_once_and_then_read(gpu: Any, store: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -47,7 +47,7 @@ class _Launches:
     changes = 0
 
 
-def forget() -> None:
+def record_anew() -> None:
     """Record all calls anew: launches are planned anew."""
     _Launches.changes += 1
 
@@ -75,7 +75,7 @@ def _captures(t: Tensor) -> bool:
 class Tapes(dict[Any, Any]):
     """Tapes of a function by all that its launches depend on: None before the second call, False if there is none.
 
-    They hold addresses, so copies and pickles begin anew, and they hold launches: see `forget`.
+    They hold addresses, so copies and pickles begin anew, and they hold launches: see `record_anew`.
     """
 
     changes = 0  # when these were recorded

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vision_attn.kernels import launches, tapes
+from vision_attn.kernels import launches
 from vision_attn.kernels.backend import LaunchError, exporting, transformed
 from vision_attn.kernels.launches import Launch
-from vision_attn.kernels.tapes import HERE
+from vision_attn.kernels.tapes import HERE, record_anew
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LANES = 16  # rows of sums over tokens that no two threads share; they are added up once, at the end
@@ -444,5 +444,5 @@ def forget() -> None:
     """Plan every launch anew, from tables that are read anew; what repeats a call's launches is recorded anew."""
     for plans in _plans:
         plans.clear()
-    tapes.forget()
+    record_anew()
     launches.forget()
