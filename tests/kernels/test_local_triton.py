@@ -168,8 +168,11 @@ def test_extreme_logits_keep_the_budget():
     ids=str,
 )
 def test_weights_of_logits_in_the_thousands_add_up_to_one(case):
-    """A log-sum-exp in one float32 would be rounded by more than plain PyTorch's weights are wrong."""
-    low, exact = exact_and_plain(case, torch.float32, batch=1, heads=1)
+    """A log-sum-exp in one float32 would be rounded by more than plain PyTorch's weights are wrong.
+
+    Other products of k and q than the forward's would be too, as on some CPUs: here they have no rounding.
+    """
+    low, exact = exact_and_plain(case, torch.float32, batch=1, heads=1, eighths=True)
     ours, plain = triton_run(case, low), run(case, low, "reference")
     assert within_budget(ours[3], plain[3], exact[3], torch.float32)
 
