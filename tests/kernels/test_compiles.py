@@ -102,22 +102,41 @@ def counting(self, *args):
     compiled.append(self.fn.__name__)
     return real(self, *args)
 JITFunction._do_compile = counting
-for matrix.SIZE in ((32, 40), (16, 24), (48, 88)):
+for matrix.SIZE in ((64, 64), (48, 88), (128, 96)):  # sides that 16 divides, and does not; more levels
     compiled.clear()
-    output = matrix._call(sys.argv[2], torch.bfloat16, 64)
-    output.sum().backward()
+    with torch.set_grad_enabled(sys.argv[3] == "gradients"):
+        output = matrix._call(sys.argv[2], torch.bfloat16, 64)
+    if output.requires_grad:
+        output.sum().backward()
     print(len(compiled), compiled)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("operator", ["local-disc", "multipole", "linear", "agent", "window"])
+@pytest.mark.parametrize(
+    "operator",
+    [
+        "local-disc", "local-square", "local-pooled", "local-bias", "multipole", "multipole-cell4", "multipole-narrow",
+        "linear", "linear-features", "rala", "injective", "agent", "window", "window-halo", "linear_local",
+    ],
+)  # fmt: skip
 def test_a_second_size_of_a_picture_compiles_nothing(tmp_path, operator):
+    assert compiled_at_three_sizes(tmp_path, operator, "gradients") >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", ["local-int8", "local-fp8", "multipole-int8", "means", "depthwise"])
+def test_a_second_size_compiles_nothing_without_gradients(tmp_path, operator):
+    assert compiled_at_three_sizes(tmp_path, operator, "inference") >= 1
+
+
+def compiled_at_three_sizes(tmp_path, operator, what):
+    """Return how many kernels the first size compiles, where the others compile none."""
     environment = {**os.environ, "PYTHONPATH": str(MATRIX.parents[2]), "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", COUNT, str(MATRIX), operator]
+    command = [sys.executable, "-c", COUNT, str(MATRIX), operator, what]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     first, *others = done.stdout.splitlines()
-    assert int(first.split()[0]) >= 3
     assert [line.split()[0] for line in others] == ["0", "0"], done.stdout
+    return int(first.split()[0])
