@@ -8,6 +8,7 @@ pip install 'vision_attn[quality]': the files can be copied to a machine without
 `python -m vision_attn.bench.quality.weights OUT` writes them in float16 into OUT, half as large.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -189,13 +190,15 @@ def write_halves(files: Path, out: Path) -> list[Path]:
     Raises:
         AbsentError: If they were not fetched.
     """
-    out.mkdir(parents=True, exist_ok=True)
     for shipped in (DINOV2, TERRAIN):
         weights = {name: t.half() for name, t in read_weights(shipped, files).items()}
+        out.mkdir(parents=True, exist_ok=True)
         about = {key: text for key, text in describe(shipped, files).items() if key == "onnxruntime"}
         save_file(weights, out / shipped.name, metadata=dict(package=shipped.package, **about))
     return [out / shipped.name for shipped in (DINOV2, TERRAIN)]
 
 
 if __name__ == "__main__":
-    print("\n".join(str(path) for path in write_halves(default_folder(), Path(sys.argv[1]))))
+    parser = argparse.ArgumentParser(description="Write the fetched weights of `bench quality` in float16.")
+    parser.add_argument("out", type=Path, help="folder that is written to")
+    print("\n".join(str(path) for path in write_halves(default_folder(), parser.parse_args().out)))
