@@ -27,18 +27,11 @@ from vision_attn.kernels.tapes import HERE, record_anew
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LANES = 16  # rows of sums over tokens that no two threads share; they are added up once, at the end
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-_SIZES = (
-    "N",
-    "heads",
-    "tokens",
-    "outside",
-    "parts",
-    "queries",
-    "first",
-    "height",
-)  # where the numbers of a kernel begin
+# where the numbers of a kernel begin
+_SIZES = ("N", "heads", "tokens", "outside", "parts", "queries", "first", "height")
 # what a user sets and no size changes: a dilation of one saves its divisions
-_COMPILED = ("step_y", "step_x", "KY", "KX", "reach", "near", "cell", "cell_h", "cell_w", "halo_h", "halo_w", "pool")
+_COMPILED = ("step_y", "step_x", "KY", "KX", "reach", "near", "cell", "cell_h", "cell_w", "halo_h", "halo_w",
+             "pool")  # fmt: skip
 _SLOW = 0.5  # seconds of compiling that are worth a line
 _logger = logging.getLogger(__name__)
 _MOST = 4096  # plans kept of one kind: shapes may come from a user's data
