@@ -121,13 +121,14 @@ def settings(args, teacher: str, student: str, steps: int, minutes: float | None
 
 
 def scaled(recipe: dict, factor: float) -> dict:
-    """Return a recipe of which each stage has more or fewer steps."""
+    """Return a recipe of which each stage has more or fewer steps; it is measured as often."""
     found = dict(recipe)
     if "stages" in recipe:
         found["stages"] = [scaled(stage, factor) for stage in recipe["stages"]]
     for section in ("run", "transfer"):
-        if "steps" in recipe.get(section, {}):
-            found[section] = {**recipe[section], "steps": max(round(factor * recipe[section]["steps"]), 1)}
+        counts = {name: count for name, count in recipe.get(section, {}).items() if name in ("steps", "measure_every")}
+        if counts:
+            found[section] = {**recipe[section], **{name: max(round(factor * n), 1) for name, n in counts.items()}}
     return found
 
 

@@ -20,8 +20,10 @@ from vision_attn.conversion.grids import backward_running
 from vision_attn.conversion.groups import grouped
 from vision_attn.conversion.masks import is_bias, key_padding, stays_dense
 from vision_attn.conversion.projections import Projections
+from vision_attn.conversion.quiet import Left, is_quiet, remembered, run_quietly
 from vision_attn.conversion.state import ADDED, MASKED, LayerState, rotary_of
 from vision_attn.grid import Grid, largest
+from vision_attn.kernels.dense import as_autocast
 from vision_attn.kernels.tapes import DEVICES
 from vision_attn.parallel.models import stock_attention
 from vision_attn.parallel.processors import attend
@@ -48,13 +50,15 @@ def answered(module: nn.Module, state: LayerState, run: Callable[..., Any], args
         RuntimeError: If it never called `scaled_dot_product_attention`, or torch.fx traces it.
         ValueError: If the processor cannot honour the call.
     """
+    processor = _processor_of(module)
+    if state.quiet is not None and not torch.compiler.is_compiling() and is_quiet(state, processor, args, kwargs):
+        return run_quietly(state, processor, run, args, kwargs)
     if isinstance(next(iter(args or kwargs.values()), None), torch.fx.Proxy):
         raise RuntimeError(
             f"{state.name} cannot be traced by torch.fx, which knows no sizes, because its processor needs those of "
             "the grid: trace the model inside Conversion.bypassed() for the host's own attention, or use "
             "torch.jit.trace or torch.export. For features timm has forward_intermediates()"
         )
-    processor = _processor_of(module)
     mask = kwargs.get("attention_mask")
     call = Answers(module, state, mask is not None and stays_dense(mask, state), processor, kwargs)
     if call.backend is not None:
@@ -84,6 +88,7 @@ def _run(module: nn.Module, call: "Answers", run: Callable[..., Any], args: Any,
         if call.reached:
             state.imported = False
             call.end()
+            state.quiet = call.left and remembered(module, state, call.stock, call.left, args, kwargs)
             return output
         if ATTENTION.here.modes != modes:
             state.note(None, _MODE, expected=True)
@@ -158,17 +163,19 @@ class Answers:
     Attributes:
         backend: The attention backend of diffusers that the layer calls, None for PyTorch's own.
         parallel: diffusers' configuration of several processes over which the layer attends, None for one.
+        left: What became of the calls, if the host answered them all.
     """
 
     __slots__ = (
-        "_across", "_noted", "backend", "module", "moment", "parallel", "processor", "projections", "reached", "state",
-        "stock",
+        "_across", "_noted", "backend", "left", "module", "moment", "parallel", "processor", "projections", "reached",
+        "state", "stock",
     )  # fmt: skip
 
     def __init__(self, module: nn.Module, state: LayerState, masked: bool, stock: Any, given: dict[str, Any]) -> None:
         self.module, self.state, self.stock, self.backend = module, state, stock, backend_of(stock)
         self.parallel = getattr(stock, "_parallel_config", None)
         self.reached, self._noted, self._across = False, False, ""
+        self.left: Left | None = None
         processor: Any = module._modules[CHILD]
         self.moment = None
         if processor.wants:
@@ -265,7 +272,7 @@ class Answers:
         if dropout_p or is_causal:
             what = f"attention dropout {dropout_p}" if dropout_p else "a causal mask"
             raise ValueError(f"{state.name}: {what} cannot be rerouted: switch it off, or leave out the layer (where=)")
-        q, k, v = _autocast(q, k, v)
+        q, k, v = as_autocast(q, k, v)
         if self.projections is not None and not torch.compiler.is_compiling() and self.projections.missing():
             raise RuntimeError(
                 f"{state.name}: {state.spec} adds to the input of projections, but this {type(self.module).__name__} "
@@ -358,7 +365,10 @@ class Answers:
         return grid
 
     def _note(self, grid: Grid | tuple[Grid, ...] | None, status: str, *, expected: bool = False) -> None:
-        self.state.note(largest(grid) if isinstance(grid, tuple) else grid, status, expected=expected)
+        grid = largest(grid) if isinstance(grid, tuple) else grid
+        self.state.note(grid, status, expected=expected)
+        host = expected or isinstance(self.processor, SoftmaxAttention)
+        self.left = Left(grid, status, expected) if host and (self.left or not self._noted) else None
         self._noted = True
 
     def end(self) -> None:
@@ -421,15 +431,6 @@ def _moment_of(state: LayerState, rotary: tuple[Tensor, Tensor] | None) -> Momen
         known = shared.here.moment or shared.moment
     generator = None if block_input is None else shared.random(block_input.device)
     return Moment(*known, block_input, rotary, generator)
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast as autocast does for `scaled_dot_product_attention`."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _never_reached(state: LayerState, module: nn.Module) -> str:

@@ -124,6 +124,7 @@ class LayerState:
         block_input: The same for compiled layers, which all threads share.
         imported: Whether the host calls attention by a name that it imported, so that a mode must look for it; None if
             that is not known.
+        quiet: The last forward, if the host answered its calls: see `quiet.py`.
     """
 
     name: str
@@ -141,6 +142,7 @@ class LayerState:
     block: _Block = field(default_factory=_Block)
     block_input: torch.Tensor | None = None
     imported: bool | None = None
+    quiet: Any = None
 
     def hand_over(self, tokens: Tensor | None) -> None:
         """Keep the tokens that enter the block of the layer; None forgets them."""
@@ -210,7 +212,7 @@ class LayerState:
         return adds
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "block_input": None, "block": None, "decisions": {}}
+        return {**self.__dict__, "block_input": None, "block": None, "decisions": {}, "quiet": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, block=_Block())

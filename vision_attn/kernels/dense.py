@@ -45,6 +45,15 @@ def dense_attention(
     return o.transpose(1, 2)
 
 
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast as autocast does for `scaled_dot_product_attention`."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
 def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Attend over `[B, H, N, D]` tensors in plain PyTorch, in float32 at least."""
     wide = torch.promote_types(q.dtype, torch.float32)
