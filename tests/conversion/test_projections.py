@@ -14,12 +14,14 @@ from diffusers.hooks.layerwise_casting import apply_layerwise_casting, apply_lay
 from host_runs import distance, run
 from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
 from tiny_hosts import HOST, noise
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from vision_attn import Conversion, LinFusion, Schedule, Softmax, convert
-from vision_attn.processors.base import CHILD
+from vision_attn import Conversion, LinFusion, Schedule, Softmax, convert, load
+from vision_attn.conversion.state import plain
+from vision_attn.processors.base import CHILD, stored_name
 
 SPEC = LinFusion(mid_dim=4)
 TARGETS = {"sd15-unet": ["to_q", "to_k"], "vit": ["qkv"], "dinov3": ["qkv"], "flux": ["to_q", "to_k"]}
@@ -51,7 +53,7 @@ def inject(model: nn.Module, config: Any) -> list[BaseTunerLayer]:
     model.eval()
     with torch.no_grad():
         for i, (name, parameter) in enumerate(model.named_parameters()):
-            if name not in before and "base_layer" not in name and parameter.is_floating_point():
+            if plain(name) not in before and parameter.is_floating_point():
                 parameter.add_(0.1 * noise(*parameter.shape, seed=i))
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
@@ -97,6 +99,32 @@ def test_an_adapter_computes_what_it_does_merged(host_id: str, adapter: str, bef
         layer.unmerge()
     Conversion.of(model).revert()
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+SAVED_APART = ADAPTERS | {
+    "whole-layers": lambda targets: peft.LoraConfig(r=2, target_modules=targets, modules_to_save=["head", "proj_out"]),
+}
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("adapter", SAVED_APART)
+@pytest.mark.parametrize("host_id", ["flux", "vit"])
+def test_adapters_of_peft_have_files_of_their_own(host_id: str, adapter: str, before: bool, tmp_path: Any) -> None:
+    """What they learn is not in ours, which loads into a host that has none; what the host learns under them is."""
+    model = HOST[host_id].build() if before else trained(host_id)
+    inject(model, SAVED_APART[adapter](TARGETS[host_id]))
+    if before:
+        train(model)
+    own = f"{'head' if host_id == 'vit' else 'proj_out'}{'.original_module' * (adapter == 'whole-layers')}.weight"
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+        model.get_parameter(own).requires_grad_(False).add_(0.01)
+    Conversion.of(model).save(tmp_path)
+    again = HOST[host_id].build()
+    added = {stored_name(name) for name, _ in load(again, tmp_path).named_parameters()}
+    assert set(load_file(tmp_path / "vision_attn.safetensors")) - added == {own.replace(".original_module", "")}
 
 
 def test_an_adapter_that_is_unloaded_leaves_the_networks() -> None:

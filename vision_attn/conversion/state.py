@@ -310,8 +310,9 @@ class ModelState:
         Raises:
             ValueError: If a parameter was offloaded or quantised since, so that nobody can tell.
         """
+        added = of_adapters(model)
         names = {plain(name): parameter for name, parameter in model.named_parameters()}
-        known = {plain(name): print_ for name, print_ in self.fingerprints.items() if not is_lora(name)}
+        known = {plain(name): print_ for name, print_ in self.fingerprints.items() if name not in added}
         refuse_offloaded({n: names[n] for n, print_ in known.items() if n in names and print_.sample is not None})
         for name, print_ in known.items():
             if name in names and is_quantised(names[name]) != print_.quantised:
@@ -378,17 +379,23 @@ def refuse_offloaded(tensors: Mapping[str, Tensor]) -> None:
 
 
 def plain(name: str) -> str:
-    """Return the name that a parameter has in a model without LoRA."""
-    return name.replace(".base_layer.", ".")
+    """Return the name that a parameter has in a model without adapters of peft."""
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
-def is_lora(name: str) -> bool:
-    """Whether a parameter belongs to a LoRA, which is saved in files of its own."""
-    return ".lora_" in name
+def of_adapters(model: nn.Module) -> set[str]:
+    """Return the names of the parameters of peft's adapters (LoRA and all others), which have files of their own."""
+    names: set[str] = set()
+    for name, module in model.named_modules():
+        for inner in ("base_layer", "original_module"):
+            if inner in module._modules:
+                own = f"{name}.{inner}."
+                names |= {each for each, _ in module.named_parameters(name) if not each.startswith(own)}
+    return names
 
 
 def adapter_of(model: nn.Module, component: str) -> Adapter:
-    """Return what is to be saved of a converted model; LoRA layers have files of their own.
+    """Return what is to be saved of a converted model; adapters of peft have files of their own.
 
     Raises:
         ValueError: If projections were fused since the conversion, and trained; or if weights are offloaded.
