@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument(
         "--all", action="store_true", help="draw with every attention, and four prompts rather than two: 6 minutes"
     )
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--seed", type=_seed, default=0)
     demo.set_defaults(run=_demo)
     inspect = commands.add_parser("inspect", help="show what a conversion costs and saves at a size, and where it pays")
     inspect.add_argument("model", help="folder or hub name of a diffusers pipeline or model, or a timm model's name")
@@ -67,9 +67,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except (ValueError, TypeError, OSError) as error:
-        print(f"vision-attn: {error}", file=sys.stderr)
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)  # PyTorch adds its frames
+        print(f"vision-attn: {line}", file=sys.stderr)
         return 2
     return 0
+
+
+def _seed(text: str) -> int:
+    if not (seed := int(text)).bit_length() <= 63:
+        raise argparse.ArgumentTypeError(f"a seed has at most 63 bits, got {text}")
+    return seed
 
 
 def _add_advise(commands: Any) -> None:
@@ -116,7 +123,7 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument(
         "--num-inference-steps", type=int, help="denoising steps (with --highres: of the first level)"
     )
-    generate.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    generate.add_argument("--seed", type=_seed, default=0, help="seed of the noise")
     generate.add_argument("--set", action="append", default=[], help="an argument of the pipeline: guidance_scale=5")
     generate.add_argument("--device", help="cpu or cuda; by default a GPU if there is one")
     generate.add_argument(

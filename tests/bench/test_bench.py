@@ -106,6 +106,13 @@ def test_a_device_that_is_not_there_is_refused():
         run_benchmarks("kernels", Path("nowhere"), device="cuda")
 
 
+def test_a_folder_that_cannot_be_is_refused_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("vision_attn.bench.run._run_entry", lambda *args: pytest.fail("it began to measure"))
+    with pytest.raises(OSError, match="file"):
+        run_benchmarks("kernels_local", tmp_path / "file", device="cpu", quick=True)
+
+
 def test_an_entry_is_one_file(tmp_path, monkeypatch):
     (tmp_path / "kernels_new.py").write_text("TITLE = 'new'\n")
     monkeypatch.setattr(entries, "__path__", [*entries.__path__, str(tmp_path)])

@@ -308,6 +308,9 @@ def test_several_operators_are_tuned(monkeypatch, tmp_path):
     assert [case.kernel for case in asked] == ["window.a", "local.b"]
     with pytest.raises(ValueError, match="one of window, local, linear, got 'all'"):
         tune("window,all")
+    for minutes in (-1, float("nan")):
+        with pytest.raises(ValueError, match="--minutes must be"):
+            tune("window", minutes=minutes)
 
 
 def test_neighbours_differ_in_one_setting_and_stay_in_bounds():

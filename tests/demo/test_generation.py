@@ -158,6 +158,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "images": (["emoji-nano", "--set", "num_images_per_prompt=0"], "num_images_per_prompt must be an int of at"),
     "tensor": (["emoji-nano", "--set", "latents=1"], "EmojiPipeline takes a tensor as latents, got 1"),
     "schedule": (["emoji-nano", "--processor", "schedule"], "unknown processor 'schedule'"),
+    "folder": (["damaged"], "damaged could not be loaded: KeyError: '_class_name'"),
     "out": (["emoji-nano", "--out", "no-such-folder/a.png"], "--out must be"),
     "suffix": (["emoji-nano", "--out", "a.txt"], "--out must be"),
 }
@@ -168,10 +169,21 @@ def test_bad_arguments_are_one_line(
     arguments: list[str], message: str, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    if arguments[0] == "damaged":
+        Path("damaged").mkdir()
+        Path("damaged/model_index.json").write_text("{}")
+    files = list(tmp_path.iterdir())
     assert main(["generate", arguments[0], "red apple", *arguments[1:]]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vision-attn: ")]
     assert len(lines) == 1 and message in lines[0]
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == files
+
+
+def test_seeds_that_are_too_large_are_refused(capsys: Any) -> None:
+    for command in (["generate", "emoji-nano", "red apple"], ["demo"]):
+        with pytest.raises(SystemExit) as stopped:
+            main([*command, "--seed", str(2**64)])
+        assert stopped.value.code == 2 and "a seed has at most 63 bits" in capsys.readouterr().err
 
 
 def test_values_on_the_command_line() -> None:

@@ -131,5 +131,5 @@ def settings_of(base):
 def test_unknown_teacher():
     with pytest.raises(ValueError, match="'base', 'nano', 'unet'"):
         load_pipeline(settings_of("emoji:large"))
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(ValueError, match="nowhere/to-be-found could not be loaded"):
         load_pipeline(settings_of("nowhere/to-be-found"))

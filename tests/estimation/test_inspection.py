@@ -127,6 +127,45 @@ def test_bad_names_are_refused(arguments: list[str], message: str, capsys: pytes
     assert message in capsys.readouterr().err
 
 
+DAMAGED = {
+    "pipeline-is-a-list": ({"model_index.json": "[1]"}, "model_index.json is damaged: it holds a list"),
+    "pipeline-is-no-json": ({"model_index.json": "{"}, "model_index.json is damaged"),
+    "pipeline-of-no-class": ({"model_index.json": "{}"}, "could not be loaded: KeyError: '_class_name'"),
+    "pipeline-of-unknown-class": ({"model_index.json": '{"_class_name": "Nope"}'}, "could not be loaded"),
+    "model-is-a-list": ({"config.json": "[1]"}, "config.json is damaged: it holds a list"),
+    "model-is-no-json": ({"config.json": "nope"}, "config.json is damaged"),
+    "model-of-no-class": ({"config.json": "{}"}, "config.json is not a diffusers model: its class is None"),
+    "model-is-a-scheduler": ({"config.json": '{"_class_name": "DDIMScheduler"}'}, "its class is 'DDIMScheduler'"),
+    "model-is-a-module": ({"config.json": '{"_class_name": "logging"}'}, "its class is 'logging'"),
+    "model-of-wrong-values": (
+        {"config.json": '{"_class_name": "UNet2DConditionModel", "norm_num_groups": "x"}'},
+        "could not be loaded: TypeError",
+    ),
+    "denoiser-is-a-list": (
+        {"model_index.json": "{}", "unet/config.json": "[1]", "vae/config.json": "{}"},
+        "unet/config.json is damaged: it holds a list",
+    ),
+}
+
+
+@pytest.mark.parametrize("files, message", DAMAGED.values(), ids=DAMAGED)
+@pytest.mark.parametrize("command", ["inspect", "advise"])
+def test_damaged_folders_are_one_line(
+    command: str, files: dict[str, str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert main([command, str(tmp_path), "--height", "256", "--width", "256"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vision-attn: ")]
+    assert message in line and str(tmp_path) in line
+
+
+def test_an_error_of_many_lines_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "vit_tiny_patch16_224", "--height", "9" * 20, "--width", "224"]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
 def test_fields_on_the_command_line() -> None:
     assert spec_of_text("clear") == Clear() and spec_of_text("Clear:radius=4.5,pool=2") == Clear(radius=4.5, pool=2)
     assert spec_of_text("neighborhood:kernel_size=5") == Neighborhood(5)

@@ -132,6 +132,7 @@ def run_benchmarks(
     options += [f"--{name}=FOLDER" for name in ("photos", "adapters") if getattr(sources, name)]
     command = shlex.join(["vision-attn", "bench", name, f"--device={where.type}", *options])
     written, failed = [], []
+    out.mkdir(parents=True, exist_ok=True)  # before any work
     with Workers(workers) as processes:
         measurement = Measurement(where, rounds=2 if quick else 4, chosen=candidates, workers=processes, say=say)
         for entry, cases in chosen.items():

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from vision_attn._checks import check_number
 from vision_attn.bench.faults import Faults, GpuLostError, alive, short
 from vision_attn.bench.timing import Launch as Timed
 from vision_attn.bench.timing import own_stream
@@ -96,7 +97,7 @@ def tune(
         What was found for each row that was reached.
 
     Raises:
-        ValueError: If an operator is unknown, or there is no GPU.
+        ValueError: If an operator is unknown, `minutes` is no number, or there is no GPU.
         GpuLostError: If a launch ended this process's work on the GPU. The user's folder keeps it in a file, and it is
             not tried again.
     """
@@ -104,6 +105,7 @@ def tune(
     for name in asked:
         if name not in OPERATORS:
             raise ValueError(f"--operator must be one of {', '.join(OPERATORS)}, got {name!r}")
+    check_number("--minutes", minutes, least=0)
     if setup is None:
         if not torch.cuda.is_available():
             raise ValueError("launches are tuned on a GPU, and none can be used here")

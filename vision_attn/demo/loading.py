@@ -1,6 +1,8 @@
 """Loads the model or pipeline that a command names: a folder, a hub name, a timm model, or an embedded teacher."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +38,30 @@ def load_pipeline(name: str, *, device: str | None = None, dtype: str | None = N
         raise ValueError(
             f"{name} is neither a folder with model_index.json, nor a name on the hub, nor one of {', '.join(EMOJI)}"
         )
+    return read_pipeline(name, torch_dtype=kind).to(device)
+
+
+def read_pipeline(name: str | Path, **options: Any) -> Any:
+    """Load a pipeline by diffusers from a folder or the hub; `options` are those of its `from_pretrained`.
+
+    Raises:
+        ValueError: If it cannot be loaded, whatever diffusers raises about it.
+    """
     from diffusers import DiffusionPipeline  # noqa: PLC0415, diffusers is optional
 
+    with loading(name):
+        return DiffusionPipeline.from_pretrained(name, **options)
+
+
+@contextmanager
+def loading(name: str | Path) -> Iterator[None]:
+    """Turn what a library raises about a folder or a repository into one line that names it."""
     try:
-        return DiffusionPipeline.from_pretrained(name, torch_dtype=kind).to(device)
-    except OSError as error:
-        raise ValueError(f"{name} could not be loaded: {str(error).strip().splitlines()[0]}") from None
+        yield
+    except Exception as error:  # diffusers lets through what the parts of a damaged folder raise
+        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"{name} could not be loaded: {kind}{reason}") from None
 
 
 def _check_device(device: str) -> None:
@@ -66,9 +86,9 @@ def load_target(name: str) -> Any:
     """
     folder = Path(name)
     if (folder / "model_index.json").exists():
-        return _denoiser(folder) or _pipeline(folder)
+        return _denoiser(folder) or read_pipeline(folder)
     if (folder / "config.json").exists():
-        return _diffusers_model(json.loads((folder / "config.json").read_text()), name)
+        return _diffusers_model(folder)
     import timm  # noqa: PLC0415
 
     import vision_attn.backbones  # noqa: F401, PLC0415, registers them with timm
@@ -79,10 +99,7 @@ def load_target(name: str) -> Any:
         except TypeError:  # not a vision transformer: `estimate` refuses it by name
             return timm.create_model(name)
     if name.count("/") == 1 and not folder.exists():
-        try:
-            return _pipeline(name)
-        except OSError as error:
-            raise ValueError(f"{name} could not be loaded: {str(error).strip().splitlines()[0]}") from None
+        return read_pipeline(name)
     raise ValueError(
         f"{name} is neither a folder with model_index.json or config.json, nor a timm model, nor a name on the hub"
     )
@@ -107,38 +124,45 @@ def component_of(name: str) -> str | None:
     index = Path(name) / "model_index.json"
     if not index.exists():
         return None
-    parts = json.loads(index.read_text())
+    parts = _read(index)
     return next((part for part in COMPONENTS if part in parts or (index.parent / part).is_dir()), None)
 
 
 def _denoiser(folder: Path) -> Any:
     """Build the denoiser of a saved pipeline from its configuration; None if that does not say enough."""
-    index = json.loads((folder / "model_index.json").read_text())
+    index = _read(folder / "model_index.json")
     names = [name for name in ("transformer", "unet") if (folder / name / "config.json").exists()]
     vae = folder / "vae" / "config.json"
     if len(names) != 1 or "controlnet" in index or not vae.exists():
         return None
-    config, levels = (json.loads(f.read_text()) for f in (folder / names[0] / "config.json", vae))
+    config, levels = _read(folder / names[0] / "config.json"), _read(vae)
     import diffusers  # noqa: PLC0415
 
     if not hasattr(diffusers, str(config.get("_class_name"))) or "block_out_channels" not in levels:
         return None
-    model = _diffusers_model(config, str(folder / names[0]))
+    model = _diffusers_model(folder / names[0])
     model.vae_scale_factor = 2 ** (len(levels["block_out_channels"]) - 1)  # pixels per latent, for `estimate`
     return model
 
 
-def _pipeline(name: str | Path) -> Any:
-    from diffusers import DiffusionPipeline  # noqa: PLC0415
-
-    return DiffusionPipeline.from_pretrained(name)
-
-
-def _diffusers_model(config: dict[str, Any], name: str) -> Any:
+def _diffusers_model(folder: Path) -> Any:
+    """Build a model of diffusers from its configuration, without weights."""
     import diffusers  # noqa: PLC0415
 
+    config = _read(folder / "config.json")
     kind = getattr(diffusers, str(config.get("_class_name")), None)
-    if kind is None:
-        raise ValueError(f"{name}/config.json is not a diffusers model: its class is {config.get('_class_name')!r}")
-    with torch.device("meta"):
-        return kind.from_config(config)
+    if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
+        raise ValueError(f"{folder}/config.json is not a diffusers model: its class is {config.get('_class_name')!r}")
+    with loading(folder), torch.device("meta"):
+        return kind.from_config(config)  # type: ignore[attr-defined]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds a mapping."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds a {type(content).__name__}, not a mapping")
+    return content

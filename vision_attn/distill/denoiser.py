@@ -30,8 +30,7 @@ def load_pipeline(config: ModelConfig, *, prompts: bool = True) -> Any:
         prompts: Whether prompts will be encoded. If not, text encoders are not loaded.
 
     Raises:
-        ValueError: If the package has no teacher of that name, or a library is missing.
-        OSError: If there is no such folder or repository.
+        ValueError: If the package has no teacher of that name, a library is missing, or the pipeline cannot be loaded.
     """
     ensure_torchvision()
     dtype = getattr(torch, config.dtype)
@@ -43,17 +42,10 @@ def load_pipeline(config: ModelConfig, *, prompts: bool = True) -> Any:
         pipe = load_teacher(config.base.removeprefix(EMOJI))
         pipe = pipe if dtype == torch.float32 else pipe.to(dtype)
     else:
-        from diffusers import DiffusionPipeline  # noqa: PLC0415, diffusers is optional
+        from vision_attn.demo.loading import loading  # noqa: PLC0415, with diffusers
 
-        where = {"revision": config.revision} if config.revision else {}
-        kind: dict[str, Any] = {"variant": config.variant} if config.variant else {}
-        if config.quantisation == "nf4":
-            kind["quantization_config"] = _nf4(DiffusionPipeline.load_config(config.base, **where), dtype)
-        absent: dict[str, None] = {}
-        if not prompts:
-            index = DiffusionPipeline.load_config(config.base, **where)
-            absent = {name: None for name in index if name.startswith(_PROMPT_PARTS)}
-        pipe = DiffusionPipeline.from_pretrained(config.base, torch_dtype=dtype, **where, **kind, **absent)
+        with loading(config.base):
+            pipe = _read_pipeline(config, dtype, prompts)
     if config.quantisation in _TORCHAO:
         _quantise(denoiser_of(pipe)[1], config.quantisation)
     pipe.set_progress_bar_config(disable=True)
@@ -61,6 +53,20 @@ def load_pipeline(config: ModelConfig, *, prompts: bool = True) -> Any:
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
     return pipe
+
+
+def _read_pipeline(config: ModelConfig, dtype: torch.dtype, prompts: bool) -> Any:
+    from diffusers import DiffusionPipeline  # noqa: PLC0415, diffusers is optional
+
+    where = {"revision": config.revision} if config.revision else {}
+    kind: dict[str, Any] = {"variant": config.variant} if config.variant else {}
+    if config.quantisation == "nf4":
+        kind["quantization_config"] = _nf4(DiffusionPipeline.load_config(config.base, **where), dtype)
+    absent: dict[str, None] = {}
+    if not prompts:
+        index = DiffusionPipeline.load_config(config.base, **where)
+        absent = {name: None for name in index if name.startswith(_PROMPT_PARTS)}
+    return DiffusionPipeline.from_pretrained(config.base, torch_dtype=dtype, **where, **kind, **absent)
 
 
 _TORCHAO = {"int8": "Int8WeightOnlyConfig", "float8": "Float8WeightOnlyConfig"}
