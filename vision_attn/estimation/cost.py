@@ -8,6 +8,7 @@ from vision_attn.processors.moh import MoH
 from vision_attn.processors.schedule import Schedule
 from vision_attn.processors.softmax import Softmax
 
+_TILE = 128  # queries that a unit takes at a time
 _REROUTING = 3.0  # operations that it takes the host to bring a call of attention to a processor
 
 
@@ -22,6 +23,7 @@ class Machine:
         other: Operations per second of our kernels with 128 channels a head.
         spare: Keys that a tile holds in addition to those that a token needs.
         fill: Kernels fill up the channels of a head to a multiple of this.
+        units: Multiprocessors: each computes dense attention of 128 queries at a time. 0 if that is not to be counted.
         products: Operations per second of products of tokens with weights.
         bandwidth: Bytes per second.
         launch: Seconds of the device that each operation takes at least.
@@ -36,6 +38,7 @@ class Machine:
     other: float
     spare: float
     fill: int
+    units: int
     products: float
     bandwidth: float
     launch: float
@@ -48,6 +51,11 @@ class Machine:
         filled = self.fill * -(-head_dim // self.fill)
         return head_dim / filled * (self.narrow / self.dense if filled <= 64 else 1.0)
 
+    def waves(self, tokens: int, heads: int) -> float:
+        """Return how much longer dense attention takes because some units have nothing to do in the end."""
+        tiles = -(-tokens // _TILE) * heads
+        return -(-tiles // self.units) * self.units / tiles if self.units else 1.0
+
 
 # bf16, torch 2.11, triton 3.6: bench/results/kernels_local_h200.json, kernels_linear_h200.json. The host's rate is that
 # of steps at native sizes, where the GPU waits for it.
@@ -58,6 +66,7 @@ H200 = Machine(
     other=3.75e14,
     spare=300,
     fill=64,
+    units=132,
     products=6.2e14,
     bandwidth=4.2e12,
     launch=2e-6,
@@ -73,6 +82,7 @@ CPU = Machine(
     other=1.7e10,
     spare=0,
     fill=16,
+    units=0,
     products=6e10,
     bandwidth=4e9,
     launch=1e-5,
@@ -107,8 +117,11 @@ def seconds(spec: AttnSpec, grid: Grid, layer: Layer, machine: Machine, itemsize
     products = spec.products(grid, layer)
     work, extra = spec.flops(grid, layer) - products, 0.0
     rate = machine.dense
-    if not isinstance(spec, Softmax):
-        work += 4 * grid.tokens * machine.spare * layer.num_heads * layer.head_dim
+    if isinstance(spec, Softmax):
+        work *= machine.waves(grid.tokens, layer.num_heads)
+    else:
+        if spec.attended(grid) < 1:  # sums over all tokens have no tiles of keys
+            work += 4 * grid.tokens * machine.spare * layer.num_heads * layer.head_dim
         rate, extra = machine.other, machine.overhead
     work = work / (rate * machine.share(layer.head_dim)) + products / machine.products
     moved = spec.passes * least_bytes(grid, layer, itemsize) / machine.bandwidth

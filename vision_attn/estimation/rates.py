@@ -100,10 +100,15 @@ class Installed:
 
     def measured(self, gpu: torch.device, dtype: torch.dtype) -> Machine:
         """Time a GPU."""
-        return measure(self.name(gpu), probes(gpu, dtype), GpuClock(gpu))
+        return dataclasses.replace(measure(self.name(gpu), probes(gpu, dtype), GpuClock(gpu)), units=units_of(gpu))
 
 
 INSTALLED = Installed()
+
+
+def units_of(device: torch.device) -> int:
+    """Return the multiprocessors of a GPU, 0 of a CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 @dataclass(frozen=True)
@@ -372,7 +377,8 @@ def probes(device: torch.device, dtype: torch.dtype, side: int = 64, heads: int 
     """
     draw = torch.Generator(device).manual_seed(0)  # the program's own numbers stay as they would be
     tokens, dim = side * side, 128 * heads
-    grid, window = Grid(side, side), Window(radius=side / 4)
+    # our kernels on four times as many tokens: with those of dense attention most windows would end at the border
+    grid, window, few = Grid(2 * side, 2 * side), Window(radius=side / 4), heads // 4
 
     def tensor(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draw, device=device, dtype=dtype)
@@ -382,7 +388,7 @@ def probes(device: torch.device, dtype: torch.dtype, side: int = 64, heads: int 
         return lambda: F.scaled_dot_product_attention(q, k, v)
 
     def local() -> Callable[[], Any]:
-        q, k, v = (tensor(1, tokens, heads, 128) for _ in range(3))
+        q, k, v = (tensor(1, grid.tokens, few, 128) for _ in range(3))
         return lambda: local_attention(q, k, v, grid, window)
 
     def products() -> Callable[[], Any]:
@@ -403,13 +409,14 @@ def probes(device: torch.device, dtype: torch.dtype, side: int = 64, heads: int 
         x = tensor(1, 64, 64)
         return lambda: block(x)
 
-    pairs = 4.0 * tokens**2 * dim
-    keys = window.share(grid) + H200.spare / tokens
+    machine = dataclasses.replace(H200, units=units_of(device))
+    wide, narrow = (4.0 * tokens**2 * dim * machine.waves(tokens, count) for count in (heads, 2 * heads))
+    near = 4.0 * grid.tokens**2 * (window.share(grid) + H200.spare / grid.tokens) * few * 128
     return [
-        Probe("dense", pairs, functools.partial(dense, heads, 128)),  # first: nothing is known of a device without it
+        Probe("dense", wide, functools.partial(dense, heads, 128)),  # first: nothing is known of a device without it
         Probe("host", 5.2, modules, needs=0.1),  # what four modules cost, in operations of whole denoisers
-        Probe("other", pairs * keys, local, needs=1.5),  # a kernel is compiled, if it never was
-        Probe("narrow", pairs, functools.partial(dense, 2 * heads, 64)),
+        Probe("other", near, local, needs=1.5),  # a kernel is compiled, if it never was
+        Probe("narrow", narrow, functools.partial(dense, 2 * heads, 64)),
         Probe("products", 4.0 * tokens * dim**2, products),
         Probe("bandwidth", 32.0 * tokens * dim * dtype.itemsize, copy, needs=0.1),
     ]

@@ -73,13 +73,13 @@ class InLine(AttnSpec):
 
     @property
     def passes(self) -> float:
-        """Two for the sums and the mean of the values; the convolution reads v, and its result is added."""
-        return (5.0 if self.kernel_size else 2.5) + (0.0 if self.feature_map == "identity" else 1.0)
+        """Those of an H200: the sums and the mean of the values take two and a half, the convolution most."""
+        return (13.0 if self.kernel_size else 2.5) + (0.0 if self.feature_map == "identity" else 1.0)
 
     @property
     def calls(self) -> float:
         """Kernels of the sums and of the output, and the layers of f and the convolution."""
-        return (25.0 if self.kernel_size else 12.0) + (0.0 if self.feature_map == "identity" else 4.0)
+        return (38.0 if self.kernel_size else 12.0) + (0.0 if self.feature_map == "identity" else 4.0)
 
 
 class InLineAttention(Processor):

@@ -62,12 +62,12 @@ class LinearLocal(AttnSpec):
     @property
     def passes(self) -> float:
         """Several, because the features are written and read too."""
-        return 16.0
+        return 9.0
 
     @property
     def calls(self) -> float:
         """Kernels of the features, of the state and of the attention itself."""
-        return 13.0
+        return 15.0
 
 
 class LinearLocalAttention(Processor):

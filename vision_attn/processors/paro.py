@@ -81,8 +81,8 @@ class Paro(AttnSpec):
 
     @property
     def passes(self) -> float:
-        """Tokens are put into order, and back."""
-        return 3.0
+        """Those of an H200, which puts tokens into order, and back, one by one."""
+        return 40.0
 
     @property
     def calls(self) -> float:
