@@ -28,6 +28,7 @@ from vision_attn.kernels.agent import Agents, agent_attention
 from vision_attn.kernels.hedgehog import hedgehog
 from vision_attn.kernels.image import Windows, add_depthwise, means
 from vision_attn.kernels.linear import Features, feature_mean, linear_attention
+from vision_attn.kernels.residual import Network, add_networks
 from vision_attn.kernels.window import Haloed, window_attention
 
 DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
@@ -148,6 +149,20 @@ def check_image(D, dtype):
         gated, plain = (add_depthwise(o, v, grid, weight, bias, gate=own, backend=backend) for own in (gate, None))
         found.append([*cells, *agents, gated, plain])
     return shares(("cell k", "cell v", "agent k", "agent v", "gated", "convolved"), *found, dtype)
+
+
+def check_networks(sizes, dtype):
+    """Check residual networks of C channels and `mid` between their layers, alone and two at once."""
+    C, mid = sizes
+    shapes = (mid, C), (mid,), (mid,), (mid,), (C, mid), (C,)
+    x = torch.randn(2, 1111, C).half().cuda()
+    drawn = [[(torch.randn(s) / (s[-1] ** 0.5 if len(s) > 1 else 2)).half().cuda() for s in shapes] for _ in range(2)]
+    found = []
+    for kind, backend in ((dtype, "triton"), (dtype, "torch"), (torch.float64, "torch")):
+        networks = tuple(Network(*[t.to(kind) for t in one]) for one in drawn)
+        found.append([*add_networks(x.to(kind), networks, backend=backend)])
+        found[-1] += add_networks(x.to(kind), networks[1:], backend=backend)
+    return shares(("q", "k", "alone"), *found, dtype)
 
 
 def gradients(function, leaves, do):
@@ -273,9 +288,23 @@ def main():
     rows = [(check, case, case) for case in CASES + TUNED if case.operator in OPERATORS and str(case) != portable]
     rows += [(check_features, D, f"hedgehog-d{D}") for D in (16, 40, 64, 72, 80, 128)]
     rows += [(check_image, D, f"image-d{D}") for D in (32, 40, 64, 80, 128)]
+    rows += [
+        (check_networks, (C, mid), f"residual-c{C}-m{mid}")
+        for C, mid in (
+            (320, 320),
+            (640, 640),
+            (1280, 1280),
+            (640, 40),
+            (1280, 80),
+            (72, 200),
+            (1536, 1536),
+            (3072, 192),
+        )
+    ]
     rows = [row for row in rows if args.only in str(row[2])]
     with pool() as workers:
         every = itertools.product(args.dtypes.split(","), rows)
+        every = [job for job in every if job[1][0] is not check_networks or job[0] != "fp32"]  # 16 bits alone
         jobs = {workers.submit(attempt, f, x, DTYPES[name]): f"{name} {case}" for name, (f, x, case) in every}
         for job in as_completed(jobs):
             found, seconds = job.result()

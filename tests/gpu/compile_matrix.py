@@ -42,7 +42,7 @@ OPERATORS = (
     "multipole-int8", "multipole-fp8", "multipole-cell12-int8",
     "linear", "linear-features", "linear-options", "injective", "rala", "agent", "agent-options", "window",
     "window-options", "window-halo", "linear_local", "linear_local-options", "hedgehog",
-    "means", "depthwise",
+    "means", "depthwise", "residual", "residual-narrow",
 )  # fmt: skip
 
 
@@ -163,6 +163,7 @@ def _call(operator: str, dtype: Any, D: int) -> Any:
     from vision_attn.kernels.linear_local import linear_local_attention
     from vision_attn.kernels.local import Window, local_attention
     from vision_attn.kernels.multipole import Cells, multipole_attention
+    from vision_attn.kernels.residual import Network, add_networks
     from vision_attn.processors.base import Layer
 
     height, width = SIZE
@@ -205,7 +206,14 @@ def _call(operator: str, dtype: Any, D: int) -> Any:
     if operator in cells:
         return multipole_attention(q, k, v, grid, cells[operator], backend="triton")
     weight, bias, gate = draw(2 * D, 1, 5, 5), draw(2 * D), draw(2, D, D)
+
+    def network(mid: int) -> Any:  # of a layer of ten heads
+        return Network(*[draw(*shape) for shape in ((mid, 10 * D), (mid,), (mid,), (mid,), (10 * D, mid), (10 * D,))])
+
+    x = draw(1, grid.tokens, 10 * D)
     calls: dict[str, Callable[[], Any]] = {
+        "residual": lambda: add_networks(x, (network(10 * D), network(10 * D)), backend="triton")[0],
+        "residual-narrow": lambda: add_networks(x, (network(40),), backend="triton")[0],
         "linear": lambda: linear_attention(q, k, v, backend="triton"),
         "means": lambda: means(k, grid, Windows(count=(7, 7)), and_of=v, backend="triton")[0],
         "depthwise": lambda: add_depthwise(q, v, grid, weight, bias, gate=gate, backend="triton"),

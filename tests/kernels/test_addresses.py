@@ -28,6 +28,7 @@ from vision_attn.kernels.image import Windows, add_depthwise, means
 from vision_attn.kernels.linear import feature_mean
 from vision_attn.kernels.local import Window, local_attention
 from vision_attn.kernels.multipole import Cells, multipole_attention
+from vision_attn.kernels.residual import Network, add_networks
 from vision_attn.kernels.triton import launching, rows
 
 pytestmark = pytest.mark.interpreter
@@ -93,6 +94,14 @@ def sums(dtype):
         hedgehog(q, draw(3, 24, 24, dtype=dtype), backend="triton")
 
 
+@torch.no_grad()
+def residual(dtype):
+    for C, mid, count in ((136, 200, 2), (72, 24, 1)):
+        shapes = (mid, C), (mid,), (mid,), (mid,), (C, mid), (C,)
+        networks = tuple(Network(*(draw(*shape, dtype=torch.float16) for shape in shapes)) for _ in range(count))
+        add_networks(draw(2, 77, C, dtype=torch.float16), networks, backend="triton")
+
+
 CALLS = {
     **{f"local-{case}": local(case) for case in LOCAL},
     **{str(case): several(case) for case in CASES if str(case) != "linear_injective-weights"},  # it has no gradient
@@ -104,10 +113,11 @@ CALLS = {
     "local-eight-bit": local_eight_bit,
     "images": images,
     "sums": sums,
+    "residual": residual,  # of 16 bits alone
 }
 QUICK = (
     "local-0+3x2+0-radius50.5-D32", "linear-rala-hidden", "linear_injective-strided", "agent-direct-hidden",
-    "window-text-hidden", "linear_local-hidden", "images", "sums",
+    "window-text-hidden", "linear_local-hidden", "images", "sums", "residual",
 )  # fmt: skip
 
 

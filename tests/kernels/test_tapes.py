@@ -232,6 +232,46 @@ def test_a_changed_processor_inside_another_is_seen():
     assert torch.equal(now, processor(*args)) and not torch.equal(now, before)
 
 
+NETWORKS = {
+    "in place": lambda f: f[0].weight.mul_(-2),
+    "other memory": lambda f: setattr(f[3].weight, "data", f[3].weight.data * -3),
+    "another parameter": lambda f: f[1].register_parameter("bias", torch.nn.Parameter(f[1].bias + 1)),
+    "behind the module's back": lambda f: f._modules.update({"3": negative(f[3])}),
+    "number": lambda f: setattr(f[2], "negative_slope", 0.9),
+    "hook": lambda f: f[3].register_forward_hook(lambda module, args, output: output * 2),
+}
+
+
+@pytest.mark.parametrize("one_memory", [False, True], ids=["apart", "one-memory"])
+@pytest.mark.parametrize("change", NETWORKS)
+def test_changed_networks_of_linfusion_are_seen(change, one_memory):
+    """Also where all weights are parts of one memory, as some loaders leave them."""
+    grid = Grid(5, 7)
+    processor = LinFusion(mid_dim=24).build(Layer("layer", 2, 16, backend="triton", dim=32)).to(DEVICE, torch.float16)
+    for number, parameter in enumerate(processor.parameters()):
+        torch.nn.init.normal_(parameter, generator=torch.Generator(DEVICE).manual_seed(number), std=0.3)
+    if one_memory:
+        flat = torch.cat([parameter.flatten() for parameter in processor.parameters()])
+        parts = flat.split([parameter.numel() for parameter in processor.parameters()])
+        for parameter, part in zip(processor.parameters(), parts, strict=True):
+            parameter.data = part.view_as(parameter)
+    x = torch.randn(2, grid.tokens, 32).to(DEVICE, torch.float16)
+
+    def sums():
+        return processor.add_residuals(x, ["q", "k"]) or [x + f(x) for f in processor.residuals().values()]
+
+    before = [sums() for _ in range(4)]
+    assert all(torch.equal(a, b) for again in before for a, b in zip(again, before[0], strict=True))
+    (tape,) = kept(processor._tapes)
+    assert len(tape.steps) == 3 and len({t.data_ptr() for again in before for t in again}) == 8
+    NETWORKS[change](processor.to_k_)
+    for _ in range(3):
+        q, k = sums()
+        torch.testing.assert_close(q, before[0][0], atol=4e-3, rtol=4e-3)
+        torch.testing.assert_close(k, x + processor.to_k_(x), atol=4e-3, rtol=4e-3)
+        assert (k - before[0][1]).abs().max() > 0.1
+
+
 def test_launches_that_are_planned_anew_are_recorded_anew(monkeypatch):
     """`vision-attn tune` compares launches of calls alike: each has to run with its own."""
     processor, grid = built("clear")

@@ -14,6 +14,7 @@ from vision_attn.kernels.linear import Features, feature_mean, injective_attenti
 from vision_attn.kernels.linear_local import linear_local_attention
 from vision_attn.kernels.local import Window, local_attention
 from vision_attn.kernels.multipole import Cells, multipole_attention
+from vision_attn.kernels.residual import Network, add_networks
 from vision_attn.kernels.window import Haloed, window_attention
 
 B, H, D = 2, 2, 2
@@ -147,6 +148,25 @@ def phi(t, backend):
     return hedgehog(*t, backend="torch" if backend == "reference" else backend)
 
 
+def residual(t, backend):
+    """Run two residual networks, which have no reference apart."""
+    x, *weights = t
+    networks = Network(*weights[:6], slope=0.3), Network(*weights[6:], slope=0.3)
+    return torch.cat(add_networks(x, networks, backend="torch" if backend == "reference" else backend), -1)
+
+
+def network(C, mid, name):
+    """Shapes of a network's tensors."""
+    return {
+        f"weight_{name}": (mid, C),
+        f"bias_{name}": (mid,),
+        f"norm_weight_{name}": (mid,),
+        f"norm_bias_{name}": (mid,),
+        f"last_weight_{name}": (C, mid),
+        f"last_bias_{name}": (C,),
+    }
+
+
 def injective(t, backend):
     """Run injective linear attention, with weights if there are any."""
     return injective_attention(*t[:3], key_weight=t[3] if len(t) > 3 else None, scale=0.7, backend=backend)
@@ -190,6 +210,7 @@ CASES = [
     linear_local("cut-text-mask", TEXT, 2, mask=HIDDEN),
     linear_local("one-cell", Grid(2, 3, prefix=1), 4),
     Case("hedgehog", dict(x=(B, 4, H, D), weight=(H, D, D)), phi),
+    Case("residual", dict(x=(B, 2, 3), **network(3, 4, "q"), **network(3, 4, "k")), residual),
     multipole("pooled", Grid(4, 6), dict(cell=2, near=0, pool=2, exact=1)),
     multipole("cut-text-mask", Grid(1, 7, prefix=2, suffix=1), dict(cell=2, near=0, pool=1, exact=1), mask=HIDDEN),
     multipole("group-unlearned", Grid(6, 4), dict(cell=2, near=0, pool=2, exact=1, group=2, spread=0.5), learned=False),

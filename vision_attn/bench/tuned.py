@@ -16,6 +16,8 @@ from vision_attn.kernels.linear_local import linear_local_attention
 from vision_attn.kernels.local import Window, local_attention
 from vision_attn.kernels.multipole import Cells, multipole_attention
 from vision_attn.kernels.multipole.cells import choose_cells
+from vision_attn.kernels.residual import Network, add_networks
+from vision_attn.kernels.residual.op import WIDEST
 from vision_attn.kernels.window import window_attention
 
 _CHECKED = 20  # side of the grid that is checked
@@ -47,10 +49,12 @@ KERNELS: dict[str, tuple[str, bool]] = {
     "linear_local.queries": ("linear_local", True),
     "linear_local.keys": ("linear_local", True),
     "hedgehog.features": ("hedgehog", False),
+    "residual.product": ("residual", False),
     "multipole.forward": ("multipole", False),
     "multipole.gradients": ("multipole", True),
     "multipole.eight_bit": ("multipole_eight_bit", False),
 }
+_FOR_INFERENCE = ("hedgehog", "residual")  # operators whose kernels have no gradient, and that have no `reference`
 OPERATORS = tuple(dict.fromkeys(kernel.split(".")[0] for kernel in KERNELS if not kernel.startswith("pairs")))
 
 
@@ -79,7 +83,7 @@ class Case:
     @property
     def trained(self) -> bool:
         """Whether the operator has a gradient."""
-        return not self.rounded and self.operator != "hedgehog"
+        return not self.rounded and self.operator not in _FOR_INFERENCE
 
     @property
     def dtype(self) -> torch.dtype:
@@ -137,7 +141,7 @@ class Budget:
 
 
 def _named(case: Case, backend: str) -> str:
-    return "torch" if case.operator == "hedgehog" and backend == "reference" else backend
+    return "torch" if case.operator in _FOR_INFERENCE and backend == "reference" else backend
 
 
 def problem(case: Case, side: int, device: torch.device, heads: int | None = None) -> Callable[[], object]:
@@ -161,7 +165,7 @@ def operator_call(
 ) -> tuple[Callable[..., Tensor], list[Tensor], Tensor]:
     """Return the operator of a case as a function of tensors, these, and a gradient of its output."""
     D, generator = case.row.channels, torch.Generator(device).manual_seed(0)
-    whole = case.operator in ("linear", "features", "rala", "agent", "hedgehog")
+    whole = case.operator in ("linear", "features", "rala", "agent", *_FOR_INFERENCE)
     grid = Grid(side, side, prefix=0 if whole else _PREFIX)
 
     def draw(*shape: int) -> Tensor:
@@ -179,6 +183,13 @@ def operator_call(
     if case.operator == "hedgehog":
         weight = draw(heads, D, D).float() / D**0.5
         return lambda x, backend: hedgehog(x, weight.to(x.dtype), backend=backend), [q], do
+    if case.operator == "residual":
+        C, mid = heads * D, D if D < WIDEST else heads * D
+        shapes = (mid, C), (mid,), (mid,), (mid,), (C, mid), (C,)
+        networks = [Network(*[draw(*shape) / shape[-1] ** 0.5 for shape in shapes]) for _ in range(2)]
+        return (
+            lambda x, backend: add_networks(x.flatten(2), tuple(networks), backend=backend)[1].view_as(x), [q], do
+        )  # fmt: skip
     if case.operator == "linear_local":
         a, b = (draw(1, grid.tokens, heads, min(2 * D, 256)).abs() for _ in range(2))
         gate = torch.ones(heads, device=device)

@@ -186,7 +186,7 @@ class Answers:
         residuals = processor.residuals()
         if residuals and not state.adds_residuals(masked):
             residuals = {}
-        self.projections = Projections(module, residuals) if residuals else None
+        self.projections = Projections(module, residuals, processor.add_residuals) if residuals else None
 
     def through_doors(self, run: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """Run the layer's own code, whose calls come to `attend` and `linear`."""

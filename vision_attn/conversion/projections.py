@@ -8,7 +8,7 @@ multiplies f(x) by the rows of the queries and keys alone, and any other one run
 
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,15 +32,28 @@ class _Rows(NamedTuple):
     stop: int
 
 
+class _Ahead(NamedTuple):
+    """x + f(x) of a role, computed before its projection runs, and how often x had been written to."""
+
+    role: str
+    x: Tensor
+    version: int
+    sum: Tensor
+
+
 class _Slot:
     """Where the hooks on projections find the `Projections` of the forward that runs, in each thread its own.
 
     Code that is compiled shares one, because it is traced once.
+
+    Attributes:
+        alike: Whether all projections have projected the same tensor up to now.
     """
 
     def __init__(self) -> None:
         self.traced: Projections | None = None
         self.thread = threading.local()
+        self.alike = True
 
     @property
     def running(self) -> "Projections | None":
@@ -64,22 +77,27 @@ class Projections:
     Args:
         module: Attention module of diffusers or timm, to which `bind` was applied.
         residuals: Modules f by role: 'q' or 'k'.
+        at_once: Takes x and some roles and returns x + f(x) of each, or None if each f is to be called by itself.
     """
 
-    def __init__(self, module: nn.Module, residuals: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, module: nn.Module, residuals: Mapping[str, nn.Module],
+        at_once: Callable[[Tensor, Sequence[str]], Sequence[Tensor] | None],
+    ) -> None:  # fmt: skip
         if not torch.compiler.is_compiling():
             bind(module)  # somebody may have put a layer there without `setattr`
-        self.module, self.residuals = module, residuals
+        self.module, self.residuals, self.at_once = module, residuals, at_once
         self.slot: _Slot = vars(module)[_SLOT]
         self.seen: set[str] = set()
         self.inside = False  # whether a layer that is not plain runs: what it multiplies by is its own affair
+        self.ahead: _Ahead | None = None
 
     def __enter__(self) -> "Projections":
         self.before, self.slot.running = self.slot.running, self
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.slot.running = self.before
+        self.slot.running, self.ahead = self.before, None
 
     @property
     def fused(self) -> bool:
@@ -95,11 +113,29 @@ class Projections:
         for name, role in _ROLES.items():
             if self.module._modules.get(name) is projection and role in self.residuals:
                 self.seen.add(role)
-                x = args[0]
-                return (x + self.residuals[role](x), *args[1:])
+                return (self._sum(role, args[0]), *args[1:])
         if self._fused(projection) and not _is_plain(projection):
             self.inside = True
         return None
+
+    def _sum(self, role: str, x: Tensor) -> Tensor:
+        """Return x + f(x) of a role; those of the roles to come are computed with it, if they can be."""
+        if torch.compiler.is_compiling():
+            return x + self.residuals[role](x)
+        ahead, self.ahead = self.ahead, None
+        if ahead is not None:
+            if ahead.role == role and ahead.x is x and ahead.version == x._version:
+                return ahead.sum
+            self.slot.alike = False
+        roles = [role]
+        if self.slot.alike and not x.is_inference():  # nobody counts how often such a tensor was written to
+            roles += self.residuals.keys() - self.seen
+        sums = self.at_once(x, roles)
+        if sums is None:
+            return x + self.residuals[role](x)
+        if len(sums) > 1:
+            self.ahead = _Ahead(roles[1], x, x._version, sums[1])
+        return sums[0]
 
     def leave(self, projection: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Change what a layer that projects to everything at once has computed; None leaves it as it is."""

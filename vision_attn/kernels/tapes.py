@@ -83,26 +83,26 @@ class Tapes(dict[Any, Any]):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return Tapes, ()
 
-    def call(self, function: Callable[..., Any], args: tuple[Any, ...], owner: nn.Module | None = None) -> Any:
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], *owners: nn.Module) -> Any:
         """Call `function(*args)`, or repeat its launches.
 
         Args:
             function: Its result depends on nothing but its arguments, their values that are no tensors, and the
-                parameters and buffers of `owner`.
+                parameters and buffers of `owners`.
             args: Its arguments; the first is a tensor.
-            owner: A module, if `function` runs it.
+            owners: The modules that `function` runs.
         """
-        if not _can_repeat(args[0]) or (owner is not None and not is_plain(owner)):
+        if not can_repeat(args[0]) or not is_plain(*owners):
             return function(*args)
         if self.changes != _Launches.changes:
             self.clear()
             self.changes = _Launches.changes
-        about = None if owner is None else (owner, owner.training, getattr(owner, "changes", 0))
+        about = tuple([(owner, owner.training, getattr(owner, "changes", 0)) for owner in owners])
         key = threading.get_ident(), about, *[_layout(a) for a in args]
         tape = self.get(key)
         if tape is None:
             if key in self:
-                result, self[key] = _record(function, args, owner)
+                result, self[key] = _record(function, args, owners)
                 return result
             if len(self) >= _MOST:
                 self.clear()
@@ -114,8 +114,8 @@ class Tapes(dict[Any, Any]):
         return function(*args)
 
 
-def _can_repeat(t: Tensor) -> bool:
-    """Whether nothing of PyTorch has a part in calls of this moment."""
+def can_repeat(t: Tensor) -> bool:
+    """Whether nothing of PyTorch has a part in calls of this moment, and `t` is on the current GPU."""
     return (
         not torch.compiler.is_compiling()
         and t.device.type in DEVICES
@@ -228,15 +228,17 @@ def _is_view(func: Any, args: tuple[Any, ...], result: Any) -> bool:
     return all(isinstance(r, Tensor) and r.untyped_storage()._cdata == here for r in results)
 
 
-def _record(function: Callable[..., Any], args: tuple[Any, ...], owner: nn.Module | None) -> tuple[Any, "Tape | bool"]:
+def _record(
+    function: Callable[..., Any], args: tuple[Any, ...], owners: Sequence[nn.Module]
+) -> tuple[Any, "Tape | bool"]:
     """Return the result of a call and its tape, False if it has none."""
     inputs = [a for a in args if isinstance(a, Tensor)]
     with Recorder(inputs) as heard:
         result = function(*args)
-    return result, _tape_of(heard, result, owner) or False
+    return result, _tape_of(heard, result, owners) or False
 
 
-def _tape_of(heard: Recorder, result: Any, owner: nn.Module | None) -> "Tape | None":
+def _tape_of(heard: Recorder, result: Any, owners: Sequence[nn.Module]) -> "Tape | None":
     """Return the tape of what was heard; None if it was more than launches."""
     inputs, outputs = heard.inputs, list(result) if isinstance(result, tuple) else [result]
     starts = [t.data_ptr() for t in inputs]
@@ -246,7 +248,7 @@ def _tape_of(heard: Recorder, result: Any, owner: nn.Module | None) -> "Tape | N
     if None in numbers or len(set(numbers)) < len(numbers):
         return None
     tape = Tape(isinstance(result, tuple), outputs[0].device)
-    if owner is not None:
+    for owner in owners:
         tape.hold(owner)
     bases = dict(zip(numbers, range(len(inputs), len(inputs) + len(outputs)), strict=True))
     places = {}
@@ -277,7 +279,7 @@ def _tape_of(heard: Recorder, result: Any, owner: nn.Module | None) -> "Tape | N
         for n, (made, _) in enumerate(heard.allocated):
             if made.untyped_storage()._cdata == storage:
                 return places[n][0], places[n][1] + address - made.data_ptr()
-        return (fixed_base, address) if tape.keep(t, owner) else None
+        return (fixed_base, address) if tape.keep(t, owners) else None
 
     for compiled, grid, tensors, again in heard.launches:
         found = [place_of(_tensor_of(t)) for t in tensors]
@@ -293,6 +295,14 @@ def _same(a: Tensor, b: Any) -> bool:
         isinstance(b, Tensor) and a.untyped_storage()._cdata == b.untyped_storage()._cdata
         and a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
     )  # fmt: skip
+
+
+def _holds(parameter: Tensor, t: Tensor) -> bool:
+    """Whether `t` begins inside a parameter; other ones may share its memory."""
+    if parameter.untyped_storage()._cdata != t.untyped_storage()._cdata:
+        return False
+    span = sum((n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True)) + 1
+    return 0 <= t.data_ptr() - parameter.data_ptr() < span * parameter.element_size()
 
 
 def _tensor_of(t: Any) -> Tensor:
@@ -371,7 +381,7 @@ class Tape:
         zeros: Bytes of each further memory that begins as zeros.
         bytes: All other memory that is asked for.
         kept: Parameters: where each is kept, by what name, itself, and its address.
-        modules: Modules inside its owner: where each is kept, by what name, itself, and how often it was changed.
+        modules: Modules inside its owners: where each is kept, by what name, itself, and how often it was changed.
         tables: Tensors that nobody writes to.
     """
 
@@ -385,27 +395,27 @@ class Tape:
     modules: list[tuple[dict[str, Any], str, nn.Module, int]] = field(default_factory=list)
     tables: list[Tensor] = field(default_factory=list)
 
-    def keep(self, t: Tensor, owner: nn.Module | None) -> bool:
-        """Whether the memory of `t` is that of a parameter or buffer of `owner`, or of a table."""
+    def keep(self, t: Tensor, owners: Sequence[nn.Module]) -> bool:
+        """Whether the memory of `t` is that of a parameter or buffer of `owners`, or of a table."""
         if t in _fixed:
             self.tables.append(t)
             return True
-        for module in () if owner is None else owner.modules():
+        for module in (module for owner in owners for module in owner.modules()):
             for among in (module._parameters, module._buffers):
                 for name, found in among.items():
-                    if found is not None and found.untyped_storage()._cdata == t.untyped_storage()._cdata:
+                    if found is not None and _holds(found, t):
                         self.kept.append((among, name, found, found.data_ptr()))
                         return True
         return False
 
     def hold(self, owner: nn.Module) -> None:
-        """Note where the modules are that `owner` may run."""
+        """Note where the modules are that an owner may run."""
         for name, part in _parts(owner):
             self.modules.append((owner._modules, name, part, part.__dict__.get("changes", 0)))
             self.hold(part)
 
     def valid(self) -> bool:
-        """Whether all parameters, and modules inside the owner, are where they were, and these as they were."""
+        """Whether all parameters, and modules inside the owners, are where they were, and these as they were."""
         return all([among.get(name) is t and t.data_ptr() == address for among, name, t, address in self.kept]) and all(
             [
                 among.get(name) is part and part.__dict__.get("changes", 0) == changes

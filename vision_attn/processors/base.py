@@ -139,6 +139,15 @@ class Processor(nn.Module, ABC):
         """Return modules f by 'q' and 'k': the host then projects x + f(x) instead of x."""
         return {}
 
+    def add_residuals(self, x: Tensor, roles: Sequence[str]) -> Sequence[Tensor] | None:
+        """Return x + f(x) of some of `residuals` at once; None if each of them is to be called by itself.
+
+        Args:
+            x: Tokens `[B, N, C]`.
+            roles: The names of the modules f.
+        """
+        return None
+
 
 class AttnSpec(ABC):
     """A processor's hyperparameters. Subclasses are frozen dataclasses that check their fields.

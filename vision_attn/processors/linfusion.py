@@ -13,7 +13,7 @@ Papers: 'LinFusion: 1 GPU, 1 Minute, 16K Image' - https://arxiv.org/abs/2409.020
 'RoFormer' - https://arxiv.org/abs/2104.09864
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,8 @@ from vision_attn.grid import Grid
 from vision_attn.kernels.dense import around
 from vision_attn.kernels.hedgehog import hedgehog
 from vision_attn.kernels.linear import Features, linear_attention
-from vision_attn.kernels.tapes import is_plain
+from vision_attn.kernels.residual import MOST_ROWS, Network, add_networks, network_reasons, run
+from vision_attn.kernels.tapes import Tapes, can_repeat, is_plain
 from vision_attn.processors.base import AttnSpec, Layer, Moment, Processor, register
 from vision_attn.processors.positional import DepthwiseBranch, check_kernel_size, rotation_of, unrotated
 
@@ -113,9 +114,9 @@ class LinFusion(AttnSpec):
 
     @property
     def calls(self) -> float:
-        """Kernels of the sums and of the features, the layers of both residual networks, and the convolution."""
+        """Kernels of the sums and of the features, those of both residual networks, and the convolution."""
         more = 7.0 * (self.features - 1) + (2.0 if self.kernel_size else 0.0)
-        return (6.0 if self.feature_map == "elu" else 12.0) + (10.0 if self.mid_dim != -1 else 0.0) + more
+        return (6.0 if self.feature_map == "elu" else 12.0) + (6.0 if self.mid_dim != -1 else 0.0) + more
 
 
 class _Affine(nn.Module):
@@ -151,20 +152,27 @@ class Residual(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return f(x) in the dtype of x."""
+        # without the calls of four modules, which take the host as long as what they compute
+        network = None if torch.compiler.is_compiling() else self.network()
+        return super().forward(x).to(x.dtype) if network is None else run(x, network)
+
+    def network(self) -> Network | None:
+        """Return the weights of f; None if its layers were replaced, or hooks have a part in their calls."""
         parts: Any = tuple(self._modules.values())
-        if torch.compiler.is_compiling() or tuple(map(type, parts)) != _PARTS or not is_plain(*parts):
-            return super().forward(x).to(x.dtype)
-        # the same without the calls of four modules, which take the host as long as what they compute
+        if tuple(map(type, parts)) != _PARTS or not is_plain(*parts):
+            return None
         first, norm, activation, last = parts
-        weight = first.weight
-        hidden = F.linear(x.to(weight.dtype), weight, first.bias)
-        hidden = torch.layer_norm(hidden, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-        hidden = F.leaky_relu(hidden, activation.negative_slope)
-        weight = last.weight
-        return F.linear(hidden.to(weight.dtype), weight, last.bias).to(x.dtype)
+        if norm.weight is None or norm.bias is None:
+            return None
+        return Network(
+            first.weight, first.bias, norm.weight, norm.bias, last.weight, last.bias, norm.eps,
+            activation.negative_slope,
+        )  # fmt: skip
 
 
 _PARTS = _Affine, nn.LayerNorm, nn.LeakyReLU, _Affine
+_NUMBERS = ("1", "eps"), ("2", "negative_slope")  # of which parts
+_TENSORS = Tensor, nn.Parameter
 
 
 class Hedgehog(nn.Module):
@@ -213,6 +221,7 @@ class LinFusionAttention(Processor):
         if spec.mid_dim != -1:
             assert layer.dim is not None
             self.to_q_, self.to_k_ = (Residual(layer.dim, spec.width(layer)) for _ in range(2))
+            self._tapes = Tapes()
         if spec.feature_map == "hedgehog":
             self.features_q, self.features_k = (
                 Hedgehog(layer.num_heads, layer.head_dim, layer.backend, spec.features) for _ in range(2)
@@ -224,6 +233,31 @@ class LinFusionAttention(Processor):
     def residuals(self) -> Mapping[str, nn.Module]:
         """Return f_q and f_k."""
         return {} if self.spec.mid_dim == -1 else {"q": self.to_q_, "k": self.to_k_}
+
+    def add_residuals(self, x: Tensor, roles: Sequence[str]) -> Sequence[Tensor] | None:
+        """Return the sums of some networks in inference, up to `MOST_ROWS` tokens of 16 bits: see `add_networks`."""
+        if (
+            self.backend not in ("auto", "triton") or type(x) is not Tensor or x.dim() != 3 or not x.is_contiguous()
+            or x.shape[0] * x.shape[1] > MOST_ROWS or not can_repeat(x) or torch.is_autocast_enabled(x.device.type)
+        ):  # fmt: skip
+            return None
+        residuals: Any = [self._modules[f"to_{role}_"] for role in roles]
+        numbers = [getattr(f._modules.get(part), name, None) for f in residuals for part, name in _NUMBERS]
+        added: Sequence[Tensor] | None = self._tapes.call(
+            lambda x, *numbers: self._added(x, residuals), (x, *numbers), *residuals
+        )
+        return added
+
+    def _added(self, x: Tensor, residuals: Sequence[nn.Module]) -> Sequence[Tensor] | None:
+        """Return the sums, None if a module is more than its weights, or these are not as kernels take them."""
+        networks = tuple([f.network() if type(f) is Residual and is_plain(f) else None for f in residuals])
+        known = tuple([n for n in networks if n is not None])
+        weights = [t for network in known for t in network[:6]]
+        if len(known) < len(networks) or any(t.device != x.device or type(t) not in _TENSORS for t in weights):
+            return None
+        if network_reasons(x, known, auto=self.backend == "auto"):
+            return None
+        return add_networks(x, known, backend=self.backend)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None = None, scale: float | None = None,

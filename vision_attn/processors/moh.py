@@ -14,7 +14,7 @@ head and P_h the mean of its softmax. Tokens outside the grid take their best he
 Paper: 'MoH: Multi-Head Attention as Mixture-of-Head Attention' - https://arxiv.org/abs/2410.11842
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -129,6 +129,10 @@ class MoHAttention(Processor):
     def residuals(self) -> Mapping[str, nn.Module]:
         """Return those of the other processor."""
         return self.inner.residuals()
+
+    def add_residuals(self, x: Tensor, roles: Sequence[str]) -> Sequence[Tensor] | None:
+        """Return those of the other processor."""
+        return self.inner.add_residuals(x, roles)
 
     def balance(self, q: Tensor) -> Tensor:
         """Return the paper's loss of the load, sum_h f_h P_h; it is least where all heads are taken equally often.

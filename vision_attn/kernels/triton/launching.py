@@ -412,8 +412,9 @@ _plans.append(_fits)
 
 
 def launch_of(
-    name: str, t: Tensor, constants: tuple[Any, ...], needs: Callable[[Launch], int], *, columns: float = 0
-) -> Launch:
+    name: str, t: Tensor, constants: tuple[Any, ...], needs: Callable[[Launch], int], *, columns: float = 0,
+    channels: int | None = None,
+) -> Launch:  # fmt: skip
     """Return the launch of a kernel that is not planned: see `launches.fitting`.
 
     Args:
@@ -422,17 +423,17 @@ def launch_of(
         constants: All else that the kernel is compiled for.
         needs: Takes a launch and returns the bytes of shared memory that it takes, see `Kernel.needs`.
         columns: Columns of a window.
+        channels: Channels by which a row is found; those of `t` if None.
 
     Raises:
         LaunchError: If none fits.
     """
-    key = name, t.device, t.dtype, t.shape[-1], constants, columns
+    key = name, t.device, t.dtype, t.shape[-1], constants, columns, channels
     found = _fits.get(key)
     if found is None:
+        width = block_of(t.shape[-1]) if channels is None else channels
         try:
-            found = launches.fitting(
-                name, t, lambda launch: (launch, needs(launch)), channels=block_of(t.shape[-1]), columns=columns
-            )
+            found = launches.fitting(name, t, lambda one: (one, needs(one)), channels=width, columns=columns)
         except LaunchError as error:
             found = LaunchError(*error.args)
         _fits[key] = found
