@@ -117,9 +117,10 @@ def test_an_entry_is_one_file(tmp_path, monkeypatch):
     (tmp_path / "kernels_new.py").write_text("TITLE = 'new'\n")
     monkeypatch.setattr(entries, "__path__", [*entries.__path__, str(tmp_path)])
     assert [entry.TITLE for entry in find_entries("kernels_new")] == ["new"]
-    assert [entry.__name__.rpartition(".")[2] for entry in find_entries("kernels")][-2:] == [
+    assert [entry.__name__.rpartition(".")[2] for entry in find_entries("kernels")][-3:] == [
         "kernels_multipole",
         "kernels_new",
+        "kernels_residual",
     ]
 
 
