@@ -97,7 +97,7 @@ class Tapes(dict[Any, Any]):
         if self.changes != _Launches.changes:
             self.clear()
             self.changes = _Launches.changes
-        about = tuple([(owner, owner.training, getattr(owner, "changes", 0)) for owner in owners])
+        about = tuple([(owner, owner.training, owner.__dict__.get("changes", 0)) for owner in owners])
         key = threading.get_ident(), about, *[_layout(a) for a in args]
         tape = self.get(key)
         if tape is None:
@@ -140,7 +140,8 @@ def is_plain(*modules: nn.Module) -> bool:
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
             return False
         if module._modules:
-            found += [part for _, part in _parts(module)]
+            apart = getattr(type(module), "apart", ())
+            found += [part for name, part in module._modules.items() if part is not None and name not in apart]
     return True
 
 

@@ -27,7 +27,7 @@ from vision_attn.kernels.dense import around
 from vision_attn.kernels.hedgehog import hedgehog
 from vision_attn.kernels.linear import Features, linear_attention
 from vision_attn.kernels.residual import MOST_ROWS, Network, add_networks, network_reasons, run
-from vision_attn.kernels.tapes import Tapes, can_repeat, is_plain
+from vision_attn.kernels.tapes import HERE, Tapes, can_repeat, is_plain
 from vision_attn.processors.base import AttnSpec, Layer, Moment, Processor, register
 from vision_attn.processors.positional import DepthwiseBranch, check_kernel_size, rotation_of, unrotated
 
@@ -238,7 +238,7 @@ class LinFusionAttention(Processor):
         """Return the sums of some networks in inference, up to `MOST_ROWS` tokens of 16 bits: see `add_networks`."""
         if (
             self.backend not in ("auto", "triton") or type(x) is not Tensor or x.dim() != 3 or not x.is_contiguous()
-            or x.shape[0] * x.shape[1] > MOST_ROWS or not can_repeat(x) or torch.is_autocast_enabled(x.device.type)
+            or x.shape[0] * x.shape[1] > MOST_ROWS or torch.is_autocast_enabled(x.device.type)
         ):  # fmt: skip
             return None
         residuals: Any = [self._modules[f"to_{role}_"] for role in roles]
@@ -250,6 +250,8 @@ class LinFusionAttention(Processor):
 
     def _added(self, x: Tensor, residuals: Sequence[nn.Module]) -> Sequence[Tensor] | None:
         """Return the sums, None if a module is more than its weights, or these are not as kernels take them."""
+        if not can_repeat(x) and HERE.recorder is None:
+            return None
         networks = tuple([f.network() if type(f) is Residual and is_plain(f) else None for f in residuals])
         known = tuple([n for n in networks if n is not None])
         weights = [t for network in known for t in network[:6]]
