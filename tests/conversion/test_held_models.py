@@ -13,9 +13,11 @@ from host_runs import FROM_A_FILE, run, stock
 from tiny_hosts import HOST
 from tiny_pipelines import PIPELINE
 from torch import nn
+from untouched import assert_untouched, state
 
 import vision_attn.pipelines  # noqa: F401 - gives pipelines their `set_attn_processor`
-from vision_attn import Conversion, convert, load
+from vision_attn import Conversion, Softmax, convert, load
+from vision_attn.conversion.state import is_converted
 
 BOTH = ("unet", "controlnet")
 NETS = ["controlnet.nets.0", "controlnet.nets.1"]
@@ -88,6 +90,51 @@ def test_lists_of_models(hold: Any, tmp_path: Path) -> None:
     load(hold(models), tmp_path)
     for host_id, model in zip(("vit", "flux"), models, strict=True):
         assert torch.equal(run(HOST[host_id], model, *SIZE), expected(host_id, CLEAR))
+
+
+def test_one_model_under_several_names_is_converted_once(tmp_path: Path) -> None:
+    model = HOST["vit"].build()
+    before = state(model)
+    for target in ([model, model], [nn.ModuleList([model]), model]):
+        conversion = convert(target, CLEAR)
+        assert len(conversion.models) == 1 and len(conversion.layers) == len(Conversion.of(target).layers) == 2
+        assert torch.equal(run(HOST["vit"], model, *SIZE), expected("vit", CLEAR))
+        Conversion.of(target).save(tmp_path)
+        conversion.revert()
+        assert_untouched(model, before)
+
+
+def several(tmp_path: Path) -> tuple[Conversion, list[Any]]:
+    """Return two models whose weights an adapter replaced, of which the second one cannot be reverted: it is fused."""
+    models: list[Any] = [HOST["flux"].build() for _ in range(2)]
+    conversion = convert(models, CLEAR)
+    with torch.no_grad():
+        for model in models:
+            model.transformer_blocks[0].attn.to_q.weight.add_(1)
+    conversion.save(tmp_path / "trained")
+    conversion.revert()
+    conversion = load(models, tmp_path / "trained")
+    models[1].fuse_qkv_projections()
+    return conversion, models
+
+
+def test_a_model_that_is_refused_leaves_the_others_as_they_are(tmp_path: Path) -> None:
+    conversion, models = several(tmp_path)
+    want = [run(HOST["flux"], model, *SIZE) for model in models]
+    for refused in (conversion.revert, lambda: convert(models, Softmax(), replace=True)):
+        with pytest.raises(ValueError, match=r"unfuse_qkv_projections"):
+            refused()
+        assert [run(HOST["flux"], model, *SIZE).equal(was) for model, was in zip(models, want, strict=True)] == [
+            True
+        ] * 2
+    with torch.no_grad():
+        models[1].transformer_blocks[0].attn.to_qkv.weight.add_(1)
+    with pytest.raises(ValueError, match=r"fused after the conversion and then trained"):
+        conversion.save(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    models[1].unfuse_qkv_projections()
+    conversion.revert()
+    assert not any(map(is_converted, models))
 
 
 def test_what_holds_no_model_is_refused() -> None:

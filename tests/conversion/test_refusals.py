@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from untouched import assert_untouched, state
 
 from vision_attn import Clear, Conversion, Neighborhood, Softmax, convert, load
-from vision_attn.processors import Schedule, make_spec
+from vision_attn.processors import AgentSD, Schedule, make_spec
 
 SPECS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "radius-0": (lambda: Clear(radius=0), ValueError, "radius must be above 0, got 0"),
@@ -36,6 +36,7 @@ SPECS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "kernel-triple": (lambda: Neighborhood((3, 3, 3)), TypeError, "kernel_size must be an int or a pair"),
     "dilation-0": (lambda: Neighborhood(3, 0), ValueError, "dilation must be at least 1, got 0"),
     "dilation-none": (lambda: Neighborhood(3, None), TypeError, "dilation must be an int or a pair"),
+    "exponent": (lambda: AgentSD(k_scale=math.inf), ValueError, "k_scale must be finite, got inf"),
     "unknown-name": (lambda: make_spec("sparse"), ValueError, "'sparse': known are .*clear.*neighborhood.*softmax"),
     "unknown-field": (lambda: make_spec("Clear", size=3), TypeError, "Clear has no field size: it has radius, pool"),
 }
@@ -71,6 +72,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception
     "where-type": (VIT, dict(where=3), TypeError, "where must be a pattern"),
     "where-selects-nothing": (VIT, dict(where="blocks.9.*"), ValueError, "where selects no layer .*blocks.0.attn"),
     "min-tokens": (VIT, dict(min_tokens=-1), ValueError, "min_tokens must be at least 0, got -1"),
+    "only-if-faster": (VIT, dict(only_if_faster="no"), TypeError, "only_if_faster must be True or False, got 'no'"),
+    "replace": (VIT, dict(replace=1), TypeError, "replace must be True or False, got 1"),
+    "pattern-kind": (VIT, dict(spec={3: POOLED}), TypeError, "patterns of layer names, .* got 3"),
     "grid-kind": (VIT, dict(grid="12x10"), ValueError, r"grid must be \(height, width\) in tokens, got '12x10'"),
     "grid-value": (VIT, dict(grid=(12, 0)), ValueError, "width must be at least 1, got 0"),
     "grid-float": (VIT, dict(grid=(12.0, 10)), TypeError, "height must be an int"),

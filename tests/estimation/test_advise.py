@@ -278,10 +278,11 @@ def test_measured_parts_take_the_place_of_estimated_ones() -> None:
         (dict(height=0), ValueError, "height must be at least 1"),
         (dict(width=64.0), TypeError, "width must be a number of pixels"),
         (dict(batch=0), ValueError, "batch must be at least 1"),
+        (dict(device=torch.device("cpu")), ValueError, "device must be 'cuda' or 'cpu'"),
         (dict(device="mps"), ValueError, "device must be 'cuda' or 'cpu'"),
         (dict(height=3), ValueError, "smaller than a token"),
     ],
-    ids=["height", "width", "batch", "device", "token"],
+    ids=["height", "width", "batch", "device-type", "device", "token"],
 )
 def test_bad_input_is_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):

@@ -236,6 +236,18 @@ def test_sides_are_ints() -> None:
         generate_highres(PIPELINE["sd"].build(), "fox", 256.0, 256.0)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("pipe", [None, "emoji", [], torch.nn.Linear(2, 2)], ids=lambda pipe: type(pipe).__name__)
+def test_what_is_no_pipeline_is_refused(pipe: Any) -> None:
+    with pytest.raises(TypeError, match=f"draws with a diffusers pipeline, got a {type(pipe).__name__}"):
+        generate_highres(pipe, "fox", 256, 256)
+
+
+def test_options_of_another_type_are_refused() -> None:
+    for options in (3, {"rope": "ntk"}, []):
+        with pytest.raises(TypeError, match="options must be Options"):
+            generate_highres(PIPELINE["sd"].build(), "fox", 256, 256, options=options)  # type: ignore[arg-type]
+
+
 BAD = {
     "size": (dict(height=33), "multiples"),
     "factor": (dict(options=dict(factor=1.0)), "factor"),

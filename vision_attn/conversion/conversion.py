@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from vision_attn._checks import check_int
+from vision_attn._checks import check_bool, check_int
 from vision_attn.adapters.adapter import Adapter, read_adapter, remove_adapter, write_adapter
 from vision_attn.conversion.plan import Plan, fix_grid, refuse_unsynchronised, undo
 from vision_attn.conversion.state import (
@@ -23,7 +23,7 @@ from vision_attn.conversion.state import (
 from vision_attn.estimation.model import aligned
 from vision_attn.graphs import Graphs, replayed_of, replaying
 from vision_attn.hosts import Host, find_host
-from vision_attn.hosts.selection import Specs, Where, assign, candidates_of, check_specs, select, targets_of
+from vision_attn.hosts.selection import Specs, Where, assign, candidates_of, check_specs, distinct, select, targets_of
 from vision_attn.kernels.backend import check_backend
 from vision_attn.parallel.models import is_cut
 from vision_attn.processors.base import CHILD, AttnSpec
@@ -73,6 +73,8 @@ def convert(  # noqa: PLR0913, the one call that users make
         ValueError: If the model is unknown or converted already, no layer is selected, or a layer cannot be rerouted.
     """
     check_int("min_tokens", min_tokens, 0, "a number of tokens")
+    check_bool("only_if_faster", only_if_faster)
+    check_bool("replace", replace)
     check_specs(spec)
     _check(host, backend)
     models = targets_of(target, components, host)
@@ -90,8 +92,8 @@ def convert(  # noqa: PLR0913, the one call that users make
     for plan in plans:
         if only_if_faster:
             plan.break_even(graphs=replayed_of(plan.model) is not None)
-        if is_converted(plan.model):
-            undo(plan.model)
+    undo(plan.model for plan in plans if is_converted(plan.model))
+    for plan in plans:
         plan.apply(min_tokens)
     return Conversion(models)
 
@@ -228,7 +230,7 @@ class Conversion:
         Raises:
             ValueError: If nothing of it is converted.
         """
-        models = {name: model for name, model in candidates_of(target).items() if is_converted(model)}
+        models = distinct({name: model for name, model in candidates_of(target).items() if is_converted(model)})
         if not models:
             raise ValueError(f"this {type(target).__name__} is not converted")
         return cls(models)
@@ -345,8 +347,7 @@ class Conversion:
         Raises:
             ValueError: If it was reverted already, or a LoRA is fused into weights that `load` replaced.
         """
-        for _, model in self._converted():
-            undo(model)
+        undo(model for _, model in self._converted())
 
     @classmethod
     def from_pretrained(cls, target: Any, source: str | Path, **options: Any) -> "Conversion":
@@ -396,8 +397,9 @@ class Conversion:
         """
         root = Path(folder)
         places = {component: root / component if len(self.models) > 1 else root for component in self.models}
-        for component, model in self._converted():
-            write_adapter(places[component], adapter_of(model, component), base_name(model))
+        adapters = {component: adapter_of(model, component) for component, model in self._converted()}
+        for component, adapter in adapters.items():
+            write_adapter(places[component], adapter, base_name(self.models[component]))
         if root not in places.values():
             remove_adapter(root)  # `load` would read an earlier adapter of one component first
 

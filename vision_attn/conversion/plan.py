@@ -7,7 +7,7 @@ module gets a subclass of its own class whose `__call__` runs the original one, 
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -233,17 +233,24 @@ def mark(model: nn.Module, shared: Shared, host: Host, contexts: list[GridContex
     model.register_forward_hook(_end, always_call=True)
 
 
-def undo(model: nn.Module) -> None:
-    """Put a converted model back as it was.
+def undo(models: Iterable[nn.Module]) -> None:
+    """Put converted models back as they were: all of them, or none.
 
     Raises:
-        ValueError: If weights that `load` replaced are fused into others, offloaded or quantised, or the model is cut
+        ValueError: If weights that `load` replaced are fused into others, offloaded or quantised, or a model is cut
             over processes.
     """
-    if is_cut(model):
-        raise ValueError(f"this {type(model).__name__} is cut over processes: disable() that before the revert")
+    found = []
+    for model in models:
+        if is_cut(model):
+            raise ValueError(f"this {type(model).__name__} is cut over processes: disable() that before the revert")
+        found.append((model, _places(model, model_state(model).originals)))
+    for model, places in found:
+        _undo(model, places)
+
+
+def _undo(model: nn.Module, places: Mapping[str, Tensor]) -> None:
     state = model_state(model)
-    places = _places(model, state.originals)
     for module in list(model.modules()):
         if is_rerouted(module):
             for name, value in state_of(module).replaced.items():

@@ -48,7 +48,7 @@ def check_device(device: str | None) -> None:
     Raises:
         ValueError: If it is neither 'cuda' nor 'cpu', with or without a number.
     """
-    if device is not None and device.partition(":")[0] not in _KINDS:
+    if device is not None and (not isinstance(device, str) or device.partition(":")[0] not in _KINDS):
         raise ValueError(f"device must be {' or '.join(map(repr, _KINDS))}, whose rates are known, got {device!r}")
 
 

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from vision_attn._checks import check_int
 from vision_attn.graphs.recording import Recording
 from vision_attn.graphs.watch import Watch, keys_of, reason_of, settings
-from vision_attn.hosts.selection import candidates_of, denoisers_of
+from vision_attn.hosts.selection import candidates_of, denoisers_of, distinct
 
 _LOG = logging.getLogger(__name__)
 _MANY = 4
@@ -302,11 +302,11 @@ def disable(target: Any) -> None:
 def _models(target: Any) -> dict[str, nn.Module]:
     candidates = candidates_of(target)
     if isinstance(target, (nn.Module, list, tuple)):
-        return candidates
+        return distinct(candidates)
     names = [*denoisers_of(target), *(name for name in candidates if name.startswith("controlnet"))]
     if not names:
         raise ValueError(f"this {type(target).__name__} has no denoiser, only {', '.join(candidates) or 'no models'}")
-    return {name: candidates[name] for name in names}
+    return distinct({name: candidates[name] for name in names})
 
 
 def replayed_of(model: nn.Module) -> Replayed | None:

@@ -281,12 +281,16 @@ def generate_highres(
         All levels, with their pictures.
 
     Raises:
-        TypeError: If a side is not an int.
+        TypeError: If a side is not an int, `pipe` is no pipeline, or `options` are none.
         ValueError: If the size is not a multiple of what the pipeline can draw, `options` or `spec` do not fit, the
             pipeline is converted already, or `call` has what the levels decide themselves.
     """
     refuse_taken(call)
-    options = options or Options()
+    if not hasattr(pipe, "components") or not hasattr(pipe, "vae_scale_factor"):
+        raise TypeError(f"generate_highres draws with a diffusers pipeline, got a {type(pipe).__name__}")
+    options = Options() if options is None else options
+    if not isinstance(options, Options):
+        raise TypeError(f"options must be Options(...), got {options!r}")
     sizes = options.sizes(pipe, height, width, cell_of(spec))
     strengths = options.strengths(len(sizes))
     specs = specs_of(spec, len(sizes))

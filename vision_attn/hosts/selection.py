@@ -167,7 +167,13 @@ def targets_of(target: Any, components: tuple[str, ...] | None, host: Host | Non
     if not chosen:
         parts = ", ".join(f"{name} ({type(model).__name__})" for name, model in candidates.items()) or "no models"
         raise ValueError(f"nothing to convert in this {type(target).__name__}: it has {parts}")
-    return chosen
+    return distinct(chosen)
+
+
+def distinct(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return each model once, under its first name: a pipeline may hold one ControlNet twice."""
+    names = {id(model): name for name, model in reversed(list(models.items()))}
+    return {name: model for name, model in models.items() if names[id(model)] == name}
 
 
 def select(model: nn.Module, names: Sequence[str], where: Where) -> list[str]:
@@ -211,6 +217,9 @@ def check_specs(specs: Any) -> None:
     for spec in each:
         if not isinstance(spec, AttnSpec):
             raise TypeError(f"spec must be a processor's spec such as Clear(radius=16), got {spec!r}")
+    for pattern in specs if isinstance(specs, Mapping) else ():
+        if not isinstance(pattern, str):
+            raise TypeError(f"specs are given by patterns of layer names, such as 'down_blocks.*', got {pattern!r}")
     if not each:
         raise ValueError("no spec is given: give one, a sequence of them, or a dictionary of patterns and specs")
 

@@ -12,6 +12,7 @@ Papers: 'Agent Attention' (section 4.3) - https://arxiv.org/abs/2312.08874, 'Tok
 https://arxiv.org/abs/2303.17604
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +67,8 @@ class AgentSD(AttnSpec):
         for name in ("ratio", "agent_ratio", "k_scale", "shortcut"):
             value = getattr(self, name)
             check_number(name, value)
+            if math.isinf(value):
+                raise ValueError(f"{name} must be finite, got {value}")
             if name in ("ratio", "agent_ratio") and not 0 <= value < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
 
