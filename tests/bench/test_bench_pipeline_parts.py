@@ -10,7 +10,8 @@ from vision_attn import Clear, convert
 from vision_attn.bench.local.flex import FlexClear
 from vision_attn.bench.pipelines.architectures import ARCHITECTURES
 from vision_attn.bench.pipelines.attention import WAYS
-from vision_attn.bench.pipelines.steps import Clock, PipelineCase, Steps, compiled_blocks, shortened
+from vision_attn.bench.pipelines.steps import PipelineCase, Steps, compiled_blocks, shortened
+from vision_attn.bench.timing import Clock
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 

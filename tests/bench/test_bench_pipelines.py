@@ -42,7 +42,8 @@ def test_a_run_stores_what_it_measured(stored):
     assert set(found) == {*STOCK, "clear r16", "multipole", "linfusion", "flex r16"}
     clear, stock = found["clear r16"]["forward"], found["stock sdpa"]["forward"]
     assert clear["speedup"] == pytest.approx(stock["median_ms"] / clear["median_ms"], rel=2e-3)
-    assert clear["layers"] == dict(rerouted=5, of=5) and clear["samples"] == 5 and clear["extrapolated"] is False
+    assert clear["layers"] == dict(rerouted=5, of=5) and clear["extrapolated"] is False
+    assert clear["samples"] == 15 and clear["turns"] == 3 and "turns" not in compiled["candidates"][0]["forward"]
     assert set(clear["blocks_ms"]) == {"transformer_blocks", "single_transformer_blocks"}
     assert "CUDA only" in found["stock cudnn"]["reason"]
     assert eager["shape"]["source"] == "black-forest-labs/FLUX.1-dev" and eager["shape"]["parameters"] > 1e4

@@ -108,10 +108,13 @@ def stored_steps() -> Iterator[tuple[str, Denoiser, tuple[int, int], str, dict[s
             yield row["case"], model, size, name, specs, measured, stock
 
 
+OTHER_KERNELS = ("agent", "linear local")  # theirs are faster than those of the stored steps
+
+
 def steps(machine: Machine) -> Choices:
     """Eager steps of denoisers."""
     for case, model, size, name, specs, measured, stock in stored_steps():
-        if specs:
+        if specs and name not in OTHER_KERNELS:
             converted, spec = frozenset(specs), next(iter(specs.values()))
             step = as_measured_then(model.step(size, specs, machine, 2), spec, converted)
             yield f"{case} {name}", step.seconds(converted) < step.seconds(), measured < stock
@@ -142,10 +145,14 @@ def test_times_of_local_attention_are_near_the_measured_ones(case: dict[str, Any
 
 
 def dense_of(shape: dict[str, Any]) -> float | None:
-    """Return what dense attention takes, of the rows of local attention with 24 heads; None if it is in none."""
+    """Return what dense attention takes: of rows with as many heads, or with 24, where no part of a GPU is idle."""
+    if shape["dtype"] == "float32":
+        return None
+    side, heads, dim = round(shape["tokens"] ** 0.5), shape["heads"], shape["head_dim"]
     known = {row["case"]: times(row)["cuDNN"] for row in rows("kernels_local")}
-    name = f"square-{round(shape['tokens'] ** 0.5)}-k7{'-d64' if shape['head_dim'] == 64 else ''}"
-    return known[name] * shape["heads"] / 24 if name in known and shape["dtype"] != "float32" else None
+    own = {row["case"]: times(row).get("SDPA") for row in rows("kernels_linear")}
+    same, more = own.get(f"hilo-{side}-h{heads}-d{dim}"), known.get(f"square-{side}-k7{'-d64' * (dim == 64)}")
+    return same or (None if more is None else more * heads / 24)
 
 
 LINEAR = [row for row in rows("kernels_linear") if dense_of(row["shape"]) and row["shape"]["kind"] != "agent"]
@@ -163,8 +170,8 @@ def test_choices_of_linear_kernels_are_those_of_the_measurements(case: dict[str,
 @pytest.mark.parametrize(
     ("architecture", "pixels", "native_ms", "host_ms"),
     [
-        ("flux", 1024, 170, None), ("sdxl", 1024, 26.6, 57), ("sdxl", 2048, 100, 61), ("sd15", 512, 9.5, 29),
-        ("pixart", 1024, 18.7, 27), ("sd35", 1024, 40.4, 45),
+        ("flux", 1024, 170, None), ("sdxl", 1024, 29.3, 59), ("sdxl", 2048, 100, 61), ("sd15", 512, 10.6, 33),
+        ("pixart", 1024, 19.6, 26), ("sd35", 1024, 42.8, 47),
     ],
 )  # fmt: skip
 def test_steps_are_near_the_measured_ones(

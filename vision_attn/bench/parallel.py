@@ -20,7 +20,8 @@ from torch import nn
 from vision_attn.bench.candidate import reason_of
 from vision_attn.bench.overview import Must, judge
 from vision_attn.bench.pipelines.architectures import ARCHITECTURES, Architecture
-from vision_attn.bench.pipelines.steps import Clock, Steps
+from vision_attn.bench.pipelines.steps import Steps
+from vision_attn.bench.timing import Clock
 from vision_attn.bench.training import training
 from vision_attn.conversion.conversion import Conversion, convert
 from vision_attn.conversion.state import model_state

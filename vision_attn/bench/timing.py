@@ -159,6 +159,34 @@ def interleave(launches: Mapping[str, Launch], *, rounds: int = 4) -> dict[str, 
     return {name: Timing.of(samples[name], launch.kind) for name, launch in launches.items()}
 
 
+class Clock:
+    """Measures milliseconds: by events on a GPU, by wall-clock time on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+
+    def now(self) -> Any:
+        """Return this moment: on a GPU, a place in the stream of work."""
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def ms(self, begin: Any, end: Any) -> float:
+        """Return the milliseconds between two moments."""
+        if not self._cuda:
+            return (end - begin) * 1e3
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    def time(self, call: Callable[[], object]) -> float:
+        """Return the milliseconds of one call."""
+        begin = self.now()
+        call()
+        return self.ms(begin, self.now())
+
+
 class PeakMemory:
     """Watches the memory of a GPU from the moment it is made; on a CPU nothing is counted."""
 

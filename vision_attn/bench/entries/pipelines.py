@@ -18,8 +18,9 @@ TITLE = (
 )
 TIMING = (
     "Candidates one after another in one run, on one model: a warm-up, then medians of 5 steps below 0.5 s, 3 below "
-    "2 s, 2 below 6 s, else one. A step above 15 s is extrapolated: one block of each kind is timed in its place, and "
-    "counted as often as the model has it. Compiled is `torch.compile` of the repeated blocks. Speed-ups "
+    "2 s, 2 below 6 s, else one. Eager steps at native sizes are medians of 15 in 3 turns of each candidate: there the "
+    "host counts, and others use it too. A step above 15 s is extrapolated: one block of each kind is timed in its "
+    "place, and counted as often as the model has it. Compiled is `torch.compile` of the repeated blocks. Speed-ups "
     "refer to the faster stock of the same table. In graphs are replays of `vision_attn.graphs`, with their speed-up "
     "over the same eager stock. Memory is the peak with all weights, and the part above what lay "
     "there before the step; blocks run one after another, so one of each kind shows the peak of an extrapolated step."

@@ -18,7 +18,7 @@ from vision_attn.bench.candidate import AbsentError, reason_of
 from vision_attn.bench.overview import Must, add_speedups, judge
 from vision_attn.bench.pipelines.architectures import ARCHITECTURES, Architecture, in_float8
 from vision_attn.bench.pipelines.attention import STOCK, WAYS, Way
-from vision_attn.bench.timing import PeakMemory
+from vision_attn.bench.timing import Clock, PeakMemory
 from vision_attn.conversion.conversion import Conversion
 from vision_attn.estimation.cost import seconds
 from vision_attn.estimation.rates import machine_of
@@ -30,6 +30,7 @@ from vision_attn.processors.base import Layer
 
 LONGEST_S = 15.0
 _SKIP_S = 60.0  # a step of blocks that differ cannot be extrapolated
+_TURNS, _WARM = 3, 3  # where steps are taken in turns: turns of each candidate, and steps of each that do not count
 _COUNTS = ((0.5, 5), (2.0, 3), (6.0, 2))  # (seconds, how many steps are timed if one takes less)
 
 
@@ -99,6 +100,11 @@ class PipelineCase:
         return not self.compiled and self.pixels <= 2 * self.model.native
 
     @property
+    def in_turns(self) -> bool:
+        """Whether eager steps are taken in turns: at native sizes Python is the limit, and others use the host too."""
+        return not self.compiled and self.pixels <= self.model.native
+
+    @property
     def mode(self) -> str:
         """How the blocks run."""
         return "compiled" if self.compiled else "eager"
@@ -130,15 +136,21 @@ def pipeline_row(
     Returns:
         A row of `document.py`'s schema.
     """
+    built: list[tuple[nn.Module, dict[str, Any]]] = []
 
     def prepare(about: dict[str, Any]) -> Callable[[Way], dict[str, Any]]:
         start = time.perf_counter()
         model = case.build(device)
         arguments = case.model.arguments(case.pixels, device, case.dtype)
         about |= dict(build_s=time.perf_counter() - start, parameters=sum(p.numel() for p in model.parameters()))
+        built.append((model, arguments))
         return lambda way: _measured(way, case, model, arguments, longest_s)
 
-    return row_of(case, device, chosen, prepare)
+    def finish(results: Mapping[Way, dict[str, Any]]) -> None:
+        if case.in_turns:
+            _take_turns(case, *built[0], results)
+
+    return row_of(case, device, chosen, prepare, finish)
 
 
 def row_of(
@@ -146,6 +158,7 @@ def row_of(
     device: torch.device,
     chosen: Sequence[str],
     prepare: Callable[[dict[str, Any]], Callable[[Way], dict[str, Any]]],
+    finish: Callable[[Mapping[Way, dict[str, Any]]], None] = lambda results: None,
 ) -> dict[str, Any]:
     """Measure the ways to attend of a case, one after another.
 
@@ -154,6 +167,7 @@ def row_of(
         device: Where.
         chosen: Names of the candidates that take part, all if empty.
         prepare: Builds the model, adds to what the JSON says of the case, and returns what measures a way.
+        finish: Gets the figures of each way that was measured, and may change them.
 
     Returns:
         A row of `document.py`'s schema.
@@ -172,6 +186,7 @@ def row_of(
                 result["reason"] = reason_of(error)
             result["ready_s"] = time.perf_counter() - start
             free(device)
+        finish({way: r["forward"] for way, r in zip(ways, results, strict=True) if r["forward"] is not None})
     except Exception as error:  # the model was not built, or the device is lost: what was measured stays
         for result in results:
             result["reason"] = result["reason"] or (None if result["forward"] else reason_of(error))
@@ -200,6 +215,27 @@ def _measured(
         if case.graphed and device.type == "cuda" and not figures["extrapolated"]:
             figures["graphs"] = _in_graphs(step, model, device)
     return figures | dict(launch="cpu" if device.type == "cpu" else case.mode)
+
+
+def _take_turns(
+    case: PipelineCase, model: nn.Module, arguments: dict[str, Any], results: Mapping[Way, dict[str, Any]]
+) -> None:  # fmt: skip
+    """Take eager steps in turns, in alternating order, and put their times in the place of those that were found."""
+    device = next(model.parameters()).device
+    clock, samples = Clock(device), {way: list[float]() for way in results}
+
+    def step() -> None:
+        with torch.no_grad():
+            model(**arguments)
+
+    for turn in range(_TURNS):
+        for way in list(results)[:: -1 if turn % 2 else 1]:
+            with way.use(model, case.grid, device):
+                for _ in range(_WARM):  # the first calls of a conversion record what later ones repeat
+                    step()
+                samples[way] += [clock.time(step) for _ in range(_COUNTS[0][1])]
+    for way, found in results.items():
+        found.update(figures_of(samples[way], found["memory"]), turns=_TURNS)
 
 
 def _in_graphs(step: Callable[[], None], model: nn.Module, device: torch.device) -> dict[str, Any]:
@@ -282,34 +318,6 @@ def free(device: torch.device) -> None:
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
-
-
-class Clock:
-    """Measures milliseconds: by events on a GPU, by wall-clock time on a CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-
-    def now(self) -> Any:
-        """Return this moment: on a GPU, a place in the stream of work."""
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def ms(self, begin: Any, end: Any) -> float:
-        """Return the milliseconds between two moments."""
-        if not self._cuda:
-            return (end - begin) * 1e3
-        end.synchronize()
-        return begin.elapsed_time(end)
-
-    def time(self, call: Callable[[], object]) -> float:
-        """Return the milliseconds of one call."""
-        begin = self.now()
-        call()
-        return self.ms(begin, self.now())
 
 
 class _Timed(nn.Module):

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from vision_attn.bench.pipelines.architectures import ARCHITECTURES, Architecture
 from vision_attn.bench.pipelines.attention import STOCK, Way
-from vision_attn.bench.pipelines.steps import Clock, figures_of, free, replaced, rerouted, row_of
-from vision_attn.bench.timing import PeakMemory
+from vision_attn.bench.pipelines.steps import figures_of, free, replaced, rerouted, row_of
+from vision_attn.bench.timing import Clock, PeakMemory
 from vision_attn.grid import Grid
 
 RANK = 16
