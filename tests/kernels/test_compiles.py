@@ -125,7 +125,7 @@ def test_a_second_size_of_a_picture_compiles_nothing(tmp_path, operator):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("operator", ["local-int8", "local-fp8", "multipole-int8", "means", "depthwise"])
+@pytest.mark.parametrize("operator", ["local-int8", "local-fp8", "multipole-int8", "means", "depthwise", "residual"])
 def test_a_second_size_compiles_nothing_without_gradients(tmp_path, operator):
     assert compiled_at_three_sizes(tmp_path, operator, "inference") >= 1
 

@@ -116,7 +116,7 @@ class LinFusion(AttnSpec):
     def calls(self) -> float:
         """Kernels of the sums and of the features, those of both residual networks, and the convolution."""
         more = 7.0 * (self.features - 1) + (2.0 if self.kernel_size else 0.0)
-        return (6.0 if self.feature_map == "elu" else 12.0) + (6.0 if self.mid_dim != -1 else 0.0) + more
+        return (6.0 if self.feature_map == "elu" else 12.0) + (4.0 if self.mid_dim != -1 else 0.0) + more
 
 
 class _Affine(nn.Module):

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 # Up to so many tokens of a batch, calls of PyTorch's ten operators take the host longer than they take the GPU. Above,
 # the time is that of the products, and cuBLAS has the faster ones.
 MOST_ROWS = 16384
-MOST = 8192  # channels between the layers that one program normalises
 WIDEST = 128  # channels of the last row of the launches: a wider product has more tiles, not other ones
 _UNIT = 8  # channels that one load takes
 
@@ -36,8 +35,6 @@ def network_reasons(x: Tensor, networks: "tuple[Network, ...]", *, auto: bool) -
     if any(n.weight.shape[0] != mid or (n.eps, n.slope) != (first.eps, first.slope) for n in networks):
         reasons.append("the networks differ in width, eps or slope")
     reasons += [f"{_UNIT} does not divide {n} channels" for n in sorted({x.shape[-1], mid}) if n % _UNIT]
-    if mid > MOST:
-        reasons.append(f"{mid} channels between the layers are above {MOST}")
     if auto and x.shape[0] * x.shape[1] > MOST_ROWS:
         reasons.append(f"above {MOST_ROWS} tokens PyTorch's products are faster")
     return reasons
