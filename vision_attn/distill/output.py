@@ -227,8 +227,9 @@ class Metrics:
             self.file.write(json.dumps({"step": step, **found, "seconds": round(seconds, 3)}) + "\n")
             self.file.flush()
         self.accelerator.log(found, step=step)
+        shown = {k: f"{v:.4g}" for k, v in found.items() if k not in ("norm", "learning_rate")}
+        self.bar.set_postfix(shown, refresh=False)  # the next update draws it, if it is time
         self.bar.update()
-        self.bar.set_postfix({k: f"{v:.4g}" for k, v in found.items() if k not in ("norm", "learning_rate")})
 
     def close(self) -> None:
         """Close the bar and the file."""
