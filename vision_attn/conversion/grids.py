@@ -1,6 +1,5 @@
 """How the layers of a host find their grid: a probe reads it from the arguments of the forward that begins."""
 
-import inspect
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -316,11 +315,6 @@ class GridContext:
         if min(ranks.count(ranks.image, rank) for rank in range(ranks.size)) < 1:
             return f"{found} is smaller than the {ranks.size} processes are many"
         return found if ranks.tokens == tokens else f"{tokens} tokens are not this process's slice of {found}"
-
-
-def argument_names(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of the arguments of a module's forward, in order."""
-    return tuple(inspect.signature(type(module).forward).parameters)[1:]
 
 
 def by_name(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

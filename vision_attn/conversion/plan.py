@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from vision_attn.conversion.answers import answered
-from vision_attn.conversion.grids import GridContext, argument_names, by_name, remove_hooks, unwatch, watch
+from vision_attn.conversion.grids import GridContext, by_name, remove_hooks, unwatch, watch
 from vision_attn.conversion.projections import PROJECTIONS, bind, is_bound, unbind
 from vision_attn.conversion.state import (
     LAYER,
@@ -35,7 +35,7 @@ from vision_attn.conversion.state import (
 )
 from vision_attn.estimation.model import break_even
 from vision_attn.grid import Grid
-from vision_attn.hosts.host import Host, heads_of, input_dim
+from vision_attn.hosts.host import Host, argument_names, heads_of, input_dim
 from vision_attn.hosts.selection import unwrapped
 from vision_attn.parallel.models import is_cut
 from vision_attn.processors.base import CHILD, AttnSpec, Layer, Processor, model_name, stored_name

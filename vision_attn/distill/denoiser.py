@@ -16,6 +16,7 @@ from vision_attn._compat import ensure_torchvision
 from vision_attn.conversion.state import computing_dtype
 from vision_attn.distill.config import ModelConfig
 from vision_attn.highres.redraw import decode, encode, shift_at, unpacked
+from vision_attn.hosts.host import argument_names
 from vision_attn.hosts.selection import COMPONENTS, targets_of
 
 EMOJI = "emoji:"
@@ -205,7 +206,7 @@ def record(pipe: Any, height: int, width: int, guidance: float, **call: Any) -> 
         ValueError: If the pipeline never calls its denoiser.
     """
     model = denoiser_of(pipe)[1]
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    names = argument_names(model)
 
     def stop(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         raise _Recorded({**dict(zip(names, args, strict=False)), **kwargs})

@@ -6,7 +6,6 @@ queries the image changes.
 """
 
 import functools
-import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vision_attn.hosts.host import heads_of
+from vision_attn.hosts.host import argument_names, heads_of
 
 
 @dataclass
@@ -47,8 +46,7 @@ class _Watch(TorchFunctionMode):
     def __enter__(self) -> "_Watch":
         self.hooks: list[Any] = []
         for name, module in self.model.named_modules():
-            names = tuple(inspect.signature(type(module).forward).parameters)[1:]
-            begin = functools.partial(self._begin, name, names)
+            begin = functools.partial(self._begin, name, argument_names(module))
             self.hooks.append(module.register_forward_pre_hook(begin, with_kwargs=True))
             self.hooks.append(module.register_forward_hook(self._end, always_call=True))
         super().__enter__()
@@ -87,7 +85,7 @@ def usual_inputs(model: nn.Module, height: int, width: int) -> dict[str, Any]:
     """
     config: Any = getattr(model, "config", None)
     told: Any = config if isinstance(config, Mapping) else {}
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    names = argument_names(model)
     on_latents = any(cls.__name__ == "ModelMixin" for cls in type(model).__mro__)
     side = 8 if on_latents else 1
     channels = told.get("in_channels", 4) if on_latents else 3

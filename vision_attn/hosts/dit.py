@@ -13,6 +13,7 @@ from vision_attn.hosts.host import (
     Timestep,
     any_size,
     grid_of_patches,
+    is_a,
     not_whole,
     one_or_each,
     packed_size,
@@ -53,7 +54,7 @@ def _qwen_21(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
 
 
 def _flex(model: Any) -> str | None:
-    if any(type(block.attn.processor).__name__ == "QwenImage21FlexAttnProcessor" for block in model.transformer_blocks):
+    if any(is_a(block.attn.processor, "QwenImage21FlexAttnProcessor") for block in model.transformer_blocks):
         return "its processors run flex attention: call model.set_attn_processor(QwenImage21AttnProcessor()) first"
     return None
 
@@ -111,7 +112,7 @@ def _whole_patches(model: Any, height: float, width: float) -> str | None:
 def _too_large(model: Any, height: float, width: float) -> str | None:
     """Compare the patches of a side with the table of positions: its sides (SD3), or its tokens (AuraFlow)."""
     most, patch = model.config.pos_embed_max_size, model.config.patch_size
-    if "Aura" in type(model).__name__:
+    if is_a(model, "AuraFlowTransformer2DModel"):
         most = math.isqrt(most)
         if why := _whole_patches(model, height, width):
             return why

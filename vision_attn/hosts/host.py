@@ -1,6 +1,8 @@
 """What `convert` must know about a kind of host: which modules attend over the grid, and where the grid is."""
 
 import fnmatch
+import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -39,6 +41,28 @@ def grid_of_patches(image: Tensor, patch: int = 1) -> Grid | str:
 def one_or_each(grids: Sequence[Grid]) -> Found:
     """Return the grid that all samples of a batch have, or one for each."""
     return grids[0] if len(set(grids)) == 1 else tuple(grids)
+
+
+def is_a(module: object, *names: str) -> bool:
+    """Whether a module is of a class with one of these names, or of one that was made of it, as FSDP and users do."""
+    return any(cls.__name__ in names for cls in type(module).__mro__)
+
+
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the arguments of a module's forward, in order.
+
+    What a forward hands on as `*args` has the names of the class above it.
+    """
+    names: tuple[str, ...] = ()
+    for cls in type(module).__mro__:
+        if "forward" not in vars(cls):
+            continue
+        every = list(inspect.signature(vars(cls)["forward"]).parameters.values())[1:]
+        own = list(itertools.takewhile(lambda one: one.kind is not one.VAR_POSITIONAL, every))
+        names += tuple(one.name for one in own if one.kind is not one.VAR_KEYWORD)[len(names) :]
+        if len(own) == len(every):
+            break
+    return names
 
 
 def _whole(model: nn.Module) -> list[tuple[str, nn.Module]]:

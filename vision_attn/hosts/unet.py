@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from vision_attn.grid import Grid
-from vision_attn.hosts.host import Host, Timestep, grid_of_patches
+from vision_attn.hosts.host import Host, Timestep, grid_of_patches, is_a
 
 
 def _grid(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
@@ -22,7 +22,7 @@ def _spatial_transformers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if type(module).__name__ == "Transformer2DModel"
+        if is_a(module, "Transformer2DModel")
         and not any(
             getattr(block, "only_cross_attention", False) for block in getattr(module, "transformer_blocks", ())
         )

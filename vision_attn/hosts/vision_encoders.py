@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from vision_attn.grid import Grid
-from vision_attn.hosts.host import Found, Host, one_or_each
+from vision_attn.hosts.host import Found, Host, is_a, one_or_each
 from vision_attn.hosts.vit import features_grid, global_blocks
 
 _ENCODERS = (
@@ -26,7 +26,7 @@ def _encoders(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [
         (name, module)
         for name, module in model.named_modules()
-        if type(module).__name__ in _ENCODERS and hasattr(module, "embeddings")
+        if is_a(module, *_ENCODERS) and hasattr(module, "embeddings")
     ]
 
 
@@ -41,7 +41,7 @@ def _sides(told_by: Any, height: int, width: int) -> tuple[int, int]:
 
 
 def _pixels(module: Any, inputs: Mapping[str, Any]) -> Grid | str:
-    told_by = module.patch_embeddings if type(module).__name__ == "ViTEmbeddings" else module.config
+    told_by = module.patch_embeddings if is_a(module, "ViTEmbeddings") else module.config
     return Grid(*_sides(told_by, *inputs["pixel_values"].shape[-2:]))
 
 
@@ -69,7 +69,9 @@ def _problem(model: nn.Module) -> str | None:
 
 
 def _sam_problem(model: nn.Module) -> str | None:
-    if any(type(module).__name__ == "SamVisionAttention" for module in model.modules()):
+    if any(
+        is_a(module, "SamVisionAttention") and not is_a(module, "SamVisionSdpaAttention") for module in model.modules()
+    ):
         return "its attention is 'eager': load it with attn_implementation='sdpa'"
     return None
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vision_attn.grid import Grid
-from vision_attn.hosts.host import Found, Host, one_or_each
+from vision_attn.hosts.host import Found, Host, is_a, one_or_each
 
 
 def _patch_embed(model: nn.Module) -> nn.Module:
@@ -22,7 +22,7 @@ def _grid(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
 
 def _problem(model: nn.Module) -> str | None:
     for name, module in model.named_modules():
-        if type(module).__name__ == "DiffAttention":
+        if is_a(module, "DiffAttention"):
             return f"{name} is a DiffAttention, whose two attention maps no processor can replace"
     if getattr(getattr(model, "patch_drop", None), "prob", 0):
         return "patch_drop leaves out tokens of the grid in training: set model.patch_drop = torch.nn.Identity() first"
@@ -103,7 +103,7 @@ def global_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _transformers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the blocks of VOLO that attend over the whole grid, between outlook attention and class attention."""
-    return [(name, block) for name, block in model.named_modules() if type(block).__name__ == "Transformer"]
+    return [(name, block) for name, block in model.named_modules() if is_a(block, "Transformer")]
 
 
 def _volo_size(model: Any, layer: str, height: int, width: int) -> tuple[int, int]:

@@ -4,13 +4,13 @@ The model's own code runs as it is: its convolutions and group norms get classes
 transformers get the whole grid of their level.
 """
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from vision_attn.hosts import find_host
+from vision_attn.hosts.host import argument_names
 from vision_attn.parallel.ranks import Cut
 from vision_attn.parallel.rows import LEVEL, ROWS, Level, RowConv, RowNorm, Rows, reach
 
@@ -134,8 +134,8 @@ def _register(model: Any, rows: Rows) -> None:
 
         def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
             """Keep the own rows."""
-            inputs = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
-            return (), cut_inputs(module, rows, dict(list(inputs.items())[1:]))
+            named = dict(zip(argument_names(module), args, strict=False))
+            return (), cut_inputs(module, rows, named | kwargs)
 
         def post_forward(self, module: Any, output: Any) -> Any:
             """Gather the rows of all."""
