@@ -240,12 +240,7 @@ def undo(models: Iterable[nn.Module]) -> None:
         ValueError: If weights that `load` replaced are fused into others, offloaded or quantised, or a model is cut
             over processes.
     """
-    found = []
-    for model in models:
-        if is_cut(model):
-            raise ValueError(f"this {type(model).__name__} is cut over processes: disable() that before the revert")
-        found.append((model, _places(model, model_state(model).originals)))
-    for model, places in found:
+    for model, places in [(model, _places(model)) for model in models]:
         _undo(model, places)
 
 
@@ -265,12 +260,15 @@ def _undo(model: nn.Module, places: Mapping[str, Tensor]) -> None:
     forget(model)
 
 
-def _places(model: nn.Module, originals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _places(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors whose data `load` replaced, as they are now: hooks put new ones in their places.
 
     Raises:
-        ValueError: If they are fused into others, offloaded or quantised; the error says what to do.
+        ValueError: As for `undo`; the error says what to do.
     """
+    if is_cut(model):
+        raise ValueError(f"this {type(model).__name__} is cut over processes: disable() that before the revert")
+    originals = model_state(model).originals
     for name, module in model.named_modules():
         for sign, what, cure in _COPIES:
             if getattr(module, sign, False) is not True:
