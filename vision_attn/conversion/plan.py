@@ -241,23 +241,18 @@ def undo(models: Iterable[nn.Module]) -> None:
             over processes.
     """
     for model, places in [(model, _places(model)) for model in models]:
-        _undo(model, places)
-
-
-def _undo(model: nn.Module, places: Mapping[str, Tensor]) -> None:
-    state = model_state(model)
-    for module in list(model.modules()):
-        if is_rerouted(module):
-            for name, value in state_of(module).replaced.items():
-                setattr(module, name, value)
-            restore(module)
-        unwatch(module)
-        forget_input(module)
-    for hook in (_begin, _end):
-        remove_hooks(model, hook)
-    for name, original in state.originals.items():
-        places[name].data = original.to(places[name].device, places[name].dtype)
-    forget(model)
+        for module in list(model.modules()):
+            if is_rerouted(module):
+                for name, value in state_of(module).replaced.items():
+                    setattr(module, name, value)
+                restore(module)
+            unwatch(module)
+            forget_input(module)
+        for hook in (_begin, _end):
+            remove_hooks(model, hook)
+        for name, original in model_state(model).originals.items():
+            places[name].data = original.to(places[name].device, places[name].dtype)
+        forget(model)
 
 
 def _places(model: nn.Module) -> dict[str, Tensor]:
