@@ -110,8 +110,9 @@ class Projections:
 
     def enter(self, projection: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Change the arguments of a projection that is about to run; None leaves them as they are."""
+        modules = self.module._modules
         for name, role in _ROLES.items():
-            if self.module._modules.get(name) is projection and role in self.residuals:
+            if modules.get(name) is projection and role in self.residuals:
                 self.seen.add(role)
                 return (self._sum(role, args[0]), *args[1:])
         if self._fused(projection) and not _is_plain(projection):
@@ -177,7 +178,9 @@ class Projections:
 
 def bind(module: nn.Module) -> None:
     """Put hooks on the projections that an attention module has now. `unbind` undoes it."""
-    slot: _Slot = vars(module).setdefault(_SLOT, _Slot())
+    slot: _Slot | None = vars(module).get(_SLOT)
+    if slot is None:
+        slot = vars(module).setdefault(_SLOT, _Slot())
     for name, projection in module._modules.items():
         if name in PROJECTIONS and projection is not None and projection.__dict__.get(_SLOT) is not slot:
             setattr(projection, _SLOT, slot)

@@ -92,7 +92,7 @@ class Tapes(dict[Any, Any]):
             args: Its arguments; the first is a tensor.
             owners: The modules that `function` runs.
         """
-        if not can_repeat(args[0]) or not is_plain(*owners):
+        if not can_repeat(args[0]):
             return function(*args)
         if self.changes != _Launches.changes:
             self.clear()
@@ -100,17 +100,17 @@ class Tapes(dict[Any, Any]):
         about = tuple([(owner, owner.training, owner.__dict__.get("changes", 0)) for owner in owners])
         key = threading.get_ident(), about, *[_layout(a) for a in args]
         tape = self.get(key)
-        if tape is None:
+        if tape:
+            if tape.valid():
+                return tape.repeat([a for a in args if isinstance(a, Tensor)])
+            self.pop(key, None)
+        elif tape is None and is_plain(*owners):
             if key in self:
                 result, self[key] = _record(function, args, owners)
                 return result
             if len(self) >= _MOST:
                 self.clear()
             self[key] = None
-        elif tape:
-            if tape.valid():
-                return tape.repeat([a for a in args if isinstance(a, Tensor)])
-            del self[key]
         return function(*args)
 
 
@@ -143,12 +143,6 @@ def is_plain(*modules: nn.Module) -> bool:
             apart = getattr(type(module), "apart", ())
             found += [part for name, part in module._modules.items() if part is not None and name not in apart]
     return True
-
-
-def _parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the modules that the forward of a module may run, by name."""
-    apart = getattr(type(module), "apart", ())
-    return [(name, part) for name, part in module._modules.items() if part is not None and name not in apart]
 
 
 def _layout(a: Any) -> Any:
@@ -249,8 +243,7 @@ def _tape_of(heard: Recorder, result: Any, owners: Sequence[nn.Module]) -> "Tape
     if None in numbers or len(set(numbers)) < len(numbers):
         return None
     tape = Tape(isinstance(result, tuple), outputs[0].device)
-    for owner in owners:
-        tape.hold(owner)
+    tape.hold(dict(enumerate(owners)))
     bases = dict(zip(numbers, range(len(inputs), len(inputs) + len(outputs)), strict=True))
     places = {}
     for n, (t, zero) in enumerate(heard.allocated):
@@ -382,7 +375,7 @@ class Tape:
         zeros: Bytes of each further memory that begins as zeros.
         bytes: All other memory that is asked for.
         kept: Parameters: where each is kept, by what name, itself, and its address.
-        modules: Modules inside its owners: where each is kept, by what name, itself, and how often it was changed.
+        modules: Owners and modules inside: where each is kept, by what name, itself, and how often it was changed.
         tables: Tensors that nobody writes to.
     """
 
@@ -393,7 +386,7 @@ class Tape:
     zeros: list[int] = field(default_factory=list)
     bytes: int = 0
     kept: list[tuple[dict[str, Any], str, Tensor, int]] = field(default_factory=list)
-    modules: list[tuple[dict[str, Any], str, nn.Module, int]] = field(default_factory=list)
+    modules: list[tuple[dict[Any, Any], Any, nn.Module, int]] = field(default_factory=list)
     tables: list[Tensor] = field(default_factory=list)
 
     def keep(self, t: Tensor, owners: Sequence[nn.Module]) -> bool:
@@ -409,20 +402,28 @@ class Tape:
                         return True
         return False
 
-    def hold(self, owner: nn.Module) -> None:
-        """Note where the modules are that an owner may run."""
-        for name, part in _parts(owner):
-            self.modules.append((owner._modules, name, part, part.__dict__.get("changes", 0)))
-            self.hold(part)
+    def hold(self, among: dict[Any, nn.Module | None], apart: Sequence[str] = ()) -> None:
+        """Note where modules are kept, but those that are `apart`, and the modules that they may run."""
+        for name, part in among.items():
+            if part is not None and name not in apart:
+                self.modules.append((among, name, part, part.__dict__.get("changes", 0)))
+                self.hold(part._modules, getattr(type(part), "apart", ()))
 
     def valid(self) -> bool:
-        """Whether all parameters, and modules inside the owners, are where they were, and these as they were."""
-        return all([among.get(name) is t and t.data_ptr() == address for among, name, t, address in self.kept]) and all(
-            [
-                among.get(name) is part and part.__dict__.get("changes", 0) == changes
-                for among, name, part, changes in self.modules
-            ]
-        )
+        """Whether all parameters and modules are where they were and as they were, and the modules without hooks."""
+        if _modules._global_forward_hooks or _modules._global_forward_pre_hooks:
+            return False
+        for among, name, t, address in self.kept:
+            if among.get(name) is not t or t.data_ptr() != address:
+                return False
+        for among, name, part, changes in self.modules:
+            own = part.__dict__
+            if (
+                among.get(name) is not part or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
+                or own.get("changes", 0) != changes
+            ):  # fmt: skip
+                return False
+        return True
 
     def repeat(self, inputs: Sequence[Tensor]) -> Any:
         """Launch anew on other inputs and new memory; returns what the call returned."""

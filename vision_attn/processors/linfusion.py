@@ -232,19 +232,20 @@ class LinFusionAttention(Processor):
 
     def residuals(self) -> Mapping[str, nn.Module]:
         """Return f_q and f_k."""
-        return {} if self.spec.mid_dim == -1 else {"q": self.to_q_, "k": self.to_k_}
+        modules: Any = self._modules
+        return {} if self.spec.mid_dim == -1 else {"q": modules["to_q_"], "k": modules["to_k_"]}
 
     def add_residuals(self, x: Tensor, roles: Sequence[str]) -> Sequence[Tensor] | None:
         """Return the sums of some networks in inference, up to `MOST_ROWS` tokens of 16 bits: see `add_networks`."""
         if (
             self.backend not in ("auto", "triton") or type(x) is not Tensor or x.dim() != 3 or not x.is_contiguous()
-            or x.shape[0] * x.shape[1] > MOST_ROWS or torch.is_autocast_enabled(x.device.type)
+            or x.shape[0] * x.shape[1] > MOST_ROWS or torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")
         ):  # fmt: skip
             return None
         residuals: Any = [self._modules[f"to_{role}_"] for role in roles]
-        numbers = [getattr(f._modules.get(part), name, None) for f in residuals for part, name in _NUMBERS]
+        numbers = tuple([getattr(f._modules.get(part), name, None) for f in residuals for part, name in _NUMBERS])
         added: Sequence[Tensor] | None = self._tapes.call(
-            lambda x, *numbers: self._added(x, residuals), (x, *numbers), *residuals
+            lambda x, numbers: self._added(x, residuals), (x, numbers), *residuals
         )
         return added
 
