@@ -65,9 +65,12 @@ def test_a_file_and_values_that_have_the_last_word(tmp_path, capsys):
     for wrong, message in (
         (["tarin"], "'tarin' is none of train"),
         (["--config", "no.yaml"], "no.yaml does not exist"),
+        (["--config", str(file), "--run.steps=many"], "run.steps"),
+        (["--config", str(file), "--eval.size=large"], "eval.size"),
     ):
         assert main(["distill", *wrong]) == 2
-        assert message in capsys.readouterr().err
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
     assert main(["distill", "--help"]) == 0
 
 

@@ -436,6 +436,9 @@ def _moment_of(state: LayerState, rotary: tuple[Tensor, Tensor] | None) -> Momen
 def _never_reached(state: LayerState, module: nn.Module) -> str:
     processor = getattr(module, "processor", None)
     how = f" Its processor is {type(processor).__name__}." if processor is not None else ""
+    kind = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")  # of transformers
+    if kind != "sdpa":
+        how = f" Its attention is {kind!r}: call set_attn_implementation('sdpa')."
     return (
         f"{state.name} never called scaled_dot_product_attention, so it was not rerouted.{how} Switch off what "
         "replaces it: sliced attention (disable_attention_slicing), xformers "

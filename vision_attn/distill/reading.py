@@ -47,7 +47,7 @@ def read_config(arguments: Sequence[str], program: str) -> Config | str:
             return parser.dump(values, skip_none=False)
         made = parser.instantiate_classes(values)
     except jsonargparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(" ".join(str(error).split())) from None
     return Config(**{name: getattr(made, name) for name in Config.__dataclass_fields__})
 
 
