@@ -22,6 +22,7 @@ from vision_attn import (
     SuperToken,
 )
 from vision_attn.grid import Grid
+from vision_attn.kernels import tapes
 from vision_attn.processors import AttnSpec, Layer, Moment
 
 SPECS = {
@@ -91,6 +92,21 @@ def called(spec: AttnSpec, monkeypatch: pytest.MonkeyPatch) -> float:
 @pytest.mark.parametrize("name", SPECS)
 def test_the_calls_of_a_processor_are_about_those_that_are_counted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0.6 < SPECS[name].calls / called(SPECS[name], monkeypatch) < 1.7
+
+
+@pytest.mark.interpreter
+def test_the_networks_of_linfusion_are_as_many_launches_as_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import GridExecutor
+
+    launched: list[Any] = []
+    monkeypatch.setattr(GridExecutor, "__call__", lambda *args, **kwargs: launched.append(args))
+    monkeypatch.setattr(tapes, "DEVICES", ("cpu",))
+    processor = LinFusion().build(Layer("", 10, 16, "triton", dim=160)).half()
+    with torch.no_grad():
+        for _ in range(4):
+            launched.clear()
+            assert processor.add_residuals(torch.zeros(1, 256, 160).half(), ["q", "k"])
+    assert LinFusion().calls - LinFusion(mid_dim=-1).calls == 2 * len(launched)
 
 
 def test_what_is_learned_beside_attention_is_counted_too() -> None:
