@@ -153,6 +153,8 @@ REFUSED = {
         "v on cpu and gate on meta",
         lambda: linear_local_attention((X, X), (X, X), X, Grid(2, 3), 2, ONES.to("meta")),
     ),
+    "linear-list": (TypeError, "v must be a tensor .* got a list", lambda: linear_attention(X, X, [X])),
+    "window-none": (TypeError, "q must be a tensor", lambda: window_attention(None, X, X, Grid(2, 3), 2)),
     "window-integers": (
         TypeError,
         "q, k and v must be floating point, got q torch.int32$",

@@ -269,7 +269,7 @@ def refuse_unlike(q: Tensor, **others: Tensor) -> None:
     """Refuse tensors that are not `[B, N, H, D]` of one floating dtype on one device.
 
     Raises:
-        TypeError: If a dtype is not floating point, or differs from that of `q`.
+        TypeError: If one is no tensor, or a dtype is not floating point, or differs from that of `q`.
         ValueError: If a tensor has no four axes, or is on another device.
     """
     _check_alike("all inputs", {"q": q, **others})
@@ -278,6 +278,8 @@ def refuse_unlike(q: Tensor, **others: Tensor) -> None:
 def _check_alike(who: str, tensors: Mapping[str, Tensor]) -> None:
     q = tensors["q"]
     for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor [B, N, H, D], got a {type(t).__name__}")
         if t.dim() != 4:
             raise ValueError(f"{name} must be [B, N, H, D], got shape {tuple(t.shape)}")
         if t.dtype not in FLOATS:
@@ -292,9 +294,13 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> None:
     """Refuse q, k, v that do not agree with each other or with the grid.
 
     Raises:
-        TypeError: If dtypes differ or are not floating point.
+        TypeError: If dtypes differ or are not floating point, or an argument has another type.
         ValueError: If shapes or devices differ, or N is not the number of the grid's tokens.
     """
+    if not isinstance(grid, Grid):
+        raise TypeError(f"grid must be a Grid(height, width), got {grid!r}")
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        _check_alike("q, k and v", dict(q=q, k=k, v=v))
     shape, dtype, device = q.shape, q.dtype, q.device
     if (
         k.shape == shape == v.shape and k.dtype == dtype == v.dtype and k.device == device == v.device
@@ -314,13 +320,14 @@ def check_mask(q: Tensor, grid: Grid, mask: Tensor | None) -> None:
     """Refuse a mask of the keys outside the grid that has another dtype, shape or device.
 
     Raises:
-        TypeError: If the mask is not bool.
+        TypeError: If the mask is not a bool tensor.
         ValueError: If its shape is not `[B, prefix + suffix]` or `[1, prefix + suffix]`, or it is on another device.
     """
     if mask is None:
         return
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be bool, True where a key is seen, got {mask.dtype}")
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        given = mask.dtype if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise TypeError(f"mask must be bool, True where a key is seen, got {given}")
     outside = grid.prefix + grid.suffix
     if mask.dim() != 2 or mask.shape[1] != outside or mask.shape[0] not in (1, q.shape[0]):
         raise ValueError(
