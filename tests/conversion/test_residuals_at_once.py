@@ -201,12 +201,13 @@ def test_what_no_kernel_takes_runs_as_ever(name, ran):
 
 
 def test_large_pictures_run_as_ever(ran, monkeypatch):
-    model = made()
-    for most, rows in ((2 * GRID.tokens, [2]), (2 * GRID.tokens - 1, [])):
-        monkeypatch.setattr(linfusion, "MOST_ROWS", most)
-        check(model, tokens())
-        assert ran == rows
-        ran.clear()
+    for mid_dim, mid in ((24, 24), (None, 32)):
+        model = made(LinFusion(mid_dim=mid_dim))
+        for most, rows in ((2 * GRID.tokens * 32 * mid, [2]), (2 * GRID.tokens * 32 * mid - 1, [])):
+            monkeypatch.setattr(linfusion, "MOST", most)
+            check(model, tokens())
+            assert ran == rows
+            ran.clear()
 
 
 def doubled(module, args, output):

@@ -26,7 +26,7 @@ from vision_attn.grid import Grid
 from vision_attn.kernels.dense import around
 from vision_attn.kernels.hedgehog import hedgehog
 from vision_attn.kernels.linear import Features, linear_attention
-from vision_attn.kernels.residual import MOST_ROWS, Network, add_networks, network_reasons, run
+from vision_attn.kernels.residual import MOST, Network, add_networks, network_reasons, run
 from vision_attn.kernels.tapes import HERE, Tapes, can_repeat, is_plain
 from vision_attn.processors.base import AttnSpec, Layer, Moment, Processor, register
 from vision_attn.processors.positional import DepthwiseBranch, check_kernel_size, rotation_of, unrotated
@@ -236,10 +236,11 @@ class LinFusionAttention(Processor):
         return {} if self.spec.mid_dim == -1 else {"q": modules["to_q_"], "k": modules["to_k_"]}
 
     def add_residuals(self, x: Tensor, roles: Sequence[str]) -> Sequence[Tensor] | None:
-        """Return the sums of some networks in inference, up to `MOST_ROWS` tokens of 16 bits: see `add_networks`."""
+        """Return the sums of some networks in inference, in 16 bits, up to `MOST` multiplications: see `add_networks`."""
         if (
             self.backend not in ("auto", "triton") or type(x) is not Tensor or x.dim() != 3 or not x.is_contiguous()
-            or x.shape[0] * x.shape[1] > MOST_ROWS or torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")
+            or x.numel() * (self.spec.mid_dim or x.shape[-1]) > MOST
+            or torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")
         ):  # fmt: skip
             return None
         residuals: Any = [self._modules[f"to_{role}_"] for role in roles]

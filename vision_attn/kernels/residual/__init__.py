@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vision_attn.kernels.backend import FLOATS, Implementation, pick
-from vision_attn.kernels.residual.op import MOST_ROWS, add_networks_triton, network_reasons
+from vision_attn.kernels.residual.op import MOST, add_networks_triton, network_reasons
 
-__all__ = ["MOST_ROWS", "Network", "add_networks", "network_reasons", "run"]
+__all__ = ["MOST", "Network", "add_networks", "network_reasons", "run"]
 
 
 class Network(NamedTuple):
@@ -49,8 +49,8 @@ def add_networks(x: Tensor, networks: tuple[Network, ...], *, backend: str = "au
     Args:
         x: Tokens `[B, N, C]`.
         networks: The networks; two have the same width, `eps` and `slope` for 'triton'.
-        backend: 'triton' (CUDA, 16 bits, without gradients), 'torch' (any device), or 'auto': 'torch' above `MOST_ROWS`
-            tokens, and else the fastest that can run.
+        backend: 'triton' (CUDA, 16 bits, without gradients), 'torch' (any device), or 'auto': 'torch' above `MOST`
+            multiplications a layer, and else the fastest that can run.
 
     Returns:
         `[B, N, C]` in the dtype of `x`, for each network.

@@ -14,9 +14,10 @@ from vision_attn.kernels.triton.launching import inference_reasons
 if TYPE_CHECKING:
     from vision_attn.kernels.residual import Network
 
-# Up to so many tokens of a batch, calls of PyTorch's ten operators take the host longer than they take the GPU. Above,
-# the time is that of the products, and cuBLAS has the faster ones.
-MOST_ROWS = 16384
+# Multiplications of a network's layer, B N C mid, up to which the fused networks are chosen: those of SDXL at 2048 px.
+# Up to there the calls of PyTorch's ten operators take the host longer than they take an H200. Above, the time is that
+# of the products, and cuBLAS has the faster ones.
+MOST = 16384 * 640 * 640
 WIDEST = 128  # channels of the last row of the launches: a wider product has more tiles, not other ones
 _UNIT = 8  # channels that one load takes
 
@@ -35,8 +36,8 @@ def network_reasons(x: Tensor, networks: "tuple[Network, ...]", *, auto: bool) -
     if any(n.weight.shape[0] != mid or (n.eps, n.slope) != (first.eps, first.slope) for n in networks):
         reasons.append("the networks differ in width, eps or slope")
     reasons += [f"{_UNIT} does not divide {n} channels" for n in sorted({x.shape[-1], mid}) if n % _UNIT]
-    if auto and x.shape[0] * x.shape[1] > MOST_ROWS:
-        reasons.append(f"above {MOST_ROWS} tokens PyTorch's products are faster")
+    if auto and x.numel() * mid > MOST:
+        reasons.append(f"PyTorch is faster at {x.numel() * mid:.1e} multiplications a layer, above {MOST:.1e}")
     return reasons
 
 
