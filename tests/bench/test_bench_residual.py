@@ -20,9 +20,9 @@ def test_the_small_case_is_checked_and_timed(tmp_path):
     assert not ours["reason"] and eager["forward"]["ratio"] > 0
 
 
-def test_the_cases_are_those_of_sdxl():
+def test_the_cases_are_those_of_sdxl_and_flux():
     names = [case.name for case in kernels_residual.cases(torch.device("cuda"))]
-    assert len(set(names)) == 6
+    assert len(set(names)) == len(names) == 8
     assert {"residual-sdxl-32", "residual-sdxl-64", "residual-sdxl-128", "residual-sdxl-64-m40"} <= set(names)
 
 

@@ -236,7 +236,7 @@ class LinFusionAttention(Processor):
         return {} if self.spec.mid_dim == -1 else {"q": modules["to_q_"], "k": modules["to_k_"]}
 
     def add_residuals(self, x: Tensor, roles: Sequence[str]) -> Sequence[Tensor] | None:
-        """Return the sums of some networks in inference, in 16 bits, up to `MOST` multiplications: see `add_networks`."""
+        """Return the sums of some networks, in inference, in 16 bits and up to `MOST`: see `add_networks`."""
         if (
             self.backend not in ("auto", "triton") or type(x) is not Tensor or x.dim() != 3 or not x.is_contiguous()
             or x.numel() * (self.spec.mid_dim or x.shape[-1]) > MOST
