@@ -11,8 +11,8 @@ __all__ = ["CANDIDATES", "TITLE", "cases", "row"]
 
 TITLE = (
     "x + f(x) of both residual networks of a LinFusion layer, as wide as its tokens, and a sixteenth of that (the "
-    "authors' for SDXL). `eager` is PyTorch's ten operators, which `auto` takes from 6.7e9 multiplications a layer on, as "
-    "in `flux-64`. The host's time is that of `vision-attn bench host`"
+    "authors' for SDXL). `eager` is PyTorch's ten operators, which `auto` takes for `flux-64`. The host's time "
+    "is that of `vision-attn bench host`"
 )
 
 
