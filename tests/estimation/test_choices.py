@@ -18,7 +18,7 @@ from vision_attn.estimation.cost import H200, Machine, seconds
 from vision_attn.estimation.step import Denoiser, Step
 from vision_attn.grid import Grid
 from vision_attn.hosts import find_host
-from vision_attn.processors import AttnSpec, Layer
+from vision_attn.processors import AttnSpec, Layer, registrations
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 LEAST = 0.95  # share of right choices
@@ -61,6 +61,20 @@ def kernels(machine: Machine) -> Choices:
         found = times(row)
         ours, dense = attention(local_spec(row["shape"]), row["shape"], machine)
         yield row["case"], ours < dense, found["ours"] < found["cuDNN"]
+
+
+def layers(machine: Machine) -> Choices:
+    """Layers of SDXL with every processor, each as often as the model has it; none where both take the same time."""
+    specs = {str(spec): spec for known in registrations() for spec in known.bench.values()}
+    specs[str(LinFusion(mid_dim=-1))] = LinFusion(mid_dim=-1)
+    for row in json.loads((RESULTS / "check_choices_h200.json").read_text())["layers"]:
+        sides, _, outside = row["grid"].partition("+")
+        grid = Grid(*map(int, sides.split("x")), prefix=int(outside))
+        layer = Layer("", row["heads"], row["head_dim"])
+        ours, dense = (seconds(spec, grid, layer, machine, 2) for spec in (specs[row["spec"]], Softmax()))
+        if abs(row["ms"] / row["dense_ms"] - 1) >= 0.05:
+            for _ in range(row["layers"]):
+                yield f"{row['case']} {row['grid']} {row['spec']}", ours < dense, row["ms"] < row["dense_ms"]
 
 
 def linear_spec(shape: dict[str, Any]) -> AttnSpec:
@@ -130,7 +144,12 @@ def test_choices_of_steps_are_those_of_the_measurements() -> None:
     assert share >= LEAST, wrong
 
 
-@pytest.mark.parametrize("choices", [kernels, steps], ids=["kernels", "steps"])
+def test_choices_of_layers_are_those_of_the_measurements() -> None:
+    share, wrong = right(layers(H200))
+    assert share >= LEAST, sorted(set(wrong))
+
+
+@pytest.mark.parametrize("choices", [kernels, steps, layers], ids=["kernels", "steps", "layers"])
 def test_a_wrong_rate_is_found(choices: Any) -> None:
     """Dense attention that is taken to be ten times as fast as it is leads to other choices."""
     share, wrong = right(choices(replace(H200, dense=6.1e15, narrow=4.65e15)))
