@@ -14,7 +14,7 @@ from interpreted import take
 
 from vision_attn.conversion import answers
 from vision_attn.grid import Grid
-from vision_attn.kernels import eight_bits, tapes
+from vision_attn.kernels import eight_bits, tables, tapes
 from vision_attn.kernels.eight_bits import Blocks
 from vision_attn.kernels.launches import Launch
 from vision_attn.kernels.local import Window
@@ -358,8 +358,8 @@ def drop_tables():
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_that_a_graph_reads_outlive_their_cache(name, captures, monkeypatch):
     drop_tables()
-    monkeypatch.setattr(tapes, "_captured", {})
-    monkeypatch.setattr(tapes, "_captures", lambda t: captures)
+    monkeypatch.setattr(tables, "_captured", {})
+    monkeypatch.setattr(tables, "_captures", lambda t: captures)
     place = weakref.ref(TABLES[name]())
     drop_tables()
     assert (place() is not None) == captures
@@ -371,10 +371,10 @@ def test_tables_of_a_repeated_call_outlive_its_tape(monkeypatch):
     for _ in range(3):
         found.call(processor, args, processor)
     (tape,) = kept(found)
-    monkeypatch.setattr(tapes, "_captured", {})
-    monkeypatch.setattr(tapes, "_captures", lambda t: True)
+    monkeypatch.setattr(tables, "_captured", {})
+    monkeypatch.setattr(tables, "_captures", lambda t: True)
     found.call(processor, args, processor)
-    assert tape.tables and {id(t) for t in tape.tables} == set(tapes._captured)
+    assert tape.tables and {id(t) for t in tape.tables} == set(tables._captured)
 
 
 @pytest.mark.slow

@@ -15,12 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vision_attn.conversion.doors import ATTENTION, LINEAR, Below, Door, backend_door, backend_of, by_backend, describe
+from vision_attn.conversion.doors import (
+    ATTENTION,
+    LINEAR,
+    Below,
+    Door,
+    backend_door,
+    backend_of,
+    by_backend,
+    describe,
+    never_reached,
+)
 from vision_attn.conversion.grids import backward_running
 from vision_attn.conversion.groups import grouped
 from vision_attn.conversion.masks import is_bias, key_padding, stays_dense
 from vision_attn.conversion.projections import Projections
 from vision_attn.conversion.quiet import Left, is_quiet, remembered, run_quietly
+from vision_attn.conversion.repeats import look_of, remember, repeated
 from vision_attn.conversion.state import ADDED, MASKED, LayerState, rotary_of
 from vision_attn.grid import Grid, largest
 from vision_attn.kernels.dense import as_autocast
@@ -107,7 +118,7 @@ def _run(module: nn.Module, call: "Answers", run: Callable[..., Any], args: Any,
     else:
         state.imported = None
         if not _may_skip(module):
-            raise RuntimeError(_never_reached(state, module))
+            raise RuntimeError(never_reached(state.name, module))
     return output
 
 
@@ -220,10 +231,15 @@ class Answers:
         enable_gqa: bool = False,
     ) -> Tensor:
         """Answer one call of `scaled_dot_product_attention` on `[B, H, N, D]` tensors."""
+        tensors = query, key, value
+        look = None if attn_mask is not None or dropout_p or is_causal else look_of(self, tensors, scale)
+        if (known := repeated(self, look, tensors)) is not None:
+            self.reached = self._noted = True
+            self.state.note(known[0], "rerouted")
+            return known[1].transpose(1, 2)
         masked = attn_mask is not None and stays_dense(attn_mask, self.state)
         grid = self._grid_of(query.dim(), query.shape[-2], key.shape[-2], masked)
         if grid is None and self.state.context.cut is not None:
-            tensors = query, key, value
             return stock_attention(self.state.name, self.stock, self.parallel, tensors, attn_mask, scale)
         if grid is None:
             own: Any = F.scaled_dot_product_attention if torch.compiler.is_compiling() else ATTENTION.through
@@ -236,6 +252,7 @@ class Answers:
             attn_mask = None if attn_mask is None else attn_mask.unflatten(0, (-1, self.state.num_heads))
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         output = self._processed(grid, q, k, v, attn_mask, dropout_p, is_causal, scale).transpose(1, 2)
+        remember(self, look, (q, k, v, grid, None, scale))
         return output.flatten(0, 1) if flat else output
 
     def dispatched(self, through: Callable[..., Tensor], **call: Any) -> Tensor:
@@ -431,18 +448,3 @@ def _moment_of(state: LayerState, rotary: tuple[Tensor, Tensor] | None) -> Momen
         known = shared.here.moment or shared.moment
     generator = None if block_input is None else shared.random(block_input.device)
     return Moment(*known, block_input, rotary, generator)
-
-
-def _never_reached(state: LayerState, module: nn.Module) -> str:
-    processor = getattr(module, "processor", None)
-    how = f" Its processor is {type(processor).__name__}." if processor is not None else ""
-    kind = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")  # of transformers
-    if kind != "sdpa":
-        how = f" Its attention is {kind!r}: call set_attn_implementation('sdpa')."
-    return (
-        f"{state.name} never called scaled_dot_product_attention, so it was not rerouted.{how} Switch off what "
-        "replaces it: sliced attention (disable_attention_slicing), xformers "
-        "(disable_xformers_memory_efficient_attention), "
-        "AttnProcessor (set_attn_processor(AttnProcessor2_0())), timm's fused_attn=False; leave out the layer "
-        "(where=); or revert()"
-    )

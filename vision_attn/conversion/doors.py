@@ -240,3 +240,19 @@ def _signature_of(cls: Any) -> inspect.Signature | None:
     if not isinstance(call, types.FunctionType) or issubclass(cls, nn.Module) or not cls.__dictoffset__:
         return None
     return inspect.signature(types.MethodType(call, cls))
+
+
+def never_reached(name: str, module: nn.Module) -> str:
+    """Return what to say of a layer that attended without coming to a door."""
+    processor = getattr(module, "processor", None)
+    how = f" Its processor is {type(processor).__name__}." if processor is not None else ""
+    kind = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")  # of transformers
+    if kind != "sdpa":
+        how = f" Its attention is {kind!r}: call set_attn_implementation('sdpa')."
+    return (
+        f"{name} never called scaled_dot_product_attention, so it was not rerouted.{how} Switch off what "
+        "replaces it: sliced attention (disable_attention_slicing), xformers "
+        "(disable_xformers_memory_efficient_attention), "
+        "AttnProcessor (set_attn_processor(AttnProcessor2_0())), timm's fused_attn=False; leave out the layer "
+        "(where=); or revert()"
+    )

@@ -120,6 +120,7 @@ class LayerState:
         status: What became of that call.
         decisions: What becomes of a call, by the grid that was found and the call's shapes.
         tapes: The launches of the processor's calls.
+        looks: What became of calls by how they looked: see `repeats.py`.
         block: The tokens that entered the block, in this thread.
         block_input: The same for compiled layers, which all threads share.
         imported: Whether the host calls attention by a name that it imported, so that a mode must look for it; None if
@@ -139,6 +140,7 @@ class LayerState:
     status: str = "not run yet"
     decisions: dict[Any, Any] = field(default_factory=dict)
     tapes: Tapes = field(default_factory=Tapes)
+    looks: dict[Any, Any] = field(default_factory=dict)
     block: _Block = field(default_factory=_Block)
     block_input: torch.Tensor | None = None
     imported: bool | None = None
@@ -212,7 +214,7 @@ class LayerState:
         return adds
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "block_input": None, "block": None, "decisions": {}, "quiet": None}
+        return {**self.__dict__, "block_input": None, "block": None, "decisions": {}, "looks": {}, "quiet": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, block=_Block())

@@ -28,7 +28,7 @@ from vision_attn.grid import Grid
 from vision_attn.kernels import launches
 from vision_attn.kernels.backend import passing
 from vision_attn.kernels.dense import full_mask, outside
-from vision_attn.kernels.tapes import fixed, lasting
+from vision_attn.kernels.tables import fixed, lasting
 from vision_attn.kernels.triton.launching import triton_reasons
 
 PRECISIONS = ("int8", "fp8")

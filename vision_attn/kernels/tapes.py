@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _modules
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from vision_attn.kernels.tables import is_fixed, lasting
 from vision_attn.kernels.triton.direct import Box, launcher_of
 
 _MOST = 64  # tapes kept of one function: shapes may come from a user's data
@@ -28,8 +28,6 @@ _EMPTY = (
 )  # fmt: skip
 _ZEROS = torch.ops.aten.new_zeros.default, torch.ops.aten.zeros.default
 DEVICES = ("cuda",)  # tests add the CPU of the interpreter
-_fixed = WeakTensorKeyDictionary()
-_captured: dict[int, Tensor] = {}
 
 
 class _Here(threading.local):
@@ -47,29 +45,14 @@ class _Launches:
     changes = 0
 
 
+def planned() -> int:
+    """Return how often all launches were planned anew."""
+    return _Launches.changes
+
+
 def record_anew() -> None:
     """Record all calls anew: launches are planned anew."""
     _Launches.changes += 1
-
-
-def fixed(t: Tensor) -> Tensor:
-    """Say that nobody ever writes to `t`, which outlives the call that reads it: a table. Returns it."""
-    _fixed[t] = True
-    return t
-
-
-def lasting(t: Tensor) -> Tensor:
-    """Return a table that is about to be read; where a CUDA graph is captured, it is never freed from now on.
-
-    A graph keeps only the address of what it reads, and the tables of other sizes may drive this one out of its cache.
-    """
-    if _captures(t):
-        _captured[id(t)] = t
-    return t
-
-
-def _captures(t: Tensor) -> bool:
-    return t.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 class Tapes(dict[Any, Any]):
@@ -97,8 +80,7 @@ class Tapes(dict[Any, Any]):
         if self.changes != _Launches.changes:
             self.clear()
             self.changes = _Launches.changes
-        about = tuple([(owner, owner.training, owner.__dict__.get("changes", 0)) for owner in owners])
-        key = threading.get_ident(), about, *[_layout(a) for a in args]
+        key = _key(args, owners)
         tape = self.get(key)
         if tape:
             if tape.valid():
@@ -112,6 +94,10 @@ class Tapes(dict[Any, Any]):
                 self.clear()
             self[key] = None
         return function(*args)
+
+    def of(self, args: tuple[Any, ...], *owners: nn.Module) -> "Tape | None":
+        """Return the tape of a call, if it was recorded."""
+        return self.get(_key(args, owners)) or None
 
 
 def can_repeat(t: Tensor) -> bool:
@@ -145,7 +131,12 @@ def is_plain(*modules: nn.Module) -> bool:
     return True
 
 
-def _layout(a: Any) -> Any:
+def _key(args: tuple[Any, ...], owners: Sequence[nn.Module]) -> Any:
+    about = tuple([(owner, owner.training, owner.__dict__.get("changes", 0)) for owner in owners])
+    return threading.get_ident(), about, *[layout_of(a) for a in args]
+
+
+def layout_of(a: Any) -> Any:
     """Return all of an argument that launches depend on, but the address of a tensor."""
     if type(a) is Tensor:
         return a.dtype, a.shape, a.stride(), a.data_ptr() % 16, a.get_device()
@@ -391,7 +382,7 @@ class Tape:
 
     def keep(self, t: Tensor, owners: Sequence[nn.Module]) -> bool:
         """Whether the memory of `t` is that of a parameter or buffer of `owners`, or of a table."""
-        if t in _fixed:
+        if is_fixed(t):
             self.tables.append(t)
             return True
         for module in (module for owner in owners for module in owner.modules()):

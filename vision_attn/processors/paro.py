@@ -33,7 +33,7 @@ from vision_attn.grid import Grid
 from vision_attn.kernels.backend import full_precision, passing
 from vision_attn.kernels.block_sparse import Blocks, block_sparse_attention
 from vision_attn.kernels.dense import dense_attention, full_mask
-from vision_attn.kernels.tapes import lasting
+from vision_attn.kernels.tables import lasting
 from vision_attn.processors.base import AttnSpec, Layer, Processor, register
 
 ORDERS = ("rows", "wide", "squares", "tall", "columns", "hilbert")

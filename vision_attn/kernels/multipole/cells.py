@@ -19,7 +19,7 @@ from vision_attn._checks import check_int, check_number
 from vision_attn.grid import Grid
 from vision_attn.kernels.backend import exporting, passing
 from vision_attn.kernels.eight_bits import check_precision
-from vision_attn.kernels.tapes import lasting
+from vision_attn.kernels.tables import lasting
 
 _MOST_SCORES = 1 << 24  # of mean queries and mean keys at a time
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vision_attn.kernels.eight_bits import SLOTS
 from vision_attn.kernels.multipole.pyramid import MeanTiles, Pyramid
-from vision_attn.kernels.tapes import fixed, lasting
+from vision_attn.kernels.tables import fixed, lasting
 
 
 @dataclass(frozen=True)

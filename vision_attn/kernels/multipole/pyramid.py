@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vision_attn.kernels.multipole.cells import count_levels
-from vision_attn.kernels.tapes import fixed, lasting
+from vision_attn.kernels.tables import fixed, lasting
 from vision_attn.kernels.triton.launching import layout, next_power
 
 
