@@ -12,7 +12,7 @@ from tiny_hosts import CHANNELS, HOST, TEXT_DIM, randomise
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from vision_attn import convert
+from vision_attn import AgentSD, Conversion, LinFusion, convert
 
 
 def small_unet() -> nn.Module:
@@ -144,3 +144,30 @@ def test_compiled_whole_with_another_grid_is_refused(host_id: str, tracer: Any) 
             assert "the grid given, " in str(error)
         else:
             torch.testing.assert_close(got, stock(host_id, SIZE), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("host_id", ["sd3", "pixart", "qwen-image", "sd15-unet", "vit"])
+@pytest.mark.parametrize("spec", [CLEAR, LinFusion(mid_dim=4)], ids=["clear", "linfusion"])
+def test_blocks_that_run_uncompiled_in_a_compiled_model(host_id: str, spec: Any, tracer: Any) -> None:
+    """They know the grid of the forward that is compiled, not that of an earlier one with as many tokens."""
+    case, model = HOST[host_id], converted(host_id, spec)
+    sizes = [SIZE, SIZE[::-1]]
+    want = [run(case, model, *size) for size in sizes]
+    run(case, model, *SIZE)
+    for name in Conversion.of(model).status:
+        block = model.get_submodule(name.rpartition(".")[0])
+        block.forward = torch.compiler.disable(block.forward)  # type: ignore[method-assign]
+    compiled = torch.compile(model, backend=tracer)
+    for size, output in zip(sizes[::-1], want[::-1], strict=True):
+        torch.testing.assert_close(run(case, compiled, *size), output, rtol=0, atol=1e-5)
+    assert set(Conversion.of(model).status.values()) == {"rerouted"} and tracer.frame_count
+
+
+def test_levels_of_a_compiled_unet_are_known(tracer: Any) -> None:
+    """AgentSD leaves the lower levels dense, whose downsampling the whole input tells."""
+    spec = AgentSD(cell=(1, 2), ratio=0.5, agent_ratio=0.9, max_downsample=1, random=False)
+    want = run(HOST["sd15-unet"], converted("sd15-unet", spec), 16, 16)
+    everywhere = AgentSD(cell=(1, 2), ratio=0.5, agent_ratio=0.9, max_downsample=4, random=False)
+    assert distance(run(HOST["sd15-unet"], converted("sd15-unet", everywhere), 16, 16), want) > 1e-3
+    compiled = torch.compile(converted("sd15-unet", spec), backend=tracer)
+    torch.testing.assert_close(run(HOST["sd15-unet"], compiled, 16, 16), want, rtol=0, atol=1e-5)

@@ -10,12 +10,13 @@ import torch
 from converted_hosts import POOLED
 from dense_oracle import RADIUS_2, DenseOracle
 from host_runs import TEXT, run, stock
-from tiny_hosts import HOST, Layout, noise
+from tiny_hosts import HOST, Layout, noise, randomise
 from torch import Tensor, nn
 
 from vision_attn import Clear, Conversion, Grid, Host, Neighborhood, Softmax, convert, use_grid
 from vision_attn.conversion import grids
 from vision_attn.conversion.state import is_converted
+from vision_attn.kernels.local import Window
 
 WHERE = {
     "glob": ("down_blocks.*", 2),
@@ -167,6 +168,53 @@ def test_a_host_that_the_user_defines() -> None:
     with pytest.raises(ValueError, match="stem: a Conv2d does not tell its heads"):
         convert(model, Clear(radius=2), host=replace(host, layers=("stem",)))
     assert torch.equal(model(pixels), stock_output)
+
+
+class Encoded(nn.Module):
+    """A host whose attention is PyTorch's own module, by itself or in its encoder layers."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 32, 4, 4)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
+        self.encoder = nn.TransformerEncoder(layer, 2) if kind == "encoder" else layer
+        if kind == "attention":
+            self.encoder = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        tokens = self.patch(pixels).flatten(2).transpose(1, 2)
+        if isinstance(self.encoder, nn.MultiheadAttention):
+            return self.encoder(tokens, tokens, tokens, need_weights=False)[0]
+        return self.encoder(tokens)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("gradients", [True, False], ids=["gradients", "no-gradients"])
+@pytest.mark.parametrize("kind", ["attention", "layer", "encoder"])
+def test_attention_modules_of_pytorch(kind: str, gradients: bool, compiled: bool) -> None:
+    """Without gradients they compute in functions of their own, which call no attention that others see."""
+    torch._dynamo.reset()
+    model, pixels = randomise(Encoded(kind)), noise(2, 3, 32, 24)
+    names = "encoder" if kind == "attention" else "*.self_attn"
+    host = Host(layers=(names,), probe=lambda module, inputs: Grid(8, 6))
+    with torch.set_grad_enabled(gradients):
+        before = model(pixels)
+        want = masked(kind, pixels, Window(radius=2).allowed(Grid(8, 6)))
+        conversion = convert(model, Clear(radius=2), host=host)
+        run_model = torch.compile(model, backend="eager") if compiled else model
+        torch.testing.assert_close(run_model(pixels), want, rtol=0, atol=1e-5)
+        conversion.revert()
+        assert torch.equal(model(pixels), before) and not torch.allclose(want, before, atol=1e-3)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def masked(kind: str, pixels: Tensor, seen: Tensor) -> Tensor:
+    """Run the host with a mask of PyTorch's, True where a key is hidden."""
+    model: Any = randomise(Encoded(kind))
+    tokens = model.patch(pixels).flatten(2).transpose(1, 2)
+    if kind == "attention":
+        return model.encoder(tokens, tokens, tokens, need_weights=False, attn_mask=~seen)[0]
+    return model.encoder(tokens, ~seen)
 
 
 def test_specs_by_pattern_and_by_depth() -> None:

@@ -29,17 +29,18 @@ from vision_attn.conversion.doors import (
 from vision_attn.conversion.grids import backward_running
 from vision_attn.conversion.groups import grouped
 from vision_attn.conversion.masks import is_bias, key_padding, stays_dense
+from vision_attn.conversion.moments import moment_of, rotary_of
 from vision_attn.conversion.projections import Projections
 from vision_attn.conversion.quiet import Left, is_quiet, remembered, run_quietly
 from vision_attn.conversion.repeats import look_of, remember, repeated
-from vision_attn.conversion.state import ADDED, MASKED, LayerState, rotary_of
+from vision_attn.conversion.state import ADDED, MASKED, LayerState
 from vision_attn.grid import Grid, largest
 from vision_attn.kernels.dense import as_autocast
 from vision_attn.kernels.tapes import DEVICES
 from vision_attn.parallel.models import stock_attention
 from vision_attn.parallel.processors import attend
 from vision_attn.parallel.ranks import Ranks
-from vision_attn.processors.base import CHILD, Moment, Processor
+from vision_attn.processors.base import CHILD, Processor
 from vision_attn.processors.softmax import Softmax, SoftmaxAttention
 
 _log = logging.getLogger(__name__)
@@ -92,7 +93,10 @@ def _run(module: nn.Module, call: "Answers", run: Callable[..., Any], args: Any,
     state = call.state
     if torch.compiler.is_compiling():
         with _answering(call):
-            return run(*args, **kwargs)
+            output = run(*args, **kwargs)
+        if not (call.reached or isinstance(state.spec, Softmax)):
+            raise RuntimeError(never_reached(state.name, module))
+        return output
     if not state.imported:
         modes = ATTENTION.here.modes
         output = call.through_doors(run, args, kwargs)
@@ -190,7 +194,7 @@ class Answers:
         processor: Any = module._modules[CHILD]
         self.moment = None
         if processor.wants:
-            moment = _moment_of(state, rotary_of(given))
+            moment = moment_of(state, rotary_of(given))
             processor = processor.at(moment)
             self.moment = moment if processor.wants else None
         self.processor: Processor = processor
@@ -359,10 +363,10 @@ class Answers:
             )
             return None
         if context.here.gradients or backward_running() != -1:
-            found = context.locate(int(tokens), state.shared.here.running)
+            found = context.locate(int(tokens), state.shared.running)
             grid, placed, reason = state.decision(found, masked)
         else:
-            call = context.known(state.shared.here.running), int(tokens), masked
+            call = context.known(state.shared.running), int(tokens), masked
             decided = state.decisions.get(call)
             if decided is None:
                 if len(state.decisions) >= _MOST:
@@ -421,6 +425,8 @@ class _Answering(TorchFunctionMode):
             return self.call.attend(*args, **kwargs)
         if self.call.projections is not None and (func is F.linear or _is_behind(LINEAR, func)):
             return self.call.linear(*args, **kwargs)
+        if func is F.multi_head_attention_forward and not torch.compiler.is_compiling():
+            return self.call.through_doors(func, args, kwargs)  # no mode sees what its Python body calls
         return func(*args, **kwargs)
 
 
@@ -435,16 +441,3 @@ def _answering(call: Answers) -> TorchFunctionMode:
 def _is_behind(door: Door, func: Callable[..., Any]) -> bool:
     """Whether a function is that of a door which other threads hold open."""
     return not torch.compiler.is_compiling() and func in (door.front, door.builtin)
-
-
-def _moment_of(state: LayerState, rotary: tuple[Tensor, Tensor] | None) -> Moment:
-    """Return what is known about the forward that begins; the block's input is handed over only once."""
-    shared, block_input = state.shared, state.take_over()
-    if torch.compiler.is_compiling():
-        known = shared.moment
-    elif backward_running() != -1 and not shared.here.running:
-        known = shared.awaiting.recall("moment", "at different moments of the denoising, or of different sizes,")
-    else:
-        known = shared.here.moment or shared.moment
-    generator = None if block_input is None else shared.random(block_input.device)
-    return Moment(*known, block_input, rotary, generator)

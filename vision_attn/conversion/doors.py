@@ -249,6 +249,8 @@ def never_reached(name: str, module: nn.Module) -> str:
     kind = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")  # of transformers
     if kind != "sdpa":
         how = f" Its attention is {kind!r}: call set_attn_implementation('sdpa')."
+    if isinstance(module, nn.MultiheadAttention):
+        how = " nn.MultiheadAttention calls it if need_weights is False."
     return (
         f"{name} never called scaled_dot_product_attention, so it was not rerouted.{how} Switch off what "
         "replaces it: sliced attention (disable_attention_slicing), xformers "

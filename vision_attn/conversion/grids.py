@@ -135,6 +135,7 @@ class GridContext:
         awaiting: What forwards found whose backward is still to come, by token count.
         last_read: The tensor that the probe read last, and what it found there.
         here: What the forward of this thread found.
+        traced: Whether the forward that began last is compiled.
     """
 
     probe: Probe
@@ -150,6 +151,7 @@ class GridContext:
     awaiting: AwaitingBackward = field(default_factory=AwaitingBackward)
     last_read: tuple[Seen, Found] | None = None
     here: _Here = field(default_factory=_Here)
+    traced: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last_read": None, "here": None}
@@ -183,6 +185,7 @@ class GridContext:
             found = Grid(found.height, found.width, found.prefix, found.suffix + sum(more))
         if self.cut is not None or LEVEL in vars(module) or getattr(module, "_parallel_config", None) is not None:
             self.cut, found = cut_of(module, inputs, found, self.cut)
+        self.traced = tracing
         if tracing:
             self.found = found
             return
@@ -248,7 +251,7 @@ class GridContext:
         """
         if self.of_model and not inside and not torch.compiler.is_compiling():
             return OUTSIDE if self.fixed is None else self.fixed
-        found = None if torch.compiler.is_compiling() else self.here.found
+        found = None if torch.compiler.is_compiling() or self.traced else self.here.found
         if found is None:
             found = self.found
         return self.fixed if self.fixed is not None and found == UNSEEN else found

@@ -35,7 +35,7 @@ from vision_attn.conversion.state import (
 )
 from vision_attn.estimation.model import break_even
 from vision_attn.grid import Grid
-from vision_attn.hosts.host import Host, argument_names, heads_of, input_dim
+from vision_attn.hosts.host import Host, argument_names, heads_of, input_dim, passed
 from vision_attn.hosts.selection import unwrapped
 from vision_attn.parallel.models import is_cut
 from vision_attn.processors.base import CHILD, AttnSpec, Layer, Processor, model_name, stored_name
@@ -71,13 +71,7 @@ class Plan:
         ValueError: If a layer cannot be rerouted.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        specs: Mapping[str, AttnSpec],
-        host: Host,
-        backend: str,
-    ) -> None:
+    def __init__(self, model: nn.Module, specs: Mapping[str, AttnSpec], host: Host, backend: str) -> None:
         self.model, self.host, self.shared = model, host, Shared()
         self.watched: list[tuple[nn.Module, GridContext]] = []
         self.layers: list[tuple[nn.Module, Processor, LayerState]] = []
@@ -228,7 +222,7 @@ def _refuse_other_attention(name: str, module: nn.Module) -> None:
 def mark(model: nn.Module, shared: Shared, host: Host, contexts: list[GridContext]) -> None:
     """Mark a model as converted and watch its forward passes."""
     fingerprints = {name: Fingerprint.of(parameter) for name, parameter in model.named_parameters()}
-    remember(model, ModelState(shared, host, fingerprints, contexts=contexts))
+    remember(model, ModelState(shared, host, argument_names(model), fingerprints, contexts=contexts))
     model.register_forward_pre_hook(_begin, with_kwargs=True)
     model.register_forward_hook(_end, always_call=True)
 
@@ -292,42 +286,31 @@ def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     if torch.compiler.is_compiling():
         if shared.thresholds:
             raise RuntimeError("torch.compile cannot read the timestep of a schedule: compile the blocks only")
+        shared.traced, shared.moment = True, (None, _finest(state, args, kwargs))
         return
-    here = shared.here
+    shared.traced, here = False, shared.here
     here.running = True
     here.ran = here.rerouted = 0
     if not (shared.thresholds or host.finest):
         return
-    inputs = by_name(argument_names(model), args, kwargs)
-    finest = math.prod(inputs[host.finest].shape[-2:]) if host.finest else None
-    progress = _passed(shared.thresholds, host, inputs) if shared.thresholds else None
-    shared.moment = here.moment = progress, finest
+    progress = passed(shared.thresholds, host, by_name(state.names, args, kwargs)) if shared.thresholds else None
+    shared.moment = here.moment = progress, _finest(state, args, kwargs)
     if torch.is_grad_enabled():
         shared.awaiting.remember("moment", here.moment)
 
 
-def _passed(thresholds: tuple[float, ...], host: Host, inputs: Mapping[str, Any]) -> float | None:
-    """Return the last threshold that the denoising has passed. Compiled blocks depend on it, so it has few values."""
-    time = inputs.get(host.timestep.argument) if host.timestep is not None else None
-    if time is None or host.timestep is None:
-        return None
-    _, noise, image = host.timestep
-    values = set(time.flatten().tolist()) if isinstance(time, Tensor) else {float(time)}
-    shares = [(value - noise) / (image - noise) for value in values]
-    passed = {max((t for t in thresholds if t <= share + 1e-6), default=0.0) for share in shares}
-    if len(passed) > 1:
-        raise ValueError(
-            f"a schedule runs one stage for the whole batch, but the timesteps {sorted(values)} are in {len(passed)} "
-            "stages: run the samples of each stage by themselves"
-        )
-    return passed.pop()
+def _finest(state: ModelState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Return the tokens of the host's finest grid, None if all grids are equal."""
+    name = state.host.finest
+    return math.prod(by_name(state.names, args, kwargs)[name].shape[-2:]) if name else None
 
 
 def _end(model: nn.Module, args: Any, output: Any) -> None:
     """Refuse a forward in which layers ran and none of them was rerouted."""
+    shared = model_state(model).shared
+    shared.traced = False
     if torch.compiler.is_compiling():
         return
-    shared = model_state(model).shared
     here = shared.here
     here.running = False
     if output is not None and here.ran and not here.rerouted and not shared.bypassed:
@@ -364,6 +347,8 @@ def reroute(module: nn.Module, processor: nn.Module, state: LayerState) -> None:
     module.add_module(CHILD, processor)
     if any(isinstance(part, Processor) and part.residuals() for part in processor.modules()):
         bind(module)
+    if isinstance(module, nn.MultiheadAttention):
+        module.register_forward_pre_hook(_is_called)
     module.__class__ = _beneath_parametrizations(type(module))
 
 
@@ -373,8 +358,13 @@ def restore(module: nn.Module) -> None:
     ours: Any = next(base for base in cls.__mro__ if _BASE in vars(base))
     module.__class__ = _replaced(cls, ours, vars(ours)[_BASE])
     unbind(module)
+    remove_hooks(module, _is_called)
     del module._modules[CHILD]
     delattr(module, LAYER)
+
+
+def _is_called(module: nn.Module, args: Any) -> None:
+    """Do nothing: without a hook, `nn.TransformerEncoderLayer` computes its attention by a function of its own."""
 
 
 _BASE = "_vision_attn_base"  # attribute of a rerouted class: the class that it was made of

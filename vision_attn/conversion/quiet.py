@@ -68,7 +68,7 @@ def remembered(
     if getattr(module._modules[CHILD], "wants", False) or not _is_usual(state, stock, kwargs):
         return None
     backend = getattr(stock, "_attention_backend", None)
-    return Quiet(state.context.known(state.shared.here.running), stock, backend, _shapes(args, kwargs), left)
+    return Quiet(state.context.known(state.shared.running), stock, backend, _shapes(args, kwargs), left)
 
 
 def is_quiet(state: LayerState, stock: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -77,7 +77,7 @@ def is_quiet(state: LayerState, stock: Any, args: Sequence[Any], kwargs: Mapping
     return (
         quiet is not None
         and quiet.stock is stock
-        and quiet.found is state.context.known(state.shared.here.running)
+        and quiet.found is state.context.known(state.shared.running)
         and quiet.backend is getattr(stock, "_attention_backend", None)
         and _is_usual(state, stock, kwargs)
         and quiet.shapes == _shapes(args, kwargs)

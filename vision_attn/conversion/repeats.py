@@ -58,12 +58,13 @@ def look_of(call: "Answers", tensors: Sequence[Tensor], scale: float | None) -> 
         or not type(q) is type(k) is type(v) is Tensor
         or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16
         or context.here.gradients
+        or state.shared.traced
         or backward_running() != -1
         or torch.is_autocast_enabled(q.device.type)
         or (projections is not None and projections.missing())
     ):
         return None
-    found = context.known(state.shared.here.running)
+    found = context.known(state.shared.running)
     places = q.get_device(), k.get_device(), v.get_device(), q.dtype, k.dtype, v.dtype
     layouts = q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride()
     return threading.get_ident(), found, scale, places, layouts

@@ -57,6 +57,7 @@ class Shared:
         here: What the forward of this thread knows.
         moment: As in `here`, of the forward that began last in any thread, for compiled layers.
         generator: As in `here`, for compiled layers.
+        traced: Whether a compiled forward of the whole model is running. Parts of it may run uncompiled.
     """
 
     min_tokens: int = 0
@@ -68,6 +69,12 @@ class Shared:
     here: _Here = field(default_factory=_Here)
     moment: tuple[float | None, int | None] = (None, None)
     generator: torch.Generator | None = None
+    traced: bool = False
+
+    @property
+    def running(self) -> bool:
+        """Whether a forward of the whole model is running, in this thread or compiled."""
+        return self.here.running or self.traced
 
     def random(self, device: torch.device) -> torch.Generator:
         """Return the generator that all layers share in this thread, which starts as a copy of PyTorch's own."""
@@ -202,9 +209,10 @@ class LayerState:
         Args:
             masked: As for `dense_reason`.
         """
-        context, name, running = self.context, (self.name, "residuals"), self.shared.here.running
+        context, name = self.context, (self.name, "residuals")
         if torch.compiler.is_compiling():
             return self.dense_reason(context.known(), masked) is None
+        running = self.shared.running
         if backward_running() != -1 and not running:
             recalled: bool = context.awaiting.recall(name, "with and without residual networks")
             return recalled
@@ -283,6 +291,7 @@ class ModelState:
     Attributes:
         shared: State that the layers share.
         host: How the model's layers and their grids are found.
+        names: The names of the arguments of its forward, in order.
         fingerprints: Fingerprint of each parameter at conversion, to tell later which were trained.
         originals: The own data of the tensors that `load` replaced, by name, to put back on revert.
         contexts: Where the layers find their grids.
@@ -290,6 +299,7 @@ class ModelState:
 
     shared: Shared
     host: Host
+    names: tuple[str, ...]
     fingerprints: dict[str, Fingerprint]
     originals: dict[str, Tensor] = field(default_factory=dict)
     contexts: list[GridContext] = field(default_factory=list)
@@ -324,16 +334,6 @@ class ModelState:
                 )
         written = {name for name, print_ in known.items() if name in names and print_.differs(names[name])}
         return written | (self.originals.keys() & names.keys())
-
-
-def rotary_of(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """Return the cosine and sine `[N, D]` among a layer's arguments, as FLUX gives them."""
-    given = kwargs.get("image_rotary_emb")
-    if not isinstance(given, (tuple, list)) or len(given) != 2:
-        return None
-    cos, sin = given
-    real = all(isinstance(t, Tensor) and t.dim() == 2 and t.is_floating_point() for t in given)
-    return (cos, sin) if real else None
 
 
 def is_rerouted(module: nn.Module) -> bool:

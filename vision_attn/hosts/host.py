@@ -221,6 +221,23 @@ class Host:
         return rows * columns
 
 
+def passed(thresholds: tuple[float, ...], host: Host, inputs: Mapping[str, Any]) -> float | None:
+    """Return the last threshold that the denoising has passed. Compiled blocks depend on it, so it has few values."""
+    time = inputs.get(host.timestep.argument) if host.timestep is not None else None
+    if time is None or host.timestep is None:
+        return None
+    _, noise, image = host.timestep
+    values = set(time.flatten().tolist()) if isinstance(time, Tensor) else {float(time)}
+    shares = [(value - noise) / (image - noise) for value in values]
+    passed = {max((t for t in thresholds if t <= share + 1e-6), default=0.0) for share in shares}
+    if len(passed) > 1:
+        raise ValueError(
+            f"a schedule runs one stage for the whole batch, but the timesteps {sorted(values)} are in {len(passed)} "
+            "stages: run the samples of each stage by themselves"
+        )
+    return passed.pop()
+
+
 def heads_of(name: str, module: nn.Module) -> tuple[int, int]:
     """Return (num_heads, head_dim) of an attention module of diffusers, timm or transformers.
 
