@@ -276,6 +276,23 @@ def test_a_wrong_host_is_refused(make: Any, error: Any, message: str) -> None:
         make()
 
 
+@pytest.mark.parametrize(
+    "found, error, message",
+    [
+        ((12, 10), TypeError, r"probe must return a Grid, .* got \(12, 10\)"),
+        ((), TypeError, r"probe must return a Grid, .* got \(\)"),
+        (None, TypeError, "probe must return a Grid, .* got None"),
+        ((Grid(12, 10, 1),) * 3, ValueError, r"blocks\.0\.attn: the host's probe found 3 grids for 2 samples"),
+    ],
+    ids=["sides", "nothing", "none", "more-than-samples"],
+)
+def test_what_a_probe_finds_is_checked(found: Any, error: Any, message: str) -> None:
+    model = HOST["vit"].build()
+    convert(model, Clear(radius=2), host=Host(layers=("blocks.*.attn",), probe=lambda module, inputs: found))
+    with pytest.raises(error, match=message):
+        run(HOST["vit"], model, 12, 10)
+
+
 def test_a_given_grid_is_not_read_while_a_cuda_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     case, model = HOST["flux"], HOST["flux"].build()
     conversion = convert(model, Clear(radius=2), grid=(12, 10))

@@ -311,6 +311,8 @@ class Answers:
             if isinstance(grid, Grid):
                 output = self._over(grid, q, k, v, mask, scale)
             else:
+                if len(grid) != len(q):
+                    raise ValueError(f"{state.name}: the host's probe found {len(grid)} grids for {len(q)} samples")
                 masks = mask or [None] * len(grid)
                 each = zip(grid, q.split(1), k.split(1), v.split(1), masks, strict=True)
                 output = torch.cat([self._over(*sample, scale) for sample in each])

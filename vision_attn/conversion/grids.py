@@ -175,8 +175,12 @@ class GridContext:
             found: Found = self._unread(inputs)
         else:
             found = self._read(module, inputs) if reads else self.probe(module, inputs)
-            if not isinstance(found, (Grid, str, tuple)):
-                raise TypeError(f"a host's probe must return a Grid, or a string that says why not, got {found!r}")
+            each = found if isinstance(found, tuple) and found else (found,)
+            if not isinstance(found, str) and not all(isinstance(one, Grid) for one in each):
+                raise TypeError(
+                    "a host's probe must return a Grid, a tuple with one for each sample, or a string that says why "
+                    f"not, got {found!r}"
+                )
             found = self._agreed(found)
             if tracing and self.fixed is not None and isinstance(found, str):
                 raise RuntimeError(found)
