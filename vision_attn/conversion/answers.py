@@ -236,8 +236,9 @@ class Answers:
     ) -> Tensor:
         """Answer one call of `scaled_dot_product_attention` on `[B, H, N, D]` tensors."""
         tensors = query, key, value
-        look = None if attn_mask is not None or dropout_p or is_causal else look_of(self, tensors, scale)
-        if (known := repeated(self, look, tensors)) is not None:
+        plain = attn_mask is None and not dropout_p and not is_causal and query.device.type in DEVICES
+        look = look_of(self, tensors, scale) if plain else None
+        if look is not None and (known := repeated(self, look, tensors)) is not None:
             self.reached = self._noted = True
             self.state.note(known[0], "rerouted")
             return known[1].transpose(1, 2)
@@ -256,7 +257,8 @@ class Answers:
             attn_mask = None if attn_mask is None else attn_mask.unflatten(0, (-1, self.state.num_heads))
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         output = self._processed(grid, q, k, v, attn_mask, dropout_p, is_causal, scale).transpose(1, 2)
-        remember(self, look, (q, k, v, grid, None, scale))
+        if look is not None:
+            remember(self, look, (q, k, v, grid, None, scale))
         return output.flatten(0, 1) if flat else output
 
     def dispatched(self, through: Callable[..., Tensor], **call: Any) -> Tensor:

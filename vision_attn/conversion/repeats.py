@@ -72,7 +72,7 @@ def look_of(call: "Answers", tensors: Sequence[Tensor], scale: float | None) -> 
 
 def repeated(call: "Answers", look: Any, tensors: Sequence[Tensor]) -> tuple[Grid, Tensor] | None:
     """Return the grid and the output `[B, N, H, D]` of a call that looks like a known one; None if none is known."""
-    known: Known | None = None if look is None else call.state.looks.get(look)
+    known: Known | None = call.state.looks.get(look)
     if known is None or known.plans != planned() or known.about != _about(call.processor) or not known.tape.valid():
         return None
     output: Tensor = known.tape.repeat(tensors)
@@ -84,11 +84,11 @@ def remember(call: "Answers", look: Any, args: tuple[Any, ...]) -> None:
 
     Args:
         call: The answers of the layer's forward.
-        look: How the call looked, None if more decides about it.
+        look: How the call looked.
         args: The arguments that its processor was given; the fourth is the grid.
     """
     looks = call.state.looks
-    tape = None if look is None else call.state.tapes.of(args, call.processor)
+    tape = call.state.tapes.of(args, call.processor)
     if tape is not None:
         if len(looks) >= _MOST:
             looks.clear()
