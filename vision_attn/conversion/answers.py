@@ -94,7 +94,8 @@ def _run(module: nn.Module, call: "Answers", run: Callable[..., Any], args: Any,
     if torch.compiler.is_compiling():
         with _answering(call):
             output = run(*args, **kwargs)
-        if not (call.reached or isinstance(state.spec, Softmax)):
+        # modes of others may have answered
+        if not (call.reached or isinstance(state.spec, Softmax) or torch._C._len_torch_function_stack()):
             raise RuntimeError(never_reached(state.name, module))
         return output
     if not state.imported:
