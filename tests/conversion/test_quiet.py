@@ -14,6 +14,8 @@ from torch import Tensor
 
 from vision_attn import Clear, LinFusion, Softmax, convert
 from vision_attn.conversion.doors import ATTENTION
+from vision_attn.conversion.state import LAYER
+from vision_attn.processors import Schedule
 
 LARGE = (16, 16)
 DENSE = {"softmax": (Softmax(), 0), "clear": (Clear(radius=2), 200), "linfusion": (LinFusion(mid_dim=4), 200)}
@@ -113,3 +115,53 @@ def test_a_processor_without_fused_attention_is_refused_as_before() -> None:
     model.set_attn_processor(AttnProcessor())
     with pytest.raises(RuntimeError, match="never called scaled_dot_product_attention"):
         run()
+
+
+def test_what_became_of_a_call_is_recorded_each_time() -> None:
+    model, _, run = left_alone("sd15-unet", "clear")
+    states = [vars(m)[LAYER] for m in model.modules() if LAYER in vars(m)]
+    counts = []
+    for _ in range(3):
+        run()
+        counts.append((states[0].shared.here.ran, states[0].shared.here.rerouted))
+    assert counts == [(len(states), len(states))] * 3
+
+
+def test_another_grid_of_as_many_tokens_is_watched(opened: list[Any]) -> None:
+    model, _, run = left_alone("flux", "clear")
+    run(SIZE), run(SIZE)
+    opened.clear()
+    run(SIZE[::-1])
+    grids = [vars(m)[LAYER].grid for m in model.modules() if LAYER in vars(m)]
+    assert opened and all((grid.height, grid.width) == SIZE[::-1] for grid in grids)
+
+
+def test_another_length_of_the_text_is_watched(opened: list[Any]) -> None:
+    model, _, run = left_alone("flux", "clear")
+    run(), run()
+    opened.clear()
+    with torch.no_grad():
+        model(**HOST["flux"].inputs(*SIZE, 2, TEXT + 2))
+    assert opened
+
+
+def test_another_attention_backend_is_watched(opened: list[Any]) -> None:
+    model, _, run = left_alone("flux", "clear")
+    run(), run()
+    opened.clear()
+    model.set_attention_backend("native")
+    run()
+    assert opened
+
+
+def test_a_schedule_that_begins_dense_is_asked_at_each_step() -> None:
+    """The stage of `Softmax` leaves everything to the host; the next one comes with tensors of the same shapes."""
+    schedule = Schedule(((0.5, Softmax()), (1.0, Clear(radius=2))))
+    model = HOST["sd15-unet"].build()
+    convert(model, schedule)
+    dense, local = HOST["sd15-unet"].build(), HOST["sd15-unet"].build()
+    convert(local, Clear(radius=2))
+    for time, like in ((900, dense), (900, dense), (100, local)):
+        inputs = HOST["sd15-unet"].inputs(*SIZE, 2, TEXT) | {"timestep": torch.tensor(time)}
+        with torch.no_grad():
+            assert torch.equal(*(HOST["sd15-unet"].output(m(**inputs)) for m in (model, like)))
