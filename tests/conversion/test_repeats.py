@@ -168,6 +168,22 @@ def test_another_kind_of_call_is_looked_at(kind: str, placed: list[Any]) -> None
     torch.testing.assert_close(got.float(), want, rtol=tolerance, atol=tolerance)
 
 
+def test_tensors_that_autocast_casts_have_no_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, looks, own = Run("sd15-unet", SPECS["clear"]), list[Any](), answers.look_of
+
+    def listening(*args: Any) -> Any:
+        looks.append(own(*args))
+        return looks[-1]
+
+    monkeypatch.setattr(answers, "look_of", listening)
+    run()
+    assert looks and None not in looks
+    looks.clear()
+    with torch.autocast(DEVICE, torch.float16):
+        run()
+    assert looks and set(looks) == {None}
+
+
 def test_a_bypassed_model_is_the_hosts_own(placed: list[Any]) -> None:
     run = Run("sd15-unet", SPECS["clear"]).warm()
     converted = run()
