@@ -39,7 +39,7 @@ DTYPES, DIMS = ("bfloat16", "float16", "float32"), (40, 64, 72, 128, 160, 256)
 OPERATORS = (
     "local-disc", "local-square", "local-dilated", "local-bias", "local-pooled", "local-int8", "local-fp8",
     "local-square-int8", "multipole", "multipole-far", "multipole-pool2", "multipole-cell4", "multipole-narrow",
-    "multipole-int8", "multipole-fp8", "multipole-cell12-int8",
+    "multipole-small", "multipole-int8", "multipole-fp8", "multipole-cell12-int8",
     "linear", "linear-features", "linear-options", "injective", "rala", "agent", "agent-options", "window",
     "window-options", "window-halo", "linear_local", "linear_local-options", "hedgehog",
     "means", "depthwise", "residual", "residual-narrow",
@@ -166,7 +166,7 @@ def _call(operator: str, dtype: Any, D: int) -> Any:
     from vision_attn.kernels.residual import Network, add_networks
     from vision_attn.processors.base import Layer
 
-    height, width = SIZE
+    height, width = (16, 16) if operator == "multipole-small" else SIZE  # small: no means are met
     grid = Grid(height, 8 if operator == "multipole-narrow" else width, prefix=64)
 
     def draw(*shape: int) -> Any:
@@ -188,6 +188,7 @@ def _call(operator: str, dtype: Any, D: int) -> Any:
         "multipole-far": Cells(exact=0),
         "multipole-pool2": Cells(pool=2, spread=0.5),
         "multipole-narrow": Cells(near=0),
+        "multipole-small": Cells(),
         "multipole-cell4": Cells(cell=4, exact=8),
         "multipole-int8": Cells(spread=0.5, precision="int8"),
         "multipole-fp8": Cells(spread=0.5, precision="fp8"),

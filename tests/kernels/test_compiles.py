@@ -31,6 +31,7 @@ def compile_matrix(tmp_path, *options):
     [
         ("sm_89", "multipole-narrow bfloat16 64"),
         ("sm_90", "multipole-pool2 bfloat16 64"),
+        ("sm_90", "multipole-small bfloat16 64"),
         ("sm_90", "agent-options bfloat16 64"),
         ("sm_120", "local-disc bfloat16 64"),
         ("gfx1100", "multipole-narrow bfloat16 64"),

@@ -119,6 +119,7 @@ def seconds(spec: AttnSpec, grid: Grid, layer: Layer, machine: Machine, itemsize
     rate = machine.dense
     if isinstance(spec, Softmax):
         work *= machine.waves(grid.tokens, layer.num_heads)
+        extra = machine.launch  # its units fill up and run empty
     else:
         if spec.attended(grid) < 1:  # sums over all tokens have no tiles of keys
             work += 4 * grid.tokens * machine.spare * layer.num_heads * layer.head_dim

@@ -36,6 +36,7 @@ _LOG = logging.getLogger(__name__)
 MOST_S = 3.0  # a measurement takes no longer
 _SLOW_S = 0.1  # a call that takes longer is not repeated
 _STEADY = 1.25  # between two measurements on a GPU that does nothing else
+_AT_WORK = 0.9  # of the rate of an idle H200 that begins: at work it clocks lower
 BUSY = "rates of this GPU, measured while it or its host was busy"  # a source
 _KINDS = ("cuda", "cpu")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -410,13 +411,15 @@ def probes(device: torch.device, dtype: torch.dtype, side: int = 64, heads: int 
         return lambda: block(x)
 
     machine = dataclasses.replace(H200, units=units_of(device))
-    wide, narrow = (4.0 * tokens**2 * dim * machine.waves(tokens, count) for count in (heads, 2 * heads))
+    wide, narrow = (
+        _AT_WORK * 4.0 * tokens**2 * dim * machine.waves(tokens, count) for count in (heads, 2 * heads)
+    )  # fmt: skip
     near = 4.0 * grid.tokens**2 * (window.share(grid) + H200.spare / grid.tokens) * few * 128
     return [
         Probe("dense", wide, functools.partial(dense, heads, 128)),  # first: nothing is known of a device without it
         Probe("host", 5.2, modules, needs=0.1),  # what four modules cost, in operations of whole denoisers
         Probe("other", near, local, needs=1.5),  # a kernel is compiled, if it never was
         Probe("narrow", narrow, functools.partial(dense, 2 * heads, 64)),
-        Probe("products", 4.0 * tokens * dim**2, products),
+        Probe("products", _AT_WORK * 4.0 * tokens * dim**2, products),
         Probe("bandwidth", 32.0 * tokens * dim * dtype.itemsize, copy, needs=0.1),
     ]

@@ -10,6 +10,7 @@ fewer tokens.
 Paper: 'Fast Vision Transformers with HiLo Attention' - https://arxiv.org/abs/2205.13213
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,18 @@ class HiLo(AttnSpec):
         share = self.alpha if self.window_size > 1 else 1.0
         seen = grid.image_tokens * (share * low + (1 - share) * high) + outside * grid.tokens
         return seen / grid.tokens**2
+
+    def flops(self, grid: Grid, layer: Layer) -> float:
+        """Return the operations of dense attention over means, and what windows, means and joining take as long as."""
+        kept = 100 + 13 * layer.head_dim  # keys of each token that an H200 attends to meanwhile
+        return self.products(grid, layer) + 4 * grid.image_tokens * kept * layer.num_heads * layer.head_dim
+
+    def products(self, grid: Grid, layer: Layer) -> float:
+        """Return the operations of dense attention over means."""
+        means = math.prod(-(-side // self.window_size) for side in (grid.height, grid.width))
+        share, outside = self.alpha if self.window_size > 1 else 1.0, grid.tokens - grid.image_tokens
+        pairs = share * grid.image_tokens * (means + outside) + outside * grid.tokens
+        return 4 * pairs * layer.num_heads * layer.head_dim
 
     @property
     def calls(self) -> float:

@@ -74,7 +74,7 @@ class InLine(AttnSpec):
     @property
     def passes(self) -> float:
         """Those of an H200: the sums and the mean of the values take two and a half, the convolution most."""
-        return (13.0 if self.kernel_size else 2.5) + (0.0 if self.feature_map == "identity" else 1.0)
+        return (14.5 if self.kernel_size else 2.5) + (0.0 if self.feature_map == "identity" else 1.0)
 
     @property
     def calls(self) -> float:

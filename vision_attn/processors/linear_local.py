@@ -55,7 +55,9 @@ class LinearLocal(AttnSpec):
     def flops(self, grid: Grid, layer: Layer) -> float:
         """Return the operations of windows, text, sums and features."""
         near = self.window_size**2 + grid.prefix + grid.suffix
-        per_token = 4 * near + 8 * layer.head_dim + 4 * layer.head_dim
+        # above 128 features of a head they do not stay on the multiprocessor: what that takes as long as on an H200
+        again = 56 if layer.head_dim > 64 else 0
+        per_token = 4 * near + (8 + 4 + again) * layer.head_dim
         outside = 4 * grid.tokens * (grid.prefix + grid.suffix)
         return (grid.image_tokens * per_token + outside) * layer.num_heads * layer.head_dim
 

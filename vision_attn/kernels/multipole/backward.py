@@ -149,15 +149,16 @@ def _query_gradients(
                 _, there = tile_tokens(ky, kx, key_y, key_x, whole, T)  # [M]
                 bias = tl.where(there, 0.0, HIDDEN)
             dq_rows = _add_dq(q_rows, do_rows, lse_rows, delta_rows, dq_rows, k_rows, v_rows, bias, c, PRECISION)
-        means_k, means_v = head_of(means_k, b, h, mk_b, mk_h), head_of(means_v, b, h, mv_b, mv_h)
-        mean_rows += own.to(tl.int64) * tiles
-        masses += (tl.where(ALIKE, 0, bh).to(tl.int64) * rows * columns + own) * tiles * MEANS
-        for i in tl.range(0, tiles):
-            first = tl.load(mean_rows + i)
-            k_rows = mean_tile(means_k, means_k_box, b, h, first, means, mk_n, MEANS, D, BLOCK_D, TMA)
-            v_rows = mean_tile(means_v, means_v_box, b, h, first, means, mv_n, MEANS, D, BLOCK_D, TMA)
-            bias = tl.load(masses + i * MEANS + tl.arange(0, MEANS))  # [MEANS]
-            dq_rows = _add_dq(q_rows, do_rows, lse_rows, delta_rows, dq_rows, k_rows, v_rows, bias, c, PRECISION)
+        if MEANS:
+            means_k, means_v = head_of(means_k, b, h, mk_b, mk_h), head_of(means_v, b, h, mv_b, mv_h)
+            mean_rows += own.to(tl.int64) * tiles
+            masses += (tl.where(ALIKE, 0, bh).to(tl.int64) * rows * columns + own) * tiles * MEANS
+            for i in tl.range(0, tiles):
+                first = tl.load(mean_rows + i)
+                k_rows = mean_tile(means_k, means_k_box, b, h, first, means, mk_n, MEANS, D, BLOCK_D, TMA)
+                v_rows = mean_tile(means_v, means_v_box, b, h, first, means, mv_n, MEANS, D, BLOCK_D, TMA)
+                bias = tl.load(masses + i * MEANS + tl.arange(0, MEANS))  # [MEANS]
+                dq_rows = _add_dq(q_rows, do_rows, lse_rows, delta_rows, dq_rows, k_rows, v_rows, bias, c, PRECISION)
         token, keep = tile_tokens(
             y0, x0, cell_y, cell_x, whole, T
         )  # [M], anew: kept over the loops it would take registers

@@ -69,7 +69,7 @@ def _forward(
     part_lse if there are several parts.
     Launch: `row_programs` programs for the tokens outside the grid, each over `part_length` keys, then those of
     `own_cells` cells of the grid from `first_cell` on, `together` heads in turn; tiles of `T` x `T` tokens of a cell,
-    of `LEN` tokens of the sequence, and of `MEANS` means: see `MeanTiles`.
+    of `LEN` tokens of the sequence, and of `MEANS` means, 0 if none is met: see `MeanTiles`.
     Flags: what there is, and `RAGGED` if no whole number of tiles covers it.
     """
     SUMS: tl.constexpr = 16 if PRECISION == "ieee" else 8  # AMD has no narrower tiles
@@ -130,18 +130,19 @@ def _forward(
                 s = tl.where(there[None, :], s, HIDDEN)
             v_rows = cell_tile(v, v_grid, b, h, ky, kx, whole, v_n, T, D, BLOCK_D, TMA)  # [M, BLOCK_D]
             m, l, acc = update_raw(s, v_rows, m, l, acc, c, PRECISION)  # noqa: E741
-        means_k, means_v = head_of(means_k, b, h, mk_b, mk_h), head_of(means_v, b, h, mv_b, mv_h)
-        mean_rows += own.to(tl.int64) * tiles
-        masses += (tl.where(ALIKE, 0, bh).to(tl.int64) * rows * columns + own) * tiles * MEANS
-        n = tl.arange(0, MEANS)  # [MEANS]
-        bias = tl.load(masses + n, mask=(n >= 0) & (tiles > 0), other=0.0)  # [MEANS], one tile ahead
-        for i in tl.range(0, tiles):
-            first = tl.load(mean_rows + i)
-            k_rows = mean_tile(means_k, means_k_box, b, h, first, means, mk_n, MEANS, D, BLOCK_D, TMA)
-            s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION) * c + bias[None, :]  # [M, MEANS]
-            bias = tl.load(masses + tl.minimum(i + 1, tiles - 1) * MEANS + n)  # [MEANS]
-            v_rows = mean_tile(means_v, means_v_box, b, h, first, means, mv_n, MEANS, D, BLOCK_D, TMA)
-            m, l, acc = update_raw(s, v_rows, m, l, acc, 1.0, PRECISION)  # noqa: E741
+        if MEANS:
+            means_k, means_v = head_of(means_k, b, h, mk_b, mk_h), head_of(means_v, b, h, mv_b, mv_h)
+            mean_rows += own.to(tl.int64) * tiles
+            masses += (tl.where(ALIKE, 0, bh).to(tl.int64) * rows * columns + own) * tiles * MEANS
+            n = tl.arange(0, MEANS)  # [MEANS]
+            bias = tl.load(masses + n, mask=(n >= 0) & (tiles > 0), other=0.0)  # [MEANS], one tile ahead
+            for i in tl.range(0, tiles):
+                first = tl.load(mean_rows + i)
+                k_rows = mean_tile(means_k, means_k_box, b, h, first, means, mk_n, MEANS, D, BLOCK_D, TMA)
+                s = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION) * c + bias[None, :]  # [M, MEANS]
+                bias = tl.load(masses + tl.minimum(i + 1, tiles - 1) * MEANS + n)  # [MEANS]
+                v_rows = mean_tile(means_v, means_v_box, b, h, first, means, mv_n, MEANS, D, BLOCK_D, TMA)
+                m, l, acc = update_raw(s, v_rows, m, l, acc, 1.0, PRECISION)  # noqa: E741
         total = tl.sum(l, 1)  # [M]
         acc = acc * (1.0 / total)[:, None]
         token, keep = tile_tokens(

@@ -66,8 +66,8 @@ def _plan_queries_launch(call: Call, kernel: Kernel, launch: Launch, others: Seq
         means=call.means_k.shape[1], tiles=tiles.count,
         scale=call.scale, row_programs=blocks * parts, part_length=length,
         together=call.together, parts=parts, T=T, SPLIT=split, EXACT=call.chosen.shape[3],
-        EXACT_BLOCK=next_power(max(1, call.chosen.shape[3])), LEN=LEN, MEANS=tiles.length, D=D, BLOCK_D=call.block_d,
-        MASK=call.mask is not None, ALIKE=call.alike, PREFIX=prefix > 0, SUFFIX=suffix > 0,
+        EXACT_BLOCK=next_power(max(1, call.chosen.shape[3])), LEN=LEN, MEANS=tiles.length if tiles.count else 0, D=D,
+        BLOCK_D=call.block_d, MASK=call.mask is not None, ALIKE=call.alike, PREFIX=prefix > 0, SUFFIX=suffix > 0,
         RAGGED=call.ragged(T), RAGGED_PREFIX=prefix % LEN > 0, TMA=tma,
         PRECISION=thrice(call.q), **launch.options,
     )  # fmt: skip
