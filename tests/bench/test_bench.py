@@ -255,9 +255,14 @@ class Event:
 
 @pytest.fixture
 def fake_cuda(monkeypatch):
-    stand_ins = dict(CUDAGraph=Graph, Event=Event, synchronize=lambda: None, graph_pool_handle=lambda: (0, 0))
+    """Return what the stand-in for a GPU was told to wait, in cycles."""
+    waits = []
+    stand_ins = dict(
+        CUDAGraph=Graph, Event=Event, synchronize=lambda: None, graph_pool_handle=lambda: (0, 0), _sleep=waits.append
+    )  # fmt: skip
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    return waits
 
 
 def test_what_a_graph_reads_outlives_the_call(fake_cuda):
@@ -278,6 +283,15 @@ def test_what_cannot_be_captured_is_launched(fake_cuda):
 
     launch = Launch(call, torch.device("cuda"), setup=lambda: None)
     assert launch.kind == "eager" and not Graph.capturing and len(launch.turn()) == 40
+
+
+def test_short_calls_are_queued_while_the_gpu_waits(fake_cuda):
+    for seconds, short in ((0.0, True), (0.001, False)):
+        launch = Launch(lambda seconds=seconds: time.sleep(seconds), torch.device("cuda"), graph=False)
+        assert not fake_cuda  # one call tells about how long it takes
+        launch.turn()
+        assert bool(fake_cuda) == short
+        fake_cuda.clear()
 
 
 def test_a_timing_is_made_of_quartiles():
