@@ -41,7 +41,8 @@ def cases(device: torch.device, quick: bool = False) -> list[TrainingCase]:
             TrainingCase(64, ways, offloaded=True, small=True),
         ][: 1 if quick else None]  # fmt: skip
     # dense attention comes last, because an error of the device ends a run; and so does the case that takes a minute
-    found = [TrainingCase(pixels, (*_OURS, _DENSE)) for pixels in (1024, 2048, 4096)]
+    found = [TrainingCase(pixels, (*_OURS, _DENSE)) for pixels in (1024, 2048)]
+    found.append(TrainingCase(4096, (*_OURS, "stock sdpa", _DENSE)))  # where cuDNN's backward loses the device at times
     if quick:
         return found[:1]
     found += [TrainingCase(pixels, _FEW, float8=True) for pixels in (4096, 8192)]
