@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from interpreted import shifted_boxes
 from local_cases import CASES, Case, draw, exact_and_plain, run, within_budget
 
 from vision_attn.grid import Grid
@@ -69,16 +70,11 @@ def test_a_table_of_biases_is_near_or_read_where_it_lies(near, monkeypatch):
 def boxes(monkeypatch):
     """Fetch tiles through TMA descriptors, as on Hopper."""
     from vision_attn.kernels.local import tiles
-    from vision_attn.kernels.triton.rows import Shifted
 
     tiles.plan_queries.forget()
     tiles.plan_keys.forget()
     monkeypatch.setattr(tiles, "uses_boxes", lambda tensors: True)
-    # what the interpreter asks of a tensor, to copy one that is on a GPU
-    for name in ("untyped_storage", "storage_offset", "size", "stride"):
-        monkeypatch.setattr(Shifted, name, lambda self, name=name: getattr(self.tensor, name)(), raising=False)
-    for name in ("new_empty", "set_"):
-        monkeypatch.setattr(Shifted, name, lambda self, *args, **kwargs: self, raising=False)
+    shifted_boxes(monkeypatch)
 
 
 BOXED = [

@@ -112,6 +112,16 @@ def cell_tiles(monkeypatch, slots, features=64):
     take(monkeypatch, **dict.fromkeys(names, launch))
 
 
+def shifted_boxes(monkeypatch):
+    """Let the interpreter fetch boxes that begin before or after the start of their tensor."""
+    shifted = _module("triton.rows").Shifted
+    # what the interpreter asks of a tensor, to copy one that is on a GPU
+    for name in ("untyped_storage", "storage_offset", "size", "stride"):
+        monkeypatch.setattr(shifted, name, lambda self, name=name: getattr(self.tensor, name)(), raising=False)
+    for name in ("new_empty", "set_"):
+        monkeypatch.setattr(shifted, name, lambda self, *args, **kwargs: self, raising=False)
+
+
 def auto_is_triton(monkeypatch):
     """Send what would be 'auto' to Triton; return the names of the operators that ran, which fills."""
     ran, pick = [], _module("backend").pick
