@@ -106,6 +106,15 @@ def test_without_the_weights_it_says_how_to_get_them(shipped, tmp_path, monkeypa
     assert all("--download" in candidate["reason"] for candidate in row["candidates"])
 
 
+def test_a_case_without_photos_is_left_out(tmp_path, capsys):
+    out, photos = tmp_path / "out", tmp_path / "photos"
+    photos.mkdir()
+    given = ["--device", "cpu", "--quick", "--photos", str(photos), "--out", str(out)]
+    assert main(["bench", "quality_dinov2", *given]) == 2
+    assert f"dinov2-518 left out: {photos} has no photo" in capsys.readouterr().err
+    assert not list(out.iterdir())
+
+
 def test_the_musts_are_the_issues():
     (terrain_case,) = quality_terrain.cases(CPU)
     assert [(b.subject, b.measure, b.most) for b in terrain_case.bounds] == [(DEFAULT.name, "sigma_80", 0.01)]

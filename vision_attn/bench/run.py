@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from vision_attn.bench import entries
+from vision_attn.bench.candidate import AbsentError
 from vision_attn.bench.document import (
     SCHEMA,
     device_name,
@@ -119,7 +120,7 @@ def run_benchmarks(
 
     Raises:
         ValueError: If a name or the device is unknown, or stored cases are of other versions. Also if the subject of a
-            comparison is wrong or cannot run; then everything has been stored.
+            comparison is wrong or cannot run, or a whole case cannot; then everything else has been stored.
     """
     where, sources = pick_device(device), sources or Sources()
     found = find_entries(name)
@@ -131,25 +132,29 @@ def run_benchmarks(
     options += [f"--candidates={','.join(candidates)}"] * bool(candidates)
     options += [f"--{name}=FOLDER" for name in ("photos", "adapters") if getattr(sources, name)]
     command = shlex.join(["vision-attn", "bench", name, f"--device={where.type}", *options])
-    written, failed = [], []
+    written, failed, absent = [], list[str](), dict[str, list[str]]()
     out.mkdir(parents=True, exist_ok=True)  # before any work
     with Workers(workers) as processes:
         measurement = Measurement(where, rounds=2 if quick else 4, chosen=candidates, workers=processes, say=say)
         for entry, cases in chosen.items():
-            path, rows = _run_entry(entry, cases, measurement, out, dict(date=today(), command=command), say)
+            path, rows = _run_entry(entry, cases, measurement, out, dict(date=today(), command=command), say, absent)
             failed += [f"{row['case']}: {reason}" for row in rows if (reason := subject_reason(row))]
-            written += [path] * leads()
+            written += [path] * (leads() and bool(rows))
+    if absent:
+        raise ValueError("; ".join(f"{', '.join(cases)} left out: {reason}" for reason, cases in absent.items()))
     if failed:
         raise ValueError(f"stored in {out}, but the subject itself was left out: {'; '.join(failed)}")
     return written
 
 
 def _run_entry(
-    entry: Any, cases: Sequence[Any], measurement: Measurement, out: Path, run: dict[str, str], say: Callable
-) -> tuple[Path, list[dict[str, Any]]]:
+    entry: Any, cases: Sequence[Any], measurement: Measurement, out: Path, run: dict[str, str], say: Callable,
+    absent: dict[str, list[str]],
+) -> tuple[Path, list[dict[str, Any]]]:  # fmt: skip
     """Measure some cases of an entry; return the file and the rows that were measured, with `run` in each of them.
 
-    A row is stored when its case ends. An entry that hands its row to `Measurement.keep` has it stored before.
+    A row is stored when its case ends. An entry that hands its row to `Measurement.keep` has it stored before. A case
+    that cannot be measured goes into `absent`, by the reason; what is stored of it stays.
     """
     where = measurement.device
     short = entry.__name__.rpartition(".")[2]
@@ -166,7 +171,11 @@ def _run_entry(
 
     measurement.keep = store
     for case in cases:
-        row = entry.row(case, measurement)
+        try:
+            row = entry.row(case, measurement)
+        except AbsentError as error:
+            absent.setdefault(str(error), []).append(case.name)
+            continue
         store(row)
         rows.append(row | run)
         if leads():

@@ -103,7 +103,7 @@ def photo_files(folder: Path | None = None) -> list[Path]:
         package, _, inside = place.partition("/")
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
-            raise AbsentError(f"photos are those of {package}: pip install 'vision_attn[quality]'")
+            raise AbsentError(f"photos are those of {package}: pip install 'vision_attn[quality]', or give --photos")
         found += [Path(spec.origin).parent / inside / name for name in names]
     return found
 
