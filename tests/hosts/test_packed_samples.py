@@ -37,7 +37,15 @@ def _naflex(grids: list[tuple[int, int]], padding: int = 0) -> dict[str, Any]:
     return dict(x=dict(patches=patches, patch_coord=coordinates, patch_valid=valid))
 
 
-_VIT = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=10, reg_tokens=4)
+def _named(grids: list[tuple[int, int]], padding: int = 0) -> dict[str, Any]:
+    """The same by name, with padding at (-1, -1) in place of the mask."""
+    given = _naflex(grids, padding)["x"]
+    places = given["patch_coord"].masked_fill(~given["patch_valid"][..., None], -1)
+    return dict(x=given["patches"], patch_coord=places)
+
+
+_VIT = dict(patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=10)
+_GEMMA = partial(build, timm.create_model, "gemma4_vit_167m", **_VIT)
 HOSTS = {
     "siglip2": (
         partial(build, transformers.Siglip2VisionModel, transformers.Siglip2VisionConfig(**_CONFIG)),
@@ -46,8 +54,11 @@ HOSTS = {
         0,
     ),
     "naflexvit": (
-        partial(build, timm.create_model, "naflexvit_base_patch16_gap", **_VIT), _naflex, lambda output: output, 4
+        partial(build, timm.create_model, "naflexvit_base_patch16_gap", img_size=32, reg_tokens=4, **_VIT), _naflex,
+        lambda output: output, 4,
     ),
+    "gemma4-vit": (_GEMMA, _naflex, lambda output: output, 0),
+    "gemma4-vit-by-name": (_GEMMA, _named, lambda output: output, 0),
 }  # fmt: skip
 hosts = pytest.mark.parametrize("host_id", HOSTS)
 
@@ -75,12 +86,14 @@ def test_attending_to_everything_changes_nothing(host_id: str, grids: list[tuple
 def test_each_sample_is_attended_to_over_its_own_grid(host_id: str, spec: AttnSpec) -> None:
     make = HOSTS[host_id][1]
     together = make(RAGGED, padding=3)
-    patches = together["x"]["patches"] if host_id == "naflexvit" else together["pixel_values"]
+    place = next(name for name in ("x", "pixel_values") if name in together)
+    packed = isinstance(together[place], dict)
+    patches = together[place]["patches"] if packed else together[place]
     found = run(host_id, spec, together)
     for b, (height, width) in enumerate(RAGGED):
         alone = make([(height, width)])
         own = patches[b : b + 1, : height * width]
-        alone |= dict(x=alone["x"] | dict(patches=own)) if host_id == "naflexvit" else dict(pixel_values=own)
+        alone[place] = alone[place] | dict(patches=own) if packed else own
         torch.testing.assert_close(found[b : b + 1], run(host_id, spec, alone), rtol=0, atol=2e-5)
 
 

@@ -47,6 +47,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "xcit": (lambda: timm.models.xcit.Xcit(img_size=32, embed_dim=32, depth=1, num_heads=2), "between channels"),
     "swin": (lambda: timm.models.swin_transformer.SwinTransformer(**_SWIN), "in windows already"),
+    "swin-v2-cr": (lambda: timm.models.swin_transformer_v2_cr.SwinTransformerV2Cr(**_SWIN), "in windows already"),
     "swin-v2": (lambda: timm.models.swin_transformer_v2.SwinTransformerV2(**_SWIN), "in windows already"),
     "hiera": (
         lambda: timm.models.hiera.Hiera(img_size=(64, 64), embed_dim=16, num_heads=1, stages=(1, 1, 1, 1)),

@@ -37,5 +37,14 @@ VITS = [
         "naflexvit", "naflexvit_base_patch16_gap", 4, "images as they are; packed patches have tests of their own",
         dynamic_img_size=None, reg_tokens=4,
     ),
+    _timm_case(
+        "qwen3-vit", "qwen3_vit_88m", 0, "EvaBlock, RoPE of integer places", dynamic_img_size=None,
+        pos_embed_grid_size=4,
+    ),
+    _timm_case("deepseek-vit", "deepseek_vit_412m", 0, "AttentionRope", dynamic_img_size=None),
+    _timm_case(
+        "gemma4-vit", "gemma4_vit_167m", 0, "queries and keys are normalised; packed patches have tests of their own",
+        dynamic_img_size=None, img_size=None,
+    ),
     _timm_case("vit-rope", "vit_small_patch16_rope_224", 1, "AttentionRope"),
 ]  # fmt: skip

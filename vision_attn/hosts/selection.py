@@ -10,18 +10,21 @@ from torch import nn
 from vision_attn.hosts.dit import DITS
 from vision_attn.hosts.host import Host
 from vision_attn.hosts.image_ids import ID_HOSTS
+from vision_attn.hosts.language_encoders import LANGUAGE_ENCODERS
 from vision_attn.hosts.unet import UNETS
 from vision_attn.hosts.vision_encoders import ENCODERS
 from vision_attn.hosts.vit import VITS
 from vision_attn.processors.base import AttnSpec
 
-HOSTS: tuple[Host, ...] = (*UNETS, *DITS, *ID_HOSTS, *VITS, *ENCODERS)
+HOSTS: tuple[Host, ...] = (*UNETS, *DITS, *ID_HOSTS, *VITS, *LANGUAGE_ENCODERS, *ENCODERS)
 REFUSED = {
     **dict.fromkeys(("SanaTransformer2DModel", "SanaControlNetModel"), "its self-attention is linear already"),
     "Ideogram4Transformer2DModel": "it packs text and images in one sequence, and tells where they lie by values only",
     "OmniGenTransformer2DModel": "its attention is causal but for images, and its mask says so for each pair of tokens",
     "Xcit": "it attends between channels, not between tokens",
-    **dict.fromkeys(("SwinTransformer", "SwinTransformerV2", "Hiera"), "its attention is in windows already"),
+    **dict.fromkeys(
+        ("SwinTransformer", "SwinTransformerV2", "SwinTransformerV2Cr", "Hiera"), "its attention is in windows already"
+    ),
     **dict.fromkeys(
         ("SwinPreTrainedModel", "Swinv2PreTrainedModel", "HieraPreTrainedModel"), "its attention is in windows already"
     ),

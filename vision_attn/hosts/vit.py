@@ -16,7 +16,8 @@ def _patch_embed(model: nn.Module) -> nn.Module:
     return model.patch_embed  # type: ignore[return-value]
 
 
-def _grid(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
+def patch_embed_grid(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
+    """Return the grid of a patch embedding, without the tokens before it."""
     return Grid(*module.dynamic_feat_size(inputs["x"].shape[-2:]))  # type: ignore[operator]
 
 
@@ -29,12 +30,13 @@ def _problem(model: nn.Module) -> str | None:
     return None
 
 
-def _size(model: Any, layer: str, height: int, width: int) -> tuple[int, int]:
+def patch_embed_size(model: Any, layer: str, height: int, width: int) -> tuple[int, int]:
+    """Return the grid of an image of this size."""
     found: tuple[int, int] = model.patch_embed.dynamic_feat_size((height, width))  # an incomplete patch may be padded
     return found
 
 
-def _refuses(model: Any, height: float, width: float) -> str | None:
+def patch_embed_refuses(model: Any, height: float, width: float) -> str | None:
     """Ask the patch embedding, which refuses sizes by an assertion."""
     embed = copy.deepcopy(model.patch_embed).to("meta")
     first = next(module for module in embed.modules() if isinstance(module, nn.Conv2d))
@@ -116,21 +118,21 @@ VITS = (
         models=("VisionTransformer", "Eva"),
         layers=("blocks.*.attn", "blocks.*.attns.*.attn"),
         watched=_patch_embed,
-        probe=_grid,
+        probe=patch_embed_grid,
         others="prefix",
-        size=_size,
-        refuses=_refuses,
+        size=patch_embed_size,
+        refuses=patch_embed_refuses,
         problem=_problem,
     ),
     Host(
         models=("Beit", "VisionTransformerRelPos"),
         layers=("blocks.*.attn",),
         watched=_patch_embed,
-        probe=_grid,
+        probe=patch_embed_grid,
         others="prefix",
         biases=True,
-        size=_size,
-        refuses=_refuses,
+        size=patch_embed_size,
+        refuses=patch_embed_refuses,
     ),
     Host(
         models=("NaFlexVit",),
@@ -149,8 +151,8 @@ VITS = (
         probe=features_grid,
         biases=True,
         axes=(3, 4),
-        size=_size,
-        refuses=_refuses,
+        size=patch_embed_size,
+        refuses=patch_embed_refuses,
     ),
     Host(models=("VOLO",), layers=("attn",), parts=_transformers, probe=features_grid, size=_volo_size),
 )
