@@ -1,5 +1,6 @@
 """Tiny diffusion transformers over packed tokens `[B, N, C]`, and Z-Image over a list of latents."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -143,6 +144,30 @@ def _zimage_texts(text: int, ragged: bool = False) -> set[int]:
     return {text + -text % 32 + 32 * ragged}
 
 
+def _fibo2_inputs(
+    height: int, width: int, batch: int, text: int, edit: bool = False, ragged: bool = False
+) -> dict[str, Any]:
+    context = [noise(batch, CHANNELS, 2 * REFERENCE[0], 2 * REFERENCE[1], seed=5)] if edit else None
+    text += 3 * ragged
+    mask = torch.arange(text) < text - 2 * torch.arange(batch)[:, None] if ragged else None
+    return dict(
+        hidden_states=noise(batch, CHANNELS, 2 * height, 2 * width), timestep=torch.full((batch,), 0.4),
+        encoder_hidden_states=noise(batch, 2, text, TEXT_DIM, seed=9), encoder_attention_mask=mask,
+        context_latents=context,
+    )  # fmt: skip
+
+
+def _gist(text: int, ragged: bool = False) -> int:
+    """Tokens to which the text is resampled, in the longest sample of a batch."""
+    return max(2, min(4, math.ceil(2 + 2 * (text + 3 * ragged - 2) / 14)))
+
+
+def _fibo2_layouts(height: int, width: int, text: int, edit: bool = False, ragged: bool = False) -> set[Layout]:
+    """The refiner has no text."""
+    grid, reference, gist = (height, width), (REFERENCE,) if edit else (), _gist(text, ragged)
+    return {Layout(0, grid, 0, reference), Layout(0 if ragged else gist, grid, gist if ragged else 0, reference)}
+
+
 FLUX = dict(
     in_channels=4 * CHANNELS, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
     joint_attention_dim=TEXT_DIM,
@@ -159,6 +184,11 @@ _ZIMAGE = dict(
 )  # fmt: skip
 
 
+_FIBO2 = dict(
+    in_channels=CHANNELS, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, cap_feat_dim=TEXT_DIM,
+    injection_layer_ids=(1,), perceiver_num_layers=1, min_num_gist_tokens=2, max_num_gist_tokens=4, gist_step=1,
+    gist_min_text_len=2, gist_max_text_len=16, axes_dims=(4, 6, 6), axes_lens=(64, 64, 64),
+)  # fmt: skip
 _QWEN21 = dict(
     in_channels=CHANNELS, out_channels=CHANNELS, num_layers=2, attention_head_dim=16, num_attention_heads=2,
     context_in_dim=TEXT_DIM, mlp_ratio=1, axes_dims_rope=(4, 6, 6),
@@ -176,6 +206,19 @@ def _qwen21_case(name: str, notes: str, reference: bool = False, masked: bool = 
         text_only=partial(_qwen21_texts, reference=reference),
         more_keys=True,
         patch=1,
+        notes=notes,
+    )
+
+
+def _fibo2_case(name: str, notes: str, **how: bool) -> HostCase:
+    return HostCase(
+        name,
+        partial(build, diffusers.BriaFibo2Transformer2DModel, **_FIBO2),
+        partial(_fibo2_inputs, **how),
+        output=sample,
+        shape=lambda height, width, batch: (batch, CHANNELS, 2 * height, 2 * width),
+        layouts=partial(_fibo2_layouts, **how),
+        text_only=lambda text: {_gist(text, how.get("ragged", False))},
         notes=notes,
     )
 
@@ -223,6 +266,9 @@ PACKED_DITS = [
     ),
     _zimage_case("z-image", False, "image and text are each padded to 32 tokens, unmasked; both come after the grid"),
     _zimage_case("z-image-ragged", True, "sample i has 32 * i more text tokens: bool [B, 1, 1, N] masks the tail"),
+    _fibo2_case("fibo-2", "a gist of the text first; every second layer also attends across to the text"),
+    _fibo2_case("fibo-2-edit", "an image to edit after the grid", edit=True),
+    _fibo2_case("fibo-2-ragged", "sample i has 2 * i text tokens fewer: the gist is last, masked by bool", ragged=True),
     packed_case(
         "flux-controlnet", diffusers.FluxControlNetModel, FLUX1, _flux_controlnet_inputs, shape=packed(32),
         output=lambda output: output.controlnet_single_block_samples[-1],

@@ -96,6 +96,16 @@ def _z_image(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
     return Grid(height // patch, width // patch) if t == frames else f"{t} frames, not one image"
 
 
+def _fibo_2(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
+    """Return the grid of the latents; images to edit come after it, and gist tokens of the text before it."""
+    found = _patches(module, inputs)
+    if isinstance(found, str):
+        return found
+    more = [_patches(module, {"hidden_states": image}) for image in inputs.get("context_latents") or ()]
+    suffix = [grid.tokens for grid in more if isinstance(grid, Grid)]
+    return Grid(found.height, found.width, suffix=sum(suffix))
+
+
 _BLOCKS = ("transformer_blocks.*.attn",)
 
 
@@ -288,6 +298,17 @@ DITS = (
         size=packed_size,
         refuses=any_size,
         text=128,
+    ),
+    Host(
+        models=("BriaFibo2Transformer2DModel",),
+        layers=("layers.*.attention", "noise_refiner.*.attention"),
+        probe=_fibo_2,
+        others="prefix",
+        mask_means_dense=True,  # prompts of other lengths in one batch: then the gist tokens come last
+        timestep=_ONE,
+        size=packed_size,
+        refuses=any_size,
+        text=512,
     ),
     Host(
         models=("ZImageControlNetModel",),  # its other layers are those of the transformer

@@ -250,6 +250,8 @@ def heads_of(name: str, module: nn.Module) -> tuple[int, int]:
     inner: Any = getattr(module, "inner_dim", None)
     if inner is None and isinstance(qkv := getattr(module, "qkv", None), nn.Linear):
         inner = qkv.out_features // 3
+    if inner is None:
+        inner = getattr(getattr(module, "to_q", None), "out_features", None)
     if num_heads is None or (head_dim is None and inner is None):
         raise ValueError(f"{name}: a {type(module).__name__} does not tell its heads: it needs `heads` and `head_dim`")
     return num_heads, inner // num_heads if head_dim is None else head_dim
