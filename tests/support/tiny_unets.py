@@ -32,6 +32,12 @@ _SDXL = _SD21 | dict(
     transformer_layers_per_block=(1, 1, 2), upcast_attention=False, addition_embed_type="text_time",
     addition_time_embed_dim=8, projection_class_embeddings_input_dim=POOLED_DIM + 6 * 8,
 )  # fmt: skip
+_DREAMLITE = dict(
+    in_channels=CHANNELS, out_channels=CHANNELS, layers_per_block=1, block_out_channels=(16, 32, 32),
+    down_block_types=("DreamLiteCrossAttnNoSelfAttnDownBlock2D", *["DreamLiteCrossAttnDownBlock2D"] * 2),
+    up_block_types=(*["DreamLiteCrossAttnUpBlock2D"] * 2, "DreamLiteUpBlock2D"), norm_num_groups=8,
+    cross_attention_dim=TEXT_DIM, attention_head_dim=(1, 2, 2), use_linear_projection=True,
+)  # fmt: skip
 _CONTROLNET = {k: v for k, v in _UNET.items() if k not in ("sample_size", "out_channels", "up_block_types")}
 
 
@@ -100,6 +106,13 @@ UNETS = [
         notes="no attention at the resolution of the latents: (height, width) is half of it",
     ),
     _unet_case("sd15-inpaint-unet", _UNET | dict(in_channels=9), inputs=partial(_unet_inputs, channels=9)),
+    HostCase(
+        "dreamlite-unet",
+        partial(build, diffusers.DreamLiteUNetModel, **_DREAMLITE),
+        lambda height, width, batch, text: _unet_inputs(2 * height, 2 * width, batch, text),
+        sample, shape=pixels(CHANNELS), layouts=_two_levels,
+        notes="two heads share keys and values; no self-attention at the resolution of the latents",
+    ),
     HostCase(
         "unet2d",
         partial(

@@ -22,7 +22,7 @@ def _spatial_transformers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if is_a(module, "Transformer2DModel")
+        if is_a(module, "Transformer2DModel", "DreamLiteTransformer2DModel")
         and not any(
             getattr(block, "only_cross_attention", False) for block in getattr(module, "transformer_blocks", ())
         )
