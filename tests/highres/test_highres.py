@@ -1,5 +1,6 @@
 """`generate_highres`: levels, noise levels, positions and chunks are right, and the pipeline is left as it was."""
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,14 @@ from tiny_hosts import HOST
 from tiny_pipelines import PIPELINE
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vision_attn import Clear, Conversion, LinFusion, Softmax, generate_highres
+from vision_attn import Clear, Conversion, LinFusion, MoH, Softmax, generate_highres
 from vision_attn.demo import load_teacher
 from vision_attn.grid import Grid
 from vision_attn.highres.feed_forward import chunked_feed_forward
-from vision_attn.highres.levels import Options, Proportional
+from vision_attn.highres.levels import Options, Proportional, cell_of, proportional
 from vision_attn.highres.positions import position_ids, stretched_positions
 from vision_attn.highres.redraw import Redraw, image_to_image, noise_level, schedule_for
+from vision_attn.processors import AttnSpec, Schedule
 
 KINDS = ["sd", "sdxl", "sd3", "flux"]
 
@@ -327,6 +329,51 @@ def test_the_scale_of_a_level_counts_the_text():
     grid, native = Grid(16, 16, prefix=5), Clear(radius=4, native_tokens=5 + 64)
     assert Proportional(4, first=64).scale(32, grid, None) == native.scale(32, grid, None) != 32**-0.5
     assert Proportional(4, first=64).scale(32, Grid(8, 8, prefix=5), None) == 32**-0.5
+
+
+def test_every_clear_of_a_level_is_proportional_and_keeps_its_fields() -> None:
+    plain, first = Clear(4, 2, counted=True), 64
+    assert proportional(plain, first) == Proportional(4, 2, counted=True, first=first)
+    assert proportional(Clear(4, precision="int8"), first) == Proportional(4, precision="int8", first=first)
+    for spec in (Clear(4, native_tokens=99), Softmax(), LinFusion()):
+        assert proportional(spec, first) is spec
+    stages = Schedule(((0.5, plain), (1.0, LinFusion())))
+    assert proportional(stages, first) == Schedule(((0.5, proportional(plain, first)), (1.0, LinFusion())))
+    assert proportional(MoH(plain, share=0.5), first) == MoH(proportional(plain, first), share=0.5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "same"),
+    [
+        (Clear(radius=2), Schedule(((1.0, Clear(radius=2)),))),
+        (Clear(radius=2), MoH(Clear(radius=2), share=1.0)),
+        (Clear(radius=2, pool=2, counted=True), Schedule(((1.0, Clear(radius=2, pool=2, counted=True)),))),
+    ],
+    ids=["schedule", "mixture", "counted"],
+)
+def test_a_clear_inside_of_another_spec_draws_as_by_itself(spec: Clear, same: AttnSpec) -> None:
+    pipe: Any = PIPELINE["flux"].build()
+    base = base_of(pipe)
+    given = Clear(**{field.name: getattr(spec, field.name) for field in fields(spec)} | dict(native_tokens=7 + 16))
+    drawn = [
+        np.asarray(draw(pipe, "flux", 2 * base, spec=each, base=(base, base)).images[0], np.float32)
+        for each in (spec, same, given, Clear(radius=2))
+    ]
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1 and np.abs(drawn[0] - drawn[2]).max() <= 1
+    assert spec == Clear(radius=2) or np.abs(drawn[0] - drawn[3]).max() > 1
+
+
+def test_levels_divide_by_the_cells_of_inner_specs() -> None:
+    pooled = Clear(radius=4, pool=4)
+    for spec in (MoH(pooled), Schedule(((0.5, MoH(pooled)), (1.0, LinFusion()))), [None, MoH(pooled)]):
+        assert cell_of(spec) == 4
+    assert cell_of(None) == cell_of(LinFusion()) == 1 and cell_of([Clear(pool=2), Clear(pool=3)]) == 6
+
+
+@pytest.mark.parametrize("spec", [3, "clear", Clear, {"*": Clear(2)}, [Clear(2), "clear"]], ids=str)
+def test_what_is_no_spec_is_refused(spec: Any) -> None:
+    with pytest.raises(TypeError, match="spec must be a spec, or a list of 1 specs or None, one for each level"):
+        generate_highres(PIPELINE["sd"].build(), "fox", 64, 64, options=Options(base=(64, 64)), spec=spec)
 
 
 def test_a_pipeline_keeps_its_dtype() -> None:

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ from vision_attn.highres.redraw import (
 from vision_attn.hosts.selection import denoisers_of
 from vision_attn.processors.base import AttnSpec
 from vision_attn.processors.clear import Clear
+from vision_attn.processors.moh import MoH
 from vision_attn.processors.schedule import Schedule
 
 # Options hold steps and strengths, a level goes on from the tensors of the one before, and pictures are PIL images.
@@ -201,23 +202,45 @@ class Proportional(Clear):
 
 def cell_of(spec: Any) -> int:
     """Return the number of tokens that the sides of every level must be multiples of."""
-    given = [spec] if isinstance(spec, AttnSpec) else spec or []
-    specs = [s for spec in given for s in ([s for _, s in spec.stages] if isinstance(spec, Schedule) else [spec])]
-    return math.lcm(*(spec.pool for spec in specs if isinstance(spec, Clear)))
+    if isinstance(spec, Clear):
+        return spec.pool
+    if isinstance(spec, Schedule):
+        return math.lcm(*(cell_of(stage) for _, stage in spec.stages))
+    if isinstance(spec, MoH):
+        return cell_of(spec.spec)
+    return math.lcm(*map(cell_of, spec)) if isinstance(spec, (list, tuple)) else 1
+
+
+def proportional(spec: AttnSpec, first: int) -> AttnSpec:
+    """Return a spec in which each `Clear` without native tokens, also one inside of another spec, is `Proportional`.
+
+    Args:
+        spec: The spec of a level.
+        first: Image tokens of the first level.
+    """
+    if isinstance(spec, Schedule):
+        return Schedule(tuple((until, proportional(stage, first)) for until, stage in spec.stages))
+    if isinstance(spec, MoH):
+        return replace(spec, spec=proportional(spec.spec, first))
+    if type(spec) is not Clear or spec.native_tokens is not None:
+        return spec
+    return Proportional(**{field.name: getattr(spec, field.name) for field in fields(spec)}, first=first)
 
 
 def specs_of(spec: Any, levels: int) -> list[AttnSpec | None]:
     """Return the processor of each level, None for the pipeline as it is.
 
     Raises:
-        ValueError: If `spec` is neither one for the levels above the first nor a list with one for each level.
+        TypeError: If `spec` is neither a spec nor a list of them.
+        ValueError: If the list has not one for each level.
     """
     if spec is None or isinstance(spec, AttnSpec):
         return [None, *[spec] * (levels - 1)]
-    specs = list(spec)
-    if len(specs) != levels or not all(spec is None or isinstance(spec, AttnSpec) for spec in specs):
-        raise ValueError(f"spec must be a spec, or a list of {levels} specs or None, one for each level, got {spec!r}")
-    return specs
+    typed = isinstance(spec, (list, tuple)) and all(each is None or isinstance(each, AttnSpec) for each in spec)
+    if not typed or len(spec) != levels:
+        text = f"spec must be a spec, or a list of {levels} specs or None, one for each level"
+        raise _refusal(text, spec, typed)
+    return list(spec)
 
 
 @dataclass(frozen=True)
@@ -379,9 +402,7 @@ def _level(
             if grid[0] * grid[1] > _CHUNK:
                 restored.enter_context(chunked_feed_forward(model, _CHUNK))
         if spec is not None:
-            if isinstance(spec, Clear) and spec.native_tokens is None:
-                spec = Proportional(spec.radius, spec.pool, first=tokens_of(pipe, base))
-            restored.callback(convert(pipe, spec).revert)
+            restored.callback(convert(pipe, proportional(spec, tokens_of(pipe, base))).revert)
         yield
 
 
