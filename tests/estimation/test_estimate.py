@@ -11,10 +11,10 @@ from tiny_hosts import HOST, HOSTS, HostCase
 from tiny_pipelines import PIPELINE
 from torch.utils.flop_counter import FlopCounterMode
 
-from vision_attn import Clear, HiLo, LinFusion, MoH, Neighborhood, Softmax, convert, estimate
+from vision_attn import Clear, HiLo, LinFusion, MoH, Neighborhood, Softmax, advise, convert, estimate
 from vision_attn.conversion.state import is_converted, is_rerouted, state_of
 from vision_attn.estimation.cost import CPU, H200, Machine, seconds
-from vision_attn.estimation.step import Attending, Denoiser, Step
+from vision_attn.estimation.step import PARTS, Attending, Denoiser, Step
 from vision_attn.graphs import enable, replayed_of
 from vision_attn.grid import Grid
 from vision_attn.hosts import Host, find_host
@@ -234,18 +234,52 @@ def test_sizes_of_a_pipeline_are_in_pixels() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((Clear(2), 0, 64), ValueError, "positive"),
+        ((Clear(2), 0, 64), ValueError, "height must be at least 1, got 0"),
+        ((Clear(2), 64.0, 64), TypeError, "height must be a number of pixels, got 64.0"),
+        ((Clear(2), 64, "64"), TypeError, "width must be a number of pixels, got '64'"),
         (("clear", 64, 64), TypeError, "clear"),
         (({"nothing.*": Clear(2)}, 64, 64), ValueError, "nothing"),
         (([], 64, 64), ValueError, "no spec"),
         ((Clear(2), 64, 7), ValueError, "an image of 64 x 7 pixels is smaller than a token of down_blocks.0"),
     ],
-    ids=["size", "spec", "pattern", "empty", "token"],
+    ids=["size", "float", "text", "spec", "pattern", "empty", "token"],
 )
 def test_bad_input_is_refused(arguments: tuple, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         spec, height, width = arguments
         estimate(HOST["sd15-unet"].build(), spec, height=height, width=width)
+
+
+@pytest.mark.parametrize("host_id", ["vit", "flux", "sd15-unet"])
+def test_other_arguments_are_refused_by_name(host_id: str) -> None:
+    model = HOST[host_id].build()
+    sized = dict(height=64, width=64)
+    for scale, error in ((0, ValueError), (-1, ValueError), (2.5, TypeError), ("8", TypeError), (True, TypeError)):
+        with pytest.raises(error, match="vae_scale_factor must be"):
+            estimate(model, Clear(2), **sized, vae_scale_factor=scale)
+        with pytest.raises(error, match="vae_scale_factor must be"):
+            advise(model, **sized, vae_scale_factor=scale)
+    with pytest.raises(TypeError, match="host must be a Host, got 3"):
+        estimate(model, Clear(2), **sized, host=3)
+    with pytest.raises(TypeError, match="step must be a function that runs the model once, got 3"):
+        advise(model, **sized, step=3)
+
+
+def test_two_models_are_one_step_whose_layers_tell_them_apart() -> None:
+    models = [HOST["vit"].build(), HOST["vit-rope"].build()]
+    both = estimate(models, Clear(2), height=64, width=64, device="cuda")
+    each = [estimate(model, Clear(2), height=64, width=64, device="cuda") for model in models]
+    assert [row.name for row in both.layers] == [f"{n}.{row.name}" for n in (0, 1) for row in each[n].layers]
+    assert both.step.names == {row.name for row in both.layers}
+    for part in (*PARTS, "host", "attention"):
+        assert getattr(both.step, part) == pytest.approx(sum(getattr(one.step, part) for one in each)) != 0
+    some = frozenset(row.name for row in both.layers if row.name.startswith("1."))
+    alone = sum(layer.dense - layer.converted for layer in each[1].step.layers)
+    assert both.step.device - both.step.device_with(some) == pytest.approx(alone)
+    assert both.other_flops == pytest.approx(sum(one.other_flops for one in each))
+    advice = advise(models, 64, 64, device="cuda")
+    assert advice.stock.seconds() == pytest.approx(both.step.seconds())
+    assert "VisionTransformer, Eva, 64 x 64 pixels" in str(advice)
 
 
 def test_where_and_device_are_checked_as_by_convert() -> None:

@@ -23,7 +23,17 @@ from vision_attn.conversion.state import (
 from vision_attn.estimation.model import aligned
 from vision_attn.graphs import Graphs, replayed_of, replaying
 from vision_attn.hosts import Host, find_host
-from vision_attn.hosts.selection import Specs, Where, assign, candidates_of, check_specs, distinct, select, targets_of
+from vision_attn.hosts.selection import (
+    Specs,
+    Where,
+    assign,
+    candidates_of,
+    check_host,
+    check_specs,
+    distinct,
+    select,
+    targets_of,
+)
 from vision_attn.kernels.backend import check_backend
 from vision_attn.parallel.models import is_cut
 from vision_attn.processors.base import CHILD, AttnSpec
@@ -76,7 +86,8 @@ def convert(  # noqa: PLR0913, the one call that users make
     check_bool("only_if_faster", only_if_faster)
     check_bool("replace", replace)
     check_specs(spec)
-    _check(host, backend)
+    check_host(host)
+    check_backend(backend)
     models = targets_of(target, components, host)
     if not replace:
         refuse_converted(models)
@@ -96,12 +107,6 @@ def convert(  # noqa: PLR0913, the one call that users make
     for plan in plans:
         plan.apply(min_tokens)
     return Conversion(models)
-
-
-def _check(host: Any, backend: str) -> None:
-    if host is not None and not isinstance(host, Host):
-        raise TypeError(f"host must be a Host, got {host!r}")
-    check_backend(backend)
 
 
 def refuse_converted(models: dict[str, nn.Module]) -> None:
@@ -162,7 +167,8 @@ def load(
     """
     if spec is not None and not isinstance(spec, AttnSpec):
         raise TypeError(f"spec must be a processor's spec such as Clear(radius=16), got {spec!r}")
-    _check(host, backend)
+    check_host(host)
+    check_backend(backend)
     models, plans = {}, []
     for adapter in read_adapter(source, weight_name, spec, **hub):
         name, model = _model_for(adapter, target, host)

@@ -15,7 +15,7 @@ from torch import nn
 from vision_attn._checks import check_int
 from vision_attn.estimation import rates
 from vision_attn.estimation.advice import Advice
-from vision_attn.estimation.model import input_size, read
+from vision_attn.estimation.model import check_pixels, input_size, read
 from vision_attn.estimation.profile import Profile, profile, wait
 from vision_attn.estimation.rates import check_device, machine_of
 from vision_attn.estimation.step import Denoiser, Step, device_of
@@ -59,8 +59,9 @@ def advise(
     """
     check_device(device)
     check_int("batch", batch, 1, "a number of pictures")
-    for name, value in (("height", height), ("width", width)):
-        check_int(name, value, 1, "a number of pixels")
+    check_pixels(height, width)
+    if step is not None and not callable(step):
+        raise TypeError(f"step must be a function that runs the model once, got {step!r}")
     denoisers, scale = read(target, None, vae_scale_factor)
     for denoiser in denoisers:
         _refuse_changed(denoiser.model)

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from vision_attn._checks import check_int
 from vision_attn.estimation.cost import Machine, least_bytes
 from vision_attn.estimation.rates import check_device, machine_of
 from vision_attn.estimation.step import Attending, Denoiser, Step, device_of
 from vision_attn.grid import Grid
 from vision_attn.hosts import Host, find_host
-from vision_attn.hosts.selection import Specs, Where, assign, check_specs, select, targets_of
+from vision_attn.hosts.selection import Specs, Where, assign, check_host, check_specs, select, targets_of
 from vision_attn.processors.base import AttnSpec
 from vision_attn.processors.softmax import Softmax
 
@@ -58,8 +59,7 @@ def estimate(
     """
     check_specs(spec)
     check_device(device)
-    if min(height, width) < 1:
-        raise ValueError(f"height and width must be positive numbers of pixels, got {height} x {width}")
+    check_pixels(height, width)
     denoisers, scale = read(target, host, vae_scale_factor)
     chosen = [(denoiser, specs_of(denoiser, spec, where)) for denoiser in denoisers]
     rows: list[LayerEstimate] = []
@@ -68,7 +68,10 @@ def estimate(
         size = input_size(denoiser, (height, width), scale)
         machine, itemsize = _machine_of(denoiser, device)
         step = denoiser.step(size, specs, machine, itemsize)
-        rows += [_row(denoiser, layer, specs.get(layer.name, Softmax()), itemsize) for layer in step.layers]
+        rows += [
+            _row(denoiser, name, layer, specs.get(name, Softmax()), itemsize)
+            for name, layer in zip(denoiser.names, step.layers, strict=True)
+        ]
         other += denoiser.other_flops(size)
         steps.append(step)
     return Estimate(rows, other, _pays_from(chosen, (height, width), scale, device), functools.reduce(add, steps))
@@ -83,16 +86,30 @@ def read(target: Any, host: Host | None, vae_scale_factor: int | None) -> tuple[
         vae_scale_factor: As for `estimate`.
 
     Raises:
-        TypeError: If `target` is neither a model nor a pipeline.
-        ValueError: If it has no model that is known.
+        TypeError: If `target` is neither a model nor a pipeline, or another argument has the wrong type.
+        ValueError: If it has no model that is known, or the pixels are less than one.
     """
-    models = list(targets_of(target, None, host).values())
+    check_host(host)
+    models = targets_of(target, None, host)
     scale = vae_scale_factor
     if scale is None:
-        on_latents = any(cls.__name__ == "ModelMixin" for cls in type(models[0]).__mro__)
+        on_latents = any(cls.__name__ == "ModelMixin" for cls in type(next(iter(models.values()))).__mro__)
         scale = getattr(target, "vae_scale_factor", 8 if on_latents else 1)
+    check_int("vae_scale_factor", scale, 1, "a number of pixels")
     assert scale is not None
-    return [Denoiser(model, host or find_host(model)) for model in models], scale
+    several = len(models) > 1
+    return [Denoiser(m, host or find_host(m), name if several else "") for name, m in models.items()], scale
+
+
+def check_pixels(height: Any, width: Any) -> None:
+    """Refuse a size of an image that is not in whole pixels.
+
+    Raises:
+        TypeError: If a side is not an int.
+        ValueError: If a side is below 1.
+    """
+    check_int("height", height, 1, "a number of pixels")
+    check_int("width", width, 1, "a number of pixels")
 
 
 def specs_of(denoiser: Denoiser, spec: Specs, where: Where = None) -> dict[str, AttnSpec]:
@@ -125,7 +142,7 @@ class LayerEstimate:
     """What one layer needs for one sequence.
 
     Attributes:
-        name: Name of the layer.
+        name: Name of the layer, after that of its component if several models attend.
         spec: Its processor, `Softmax()` if it is not converted.
         grid: Its tokens.
         dense_flops: Operations of dense attention, without projections.
@@ -212,9 +229,9 @@ def aligned(cells: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
 
-def _row(denoiser: Denoiser, layer: Attending, spec: AttnSpec, itemsize: int) -> LayerEstimate:
-    """Return what one layer needs."""
-    grid, about = layer.grid, denoiser.layers[layer.name]
+def _row(denoiser: Denoiser, name: str, layer: Attending, spec: AttnSpec, itemsize: int) -> LayerEstimate:
+    """Return what one layer needs, which its model knows as `name`."""
+    grid, about = layer.grid, denoiser.layers[name]
     return LayerEstimate(
         layer.name,
         spec,

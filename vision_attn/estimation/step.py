@@ -65,9 +65,7 @@ class Step:
     host: float
 
     def __add__(self, step: "Step") -> "Step":
-        parts = {
-            name: getattr(self, name) + getattr(step, name) for name in ("linear", "convolutions", "other", "host")
-        }
+        parts = {name: getattr(self, name) + getattr(step, name) for name in (*PARTS, "host")}
         return Step(self.layers + step.layers, **parts)
 
     @property
@@ -137,13 +135,14 @@ class Denoiser:
     Args:
         model: The model, on any device.
         host: How its layers and their grids are found.
+        component: Its name among several models, which the names in a step begin with; '' for a model by itself.
 
     Raises:
         ValueError: If it has no layer over a grid.
     """
 
-    def __init__(self, model: nn.Module, host: Host) -> None:
-        self.model, self.host = model, host
+    def __init__(self, model: nn.Module, host: Host, component: str = "") -> None:
+        self.model, self.host, self.component = model, host, component
         self.names = host.layer_names(model)
         modules = dict(model.named_modules())
         self.layers = {
@@ -203,7 +202,8 @@ class Denoiser:
                     known[key] = seconds(each, grid, layer, machine, itemsize), host_seconds(each, machine)
                 times.append(known[key])
             (dense, _), (converted, host) = times
-            layers.append(Attending(name, grid, dense, converted, host if spec is not None else 0.0))
+            full = f"{self.component}.{name}" if self.component else name
+            layers.append(Attending(full, grid, dense, converted, host if spec is not None else 0.0))
         return Step(tuple(layers), **parts, host=self._leaves * _OPERATIONS * machine.host)
 
     def _at(self, size: tuple[int, int]) -> Iterator[tuple[str, int, int, int]]:

@@ -208,6 +208,16 @@ def _predicate(where: Where) -> Callable[[str], bool]:
     )
 
 
+def check_host(host: Any) -> None:
+    """Refuse anything but a host, or None for that of a known model.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if host is not None and not isinstance(host, Host):
+        raise TypeError(f"host must be a Host, got {host!r}")
+
+
 def check_specs(specs: Any) -> None:
     """Refuse anything but a spec, a sequence of specs or a dictionary of specs.
 
