@@ -67,3 +67,8 @@ class Grid:
 def largest(grid: Grid | tuple[Grid, ...]) -> Grid:
     """Return the grid, or the largest one of a batch that has a grid for each sample."""
     return grid if isinstance(grid, Grid) else max(grid, key=lambda own: own.image_tokens)
+
+
+def holds(grid: Grid | tuple[Grid, ...], before: int, after: int) -> bool:
+    """Whether so many keys before the first query, and after the last one, lie outside the grid."""
+    return before <= largest(grid).prefix and after <= largest(grid).suffix

@@ -36,7 +36,7 @@ class AttentionSpy(TorchFunctionMode):
     With `more_keys`, calls that have more keys than queries are self-attention too.
     """
 
-    def __init__(self, uniform: frozenset[int] = frozenset(), *, more_keys: bool = False) -> None:
+    def __init__(self, uniform: frozenset[int] = frozenset(), *, more_keys: bool | str = False) -> None:
         super().__init__()
         self.uniform, self.more_keys = uniform, more_keys
         self.lengths: set[int] = set()

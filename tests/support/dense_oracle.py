@@ -31,11 +31,11 @@ class DenseOracle(TorchFunctionMode):
     """Adds the mask of a window to every self-attention call over one of the layouts.
 
     Calls that have a mask already keep their own alone if `masked_dense`. With `more_keys`, the queries of a call may
-    be the last tokens of the sequence only.
+    be the last tokens of the sequence only; the first ones if it is 'last'.
     """
 
     def __init__(
-        self, layouts: set[Layout], window: Window, masked_dense: bool = False, *, more_keys: bool = False
+        self, layouts: set[Layout], window: Window, masked_dense: bool = False, *, more_keys: bool | str = False
     ) -> None:
         super().__init__()
         self.masks = {layout.tokens: mask_of(grid_of(layout), window) for layout in layouts}
@@ -52,7 +52,7 @@ class DenseOracle(TorchFunctionMode):
         mask, queries, tokens = inputs.get("attn_mask"), inputs["query"].shape[-2], inputs["key"].shape[-2]
         own = queries == tokens or (self.more_keys and queries < tokens)
         if own and tokens in self.masks and not (self.masked_dense and mask is not None):
-            seen = self.masks[tokens][-queries:]
+            seen = self.masks[tokens][:queries] if self.more_keys == "last" else self.masks[tokens][-queries:]
             if mask is None or mask.dtype == torch.bool:
                 inputs["attn_mask"] = seen if mask is None else seen & mask
             else:  # relative positions

@@ -41,7 +41,7 @@ class HostCase:
         layouts: `(height, width, text)` -> the sequences of all self-attention layers that hold the grid.
         text_only: `text` -> lengths of self-attention over text alone (token refiners), which is not to be touched.
         fixed_size: True if only square grids run.
-        more_keys: True if layers have keys without a query, before the others.
+        more_keys: True if layers have keys without a query, before the others; 'last' if behind them.
         autocast: False if the model itself does not run under autocast.
         patch: How much of the input's side, in latents or pixels, makes the side of a token.
     """
@@ -54,7 +54,7 @@ class HostCase:
     layouts: Callable[[int, int, int], set[Layout]]
     text_only: Callable[[int], set[int]] = field(default=lambda text: set())
     fixed_size: bool = False
-    more_keys: bool = False
+    more_keys: bool | str = False
     autocast: bool = True
     patch: int = 2
     notes: str = ""

@@ -157,6 +157,11 @@ def _fibo2_inputs(
     )  # fmt: skip
 
 
+def _nucleus_inputs(height: int, width: int, batch: int, text: int, masked: bool = False) -> dict[str, Any]:
+    inputs = _qwen_inputs(height, width, batch, text, masked=masked)
+    return inputs | dict(img_shapes=[(1, height, width)] * batch)
+
+
 def _gist(text: int, ragged: bool = False) -> int:
     """Tokens to which the text is resampled, in the longest sample of a batch."""
     return max(2, min(4, math.ceil(2 + 2 * (text + 3 * ragged - 2) / 14)))
@@ -184,6 +189,10 @@ _ZIMAGE = dict(
 )  # fmt: skip
 
 
+_NUCLEUS = dict(
+    in_channels=4 * CHANNELS, out_channels=CHANNELS, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+    num_key_value_heads=1, joint_attention_dim=TEXT_DIM, axes_dims_rope=(4, 6, 6), moe_enabled=False, mlp_ratio=8.0,
+)  # fmt: skip
 _FIBO2 = dict(
     in_channels=CHANNELS, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, cap_feat_dim=TEXT_DIM,
     injection_layer_ids=(1,), perceiver_num_layers=1, min_num_gist_tokens=2, max_num_gist_tokens=4, gist_step=1,
@@ -269,6 +278,14 @@ PACKED_DITS = [
     _fibo2_case("fibo-2", "a gist of the text first; every second layer also attends across to the text"),
     _fibo2_case("fibo-2-edit", "an image to edit after the grid", edit=True),
     _fibo2_case("fibo-2-ragged", "sample i has 2 * i text tokens fewer: the gist is last, masked by bool", ragged=True),
+    *(
+        packed_case(
+            f"nucleus{'-masked' * masked}", diffusers.NucleusMoEImageTransformer2DModel, _NUCLEUS,
+            partial(_nucleus_inputs, masked=masked), more_keys="last", notes="text gives keys alone, behind the grid",
+            layouts=lambda height, width, text: {Layout(0, (height, width), text)},
+        )
+        for masked in (False, True)
+    ),
     packed_case(
         "flux-controlnet", diffusers.FluxControlNetModel, FLUX1, _flux_controlnet_inputs, shape=packed(32),
         output=lambda output: output.controlnet_single_block_samples[-1],

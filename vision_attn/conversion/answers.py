@@ -34,7 +34,7 @@ from vision_attn.conversion.projections import Projections
 from vision_attn.conversion.quiet import Left, is_quiet, remembered, run_quietly
 from vision_attn.conversion.repeats import look_of, remember, repeated
 from vision_attn.conversion.state import ADDED, MASKED, LayerState
-from vision_attn.grid import Grid, largest
+from vision_attn.grid import Grid, holds, largest
 from vision_attn.kernels.dense import as_autocast
 from vision_attn.kernels.tapes import DEVICES
 from vision_attn.parallel.models import stock_attention
@@ -302,9 +302,9 @@ class Answers:
                 f"{state.name}: {state.spec} adds to the input of projections, but this {type(self.module).__name__} "
                 f"ran none of {self.projections.missing()} that we know"
             )
-        unasked = k.shape[1] - q.shape[1]
-        if unasked:
-            q = F.pad(q, (0, 0, 0, 0, unasked, 0))  # a query for each token; nobody reads what these get
+        before, after = state.host.unasked(q.shape[1], k.shape[1])
+        if before or after:
+            q = F.pad(q, (0, 0, 0, 0, before, after))  # a query for each token; nobody reads what these get
         if state.context.cut is not None:
             output = self._over_processes(state.context.cut.of(largest(grid)), q, k, v, attn_mask, scale)
         elif attn_mask is not None and state.host.biases and is_bias(attn_mask):
@@ -320,7 +320,7 @@ class Answers:
                 each = zip(grid, q.split(1), k.split(1), v.split(1), masks, strict=True)
                 output = torch.cat([self._over(*sample, scale) for sample in each])
         self._note(grid, "rerouted")
-        return output[:, unasked:] if unasked else output
+        return output[:, before : output.shape[1] - after] if before or after else output
 
     def _over_processes(
         self, ranks: Ranks, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, scale: float | None
@@ -355,11 +355,11 @@ class Answers:
                 "enable_parallelism"
             )
         unchanged = isinstance(self.processor, SoftmaxAttention)
-        unasked = tokens - queries
-        own = dim in state.host.axes and (unasked == 0 or (unasked > 0 and state.host.more_keys))
+        before, after = state.host.unasked(queries, tokens)
+        own = dim in state.host.axes and (queries == tokens or (queries < tokens and state.host.more_keys))
         if torch.compiler.is_compiling():
             grid = None if unchanged or not own else state.decision(context.locate(tokens), masked)[0]
-            return None if grid is not None and unasked and unasked > largest(grid).prefix else grid
+            return grid if grid is None or holds(grid, before, after) else None
         if not own:
             self._across = (
                 f"{int(tokens)} keys for {int(queries)} queries (shared attention)"
@@ -378,7 +378,7 @@ class Answers:
                     state.decisions.clear()
                 decided = state.decisions[call] = state.decision(context.placed(*call[:2]), masked)
             grid, placed, reason = decided
-        if grid is not None and unasked and unasked > largest(grid).prefix:
+        if grid is not None and not holds(grid, before, after):
             grid, reason = None, f"dense: {int(queries)} queries do not hold {grid}"
         if grid is None:
             self._note(placed, reason, expected=placed is not None)

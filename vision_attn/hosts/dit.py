@@ -53,6 +53,12 @@ def _qwen_21(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
     return Grid(height, width, prefix=inputs["encoder_hidden_states"].shape[1] + given - given // 4)
 
 
+def _nucleus(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
+    """Read `img_shapes`, which may be that of one image; text after it gives keys."""
+    shapes = inputs["img_shapes"]
+    return _qwen(module, {"img_shapes": [shapes] if isinstance(shapes, tuple) else shapes})
+
+
 def _flex(model: Any) -> str | None:
     if any(is_a(block.attn.processor, "QwenImage21FlexAttnProcessor") for block in model.transformer_blocks):
         return "its processors run flex attention: call model.set_attn_processor(QwenImage21AttnProcessor()) first"
@@ -275,6 +281,17 @@ DITS = (
         layers=_BLOCKS,
         probe=_qwen,
         others="prefix",
+        timestep=_ONE,
+        size=packed_size,
+        refuses=any_size,
+        text=256,
+    ),
+    Host(
+        models=("NucleusMoEImageTransformer2DModel",),
+        layers=_BLOCKS,
+        probe=_nucleus,
+        others="suffix",
+        more_keys="last",  # the text gives keys and asks nothing
         timestep=_ONE,
         size=packed_size,
         refuses=any_size,

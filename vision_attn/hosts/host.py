@@ -125,8 +125,8 @@ class Host:
         after: Names of arguments `[..., n, C]` that may be given, each for n tokens after the grid.
         mask_means_dense: Whether layers with an attention mask stay dense, because the mask means that the grid lies
             elsewhere in each sample; 'added' if that holds for masks that are not bool, which are added to the logits.
-        more_keys: Whether a layer may have more keys than queries, with those first that have no query: text that only
-            gives keys, or a cache. They count as prefix.
+        more_keys: Whether a layer may have more keys than queries: text that only gives keys, or a cache. Those without
+            a query are the first ones, of the prefix; or with 'last' the last ones, of the suffix.
         biases: Whether masks with a number for each pair of tokens are relative positions, and no padding.
         axes: How many axes queries may have: 4 `[B, H, N, D]`, or also 3 `[B * H, N, D]`.
         timestep: Where the model's forward tells how far the denoising is, for schedules; None if it does not.
@@ -140,7 +140,7 @@ class Host:
 
     Raises:
         TypeError: If `layers` is not a tuple of patterns, or `probe` not a function.
-        ValueError: If `others` is none of the three.
+        ValueError: If `others`, `more_keys` or `mask_means_dense` is none of its three.
     """
 
     layers: tuple[str, ...]
@@ -153,7 +153,7 @@ class Host:
     counted: str = ""
     after: tuple[str, ...] = ()
     mask_means_dense: bool | Literal["added"] = False
-    more_keys: bool = False
+    more_keys: bool | Literal["last"] = False
     biases: bool = False
     axes: tuple[int, ...] = (4,)
     timestep: Timestep | None = None
@@ -167,9 +167,14 @@ class Host:
         if isinstance(self.layers, str) or not self.layers or not all(isinstance(p, str) for p in self.layers):
             raise TypeError(f"layers must be a tuple of patterns such as ('blocks.*.attn',), got {self.layers!r}")
         check_one_of("others", self.others, ("prefix", "suffix", "none"))
+        check_one_of("more_keys", self.more_keys, (False, True, "last"))
         check_one_of("mask_means_dense", self.mask_means_dense, (False, True, "added"))
         if not callable(self.probe):
             raise TypeError(f"probe must be a function (module, arguments) -> Grid, got {self.probe!r}")
+
+    def unasked(self, queries: int, keys: int) -> tuple[int, int]:
+        """Return how many keys before the first query, and after the last one, have no query."""
+        return (0, keys - queries) if self.more_keys == "last" else (keys - queries, 0)
 
     def find(self, model: nn.Module) -> Iterator[tuple[nn.Module, list[tuple[str, nn.Module]]]]:
         """Yield each watched module with the attention layers of its part, by their full names."""
