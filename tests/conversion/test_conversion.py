@@ -266,6 +266,7 @@ def test_a_vit_that_drops_patches_is_refused() -> None:
 WRONG_HOSTS = [
     (lambda: Host(layers="blocks.*.attn", probe=print), TypeError, "layers must be a tuple of patterns"),
     (lambda: Host(layers=("a",), probe=print, others="front"), ValueError, "others must be one of 'prefix'"),
+    (lambda: Host(layers=("a",), probe=print, more_keys="first"), ValueError, "more_keys must be one of False"),
     (lambda: Host(layers=("a",), probe=None), TypeError, "probe must be a function"),
 ]
 
