@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,35 @@ def test_saving_two_components_replaces_an_adapter_of_one(tmp_path: Path) -> Non
     loaded = load(case.build(), tmp_path)
     assert set(loaded.models) == {"unet", "controlnet"} and loaded.spec == Neighborhood(3)
     assert (tmp_path / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("components", [("unet",), ("unet", "controlnet")], ids=["one", "two"])
+def test_a_models_own_folder_is_no_place_for_an_adapter(components: tuple[str, ...], tmp_path: Path) -> None:
+    pipe = PIPELINE["sd-controlnet"].build()
+    pipe.unet.save_config(tmp_path if len(components) == 1 else tmp_path / "unet")
+    (own,) = tmp_path.rglob("config.json")
+    before = own.read_text()
+    conversion = convert(pipe, Clear(radius=2), components=components)
+    with pytest.raises(ValueError, match=r"config.json belongs to something else, such as a model, and would be lost"):
+        conversion.save(tmp_path)
+    assert own.read_text() == before and list(tmp_path.rglob("*.*")) == [own]
+    own.write_text("{")  # what was cut off is nobody's
+    conversion.save(tmp_path)
+    assert set(load(PIPELINE["sd-controlnet"].build(), tmp_path).models) == set(components)
+
+
+def test_adapters_of_other_components_are_not_left_beside_those_that_are_saved(tmp_path: Path) -> None:
+    models: list[nn.Module] = [HOST[name].build() for name in ("vit", "vit-avg", "flux")]
+    convert(models, Clear(radius=2)).save(tmp_path)
+    Conversion.of(models).revert()
+    conversion = convert(models[:2], Neighborhood(3))
+    with pytest.raises(ValueError, match=r"has adapters of 2, which would be loaded with those of 0, 1: delete them"):
+        conversion.save(tmp_path)
+    assert "Clear" in (tmp_path / "0" / "config.json").read_text()
+    shutil.rmtree(tmp_path / "2")
+    conversion.save(tmp_path)
+    conversion.revert()
+    assert load(models, tmp_path).spec == Neighborhood(3)
 
 
 def test_options_of_load_are_known_and_a_subfolder_is_found(tmp_path: Path) -> None:

@@ -229,13 +229,44 @@ def write_adapter(folder: Path, adapter: Adapter, base_name: str) -> None:
         os.replace(folder / f"{name}.part", folder / name)
 
 
+def refuse_strangers(root: Path, places: Sequence[Path]) -> None:
+    """Refuse folders in which an adapter would replace what is none, or be read together with others.
+
+    Args:
+        root: The folder that `load` is to read.
+        places: The folders of the adapters: `root` itself, or folders in it.
+
+    Raises:
+        ValueError: If one has the `config.json` of something else, such as a model that was saved there; or if `root`
+            has adapters in other folders beside `places`.
+    """
+    for place in places:
+        if _is_ours(place / CONFIG) is False:
+            raise ValueError(
+                f"{place / CONFIG} belongs to something else, such as a model, and would be lost: give another folder"
+            )
+    if root in places:
+        return
+    others = sorted(path.parent for path in root.glob(f"*/{CONFIG}") if path.parent not in places and _is_ours(path))
+    if others:
+        raise ValueError(
+            f"{root} has adapters of {', '.join(path.name for path in others)}, which would be loaded with those of "
+            f"{', '.join(path.name for path in places)}: delete them, or give another folder"
+        )
+
+
+def _is_ours(config: Path) -> bool | None:
+    """Whether a `config.json` is that of an adapter; None if there is none, or it is no JSON."""
+    try:
+        content = json.loads(config.read_text())
+    except (OSError, ValueError):
+        return None
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
 def remove_adapter(folder: Path) -> None:
     """Remove the files that `write_adapter` wrote into a folder."""
-    try:
-        ours = json.loads((folder / CONFIG).read_text()).get("format") == FORMAT
-    except (OSError, ValueError, AttributeError):
-        return
-    if ours:
+    if _is_ours(folder / CONFIG):
         for name in (CONFIG, WEIGHTS):
             (folder / name).unlink(missing_ok=True)
 

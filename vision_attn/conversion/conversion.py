@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from vision_attn._checks import check_bool, check_int
-from vision_attn.adapters.adapter import Adapter, read_adapter, remove_adapter, write_adapter
+from vision_attn.adapters.adapter import Adapter, read_adapter, refuse_strangers, remove_adapter, write_adapter
 from vision_attn.conversion.plan import Plan, fix_grid, refuse_unsynchronised, undo
 from vision_attn.conversion.state import (
     LayerState,
@@ -399,11 +399,13 @@ class Conversion:
             folder: Made if it does not exist. Files of an earlier adapter are replaced.
 
         Raises:
-            ValueError: If the conversion was reverted, or projections were fused since the conversion, and trained.
+            ValueError: If the conversion was reverted, or projections were fused since the conversion, and trained; or
+                if the folder is a model's own, or has adapters of other components.
         """
         root = Path(folder)
         places = {component: root / component if len(self.models) > 1 else root for component in self.models}
         adapters = {component: adapter_of(model, component) for component, model in self._converted()}
+        refuse_strangers(root, list(places.values()))
         for component, adapter in adapters.items():
             write_adapter(places[component], adapter, base_name(self.models[component]))
         if root not in places.values():
