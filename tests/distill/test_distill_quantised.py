@@ -16,6 +16,7 @@ from vision_attn.distill.config import ModelConfig
 from vision_attn.distill.denoiser import load_pipeline
 from vision_attn.distill.evaluate import evaluate
 from vision_attn.distill.loop import train
+from vision_attn.distill.student import load_lora
 
 LORA = "pytorch_lora_weights.safetensors"
 CALL = dict(height=32, width=32, num_inference_steps=2, output_type="np")
@@ -95,8 +96,13 @@ def test_lora_lies_beside_the_adapter(name, root):
     trained = picture(pipe)
     np.testing.assert_allclose(picture(other), trained, atol=2e-2 if QUANTISATIONS[name].rounding else 1e-4)
     assert np.abs(picture(without) - trained).max() > 1e-3
-    with pytest.raises(ValueError, match="has LoRA layers beside it, which would be left out"):
-        train(settings(root, student__adapter=folder, student__trainable="new", run__out=root / "next"))
+    around = quantised(name)
+    vision_attn.load(around, folder.parent)  # it finds the adapter in the folder around it too
+    load_lora(around.transformer, folder.parent)
+    np.testing.assert_allclose(picture(around), picture(other), atol=1e-5)
+    for adapter in (folder, folder.parent):
+        with pytest.raises(ValueError, match="has LoRA layers beside it, which would be left out"):
+            train(settings(root, student__adapter=adapter, student__trainable="new", run__out=root / "next"))
 
 
 @pytest.mark.parametrize("name", [row(name, package="torchao", slow=name != "int8") for name in ("int8", "float8")])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vision_attn.adapters.adapter import CONFIG
 from vision_attn.adapters.published import check_clear, check_linfusion
 from vision_attn.conversion.conversion import Conversion, convert, load
 from vision_attn.conversion.state import computing_dtype, is_quantised, model_state
@@ -122,7 +123,7 @@ def make_student(config: Config, pipe: Any) -> Student:
     needs_copy = student.trains_weights or student.adapter is not None
     teacher = copy.deepcopy(model).requires_grad_(False).eval() if needs_copy else None
     if student.adapter is not None:
-        if (Path(student.adapter) / _LORA).exists():
+        if lora_beside(student.adapter):
             raise ValueError(f"student.adapter: {student.adapter} has LoRA layers beside it, which would be left out")
         conversion = load(pipe, student.adapter, spec=None if isinstance(spec, dict) else spec)
         if not (student.trains_weights or model_state(model).originals):
@@ -225,8 +226,15 @@ def _add_lora(conversion: Conversion, student: StudentConfig) -> None:
 
 def load_lora(model: Any, folder: Path) -> None:
     """Load the LoRA layers that lie beside an adapter, if there are any."""
-    if (folder / _LORA).exists():
-        model.load_lora_adapter(folder, weight_name=_LORA, prefix=None)
+    for place in lora_beside(folder):
+        model.load_lora_adapter(place, weight_name=_LORA, prefix=None)
+
+
+def lora_beside(source: str | Path) -> list[Path]:
+    """Return the folders of LoRA layers beside an adapter, which may lie in a folder of `source`, as for `load`."""
+    root = Path(source)
+    places = [root] if (root / CONFIG).exists() else sorted(path.parent for path in root.glob(f"*/{CONFIG}"))
+    return [place for place in places if (place / _LORA).exists()]
 
 
 def merge_lora(model: nn.Module) -> bool:
