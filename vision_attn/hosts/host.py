@@ -266,6 +266,8 @@ def input_dim(module: nn.Module) -> int | None:
     """Return the channels of the tokens that a module projects to queries, None if it does not say."""
     for name in ("to_q", "to_qkv", "to_qkv_mlp_proj", "qkv", "img_qkv_proj", "q_proj", "query"):
         projection: Any = getattr(module, name, None)
-        if projection is not None and hasattr(projection, "in_features"):
+        if not hasattr(projection, "in_features"):
+            projection = getattr(projection, "linear", None)  # Gemma 4's, which may clamp
+        if hasattr(projection, "in_features"):
             return int(projection.in_features)
     return None
