@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vision_attn import Clear, Conversion, Grid, Host, Neighborhood, Softmax, convert, use_grid
 from vision_attn.conversion import grids
 from vision_attn.conversion.state import is_converted
+from vision_attn.grid import holds
 from vision_attn.kernels.local import Window
 
 WHERE = {
@@ -261,6 +262,11 @@ def test_a_vit_that_drops_patches_is_refused() -> None:
         convert(model, Clear(radius=2))
     model.patch_drop = nn.Identity()
     convert(model, Clear(radius=2))
+
+
+@pytest.mark.parametrize(("before", "after", "held"), [(2, 3, True), (3, 0, False), (0, 4, False)])
+def test_keys_without_a_query_lie_outside_the_grid(before: int, after: int, held: bool) -> None:
+    assert holds(Grid(4, 5, prefix=2, suffix=3), before, after) == held
 
 
 WRONG_HOSTS = [

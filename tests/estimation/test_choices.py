@@ -149,6 +149,14 @@ def test_choices_of_layers_are_those_of_the_measurements() -> None:
     assert share >= LEAST, sorted(set(wrong))
 
 
+def test_choices_of_layers_are_right_for_each_processor() -> None:
+    """One of sixteen processors that is charged too little is hardly seen among all layers."""
+    found: dict[str, list[bool]] = {}
+    for case, chosen, measured in layers(H200):
+        found.setdefault(case.split(" ", 2)[2], []).append(chosen == measured)
+    assert not {spec: hits.count(False) for spec, hits in found.items() if hits.count(True) < 0.8 * len(hits)}
+
+
 @pytest.mark.parametrize("choices", [kernels, steps, layers], ids=["kernels", "steps", "layers"])
 def test_a_wrong_rate_is_found(choices: Any) -> None:
     """Dense attention that is taken to be ten times as fast as it is leads to other choices."""
