@@ -129,3 +129,14 @@ def test_patches_that_are_no_grid_give_the_reason() -> None:
     inputs["x"]["patch_coord"] = inputs["x"]["patch_coord"].flip(1)
     with pytest.raises(RuntimeError, match="are not the rows of a grid, followed by padding"):
         model(**inputs)
+
+
+@pytest.mark.parametrize("host_id", ["naflexvit", "gemma4-vit"])
+def test_a_compiled_model_takes_other_grids_of_as_many_patches(host_id: str) -> None:
+    model = HOSTS[host_id][0]()
+    convert(model, Clear(radius=2))
+    compiled = torch.compile(model, backend="eager")
+    for grid in [(5, 6), (6, 5)]:
+        inputs = HOSTS[host_id][1]([grid, grid])
+        with torch.no_grad():
+            assert torch.equal(compiled(**inputs), run(host_id, Clear(radius=2), inputs))

@@ -140,10 +140,11 @@ def run_benchmarks(
             path, rows = _run_entry(entry, cases, measurement, out, dict(date=today(), command=command), say, absent)
             failed += [f"{row['case']}: {reason}" for row in rows if (reason := subject_reason(row))]
             written += [path] * (leads() and bool(rows))
-    if absent:
-        raise ValueError("; ".join(f"{', '.join(cases)} left out: {reason}" for reason, cases in absent.items()))
+    wrong = [f"{', '.join(cases)} left out: {reason}" for reason, cases in absent.items()]
     if failed:
-        raise ValueError(f"stored in {out}, but the subject itself was left out: {'; '.join(failed)}")
+        wrong.append(f"stored in {out}, but the subject itself was left out: {'; '.join(failed)}")
+    if wrong:
+        raise ValueError("; ".join(wrong))
     return written
 
 

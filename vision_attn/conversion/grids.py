@@ -37,7 +37,9 @@ class Seen:
         self.values = tensor.detach().clone() if tensor.device.type == "cpu" else None
 
     def is_of(self, tensor: Tensor | None) -> bool:
-        """Whether `tensor` is the one remembered, unchanged."""
+        """Whether `tensor` is the one remembered, unchanged; Dynamo, which cannot call weak references, is told no."""
+        if torch.compiler.is_compiling():
+            return False
         if tensor is None or self.reference() is not tensor or not self.version == self._version(tensor) != -1:
             return False
         return self.values is None or torch.equal(self.values, tensor)

@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from vision_attn.grid import Grid
-from vision_attn.hosts.host import Found, Host, grid_of_patches
+from vision_attn.hosts.host import Found, Host
 from vision_attn.hosts.vit import grids_of_coordinates, patch_embed_grid, patch_embed_refuses, patch_embed_size
 
 _BLOCKS = ("blocks.*.attn",)
@@ -41,9 +40,7 @@ def _gemma_grid(module: Any, inputs: Mapping[str, Any]) -> Found:
     image = about["patches"]
     coordinates, valid = (about.get(name, inputs.get(name)) for name in ("patch_coord", "patch_valid"))
     if coordinates is None:
-        return grid_of_patches(image) if image.dim() != 4 else _patches(module, *image.shape[-2:])
-    if torch.compiler.is_compiling() and inputs.get("patch_coord") is None:
-        return "coordinates in a dictionary are not read under torch.compile: give them as patch_coord, or use_grid()"
+        return _patches(module, *image.shape[-2:]) if image.dim() == 4 else "patches without their coordinates"
     return grids_of_coordinates(coordinates, (coordinates != -1).any(-1) if valid is None else valid)
 
 
