@@ -314,13 +314,13 @@ def host() -> str:
     return table(["denoiser", "attention", "host time of a step", "least"], rows)
 
 
+TRAINING = tuple(f"bench/results/{name}_h200.json" for name in ("training", "training_flash"))
+
+
 def training() -> str:
-    """Training steps of FLUX.1-dev: seconds, peak memory and the smallest GPU that holds it; a line if not measured."""
-    path = "bench/results/training_h200.json"
-    if not (ROOT / path).exists():
-        return "Not measured yet: `vision-attn bench training` measures it on a GPU."
+    """Training steps of FLUX.1-dev: seconds, peak memory and the smallest GPU that holds it; two runs."""
     rows = []
-    for row in stored(path)["rows"]:
+    for row in (row for path in TRAINING for row in stored(path)["rows"]):
         weights = row["group"].partition("frozen weights in ")[2]
         for name, step in timed(row).items():
             seconds = bracketed(f"{step['median_ms'] / 1e3:.2f} s", step)

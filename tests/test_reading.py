@@ -55,5 +55,6 @@ def test_a_training(tmp_path: Path) -> None:
     with opened_files() as files:
         train(config)
     own = {name for name in files if name.split("/")[0] in ("distill", "conversion", "adapters", "highres")}
+    own.discard("conversion/repeats.py")  # which a GPU opens too
     assert own == listed("For a training")
     assert len(own) <= 16

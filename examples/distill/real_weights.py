@@ -53,8 +53,10 @@ class Vision:
         self.pictures = np.load(args.out / "pictures.npy", mmap_mode="r")
         self.scale = [torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (dinov2.MEAN, dinov2.STD)]
 
-    def inputs(self, draw, device):
-        chosen = torch.randint(len(self.pictures), (self.batch,), generator=draw)
+    def inputs(self, draw, device, held_out=False):
+        first = len(self.pictures) - kept_out(len(self.pictures))
+        among = (first, len(self.pictures)) if held_out else (0, first)
+        chosen = torch.randint(*among, (self.batch,), generator=draw)
         x = torch.from_numpy(self.pictures[np.sort(chosen.numpy())]).to(device).permute(0, 3, 1, 2) / 255
         return ((x - self.scale[0]) / self.scale[1],)
 
@@ -71,7 +73,7 @@ class Maps:
         self.whole = terrain.Terrain(read_weights(TERRAIN, args.files)).to(device)
         self.model, self.dense = self.whole.unet, copy.deepcopy(self.whole)
 
-    def inputs(self, draw, device):
+    def inputs(self, draw, device, held_out=False):  # no noise is drawn twice
         noise = torch.randn(2, self.batch, 1, terrain.SIDE, terrain.SIDE, generator=draw).to(device)
         difficulty = torch.rand(self.batch, generator=draw).to(device)
         most, least = terrain.SIGMAS[0], terrain.SIGMAS[-1]
@@ -156,10 +158,10 @@ def distil(work):
 
 
 def held_out(task, teacher, student, layers, device):
-    """The losses on four batches that are not trained on, but of the same kind."""
+    """The losses on four batches that are not trained on: other noise, or pictures with the photo that is kept out."""
     draw = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        found = [losses_of(task, teacher, student, layers, task.inputs(draw, device)) for _ in range(4)]
+        found = [losses_of(task, teacher, student, layers, task.inputs(draw, device, held_out=True)) for _ in range(4)]
     return dict(zip(("output", "attention"), torch.tensor(found).mean(0).tolist(), strict=True))
 
 
@@ -168,8 +170,10 @@ def make_pictures(args):
     rng = np.random.default_rng(0)
     emoji, photos = drawn_emoji(args, min(96, args.pictures)), training_photos(args)
     made = np.empty((args.pictures, args.side, args.side, 3), np.uint8)
+    learnt, kept = photos[: max(1, len(photos) - 1)], photos[-1:]
     for i in range(args.pictures):
-        back = crop(photos[i % len(photos)], args.side, rng) if photos and i % 2 else shapes(args.side, rng)
+        among = kept if i >= args.pictures - kept_out(args.pictures) else learnt
+        back = crop(among[i // 2 % len(among)], args.side, rng) if among and i % 2 else shapes(args.side, rng)
         for _ in range(rng.integers(0, 5)):  # on half of the photos and shapes alike
             size = int(args.side * rng.uniform(0.15, 0.6))
             icon = emoji[rng.integers(len(emoji))].resize((size, size))
@@ -177,6 +181,11 @@ def make_pictures(args):
             back.paste(icon, tuple(int(v) for v in rng.integers(-size // 4, args.side - size // 2, 2)), mask)
         made[i] = np.asarray(back)
     np.save(args.out / "pictures.npy", made)
+
+
+def kept_out(pictures):
+    """How many of the pictures are not learnt from: those with the last photo."""
+    return max(1, pictures // 8)
 
 
 def drawn_emoji(args, count):

@@ -20,6 +20,7 @@ from vision_attn.bench.pipelines.attention import STOCK, WAYS, Way
 from vision_attn.bench.pipelines.steps import PipelineCase, pipeline_row, refuse_endless
 from vision_attn.bench.plot import plot_document, series
 from vision_attn.cli import main
+from vision_attn.estimation.cost import H200
 from vision_attn.processors import Softmax
 
 CPU, CUDA, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
@@ -173,7 +174,8 @@ def test_what_was_measured_outlives_a_lost_device(monkeypatch):
     assert second["forward"] is None and "illegal memory access" in second["reason"]
 
 
-def test_a_step_of_minutes_is_not_begun():
+def test_a_step_of_minutes_is_not_begun(monkeypatch):
+    monkeypatch.setattr(steps, "machine_of", lambda device: H200)  # the GPU here may be busy, or another one
     model = ARCHITECTURES["sdxl"].build(META, torch.bfloat16)
     with pytest.raises(AbsentError, match=r"would take 1\.\d minutes"):
         refuse_endless(WAYS["stock cudnn"], PipelineCase("sdxl", 16384, ()), model, CUDA)

@@ -140,6 +140,10 @@ def test_a_second_run_keeps_what_it_does_not_measure(stored, tmp_path):
     assert after["candidates"][1:] == before["candidates"][1:] and "clear r8" in after["command"]
     other = {**after, "shape": {}, "candidates": after["candidates"][:1]}
     assert len(merged([before], [other], [before["case"]])[0]["candidates"]) == 1  # another problem
+    one, two = ({**before, "shape": before["shape"] | dict(onnxruntime=near)} for near in ("2e-6", "3e-6"))
+    two["candidates"] = after["candidates"][:1]
+    (both,) = merged([one], [two], [before["case"]])
+    assert len(both["candidates"]) == len(before["candidates"])  # another processor
 
 
 def test_a_candidate_needs_measures_or_a_reason(stored):

@@ -134,6 +134,21 @@ def test_the_parts_of_a_distillation_without_data(tmp_path, monkeypatch):
         script["chosen"]("rala")
 
 
+def test_the_last_photo_is_kept_out_of_a_training(tmp_path):
+    script = runpy.run_path(str(EXAMPLES / "real_weights.py"))
+    colours = np.array([[200, 0, 0], [0, 200, 0], [0, 0, 200]], np.uint8)
+    for i, colour in enumerate(colours):
+        Image.fromarray(np.broadcast_to(colour, (50, 50, 3)).copy()).save(tmp_path / f"{i}.png")
+    script["make_pictures"].__globals__["drawn_emoji"] = lambda args, count: [Image.new("RGB", (8, 8), "white")]
+    script["make_pictures"](SimpleNamespace(pictures=16, side=28, photos=tmp_path, out=tmp_path))
+    task = object.__new__(script["Vision"])
+    task.pictures, task.scale, task.batch = np.load(tmp_path / "pictures.npy"), (torch.zeros(1), torch.ones(1)), 64
+    seen = [task.inputs(torch.Generator().manual_seed(0), "cpu", held_out=out)[0] for out in (False, True)]
+    flat = [x[x.flatten(2).std(2).sum(1) < 1e-3][:, :, 0, 0].mul(255).round().unique(dim=0) for x in seen]
+    assert sorted(flat[0].tolist()) == sorted(colours[:2].tolist()) and flat[1].tolist() == colours[2:].tolist()
+    assert [len(x.unique(dim=0)) for x in seen] == [7 + 2, 1 + 1]  # an eighth is kept out: half are photos
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "students"),

@@ -46,7 +46,7 @@ def frozen(pipe):
     """Return what the linear layers of the host make of 1."""
     with torch.no_grad():
         return {
-            name: layer(torch.eye(layer.in_features)).clone()
+            name: layer(torch.eye(layer.in_features, device=pipe.device)).cpu()
             for name, layer in pipe.transformer.named_modules()
             if isinstance(layer, torch.nn.Linear) and "lora" not in name and "substitute" not in name
         }

@@ -7,7 +7,7 @@ import torch
 from vision_attn.bench.measure import Measurement
 from vision_attn.bench.overview import Must, steps_table
 from vision_attn.bench.pipelines.architectures import ARCHITECTURES
-from vision_attn.bench.pipelines.attention import STOCK, WAYS
+from vision_attn.bench.pipelines.attention import DENSE, STOCK, WAYS
 from vision_attn.bench.pipelines.steps import PipelineCase, pipeline_row
 
 TITLE = (
@@ -30,7 +30,7 @@ table = steps_table
 
 _FLEX = "flex r16"
 _DIT_WINDOWS, _UNET_WINDOWS = ("clear r16", "clear r8", "neighborhood k33"), ("clear r8", "neighborhood k13")
-_OTHERS = tuple(name for name in WAYS if name not in (*STOCK, _FLEX, *_DIT_WINDOWS, *_UNET_WINDOWS))
+_OTHERS = tuple(name for name in WAYS if name not in (*DENSE, _FLEX, *_DIT_WINDOWS, *_UNET_WINDOWS))
 _DIT, _UNET = (*_DIT_WINDOWS, *_OTHERS), (*_UNET_WINDOWS, *_OTHERS)
 _FAST = ("clear r16", "multipole", "linfusion")
 _NEWER = ("clear r16", "multipole")

@@ -1,4 +1,4 @@
-"""The ways in which a denoiser attends: stock diffusers on two native backends, FlexAttention, and our processors.
+"""The ways in which a denoiser attends: stock diffusers on native backends, FlexAttention, and our processors.
 
 Each is a context manager over a model that is built once: inside, the model attends that way; afterwards it is as it
 was before.
@@ -19,12 +19,8 @@ from vision_attn.conversion.conversion import Conversion, convert
 from vision_attn.grid import Grid
 from vision_attn.processors import AttnSpec, Clear, Neighborhood, Softmax, registrations
 
-_CUDNN_FIRST = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+_FLASH_FIRST = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, *_FLASH_FIRST]
 
 
 @dataclass(frozen=True)
@@ -53,10 +49,10 @@ def _stock(model: nn.Module, grid: Grid, device: torch.device) -> Iterator[None]
 
 
 @contextmanager
-def _cudnn(model: nn.Module, grid: Grid, device: torch.device) -> Iterator[None]:
+def _backends(first: list[SDPBackend], model: nn.Module, grid: Grid, device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
-        raise AbsentError("cuDNN attention runs on CUDA only")
-    with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
+        raise AbsentError("cuDNN's and FlashAttention's kernels run on CUDA only")
+    with sdpa_kernel(first, set_priority=True):
         yield None
 
 
@@ -80,11 +76,14 @@ def _ours(name: str, spec: AttnSpec) -> Way:
 
 
 STOCK = ("stock sdpa", "stock cudnn")
+FLASH = "stock flash"
+DENSE = (FLASH, *STOCK)
 WAYS = {
     way.name: way
     for way in (
         Way(STOCK[0], "dense attention, PyTorch's choice of backend", _stock, Softmax()),
-        Way(STOCK[1], "dense attention, cuDNN wherever it can", _cudnn, Softmax()),
+        Way(STOCK[1], "dense attention, cuDNN wherever it can", partial(_backends, _CUDNN_FIRST), Softmax()),
+        Way(FLASH, "dense attention, PyTorch's FlashAttention", partial(_backends, _FLASH_FIRST), Softmax()),
         Way("flex r16", "Clear(radius=16) by FlexAttention", partial(_flex, 16), Clear(radius=16)),
         *(_ours(name, spec) for known in registrations() for name, spec in known.bench.items()),
     )

@@ -17,7 +17,7 @@ from torch import nn
 from vision_attn.bench.candidate import AbsentError, reason_of
 from vision_attn.bench.overview import Must, add_speedups, judge
 from vision_attn.bench.pipelines.architectures import ARCHITECTURES, Architecture, in_float8
-from vision_attn.bench.pipelines.attention import STOCK, WAYS, Way
+from vision_attn.bench.pipelines.attention import DENSE, WAYS, Way
 from vision_attn.bench.timing import Clock, PeakMemory
 from vision_attn.conversion.conversion import Conversion
 from vision_attn.estimation.cost import seconds
@@ -190,7 +190,7 @@ def row_of(
     except Exception as error:  # the model was not built, or the device is lost: what was measured stays
         for result in results:
             result["reason"] = result["reason"] or (None if result["forward"] else reason_of(error))
-    add_speedups(results, STOCK)
+    add_speedups(results, DENSE)
     head = dict(case=case.name, label=case.label, group=case.group, shape=about, subject=None)
     return dict(**head, candidates=results, musts=judge(case.musts, results))
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vision_attn.bench.pipelines.architectures import ARCHITECTURES, Architecture
-from vision_attn.bench.pipelines.attention import STOCK, Way
+from vision_attn.bench.pipelines.attention import DENSE, Way
 from vision_attn.bench.pipelines.steps import figures_of, free, replaced, rerouted, row_of
 from vision_attn.bench.timing import Clock, PeakMemory
 from vision_attn.grid import Grid
@@ -243,7 +243,7 @@ def _measured(
             optimizer.step()
             optimizer.zero_grad()
 
-        figures = train_steps(step, model, case.model.stacks, device, whole_s, compiles=way.name not in STOCK)
+        figures = train_steps(step, model, case.model.stacks, device, whole_s, compiles=way.name not in DENSE)
         if conversion is not None:
             figures["layers"] = rerouted(conversion, way.min_tokens, not figures["extrapolated"])
     return figures | dict(launch="cpu" if device.type == "cpu" else "eager")
