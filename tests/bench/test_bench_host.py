@@ -114,3 +114,8 @@ def test_a_run_that_is_cut_off_leaves_what_it_has(tmp_path: Path, monkeypatch: A
     run_benchmarks("host", tmp_path, **given)
     (row,) = read_document(tmp_path / "host_cpu.json")["rows"]
     assert "cut off" not in row["label"] and row["candidates"][0]["forward"]["samples"] == 4
+    calls = iter(range(100))
+    monkeypatch.setattr(host, "_least", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        run_benchmarks("host", tmp_path, **given)
+    assert read_document(tmp_path / "host_cpu.json")["rows"] == [row]  # a whole row stays

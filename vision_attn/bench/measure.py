@@ -13,6 +13,7 @@ from vision_attn.bench.timing import Launch, Timing, extra_memory, interleave, o
 from vision_attn.bench.workers import Workers
 
 SUBJECT = "ours"
+CUT_OFF = ", cut off after"  # in the label of a row that `Measurement.keep` got
 
 
 class Measurement:

@@ -26,7 +26,7 @@ from vision_attn.bench.document import (
     versions,
     write_document,
 )
-from vision_attn.bench.measure import Measurement
+from vision_attn.bench.measure import CUT_OFF, Measurement
 from vision_attn.bench.quality.weights import Sources
 from vision_attn.bench.table import markdown
 from vision_attn.bench.workers import Workers
@@ -154,8 +154,9 @@ def _run_entry(
 ) -> tuple[Path, list[dict[str, Any]]]:  # fmt: skip
     """Measure some cases of an entry; return the file and the rows that were measured, with `run` in each of them.
 
-    A row is stored when its case ends. An entry that hands its row to `Measurement.keep` has it stored before. A case
-    that cannot be measured goes into `absent`, by the reason; what is stored of it stays.
+    A row is stored when its case ends. An entry that hands its row to `Measurement.keep` has it stored before, unless
+    a whole one is stored: a run that is cut off does not replace that. A case that cannot be measured goes into
+    `absent`, by the reason; what is stored of it stays.
     """
     where = measurement.device
     short = entry.__name__.rpartition(".")[2]
@@ -170,7 +171,8 @@ def _run_entry(
         if leads():
             write_document(path, dict(**place, timing=timing, rows=merged(stored, [*rows, row | run], order)))
 
-    measurement.keep = store
+    whole = {row["case"] for row in stored if CUT_OFF not in row["label"]}
+    measurement.keep = lambda row: None if row["case"] in whole else store(row)
     for case in cases:
         try:
             row = entry.row(case, measurement)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vision_attn.bench.measure import Measurement
+from vision_attn.bench.measure import CUT_OFF, Measurement
 from vision_attn.bench.overview import Columns, Must, add_speedups, judge, overview, speedup
 from vision_attn.bench.pipelines.steps import PipelineCase, figures_of, free
 from vision_attn.conversion.conversion import convert
@@ -116,7 +116,7 @@ def row(case: PipelineCase, measurement: Measurement) -> dict[str, Any]:
                 for name, converted in models.items():
                     samples[name].append(_least(converted, arguments, device))
                 if turn + 1 < turns:
-                    measurement.keep(_row(case, ways, samples, reasons, f", cut off after {turn + 1} of {turns} turns"))
+                    measurement.keep(_row(case, ways, samples, reasons, f"{CUT_OFF} {turn + 1} of {turns} turns"))
     return _row(case, ways, samples, reasons)
 
 
