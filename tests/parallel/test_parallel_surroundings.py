@@ -11,6 +11,7 @@ import pytest
 import sliced_highres
 import sliced_models
 import torch
+from diffusers import FirstBlockCacheConfig, MagCacheConfig
 from tiny_hosts import HOST
 from tiny_pipelines import PIPELINE
 
@@ -41,6 +42,20 @@ def test_models_without_a_plan(pair, name, spec):
 def test_layers_of_a_cut_model_must_not_stay_dense(pair):
     for refused in pair.run("sliced_models:dense", "pixart", (6, 5, 2, 8)):
         assert "would attend to this process's slice alone" in refused
+
+
+def test_a_cache_must_skip_by_the_step(pair):
+    """By its slice one process may skip what the other one waits for."""
+    size, spec = (6, 8, 1, 8), SPECS["clear"]
+    (want, *_), by_step = (
+        sliced_models.forward(HOST["flux"], size, spec, {}, False),
+        MagCacheConfig(num_inference_steps=2, calibrate=True),
+    )
+    for outputs in pair.run("sliced_models:cached", "flux", size, spec, by_step):
+        assert len(outputs) == 2
+        torch.testing.assert_close(outputs, [want, want], atol=2e-5, rtol=2e-5)
+    for said in pair.run("sliced_models:cached", "flux", size, spec, FirstBlockCacheConfig(threshold=0.1)):
+        assert "FirstBlockCache" in said and "take MagCache" in said
 
 
 def test_what_needs_processes_says_so():

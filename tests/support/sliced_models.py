@@ -140,6 +140,22 @@ def dense(rank, name, size):
         return str(error)
 
 
+def cached(rank, name, size, spec, cache):
+    """Return what a cut model with a cache computes in two steps, or says."""
+    from diffusers import ContextParallelConfig
+
+    model, inputs = built(HOST[name], size)
+    with patch("torch.accelerator.device_count", lambda: 1):
+        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=dist.get_world_size()))
+    vision_attn.convert(model, spec)
+    model.enable_cache(cache)
+    try:
+        with torch.no_grad(), model.cache_context("cond"):
+            return [model(**inputs, return_dict=False)[0] for _ in range(2)]
+    except ValueError as error:
+        return str(error)
+
+
 def decoded(rank, rows):
     """Return a picture that all processes decode, and the same of one."""
     from diffusers import AutoencoderKL

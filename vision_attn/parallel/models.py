@@ -141,6 +141,9 @@ def cut_of(model: nn.Module, inputs: Mapping[str, Any], found: Found, last: Cut 
 
     Returns:
         None if nothing is cut; the grid with its text, or the reason why it cannot be told.
+
+    Raises:
+        ValueError: If processes could wait for each other for ever, as they decide on their own what they skip.
     """
     level: Level | None = vars(model).get(LEVEL)
     if level is not None:
@@ -148,6 +151,7 @@ def cut_of(model: nn.Module, inputs: Mapping[str, Any], found: Found, last: Cut 
     config = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
     if config is None:
         return None, found
+    _refuse_first_block_cache(model)
     group, own = config._flattened_mesh.get_group(), _kind(model) in _TEXT_AFTER
     cut = last if last is not None and last.group == group.group_name else replace(Cut.over(group), apart=own)
     if isinstance(found, (str, tuple)):
@@ -158,6 +162,19 @@ def cut_of(model: nn.Module, inputs: Mapping[str, Any], found: Found, last: Cut 
     if _kind(model) not in _TEXT_BEFORE or not isinstance(inputs.get(_TEXT), Tensor):
         return cut, f"how a {_kind(model)} cuts its tokens over processes is not known"
     return cut, Grid(found.height, found.width, prefix=inputs[_TEXT].shape[1], suffix=found.suffix)
+
+
+def _refuse_first_block_cache(model: nn.Module) -> None:
+    """Refuse diffusers' FirstBlockCache, by which each process compares its part of two steps."""
+    for blocks in model.children():
+        first = next(iter(blocks), None) if isinstance(blocks, nn.ModuleList) else None
+        hooks = getattr(first, "_diffusers_hook", None)
+        if hooks is not None and hooks.get_hook("fbc_leader_block_hook") is not None:
+            raise ValueError(
+                f"FirstBlockCache lets each process decide by its slice of the tokens whether it skips the blocks of "
+                f"this {type(model).__name__}, so that they wait for each other: disable_cache(), or take MagCache or "
+                "pyramid attention broadcast, which skip by the step"
+            )
 
 
 def stock_attention(
