@@ -67,6 +67,33 @@ def test_a_mask_of_pairs_that_hides_more_is_refused(query: int, key: int, messag
         model(**inputs | dict(joint_attention_kwargs=dict(attention_mask=mask)))
 
 
+@pytest.mark.parametrize("spec", [Clear(radius=2), Neighborhood(kernel_size=3)], ids=["clear", "neighborhood"])
+def test_pictures_of_a_batch_that_have_other_sizes(spec: AttnSpec) -> None:
+    """JoyImage pads the tokens of a sample to those of the longest."""
+    case, model = HOST["joy-image-edit-plus"], HOST["joy-image-edit-plus"].build()
+    convert(model, spec)
+    both = case.inputs(*SIZE, 2, TEXT) | dict(encoder_hidden_states_mask=torch.ones(2, TEXT, dtype=torch.long))
+    both["shape_list"] = [[(1, *SIZE), (1, 3, 5)], [(1, 5, 4), (1, 4, 6)]]
+    with torch.no_grad():
+        found = model(**both).sample
+        for i, images in enumerate(both["shape_list"]):
+            own = sum(rows * columns for _, rows, columns in images)
+            one = {name: value[i : i + 1] for name, value in both.items()}
+            want = model(**one | dict(hidden_states=one["hidden_states"][:, :own])).sample
+            torch.testing.assert_close(found[i : i + 1, :own], want, rtol=0, atol=2e-5)
+
+
+def test_a_film_is_not_a_picture() -> None:
+    for host_id, change, message in (
+        ("joy-image-edit", dict(hidden_states=noise(1, CHANNELS, 2, 12, 16)), "the input is not one image"),
+        ("joy-image-edit-plus", dict(shape_list=[[(2, 6, 4), (1, 3, 5)]]), "shape_list holds 2 frames"),
+    ):
+        case, model = HOST[host_id], HOST[host_id].build()
+        convert(model, Clear(radius=2))
+        with torch.no_grad(), pytest.raises(RuntimeError, match=message):
+            model(**case.inputs(*SIZE, 1, TEXT) | change)
+
+
 def glm_edit(model: Any, spec: AttnSpec | None) -> Tensor:
     """Draw with the keys of a reference image of another size in a cache."""
     case = HOST["glm-image"]

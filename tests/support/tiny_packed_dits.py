@@ -61,11 +61,10 @@ def _qwen_inputs(
 ) -> dict[str, Any]:
     shapes = [(1, height, width)] + [(1, *REFERENCE)] * reference
     tokens = sum(rows * columns for _, rows, columns in shapes)
-    mask = (torch.arange(text) < text - 2 * torch.arange(batch)[:, None]).long() if masked else None
     return dict(
         hidden_states=noise(batch, tokens, 4 * CHANNELS),
         encoder_hidden_states=noise(batch, text, TEXT_DIM, seed=1),
-        encoder_hidden_states_mask=mask,
+        encoder_hidden_states_mask=_lengths(batch, text) if masked else None,
         timestep=torch.full((batch,), 0.6),
         img_shapes=[shapes] * batch,
     )
@@ -157,6 +156,52 @@ def _fibo2_inputs(
     )  # fmt: skip
 
 
+def _joy_inputs(height: int, width: int, batch: int, text: int, references: int = 0) -> dict[str, Any]:
+    """The image comes after its reference images, and alone it has one axis fewer."""
+    items = (references + 1,) if references else ()
+    return dict(
+        hidden_states=noise(batch, *items, CHANNELS, 1, 2 * height, 2 * width),
+        encoder_hidden_states=noise(batch, text, TEXT_DIM, seed=1),
+        timestep=torch.full((batch,), 600.0),
+    )
+
+
+def _joy_layouts(height: int, width: int, text: int, references: int = 0) -> set[Layout]:
+    return {Layout(0, (height, width), text, reference=((height, width),) * references)}
+
+
+def _joy_plus_inputs(
+    height: int, width: int, batch: int, text: int, ragged: bool = False, masked: bool = False
+) -> dict[str, Any]:
+    """Each sample has a reference image; if `ragged`, every second one has none."""
+    shapes = [[(1, height, width)] + [(1, *REFERENCE)] * (1 - ragged * (i % 2)) for i in range(batch)]
+    tokens = max(sum(rows * columns for _, rows, columns in images) for images in shapes)
+    return dict(
+        hidden_states=noise(batch, tokens, CHANNELS, 1, 2, 2),
+        encoder_hidden_states=noise(batch, text, TEXT_DIM, seed=1),
+        encoder_hidden_states_mask=_lengths(batch, text) if masked or ragged else None,
+        timestep=torch.full((batch,), 600.0),
+        shape_list=shapes,
+    )
+
+
+def _lengths(batch: int, text: int) -> Tensor:
+    """Return a mask in which sample i has 2 * i tokens fewer."""
+    return (torch.arange(text) < text - 2 * torch.arange(batch)[:, None]).long()
+
+
+def _joy_plus_layouts(height: int, width: int, text: int) -> set[Layout]:
+    return {Layout(0, (height, width), text, reference=(REFERENCE,))}
+
+
+def _joy_shape(height: int, width: int, batch: int, references: int = 0) -> tuple[int, ...]:
+    return (batch, *[references + 1] * (references > 0), CHANNELS, 1, 2 * height, 2 * width)
+
+
+def _joy_plus_shape(height: int, width: int, batch: int) -> tuple[int, ...]:
+    return batch, height * width + REFERENCE[0] * REFERENCE[1], CHANNELS, 1, 2, 2
+
+
 def _nucleus_inputs(height: int, width: int, batch: int, text: int, masked: bool = False) -> dict[str, Any]:
     inputs = _qwen_inputs(height, width, batch, text, masked=masked)
     return inputs | dict(img_shapes=[(1, height, width)] * batch)
@@ -192,6 +237,10 @@ _ZIMAGE = dict(
 _NUCLEUS = dict(
     in_channels=4 * CHANNELS, out_channels=CHANNELS, num_layers=2, attention_head_dim=16, num_attention_heads=2,
     num_key_value_heads=1, joint_attention_dim=TEXT_DIM, axes_dims_rope=(4, 6, 6), moe_enabled=False, mlp_ratio=8.0,
+)  # fmt: skip
+_JOY = dict(
+    in_channels=CHANNELS, hidden_size=32, num_attention_heads=2, text_dim=TEXT_DIM, num_layers=2,
+    rope_dim_list=[4, 6, 6],
 )  # fmt: skip
 _FIBO2 = dict(
     in_channels=CHANNELS, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, cap_feat_dim=TEXT_DIM,
@@ -278,6 +327,21 @@ PACKED_DITS = [
     _fibo2_case("fibo-2", "a gist of the text first; every second layer also attends across to the text"),
     _fibo2_case("fibo-2-edit", "an image to edit after the grid", edit=True),
     _fibo2_case("fibo-2-ragged", "sample i has 2 * i text tokens fewer: the gist is last, masked by bool", ragged=True),
+    *(
+        packed_case(
+            f"joy-image-edit{'-references' * (n > 0)}", diffusers.JoyImageEditTransformer3DModel, _JOY,
+            partial(_joy_inputs, references=n), layouts=partial(_joy_layouts, references=n),
+            shape=partial(_joy_shape, references=n), notes="the last item comes first in the sequence",
+        )
+        for n in (0, 2)
+    ),
+    *(
+        packed_case(
+            "-".join(("joy-image-edit-plus", *how)), diffusers.JoyImageEditPlusTransformer3DModel, _JOY,
+            partial(_joy_plus_inputs, **dict.fromkeys(how, True)), layouts=_joy_plus_layouts, shape=_joy_plus_shape,
+        )
+        for how in ((), ("masked",), ("ragged",))
+    ),
     *(
         packed_case(
             f"nucleus{'-masked' * masked}", diffusers.NucleusMoEImageTransformer2DModel, _NUCLEUS,

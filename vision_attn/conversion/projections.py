@@ -19,8 +19,8 @@ from vision_attn.hosts.host import heads_of
 
 _ROLES = {f"{before}{role}{after}": role for role in "qk" for before, after in (("to_", ""), ("", "_proj"))}
 _ROLES |= {"query": "q", "key": "k"}  # of transformers
-_FUSED = dict.fromkeys(("to_qkv", "to_qkv_mlp_proj", "qkv", "img_qkv_proj"))
-PROJECTIONS = frozenset((*_ROLES, *_FUSED))  # names of the layers that project to queries or keys
+FUSED = dict.fromkeys(("to_qkv", "to_qkv_mlp_proj", "qkv", "img_qkv_proj", "img_attn_qkv"))
+PROJECTIONS = frozenset((*_ROLES, *FUSED))  # names of the layers that project to queries or keys
 _SLOT = "_vision_attn_projections"  # attribute of an attention module and of its projections
 
 
@@ -102,7 +102,7 @@ class Projections:
     @property
     def fused(self) -> bool:
         """Whether one layer projects to everything, so that its calls of `linear` must be looked at."""
-        return not _FUSED.keys().isdisjoint(self.module._modules)
+        return not FUSED.keys().isdisjoint(self.module._modules)
 
     def missing(self) -> list[str]:
         """Return the roles whose projection was not seen."""
@@ -151,7 +151,7 @@ class Projections:
 
     def linear(self, run: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Answer one call of `torch.nn.functional.linear`; `run` is the function itself."""
-        for name in () if self.inside else _FUSED:
+        for name in () if self.inside else FUSED:
             projection = self.module._modules.get(name)
             if projection is not None and not _is_parametrized(projection) and projection.weight is weight:
                 y = run(x, weight, bias)
@@ -173,7 +173,7 @@ class Projections:
         return torch.cat([*parts, y[..., 2 * inner :]], -1)
 
     def _fused(self, projection: nn.Module) -> bool:
-        return any(self.module._modules.get(name) is projection for name in _FUSED)
+        return any(self.module._modules.get(name) is projection for name in FUSED)
 
 
 def bind(module: nn.Module) -> None:
@@ -185,7 +185,7 @@ def bind(module: nn.Module) -> None:
         if name in PROJECTIONS and projection is not None and projection.__dict__.get(_SLOT) is not slot:
             setattr(projection, _SLOT, slot)
             projection.register_forward_pre_hook(_enter)
-            if name in _FUSED:
+            if name in FUSED:
                 projection.register_forward_hook(_leave)
 
 

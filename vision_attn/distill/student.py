@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vision_attn.adapters.adapter import CONFIG
 from vision_attn.adapters.published import check_clear, check_linfusion
 from vision_attn.conversion.conversion import Conversion, convert, load
+from vision_attn.conversion.projections import FUSED
 from vision_attn.conversion.state import computing_dtype, is_quantised, model_state
 from vision_attn.distill.config import Config, StudentConfig
 from vision_attn.distill.denoiser import denoiser_of
@@ -28,7 +29,6 @@ _ROLES = {
     "v": ("to_v", "v_proj"),
     "out": ("to_out.0", "to_out"),
 }
-_FUSED = ("to_qkv", "qkv", "to_qkv_mlp_proj")
 _LORA = "pytorch_lora_weights.safetensors"  # diffusers' name
 
 
@@ -207,7 +207,7 @@ def _projections(conversion: Conversion, roles: list[str]) -> Iterator[tuple[str
     """
     for name in conversion.specs:
         own: dict[str, Any] = dict(_model_of(conversion).get_submodule(name).named_modules())
-        if any(fused in own for fused in _FUSED) and "to_q" not in own:
+        if any(fused in own for fused in FUSED) and "to_q" not in own:
             raise ValueError(f"{name} projects q, k and v at once: unfuse_qkv_projections() before training")
         for role in roles:
             found = next((key for key in _ROLES[role] if isinstance(own.get(key), nn.Linear)), None)

@@ -82,12 +82,31 @@ def _hunyuan_image(module: Any, inputs: Mapping[str, Any]) -> Grid | str:
     image = inputs["hidden_states"]
     if image.dim() != 4:
         return f"the input is not one image, but {tuple(image.shape)}"
-    return Grid(*_hunyuan_size(module, "", *image.shape[-2:]))
+    return Grid(*_two_sides(module, "", *image.shape[-2:]))
 
 
-def _hunyuan_size(model: Any, layer: str, height: int, width: int) -> tuple[int, int]:
-    rows, columns = model.config.patch_size
+def _two_sides(model: Any, layer: str, height: int, width: int) -> tuple[int, int]:
+    """Return the grid where `config.patch_size` has two sides, after that of a frame or alone."""
+    *_, rows, columns = model.config.patch_size
     return height // rows, width // columns
+
+
+def _joy_image(module: Any, inputs: Mapping[str, Any]) -> Grid | str:
+    """Read latents `[B, C, 1, height, width]`, or `[B, images, C, 1, height, width]`, of which the last comes first."""
+    image = inputs["hidden_states"]
+    if image.dim() not in (5, 6) or image.shape[-3] != 1:
+        return f"the input is not one image with reference images, but {tuple(image.shape)}"
+    height, width = _two_sides(module, "", *image.shape[-2:])
+    return Grid(height, width, suffix=(image.shape[1] - 1) * height * width if image.dim() == 6 else 0)
+
+
+def _joy_image_plus(module: nn.Module, inputs: Mapping[str, Any]) -> Found:
+    """Read the frames, rows and columns of each sample's images, of which the first is drawn; padding comes last."""
+    shapes = [shapes[0] for shapes in inputs["shape_list"]]
+    if any(frames != 1 for frames, _, _ in shapes):
+        return f"shape_list holds {max(frames for frames, _, _ in shapes)} frames, not one image"
+    tokens = inputs["hidden_states"].shape[1]
+    return one_or_each([Grid(rows, columns, suffix=tokens - rows * columns) for _, rows, columns in shapes])
 
 
 def _z_image(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
@@ -254,7 +273,7 @@ DITS = (
         probe=_hunyuan_image,
         others="suffix",
         timestep=_THOUSAND,
-        size=_hunyuan_size,
+        size=_two_sides,
         text=1128,
     ),
     Host(
@@ -285,6 +304,24 @@ DITS = (
         size=packed_size,
         refuses=any_size,
         text=256,
+    ),
+    Host(
+        models=("JoyImageEditTransformer3DModel",),
+        layers=("double_blocks.*.attn",),
+        probe=_joy_image,
+        others="suffix",
+        timestep=_THOUSAND,
+        size=_two_sides,
+        text=1024,
+    ),
+    Host(
+        models=("JoyImageEditPlusTransformer3DModel",),
+        layers=("double_blocks.*.attn",),
+        probe=_joy_image_plus,
+        others="suffix",
+        timestep=_THOUSAND,
+        size=_two_sides,
+        text=1024,
     ),
     Host(
         models=("NucleusMoEImageTransformer2DModel",),

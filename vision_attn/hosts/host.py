@@ -264,7 +264,7 @@ def heads_of(name: str, module: nn.Module) -> tuple[int, int]:
 
 def input_dim(module: nn.Module) -> int | None:
     """Return the channels of the tokens that a module projects to queries, None if it does not say."""
-    for name in ("to_q", "to_qkv", "to_qkv_mlp_proj", "qkv", "img_qkv_proj", "q_proj", "query"):
+    for name in ("to_q", "to_qkv", "to_qkv_mlp_proj", "qkv", "img_qkv_proj", "img_attn_qkv", "q_proj", "query"):
         projection: Any = getattr(module, name, None)
         if not hasattr(projection, "in_features"):
             projection = getattr(projection, "linear", None)  # Gemma 4's, which may clamp
