@@ -51,7 +51,7 @@ def check_number(name: str, value: Any, what: str = "a number", *, least: float 
     """
     if not is_number(value):
         raise TypeError(f"{name} must be {what}, got {value!r}")
-    if math.isnan(value):
+    if not value <= math.inf:  # NaN; Dynamo takes no math.isnan of a symbolic number
         raise ValueError(f"{name} must be {what}, got {value}")
     if least is not None and value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -8,11 +8,13 @@ import pytest
 import torch
 from converted_hosts import CLEAR, POOLED, SIZE, call, converted, expected
 from host_runs import TEXT, distance, run, stock
+from processor_table import PROCESSORS
 from tiny_hosts import CHANNELS, HOST, TEXT_DIM, randomise
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from vision_attn import AgentSD, Conversion, LinFusion, convert
+from vision_attn.conversion.doors import never_reached
 
 
 def small_unet() -> nn.Module:
@@ -39,6 +41,8 @@ COMPILED = {
     "vit": ("vit", HOST["vit"].build, {}, 2),
 }
 
+
+MERGED = AgentSD(cell=(1, 2), ratio=0.5, agent_ratio=0.9, random=False)  # wants the tokens that entered the block
 
 # Their quick twins: the blocks of FLUX.1 below, and PRX as a whole in test_newer_hosts.py.
 SLOW = ("flux-grid", "flux-use-grid", "sd3")
@@ -76,6 +80,36 @@ def test_compiled_whole(host_id: str, build: Any, options: Any, graphs: int, com
     for output, eager in zip(got, want, strict=True):
         torch.testing.assert_close(output, eager, rtol=0, atol=1e-5)
     assert compiler.frame_count == graphs
+
+
+FLOATS = ("multipole-pool", "agent-sd")  # of their specs; others are left to `make test-all`
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FLOATS)) for n in PROCESSORS])
+def test_compiled_whole_for_all_sizes_at_once(name: str, tracer: Any) -> None:
+    """Numbers of a spec that are no ints are symbols too. An odd batch lets AgentSD draw nothing."""
+    model = converted("vit", PROCESSORS[name])
+    sizes = [SIZE, (12, 16)]
+    want = [run(HOST["vit"], model, *size, batch=3) for size in sizes]
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=tracer)
+    for size, output in zip(sizes, want, strict=True):
+        torch.testing.assert_close(run(HOST["vit"], compiled, *size, batch=3), output, rtol=0, atol=1e-5)
+
+
+def test_a_layer_that_is_compiled_by_itself_says_so() -> None:
+    """After other tests Dynamo may let such a layer run as it is, and then it is answered."""
+    model = converted("vit", CLEAR)
+    name, *_ = Conversion.of(model).status
+    layer = model.get_submodule(name)
+    assert "compiled by itself" not in never_reached(name, layer)
+    layer.compile(backend="aot_eager")
+    assert "compiled by itself, where nothing can answer: compile its block" in never_reached(name, layer)
+    try:
+        got = run(HOST["vit"], model, *SIZE)
+    except RuntimeError as error:
+        assert str(error) == never_reached(name, layer)
+    else:
+        assert torch.equal(got, expected("vit", CLEAR))
 
 
 def test_compiled_blocks(tracer: Any) -> None:
@@ -147,9 +181,9 @@ def test_compiled_whole_with_another_grid_is_refused(host_id: str, tracer: Any) 
 
 
 @pytest.mark.parametrize("host_id", ["sd3", "pixart", "qwen-image", "sd15-unet", "vit"])
-@pytest.mark.parametrize("spec", [CLEAR, LinFusion(mid_dim=4)], ids=["clear", "linfusion"])
+@pytest.mark.parametrize("spec", [CLEAR, LinFusion(mid_dim=4), MERGED], ids=["clear", "linfusion", "agentsd"])
 def test_blocks_that_run_uncompiled_in_a_compiled_model(host_id: str, spec: Any, tracer: Any) -> None:
-    """They know the grid of the forward that is compiled, not that of an earlier one with as many tokens."""
+    """They know the grid of the forward that is compiled, not that of an earlier one, and what entered them."""
     case, model = HOST[host_id], converted(host_id, spec)
     sizes = [SIZE, SIZE[::-1]]
     want = [run(case, model, *size) for size in sizes]

@@ -251,6 +251,8 @@ def never_reached(name: str, module: nn.Module) -> str:
         how = f" Its attention is {kind!r}: call set_attn_implementation('sdpa')."
     if isinstance(module, nn.MultiheadAttention):
         how = " nn.MultiheadAttention calls it if need_weights is False."
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        how = " It is compiled by itself, where nothing can answer: compile its block or the model."
     return (
         f"{name} never called scaled_dot_product_attention, so it was not rerouted.{how} Switch off what "
         "replaces it: sliced attention (disable_attention_slicing), xformers "

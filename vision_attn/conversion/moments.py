@@ -29,5 +29,4 @@ def moment_of(state: LayerState, rotary: tuple[Tensor, Tensor] | None) -> Moment
         known = shared.awaiting.recall("moment", "at different moments of the denoising, or of different sizes,")
     else:
         known = shared.here.moment or shared.moment
-    generator = None if block_input is None else shared.random(block_input.device)
-    return Moment(*known, block_input, rotary, generator)
+    return Moment(*known, block_input, rotary, None if block_input is None else shared.random)

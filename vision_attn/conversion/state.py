@@ -129,7 +129,7 @@ class LayerState:
         tapes: The launches of the processor's calls.
         looks: What became of calls by how they looked: see `repeats.py`.
         block: The tokens that entered the block, in this thread.
-        block_input: The same for compiled layers, which all threads share.
+        block_input: The same in any thread, for blocks and layers of which one is compiled.
         imported: Whether the host calls attention by a name that it imported, so that a mode must look for it; None if
             that is not known.
         quiet: The last forward, if the host answered its calls: see `quiet.py`.
@@ -155,14 +155,14 @@ class LayerState:
 
     def hand_over(self, tokens: Tensor | None) -> None:
         """Keep the tokens that enter the block of the layer; None forgets them."""
-        if torch.compiler.is_compiling():
-            self.block_input = tokens
-        else:
+        self.block_input = tokens
+        if not torch.compiler.is_compiling():
             self.block.input = tokens
 
     def take_over(self) -> Tensor | None:
-        """Return the tokens that entered the block, once."""
-        tokens = self.block_input if torch.compiler.is_compiling() else self.block.input
+        """Return the tokens that entered the block, once. Of block and layer one may be compiled alone."""
+        own = None if torch.compiler.is_compiling() else self.block.input
+        tokens = self.block_input if own is None else own
         self.hand_over(None)
         return tokens
 

@@ -154,7 +154,7 @@ class AgentSDAttention(Processor):
 
     def _generator(self, q: Tensor, moment: Moment) -> torch.Generator | None:
         """Draw for even batches only, as the authors do: they expect the unconditional half in the same batch."""
-        if not self.spec.random or moment.generator is None:
+        if not self.spec.random or moment.random is None:
             return None
         if exporting():
             raise NotImplementedError("AgentSD(random=True) draws anew at each step, so export AgentSD(random=False)")
@@ -165,7 +165,7 @@ class AgentSDAttention(Processor):
                 "AgentSD(random=True) drew the tokens that cells keep, and gradient checkpointing would draw others: "
                 "AgentSD(random=False)"
             )
-        return moment.generator
+        return moment.random(q.device)
 
     @staticmethod
     def _merge(t: Tensor, grid: Grid, matching: Matching, merged: int) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+import torch
 from torch import Generator, Tensor, nn
 
 from vision_attn.grid import Grid
@@ -55,14 +56,14 @@ class Moment:
         finest: Tokens of the host's finest grid, None if all grids are equal.
         block_input: Tokens `[B, n, C]` that entered the block of the layer, before its norm.
         rotary: Cosine and sine `[N, D]` by which the host rotated q and k, None if it does not pass them to the layer.
-        generator: Random numbers that all layers of the model share.
+        random: Returns the generator on a device that all layers of the model share; None if none of them may draw.
     """
 
     progress: float | None = None
     finest: int | None = None
     block_input: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
-    generator: Generator | None = None
+    random: Callable[[torch.device], Generator] | None = None
 
     def downsample(self, grid: Grid) -> int:
         """Return how much smaller the side of a layer's grid is than that of the host's finest grid."""
