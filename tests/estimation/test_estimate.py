@@ -29,12 +29,16 @@ def test_the_grids_are_those_of_a_real_forward(case: HostCase) -> None:
     conversion = convert(model, Softmax())
     run(case, model, height, width)
     real = {row.name: row for row in conversion.layers}
-    rows = estimate(model, Clear(2), height=height * case.patch, width=width * case.patch, vae_scale_factor=1).layers
-    assert {row.name for row in rows} == set(real)
-    grids = {state_of(m).name: state_of(m).grid for m in model.modules() if is_rerouted(m)}
-    for row in rows:
-        grid = grids[row.name]
-        assert grid is not None and (row.grid.height, row.grid.width) == (grid.height, grid.width)
+    size = height * case.patch, width * case.patch
+    if case.id.startswith("stable-cascade"):  # whose latents have no whole number of pixels
+        found = {name: find_host(model).size(model, name, *size) for name in conversion.specs}
+    else:
+        rows = estimate(model, Clear(2), height=size[0], width=size[1], vae_scale_factor=1).layers
+        found = {row.name: (row.grid.height, row.grid.width) for row in rows}
+    assert found.keys() == real.keys()
+    for m in filter(is_rerouted, model.modules()):
+        grid = state_of(m).grid
+        assert grid is not None and found[state_of(m).name] == (grid.height, grid.width)
 
 
 def test_operations_of_a_window_are_counted_exactly() -> None:

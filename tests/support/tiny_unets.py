@@ -71,6 +71,39 @@ def _unconditional_inputs(height: int, width: int, batch: int, text: int) -> dic
     return dict(sample=noise(batch, CHANNELS, 2 * height, 2 * width), timestep=torch.tensor(600))
 
 
+def _kandinsky_inputs(height: int, width: int, batch: int, text: int) -> dict[str, Any]:
+    inputs = _unet_inputs(8 * height, 8 * width, batch, text)
+    return inputs | dict(encoder_attention_mask=torch.ones(batch, text))
+
+
+def _kandinsky_levels(height: int, width: int, text: int) -> set[Layout]:
+    return {Layout(0, (scale * height, scale * width)) for scale in (4, 2, 1)}
+
+
+def _cascade_inputs(height: int, width: int, batch: int, text: int, patch: int) -> dict[str, Any]:
+    return dict(
+        sample=noise(batch, CHANNELS, patch * height, patch * width),
+        timestep_ratio=torch.full((batch,), 0.6),
+        clip_text_pooled=noise(batch, 1, POOLED_DIM, seed=1),
+        clip_text=noise(batch, text, TEXT_DIM, seed=2),
+        clip_img=noise(batch, 1, POOLED_DIM, seed=3),
+    )
+
+
+_CASCADE = dict(
+    in_channels=CHANNELS, out_channels=CHANNELS, timestep_ratio_embedding_dim=8, conditioning_dim=24,
+    block_out_channels=(16, 32), num_attention_heads=(2, 2), down_num_layers_per_block=(1, 1),
+    up_num_layers_per_block=(1, 1), down_blocks_repeat_mappers=(1, 1), up_blocks_repeat_mappers=(1, 2),
+    clip_text_in_channels=TEXT_DIM, clip_text_pooled_in_channels=POOLED_DIM, clip_image_in_channels=POOLED_DIM,
+    clip_seq=2,
+)  # fmt: skip
+
+
+def _cascade_layouts(height: int, width: int, text: int, scales: tuple[int, ...]) -> set[Layout]:
+    """Two tokens each of an image and of a pooled text come with the text."""
+    return {Layout(0, (scale * height, scale * width), text + 4) for scale in scales}
+
+
 def _three_levels(height: int, width: int, text: int) -> set[Layout]:
     grid = (height, width)
     return {Layout(0, grid), Layout(0, half(grid)), Layout(0, half(half(grid)))}
@@ -122,6 +155,28 @@ UNETS = [
         ),
         _unconditional_inputs, sample, shape=pixels(CHANNELS), layouts=alone,
         notes="attention takes [B, C, height, width]; it upsamples by 2, so only one level takes odd sides",
+    ),
+    HostCase(
+        "kandinsky3-unet",
+        partial(
+            build, diffusers.Kandinsky3UNet, in_channels=CHANNELS, time_embedding_dim=16, groups=4, layers_per_block=2,
+            attention_head_dim=8, block_out_channels=(16, 16, 32, 32), cross_attention_dim=16, encoder_hid_dim=TEXT_DIM,
+        ),
+        _kandinsky_inputs, sample, shape=pixels(CHANNELS, 8), layouts=_kandinsky_levels, patch=8,
+        notes="no attention at the resolution of the latents; odd sides do not come back, so the grid is an eighth",
+    ),
+    *(
+        HostCase(
+            f"stable-cascade-{stage}",
+            partial(build, diffusers.StableCascadeUNet, **_CASCADE, **config),
+            partial(_cascade_inputs, patch=patch), sample, shape=pixels(CHANNELS, patch),
+            layouts=partial(_cascade_layouts, scales=(1,) if patch == 1 else (2, 1)), patch=patch, more_keys="last",
+            notes="text gives keys alone, behind the grid; attention takes [B, C, height, width]",
+        )
+        for stage, patch, config in (
+            ("prior", 1, dict(switch_level=(False,))),
+            ("decoder", 4, dict(patch_size=2)),
+        )
     ),
     _controlnet_case("sd15-controlnet", diffusers.ControlNetModel, _controlnet_inputs),
     _controlnet_case(

@@ -37,6 +37,43 @@ def _attention_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
 
 
+def _image(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
+    return grid_of_patches(inputs["x"])
+
+
+def _self_attention_of_kandinsky(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the first attention of each block, which is over the image; the others attend to the text."""
+    return [
+        (name, block)
+        for name, block in model.named_modules()
+        if re.fullmatch(r"(down|up)_blocks\.\d+\.attentions\.0", name) and is_a(block, "Kandinsky3AttentionBlock")
+    ]
+
+
+def _self_attention_of_cascade(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [
+        (name, block) for name, block in model.named_modules() if is_a(block, "SDCascadeAttnBlock") and block.self_attn
+    ]
+
+
+def _cascade_level(model: Any, module: str, height: int, width: int) -> tuple[int, int]:
+    """Return the grid of a block's level: sides are halved between two levels, or where `switch_level` says so."""
+    halved = model.config.switch_level or [True] * len(model.config.block_out_channels)
+    level = {"down_blocks": _number(module), "up_blocks": len(model.config.block_out_channels) - 1 - _number(module)}
+    scale = model.config.patch_size * 2 ** sum(halved[: level.get(module.partition(".")[0], 0)])
+    return height // scale, width // scale
+
+
+def _number(module: str) -> int:
+    """Return the number of the block that a module is in, 0 if it is in none."""
+    found = re.match(r"(?:down|up)_blocks\.(\d+)", module)
+    return int(found[1]) if found else 0
+
+
+def _cascade_pixels(model: Any, height: float, width: float) -> str:
+    return "how many pixels a latent of Stable Cascade has differs by stage"
+
+
 def _uneven(model: Any, height: float, width: float) -> str | None:
     """Say why a size does not come back from the lowest level as it went down: upsampling doubles the sides."""
     side = 2 ** (len(model.config.block_out_channels) - 1)
@@ -45,11 +82,9 @@ def _uneven(model: Any, height: float, width: float) -> str | None:
 
 def _level(model: Any, module: str, height: int, width: int) -> tuple[int, int]:
     """Return the grid of the level that a module of a UNet is in; each level halves the sides, rounding up."""
-    blocks = len(model.config.block_out_channels)
-    part, _, rest = module.partition(".")
-    number = int(rest.partition(".")[0]) if part in ("down_blocks", "up_blocks") else 0
-    level = {"down_blocks": number, "up_blocks": blocks - 1 - number, "mid_block": blocks - 1}.get(part, 0)
-    for _ in range(level):
+    blocks, number = len(model.config.block_out_channels), _number(module)
+    level = {"down_blocks": number, "up_blocks": blocks - 1 - number, "mid_block": blocks - 1}
+    for _ in range(level.get(module.partition(".")[0], 0)):
         height, width = -(-height // 2), -(-width // 2)
     return height, width
 
@@ -73,5 +108,28 @@ UNETS = (
         finest="sample",
         size=_level,
         refuses=_uneven,
+    ),
+    Host(
+        models=("Kandinsky3UNet",),
+        layers=("attention",),
+        parts=_self_attention_of_kandinsky,
+        probe=_image,
+        timestep=Timestep("timestep", noise=1000),
+        finest="sample",
+        size=_level,
+        refuses=_uneven,
+    ),
+    Host(
+        models=("StableCascadeUNet",),
+        layers=("attention",),
+        parts=_self_attention_of_cascade,
+        probe=_image,
+        others="suffix",
+        more_keys="last",  # the text gives keys and asks nothing
+        timestep=Timestep("timestep_ratio", noise=1),
+        finest="sample",
+        size=_cascade_level,
+        refuses=_cascade_pixels,
+        text=85,
     ),
 )
