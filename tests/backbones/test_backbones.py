@@ -104,6 +104,16 @@ def test_dtypes(family, dtype):
     assert {p.dtype for p in made.parameters()} == {dtype}
 
 
+def test_channels_last(family):
+    model, x = family.build(), images(48, 64)
+    want = model(x)
+    parameters = list(model.parameters())
+    model.to(memory_format=torch.channels_last)
+    assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in model.state_dict().values() if t.dim() == 4)
+    torch.testing.assert_close(model(x.contiguous(memory_format=torch.channels_last)), want, rtol=1e-4, atol=1e-4)
+
+
 def test_autocast(family):
     model, x = family.build().train(), images(48, 64)
     with torch.autocast("cpu", torch.bfloat16):

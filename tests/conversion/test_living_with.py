@@ -11,14 +11,16 @@ import pytest
 import timm
 import torch
 from converted_hosts import CLEAR, POOLED, SIZE, call, converted, expected, hosts, specs
+from covering import quick
 from host_runs import FROM_A_FILE, TEXT, distance, run, stock
+from processor_table import KIND_OF_SPEC, PROCESSORS
 from safetensors.torch import load_file
 from tiny_hosts import HOST, noise
 from torch import Tensor, nn
 
-from vision_attn import Clear, Conversion, Softmax, convert
+from vision_attn import Clear, Conversion, Softmax, convert, load
 from vision_attn.conversion.state import is_rerouted
-from vision_attn.processors.base import stored_name
+from vision_attn.processors.base import CHILD, stored_name
 
 
 def through_a_file(model: nn.Module) -> nn.Module:
@@ -110,6 +112,19 @@ def test_half_precision(host_id: str, dtype: torch.dtype, tmp_path: Path) -> Non
     conversion.save(tmp_path)
     names = {stored_name(name) for name, _ in conversion.named_parameters()}
     assert set(load_file(tmp_path / "vision_attn.safetensors")) == names
+
+
+@pytest.mark.parametrize("name", quick([(name,) for name in PROCESSORS], (KIND_OF_SPEC.get, 1)))
+def test_channels_last(name: str, tmp_path: Path) -> None:
+    case, model = HOST["unet2d"], converted("unet2d", PROCESSORS[name])
+    want = run(case, model, *SIZE, batch=3)
+    model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(run(case, model, *SIZE, batch=3), want, rtol=1e-4, atol=1e-4)
+    Conversion.of(model).save(tmp_path)
+    tensors = load_file(tmp_path / "vision_attn.safetensors")
+    assert set(tensors) == {stored_name(name) for name in model.state_dict() if CHILD in name}
+    load(fresh := case.build(), tmp_path)
+    torch.testing.assert_close(run(case, fresh, *SIZE, batch=3), want, rtol=1e-4, atol=1e-4)
 
 
 @hosts("flux", "sd15-unet", "vit")

@@ -120,7 +120,7 @@ class ModelCase:
             if model.endswith(_TWIN):
                 make_dense(built)
         for module in built.modules():
-            if isinstance(module, nn.Conv2d):  # not the whole model: Agent's biases have five axes, the format four
+            if isinstance(module, nn.Conv2d):  # what else has four axes are tables
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         built = built.eval().to(device, getattr(torch, self.dtype))
         if converted:

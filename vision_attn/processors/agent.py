@@ -10,6 +10,8 @@ resized to the grid; dwc is a depth-wise 3 x 3 convolution over the grid.
 Paper: 'Agent Attention: On the Integration of Softmax and Linear Attention' - https://arxiv.org/abs/2312.08874
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any
@@ -144,7 +146,26 @@ def attend_through(
     return with_dense_rows(o, q, k, v, grid, mask=mask, scale=scale)
 
 
-class AgentBiases(nn.Module):
+class HoldsTables(nn.Module):
+    """Holds tables `[1, ...]` of five axes. A memory format of four axes, `channels_last`, takes the last four of them.
+
+    PyTorch alone refuses it, after it has changed a part of the model.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return super()._apply(functools.partial(_changed, fn), recurse)
+
+
+def _changed(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    try:
+        return fn(t)
+    except RuntimeError:
+        if t.dim() != 5:
+            raise
+        return fn(t[0])[None]
+
+
+class AgentBiases(HoldsTables):
     """The position biases of agents and tokens: each is the sum of a table, rows and columns, resized bilinearly.
 
     Args:

@@ -26,7 +26,7 @@ from vision_attn.grid import Grid
 from vision_attn.kernels.agent import Agents, agent_attention
 from vision_attn.kernels.image import Windows, add_depthwise, means
 from vision_attn.kernels.window import from_cells, inside_cells, to_cells
-from vision_attn.processors.agent import AgentBiases, position_biases
+from vision_attn.processors.agent import AgentBiases, HoldsTables, position_biases
 
 Size = tuple[int, int]
 
@@ -144,7 +144,7 @@ def agent_grid_of(agent_num: int, agent_grid: Size | None) -> Size:
 
 
 @register_notrace_module
-class AgentSelfAttention(RolledAttention):
+class AgentSelfAttention(HoldsTables, RolledAttention):
     """Agent attention over all tokens of a map, with or without a class token.
 
     Args:
@@ -205,7 +205,7 @@ class AgentSelfAttention(RolledAttention):
 
 
 @register_notrace_module
-class AgentReducedAttention(ReducedAttention):
+class AgentReducedAttention(HoldsTables, ReducedAttention):
     """PVT's attention to the keys of a reduced map, through agents: `o = W (agents(q, k, v) + dwc(upsampled v))`.
 
     Args:
@@ -254,7 +254,7 @@ class AgentReducedAttention(ReducedAttention):
 
 
 @register_notrace_module
-class AgentStripeAttention(StripeAttention):
+class AgentStripeAttention(HoldsTables, StripeAttention):
     """CSwin's attention inside stripes, through agents. See `StripeAttention` for the other arguments.
 
     Where the last stripe is smaller, agents are pooled with zeros in the missing places.
