@@ -1,12 +1,14 @@
 """What hosts have beside a grid and text: masks of several kinds, caches of keys, shared layers, given grids."""
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import pytest
 import torch
 from dense_oracle import KERNEL_3, RADIUS_2, DenseOracle
+from diffusers import DDPMWuerstchenScheduler
 from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
 from host_runs import TEXT, run, stock
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from vision_attn import Clear, Neighborhood, Softmax, convert, use_grid
 from vision_attn.conversion import grids, masks
 from vision_attn.conversion.state import is_rerouted, state_of
+from vision_attn.hosts.selection import denoisers_of
 from vision_attn.processors import AttnSpec
 
 SIZE = (6, 8)
@@ -92,6 +95,18 @@ def test_a_film_is_not_a_picture() -> None:
         convert(model, Clear(radius=2))
         with torch.no_grad(), pytest.raises(RuntimeError, match=message):
             model(**case.inputs(*SIZE, 1, TEXT) | change)
+
+
+def test_the_denoisers_of_stable_cascade_are_found() -> None:
+    """They are named as what is no denoiser elsewhere: a decoder of images, a prior of embeddings."""
+    parts = dict(prior_prior=HOST["stable-cascade-prior"].build(), decoder=HOST["stable-cascade-decoder"].build())
+    pipe = SimpleNamespace(components=parts | dict(vqgan=nn.Linear(2, 2)))
+    assert denoisers_of(pipe) == parts
+    compiled = torch.compile(parts["decoder"], backend="eager")
+    assert denoisers_of(SimpleNamespace(components=dict(decoder=compiled))) == dict(decoder=compiled)
+    assert denoisers_of(SimpleNamespace(components=dict(decoder=nn.Linear(2, 2), prior_prior=nn.Linear(2, 2)))) == {}
+    whole = diffusers.StableCascadeDecoderPipeline(parts["decoder"], None, None, DDPMWuerstchenScheduler(), None)
+    assert convert(whole, Clear(radius=2)).models.keys() == {"decoder"}
 
 
 def glm_edit(model: Any, spec: AttnSpec | None) -> Tensor:

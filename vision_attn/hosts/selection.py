@@ -33,6 +33,7 @@ REFUSED = {
 """Why models that people ask for are no hosts, by the name of their class or of a base class."""
 
 COMPONENTS = ("unet", "transformer", "transformer_2", "prior")
+_IF_KNOWN = ("decoder", "prior_prior")  # names that Stable Cascade's denoisers share with what is none
 
 Where = str | re.Pattern[str] | Callable[[str], bool] | None
 Specs = AttnSpec | Sequence[AttnSpec] | Mapping[str, AttnSpec]
@@ -133,7 +134,11 @@ def _held(name: str, part: Any) -> dict[str, nn.Module]:
 
 def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
     """Return the denoisers of a pipeline by component name, a compiled one as it is."""
-    return {name: part for name, part in pipe.components.items() if name in COMPONENTS and isinstance(part, nn.Module)}
+    return {
+        name: part
+        for name, part in pipe.components.items()
+        if isinstance(part, nn.Module) and (name in COMPONENTS or (name in _IF_KNOWN and is_known(unwrapped(part))))
+    }
 
 
 def targets_of(target: Any, components: tuple[str, ...] | None, host: Host | None) -> dict[str, nn.Module]:
