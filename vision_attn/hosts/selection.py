@@ -134,11 +134,14 @@ def _held(name: str, part: Any) -> dict[str, nn.Module]:
 
 def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
     """Return the denoisers of a pipeline by component name, a compiled one as it is."""
-    return {
-        name: part
-        for name, part in pipe.components.items()
-        if isinstance(part, nn.Module) and (name in COMPONENTS or (name in _IF_KNOWN and is_known(unwrapped(part))))
-    }
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    return {name: part for name, part in parts.items() if _denoises(name, unwrapped(part))}
+
+
+def _denoises(component: str, model: nn.Module) -> bool:
+    """Whether a component is a denoiser by its name; the name of a part of it tells the component."""
+    name = component.partition(".")[0]
+    return name in COMPONENTS or (name in _IF_KNOWN and is_known(model))
 
 
 def targets_of(target: Any, components: tuple[str, ...] | None, host: Host | None) -> dict[str, nn.Module]:
@@ -170,7 +173,7 @@ def targets_of(target: Any, components: tuple[str, ...] | None, host: Host | Non
             raise ValueError(f"no component {', '.join(missing)} in the pipeline, only {', '.join(candidates)}")
         chosen = {name: candidates[name] for names in found.values() for name in names}
     else:
-        denoisers = {name: model for name, model in candidates.items() if name.partition(".")[0] in COMPONENTS}
+        denoisers = {name: model for name, model in candidates.items() if _denoises(name, model)}
         chosen = {name: m for name, m in denoisers.items() if host is not None or is_known(m)} or denoisers
     if not chosen:
         parts = ", ".join(f"{name} ({type(model).__name__})" for name, model in candidates.items()) or "no models"
