@@ -1,9 +1,12 @@
 """Settings, images, captions, the cache and the order of the data; all that can be wrong with them."""
 
 import json
+import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -19,7 +22,7 @@ from vision_attn.demo import load_teacher
 from vision_attn.distill import cache
 from vision_attn.distill.cache import write_cache
 from vision_attn.distill.data import CachedData, Order
-from vision_attn.distill.images import find_items, generate, nearest_size
+from vision_attn.distill.images import find_items, generate, nearest_size, read_prompts
 from vision_attn.distill.reading import read_config
 
 NAMES = ("emoji:nano", "FluxTransformer2DModel")
@@ -125,6 +128,56 @@ def test_transparent_images_lie_on_white(tmp_path):
     write_images(tmp_path, count=1)
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "0.png")
     assert find_items(tmp_path)[0].open().getpixel((3, 3)) == (255, 255, 255)
+
+
+def opened(folder, image, **options):
+    """Return an image as training sees it, in numbers."""
+    image.save(folder / "0.png", options.pop("format", "PNG"), **options)
+    return np.asarray(find_items(folder)[0].open()).astype(int)
+
+
+@pytest.mark.parametrize(("dtype", "form"), [(np.uint16, "PNG"), (np.uint16, "TIFF"), (np.int32, "TIFF")])
+def test_grey_of_16_bits_is_no_white(dtype, form, tmp_path):
+    write_images(tmp_path, count=1)
+    grey = np.linspace(0, 65535, 64).reshape(8, 8)
+    seen = opened(tmp_path, Image.fromarray(grey.astype(dtype)), format=form)
+    assert np.abs(seen - grey[..., None] / 257).max() <= 1
+
+
+def test_photos_stand_upright(tmp_path):
+    write_images(tmp_path, count=1)
+    upright = np.zeros((12, 8, 3), np.uint8)
+    upright[:4] = 200
+    (turned := Image.Exif())[0x112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it
+    lying = Image.fromarray(upright).transpose(Image.Transpose.ROTATE_90)
+    assert np.array_equal(opened(tmp_path, lying, exif=turned), upright)
+
+
+def test_pixels_without_a_known_white_are_refused(tmp_path):
+    write_images(tmp_path, count=1)
+    for values in (np.full((8, 8), 0.5, np.float32), np.full((8, 8), 70000, np.int32)):
+        with pytest.raises(ValueError, match="no numbers of 8 or 16 bits"):
+            opened(tmp_path, Image.fromarray(values), format="TIFF")
+
+
+def test_prompts_and_captions_are_utf_8(tmp_path):
+    """Also where that is not the encoding of the system; an editor's mark of it is no word."""
+    words = "caf\u00e9 \u2014 \u7f8a"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(words + "\n", "utf-8-sig")
+    write_images(tmp_path, count=1)
+    (tmp_path / "0.txt").write_text(words, "utf-8-sig")
+    assert find_items(tmp_path)[0].caption() == words
+    program = (
+        "from pathlib import Path; from vision_attn.distill.images import read_prompts; "
+        f"print(ascii(read_prompts(Path({str(prompts)!r}), '')[0]))"
+    )
+    plain = os.environ | dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    run = subprocess.run([sys.executable, "-c", program], env=plain, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == ascii(words)
+    prompts.write_bytes(words.encode("utf-16"))
+    with pytest.raises(ValueError, match=r"prompts.txt is not UTF-8"):
+        read_prompts(prompts, "data.prompts")
 
 
 def test_the_nearest_size():

@@ -118,7 +118,7 @@ def read_adapter(
 
 def _read_folder(folder: Path, spec: AttnSpec | None) -> Adapter:
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        config = json.loads((folder / CONFIG).read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG} is damaged: {error}") from None
     if isinstance(config, dict) and is_linfusion(config):
@@ -258,7 +258,7 @@ def refuse_strangers(root: Path, places: Sequence[Path]) -> None:
 def _is_ours(config: Path) -> bool | None:
     """Whether a `config.json` is that of an adapter; None if there is none, or it is no JSON."""
     try:
-        content = json.loads(config.read_text())
+        content = json.loads(config.read_text("utf-8"))
     except (OSError, ValueError):
         return None
     return isinstance(content, dict) and content.get("format") == FORMAT

@@ -160,7 +160,7 @@ def _diffusers_model(folder: Path) -> Any:
 def _read(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds a mapping."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(content, dict):

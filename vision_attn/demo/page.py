@@ -125,5 +125,7 @@ def write_page(out: Path, prompts: Sequence[str], rows: Sequence[Row], *, teache
     state = _UNFINISHED.format(drawn=drawn, planned=planned) if drawn < planned else ""
     drawer = "A small Stable Diffusion UNet" if teacher == "unet" else "A small FLUX transformer"
     page = out / "index.html"
-    page.write_text(_PAGE.format(teacher=drawer, state=state, head=head, body=body, pictures="\n".join(pictures)))
+    page.write_text(
+        _PAGE.format(teacher=drawer, state=state, head=head, body=body, pictures="\n".join(pictures)), "utf-8"
+    )
     return page

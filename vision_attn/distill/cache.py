@@ -69,7 +69,7 @@ def write_cache(config: Config, *, device: str = "cpu", pipe: Any = None) -> dic
             samples += made
             shards += [path] if made else []
             bar.update(len(part))
-    (folder / SKIPPED).write_text("".join(f"{key}: {why}\n" for key, why in sorted(skipped.items())))
+    (folder / SKIPPED).write_text("".join(f"{key}: {why}\n" for key, why in sorted(skipped.items())), "utf-8")
     if not samples:
         raise ValueError(f"none of the {len(items)} images in {config.data.images} can be used: see {folder / SKIPPED}")
     _write_index(folder, identity, config.data.sizes, shards)

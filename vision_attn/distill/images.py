@@ -57,7 +57,7 @@ class Item:
         Raises:
             ValueError: If the file holds none.
         """
-        text = self.text().decode("utf-8")
+        text = self.text().decode("utf-8-sig")
         if self.text_name.endswith(".json"):
             content = json.loads(text)
             found = next((content[name] for name in ("caption", "prompt", "text") if name in content), None)
@@ -67,15 +67,32 @@ class Item:
         return text.strip()
 
     def open(self) -> Any:
-        """Return the image as PIL reads it, on white where it is transparent.
+        """Return the image in RGB, upright as its EXIF says, and on white where it is transparent.
 
         Raises:
             OSError: If it is damaged.
+            ValueError: If its pixels are no numbers of 8 or 16 bits.
         """
-        from PIL import Image  # noqa: PLC0415, optional
+        from PIL import Image, ImageOps  # noqa: PLC0415, optional
 
-        drawn = Image.open(io.BytesIO(self.image())).convert("RGBA")
+        drawn = _eight_bits(ImageOps.exif_transpose(Image.open(io.BytesIO(self.image())))).convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn).convert("RGB")
+
+
+def _eight_bits(image: Any) -> Any:
+    """Scale grey of 16 bits to 8: PIL would cut it off at 255, which makes white of nearly all of it.
+
+    Raises:
+        ValueError: If the pixels are floats, or do not fit 16 bits.
+    """
+    from PIL import Image  # noqa: PLC0415, optional
+
+    if image.mode != "F" and image.mode.partition(";")[0] != "I":
+        return image
+    grey = np.asarray(image)
+    if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
+        raise ValueError(f"its pixels (PIL's mode {image.mode}) are no numbers of 8 or 16 bits")
+    return Image.fromarray((grey / 257).round().astype(np.uint8))
 
 
 def find_items(place: Path) -> list[Item]:
@@ -158,11 +175,15 @@ def read_prompts(path: Path, setting: str) -> list[str]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it has no prompts.
+        ValueError: If it has no prompts, or is not UTF-8.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{setting}: {path} does not exist")
-    prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{setting}: {path} is not UTF-8: {error}") from None
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"{setting}: {path} has no prompts")
     return prompts
@@ -207,7 +228,7 @@ def generate(config: Config, *, device: str = "cpu", pipe: Any = None, rank: int
                 for i, prompt, image in zip(part, chosen, images, strict=True):
                     path = _path(data.images, i)
                     path.unlink(missing_ok=True)  # an old image never lies beside a new caption
-                    path.with_suffix(".txt").write_text(prompt + "\n")
+                    path.with_suffix(".txt").write_text(prompt + "\n", "utf-8")
                     image.save(path.with_suffix(".part"), "PNG")
                     path.with_suffix(".part").replace(path)
                 bar.update(len(part))
@@ -236,7 +257,7 @@ def _wanted(config: Config) -> list[str]:
 def _is_drawn(path: Path, prompt: str) -> bool:
     """Whether there is an image that was drawn from this prompt."""
     caption = path.with_suffix(".txt")
-    return path.exists() and caption.exists() and caption.read_text().strip() == prompt
+    return path.exists() and caption.exists() and caption.read_text("utf-8").strip() == prompt
 
 
 def _path(folder: Path, i: int) -> Path:

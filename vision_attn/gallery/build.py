@@ -95,7 +95,7 @@ def read_example(path: Path) -> Example:
     Raises:
         ValueError: If it has no docstring.
     """
-    source = path.read_text()
+    source = path.read_text("utf-8")
     tree = ast.parse(source)
     title, *text = (ast.get_docstring(tree) or "").split("\n\n")
     if not title:

@@ -105,7 +105,7 @@ def write_page(out: Path, shown: Sequence[Shown], results: Sequence[Path], plots
         contents.append(("results", "Measured"))
     links = "\n".join(f'<li><a href="#{name}">{html.escape(title)}</a></li>' for name, title in contents)
     page = out / "index.html"
-    page.write_text(_PAGE.format(style=_styles(), contents=links, sections="\n".join(sections)))
+    page.write_text(_PAGE.format(style=_styles(), contents=links, sections="\n".join(sections)), "utf-8")
     return page
 
 
@@ -206,4 +206,4 @@ def _inline(text: str) -> str:
 def _styles() -> str:
     """Return the style sheet, with pygments' colours for light and dark."""
     light, dark = (HtmlFormatter(style=name).get_style_defs(".code") for name in ("xcode", "github-dark"))
-    return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n{_STYLE.read_text()}"
+    return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n{_STYLE.read_text('utf-8')}"

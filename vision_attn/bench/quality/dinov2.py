@@ -112,7 +112,8 @@ def read_photo(path: Path, pixels: int) -> Tensor:
     """Read a photo as the model takes it: its middle square, scaled and normalised, `[1, 3, pixels, pixels]`."""
     from PIL import Image, ImageOps  # noqa: PLC0415, optional
 
-    image = ImageOps.fit(Image.open(path).convert("RGB"), (pixels, pixels), Image.Resampling.BICUBIC)
+    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    image = ImageOps.fit(image, (pixels, pixels), Image.Resampling.BICUBIC)
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
     return (x - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
 
