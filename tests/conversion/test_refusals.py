@@ -16,6 +16,7 @@ from host_runs import TEXT, run, stock
 from tiny_hosts import HOST, noise
 from tiny_pipelines import PIPELINE
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from untouched import assert_untouched, state
 
 from vision_attn import Clear, Conversion, Neighborhood, Softmax, convert, load
@@ -213,6 +214,28 @@ def test_context_parallelism_that_the_model_does_not_know_of_is_refused() -> Non
     with pytest.raises(ValueError, match=r"transformer_blocks.0.attn runs with context parallelism of which its model"):
         model(**inputs)
     assert model.transformer_blocks[0].attn.processor._parallel_config is not None
+
+
+class Trained(nn.Module):
+    """A model beside other layers, as a loop of one's own has it."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.head, self.parts = nn.Linear(10, 2), nn.ModuleDict({"backbone": backbone})
+
+
+@pytest.mark.parametrize(
+    "wrap, where",
+    [(AveragedModel, "module"), (lambda m: nn.Sequential(m, nn.Softmax()), "0"), (Trained, "parts.backbone")],
+    ids=["averaged", "sequential", "module"],
+)
+def test_what_wraps_a_model_says_what_to_convert(wrap: Any, where: str) -> None:
+    wrapped = wrap(HOST["vit"].build())
+    with pytest.raises(ValueError, match=rf"It holds one as its attribute `{where}`: convert that"):
+        convert(wrapped, Clear(radius=2))
+    convert(wrapped.get_submodule(where), Clear(radius=2))
+    with pytest.raises(ValueError, match=r"Identity is not a known host\. Known"):
+        convert(nn.Identity(), Clear(radius=2))
 
 
 def test_a_model_of_features_says_what_to_convert() -> None:

@@ -104,3 +104,14 @@ def test_fx_names_the_way_out_and_traces_a_bypassed_model() -> None:
     with conversion.bypassed():
         assert torch.equal(symbolic_trace(model)(x), want)
     assert torch.equal(model(x), local)
+
+
+@pytest.mark.parametrize("part", ["", "blocks.1"])
+def test_jit_script_names_the_way_out(part: str) -> None:
+    """It compiles `forward`, in which a layer would attend to all tokens."""
+    model = converted("vit", CLEAR)
+    with pytest.raises(RuntimeError, match=r"attn cannot be compiled by torch.jit.script.*torch.jit.trace"):
+        torch.jit.script(model.get_submodule(part))
+    Conversion.of(model).revert()
+    x = HOST["vit"].inputs(*SIZE, 2, TEXT)["x"]
+    torch.testing.assert_close(torch.jit.script(model)(x), stock("vit", SIZE))

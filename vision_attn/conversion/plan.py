@@ -392,6 +392,17 @@ def rerouted_class(base: Any) -> type[nn.Module]:
                 return super().__call__(*args, **kwargs)
             return answered(self, state, super().__call__, args, kwargs)
 
+        def __prepare_scriptable__(self) -> None:
+            """Refuse `torch.jit.script`, which compiles `forward` alone: that is the host's own attention.
+
+            Raises:
+                RuntimeError: Always; it names what takes a converted model.
+            """
+            raise RuntimeError(
+                f"{self.__dict__[LAYER].name} cannot be compiled by torch.jit.script, which would take the host's own "
+                "attention: use torch.jit.trace or torch.export, or revert() the conversion for the host's own"
+            )
+
         def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
             for name in [name for name in state_dict if name.startswith(prefix) and model_name(name) != name]:
                 state_dict[model_name(name)] = state_dict.pop(name)  # of an earlier version

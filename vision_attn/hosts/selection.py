@@ -73,8 +73,9 @@ def find_host(model: nn.Module) -> Host:
     hint = ""
     if any(word in classes[0] for word in ("3D", "Video")):
         hint = " It looks like a video model, and a grid is one image."
-    elif is_known(getattr(model, "model", None)):
-        hint = " It holds one as its attribute `model`: convert that."
+    else:  # what trains, averages or reads features often wraps a model
+        inner = next((name for name, module in model.named_modules() if name and is_known(module)), None)
+        hint = f" It holds one as its attribute `{inner}`: convert that." if inner else ""
     known = ", ".join(name for host in HOSTS for name in host.models)
     raise ValueError(
         f"{classes[0]} is not a known host.{hint} Known are {known}. For another image model say which modules attend "
