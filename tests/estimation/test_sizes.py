@@ -15,6 +15,8 @@ SIZES = {  # in latents or pixels: what the model takes, and what it refuses
     "auraflow": ((12, 14), (13, 12), (12, 13), (400, 16)),
     "cogview4": ((12, 14), (13, 12), (12, 13)),
     "lumina2": ((12, 14), (13, 12), (400, 16)),
+    "lumina-next": ((12, 14), (13, 12), (12, 13), (800, 16), (16, 800)),
+    "kandinsky5": ((12, 14), (13, 12), (12, 13), (260, 16), (16, 260)),
     "vit": ((48, 56), (53, 48), (48, 53)),
     "dinov3": ((48, 56), (53, 48)),
 }
@@ -25,7 +27,9 @@ def test_sizes_of_models(host_id: str, size: tuple[int, int]) -> None:
     model: Any = HOST[host_id].build()
     inputs = HOST[host_id].inputs(6, 6, 1, 7)
     key = "x" if "x" in inputs else "hidden_states"
-    inputs[key] = torch.randn(*inputs[key].shape[:2], *size)
+    inputs[key] = torch.randn(*inputs[key].shape[:2], *size, *inputs[key].shape[4:])
+    if "visual_rope_pos" in inputs:
+        inputs["visual_rope_pos"] = [torch.arange(side) for side in (1, size[0] // 2, size[1] // 2)]
     scale = 8 if key == "hidden_states" else 1
     try:
         with torch.no_grad():
@@ -39,6 +43,21 @@ def test_sizes_of_models(host_id: str, size: tuple[int, int]) -> None:
     else:
         estimate(model, Clear(2), height=scale * size[0], width=scale * size[1])
         assert size == SIZES[host_id][0]
+
+
+@pytest.mark.parametrize("size", [(11, 12), (12, 11)], ids=str)
+def test_sides_that_are_not_halves(size: tuple[int, int]) -> None:
+    """A UViT that halves the sides answers more codes than it was given, if a side is odd."""
+    case, model = HOST["uvit-down"], HOST["uvit-down"].build()
+    inputs = case.inputs(6, 6, 1, 7)
+    inputs["input_ids"] = inputs["input_ids"][:, : size[0], : size[1]]
+    with torch.no_grad():
+        assert model(**inputs).shape[-2:] == (12, 12)
+    with pytest.raises(ValueError, match="its sides must be even"):
+        estimate(model, Clear(2), height=16 * size[0], width=16 * size[1], vae_scale_factor=16)
+    estimate(model, Clear(2), height=16 * 12, width=16 * 12, vae_scale_factor=16)
+    whole: Any = HOST["uvit"].build()
+    estimate(whole, Clear(2), height=16 * size[0], width=16 * size[1], vae_scale_factor=16)
 
 
 def test_sizes_of_a_model_with_one_size() -> None:

@@ -14,12 +14,14 @@ from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVC
 from host_runs import TEXT, run, stock
 from tiny_host_case import CHANNELS, Layout, build, noise, sample
 from tiny_hosts import HOST
+from tiny_latent_dits import kandinsky_inputs
 from torch import Tensor, nn
 
-from vision_attn import Clear, Neighborhood, Softmax, convert, use_grid
+from vision_attn import Clear, Grid, LinFusion, Neighborhood, Softmax, convert, use_grid
 from vision_attn.conversion import grids, masks
 from vision_attn.conversion.state import is_rerouted, state_of
-from vision_attn.hosts.selection import denoisers_of
+from vision_attn.distill.student import _projections
+from vision_attn.hosts.selection import denoisers_of, find_host
 from vision_attn.processors import AttnSpec
 
 SIZE = (6, 8)
@@ -90,6 +92,7 @@ def test_a_film_is_not_a_picture() -> None:
     for host_id, change, message in (
         ("joy-image-edit", dict(hidden_states=noise(1, CHANNELS, 2, 12, 16)), "the input is not one image"),
         ("joy-image-edit-plus", dict(shape_list=[[(2, 6, 4), (1, 3, 5)]]), "shape_list holds 2 frames"),
+        ("kandinsky5", kandinsky_inputs(*SIZE, 1, TEXT, frames=2), "the input is a video of 2 frames"),
     ):
         case, model = HOST[host_id], HOST[host_id].build()
         convert(model, Clear(radius=2))
@@ -107,6 +110,64 @@ def test_the_denoisers_of_stable_cascade_are_found() -> None:
     assert denoisers_of(SimpleNamespace(components=dict(decoder=nn.Linear(2, 2), prior_prior=nn.Linear(2, 2)))) == {}
     whole = diffusers.StableCascadeDecoderPipeline(parts["decoder"], None, None, DDPMWuerstchenScheduler(), None)
     assert convert(whole, Clear(radius=2)).models.keys() == {"decoder"}
+
+
+def test_a_kandinsky_that_chooses_its_blocks_has_no_grid() -> None:
+    """NABLA reorders the tokens, and makes a mask of blocks; it is given where the model is asked for a video."""
+    case, model = HOST["kandinsky5"], HOST["kandinsky5"].build()
+    inputs, probe = case.inputs(*SIZE, 1, TEXT), find_host(model).probe
+    assert probe(model, inputs) == Grid(*SIZE)
+    found = probe(model, inputs | dict(sparse_params=dict(to_fractal=True)))
+    assert isinstance(found, str) and "sparse_params reorder the tokens" in found
+
+
+def test_only_self_attention_is_converted() -> None:
+    """Both attentions of a UViT's blocks attend to the text, and the text of Kandinsky 5 to itself."""
+    for host_id, found in (
+        ("uvit-down", ["transformer_layers.0.attn1", "transformer_layers.1.attn1"]),
+        ("kandinsky5", ["visual_transformer_blocks.0.self_attention"]),
+        ("lumina-next", ["layers.0.attn1", "layers.1.attn1"]),
+    ):
+        assert list(convert(HOST[host_id].build(), Clear(radius=2)).status) == found
+
+
+def test_the_scale_of_lumina_next_follows_the_number_of_tokens() -> None:
+    """The pipeline gives the tokens of its native size; a window keeps the host's scale."""
+    case = HOST["lumina-next"]
+    inputs = case.inputs(*SIZE, 2, TEXT)
+    drawn = []
+    for base in (None, 12):
+        with DenseOracle({Layout(0, SIZE)}, RADIUS_2), torch.no_grad():
+            want = case.build()(**inputs | dict(cross_attention_kwargs=dict(base_sequence_length=base))).sample
+        model: Any = case.build()
+        convert(model, Clear(radius=2))
+        with torch.no_grad():
+            drawn.append(model(**inputs | dict(cross_attention_kwargs=dict(base_sequence_length=base))).sample)
+        torch.testing.assert_close(drawn[-1], want, rtol=0, atol=2e-5)
+    assert (drawn[0] - drawn[1]).abs().max() > 1e-3
+
+
+def test_codes_that_are_no_picture() -> None:
+    case, model = HOST["uvit"], HOST["uvit"].build()
+    inputs = case.inputs(*SIZE, 1, TEXT)
+    found = find_host(model).probe(model, inputs | dict(input_ids=inputs["input_ids"].flatten(1)))
+    assert found == "input_ids are not those of an image [B, height, width], but (1, 48)"
+
+
+def test_projections_of_kandinsky_learn_and_take_residuals() -> None:
+    """They are called to_query, to_key, to_value and out_layer."""
+    case, model = HOST["kandinsky5"], HOST["kandinsky5"].build()
+    conversion = convert(model, LinFusion())
+    layer = model.get_submodule("visual_transformer_blocks.0.self_attention")
+    assert [name for name, _ in _projections(conversion, ["q", "k", "v", "out"])] == [
+        f"visual_transformer_blocks.0.self_attention.{name}" for name in ("to_query", "to_key", "to_value", "out_layer")
+    ]
+    before = run(case, model, *SIZE)
+    with torch.no_grad():
+        for parameter in conversion.parameters():
+            parameter.add_(0.3 * noise(*parameter.shape))
+    assert (run(case, model, *SIZE) - before).abs().max() > 1e-3
+    assert state_of(layer).status == "rerouted"
 
 
 def glm_edit(model: Any, spec: AttnSpec | None) -> Tensor:

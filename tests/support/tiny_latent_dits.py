@@ -5,7 +5,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.models.embeddings import get_2d_rotary_pos_embed
+from diffusers.models.embeddings import get_2d_rotary_pos_embed, get_2d_rotary_pos_embed_lumina
 from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 from tiny_host_case import (
     CHANNELS,
@@ -142,6 +142,28 @@ def _lumina2_inputs(height: int, width: int, batch: int, text: int, ragged: bool
     )
 
 
+def _lumina_next_inputs(height: int, width: int, batch: int, text: int) -> dict[str, Any]:
+    """Scaled as its pipeline does above its native size: the base length reaches both attentions."""
+    return latents(height, width, batch, text, timestep=torch.full((batch,), 0.4)) | dict(
+        encoder_mask=_seen(text, batch).long(),
+        image_rotary_emb=get_2d_rotary_pos_embed_lumina(16, 384, 384, linear_factor=1.5),
+        cross_attention_kwargs=dict(base_sequence_length=48),
+    )
+
+
+def kandinsky_inputs(
+    height: int, width: int, batch: int, text: int, frames: int = 1, edit: bool = False
+) -> dict[str, Any]:
+    """An image to edit comes as more channels."""
+    channels = 2 * CHANNELS + 1 if edit else CHANNELS
+    return latents(height, width, batch, text) | dict(
+        hidden_states=noise(batch, frames, 2 * height, 2 * width, channels),
+        pooled_projections=noise(batch, POOLED_DIM, seed=2),
+        visual_rope_pos=[torch.arange(side) for side in (frames, height, width)],
+        text_rope_pos=torch.arange(text),
+    )
+
+
 _DIT = dict(num_attention_heads=2, attention_head_dim=16, in_channels=CHANNELS, patch_size=2, num_layers=2)
 _SD3 = _DIT | dict(
     sample_size=16, pos_embed_max_size=32, joint_attention_dim=TEXT_DIM, caption_projection_dim=32,
@@ -175,6 +197,10 @@ def _sd3_layouts(height: int, width: int, text: int, dual: bool = False) -> set[
     return {joint, Layout(0, (height, width))} if dual else {joint}
 
 
+_KANDINSKY = dict(
+    in_visual_dim=CHANNELS, out_visual_dim=CHANNELS, in_text_dim=TEXT_DIM, in_text_dim2=POOLED_DIM, time_dim=32,
+    model_dim=32, ff_dim=48, num_text_blocks=1, num_visual_blocks=1, axes_dims=(4, 6, 6),
+)  # fmt: skip
 _CONTROLNET_FACTS = dict(
     output=lambda output: output.controlnet_block_samples[-1],
     shape=lambda height, width, batch: (batch, height * width, 32),
@@ -232,6 +258,15 @@ LATENT_DITS = [
         notes="sample i has 2 * i text tokens fewer: its grid starts earlier, the tail is masked by bool [B, 1, 1, N]",
     ),
     _latent_case(
+        "lumina-next", diffusers.LuminaNextDiT2DModel,
+        dict(
+            sample_size=16, in_channels=CHANNELS, hidden_size=64, num_layers=2, num_attention_heads=4, num_kv_heads=2,
+            multiple_of=32, cross_attention_dim=TEXT_DIM,
+        ),
+        _lumina_next_inputs, shape=pixels(2 * CHANNELS),
+        notes="always bool [B, H, N, N], all True; four heads share keys and values of two; the scale depends on N",
+    ),
+    _latent_case(
         "cogview3plus", diffusers.CogView3PlusTransformer2DModel, _COGVIEW | dict(pos_embed_max_size=32, sample_size=8),
         _cogview4_inputs, layouts=text_first,
     ),
@@ -271,6 +306,15 @@ LATENT_DITS = [
             axes_dim=[8, 8],
         ),
         _prx_inputs, layouts=text_first, more_keys=True, notes="the text gives keys and values, and no queries",
+    ),
+    *(
+        _latent_case(
+            f"kandinsky5{'-edit' * edit}", diffusers.Kandinsky5Transformer3DModel, _KANDINSKY | dict(visual_cond=edit),
+            partial(kandinsky_inputs, edit=edit), text_only=lambda text: {text},
+            shape=lambda height, width, batch: (batch, 1, 2 * height, 2 * width, CHANNELS),
+            notes="channels last; queries and keys are rounded to bfloat16, and a second block would show it",
+        )
+        for edit in (False, True)
     ),
     _latent_case(
         "sd3-controlnet", diffusers.SD3ControlNetModel, _SD3, _sd3_controlnet_inputs, layouts=_sd3_layouts,

@@ -38,6 +38,11 @@ _DREAMLITE = dict(
     up_block_types=(*["DreamLiteCrossAttnUpBlock2D"] * 2, "DreamLiteUpBlock2D"), norm_num_groups=8,
     cross_attention_dim=TEXT_DIM, attention_head_dim=(1, 2, 2), use_linear_projection=True,
 )  # fmt: skip
+_UVIT = dict(
+    hidden_size=32, cond_embed_dim=POOLED_DIM, micro_cond_encode_dim=2, micro_cond_embed_dim=10,
+    encoder_hidden_size=TEXT_DIM, vocab_size=20, codebook_size=16, in_channels=16, block_out_channels=32,
+    num_res_blocks=1, block_num_heads=2, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+)  # fmt: skip
 _CONTROLNET = {k: v for k, v in _UNET.items() if k not in ("sample_size", "out_channels", "up_block_types")}
 
 
@@ -102,6 +107,16 @@ _CASCADE = dict(
 def _cascade_layouts(height: int, width: int, text: int, scales: tuple[int, ...]) -> set[Layout]:
     """Two tokens each of an image and of a pooled text come with the text."""
     return {Layout(0, (scale * height, scale * width), text + 4) for scale in scales}
+
+
+def _uvit_inputs(height: int, width: int, batch: int, text: int, codes: int = 1) -> dict[str, Any]:
+    sides = batch, codes * height, codes * width
+    return dict(
+        input_ids=torch.randint(20, sides, generator=torch.Generator().manual_seed(0)),
+        encoder_hidden_states=noise(batch, text, TEXT_DIM, seed=1),
+        pooled_text_emb=noise(batch, POOLED_DIM, seed=2),
+        micro_conds=torch.tensor([[64.0, 48.0, 0.0, 0.0, 6.0]]).repeat(batch, 1),
+    )
 
 
 def _three_levels(height: int, width: int, text: int) -> set[Layout]:
@@ -177,6 +192,16 @@ UNETS = [
             ("prior", 1, dict(switch_level=(False,))),
             ("decoder", 4, dict(patch_size=2)),
         )
+    ),
+    *(
+        HostCase(
+            f"uvit{'-down' * (codes > 1)}",
+            partial(build, diffusers.UVit2DModel, **_UVIT, downsample=codes > 1, upsample=codes > 1),
+            partial(_uvit_inputs, codes=codes), lambda output: output, layouts=alone, patch=codes,
+            shape=lambda height, width, batch, codes=codes: (batch, 16, codes * height, codes * width),
+            notes="codes in, logits out; both attentions of its blocks attend to the text",
+        )
+        for codes in (1, 2)
     ),
     _controlnet_case("sd15-controlnet", diffusers.ControlNetModel, _controlnet_inputs),
     _controlnet_case(

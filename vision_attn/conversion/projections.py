@@ -19,6 +19,7 @@ from vision_attn.hosts.host import heads_of
 
 _ROLES = {f"{before}{role}{after}": role for role in "qk" for before, after in (("to_", ""), ("", "_proj"))}
 _ROLES |= {"query": "q", "key": "k"}  # of transformers
+_ROLES |= {"to_query": "q", "to_key": "k"}  # of Kandinsky 5
 FUSED = dict.fromkeys(("to_qkv", "to_qkv_mlp_proj", "qkv", "img_qkv_proj", "img_attn_qkv"))
 PROJECTIONS = frozenset((*_ROLES, *FUSED))  # names of the layers that project to queries or keys
 _SLOT = "_vision_attn_projections"  # attribute of an attention module and of its projections

@@ -24,10 +24,10 @@ from vision_attn.processors.base import CHILD
 from vision_attn.processors.moh import MoHAttention
 
 _ROLES = {
-    "q": ("to_q", "q_proj"),
-    "k": ("to_k", "k_proj"),
-    "v": ("to_v", "v_proj"),
-    "out": ("to_out.0", "to_out"),
+    "q": ("to_q", "q_proj", "to_query"),
+    "k": ("to_k", "k_proj", "to_key"),
+    "v": ("to_v", "v_proj", "to_value"),
+    "out": ("to_out.0", "to_out", "out_layer"),
 }
 _LORA = "pytorch_lora_weights.safetensors"  # diffusers' name
 

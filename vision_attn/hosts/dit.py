@@ -131,6 +131,19 @@ def _fibo_2(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
     return Grid(found.height, found.width, suffix=sum(suffix))
 
 
+def _kandinsky(module: Any, inputs: Mapping[str, Any]) -> Grid | str:
+    """Read latents `[B, frames, height, width, C]`, channels last."""
+    latents = inputs["hidden_states"]
+    if latents.dim() != 5:
+        return f"the input is not latents [B, frames, height, width, C], but {tuple(latents.shape)}"
+    frames = latents.shape[1] // module.config.patch_size[0]
+    if frames != 1:
+        return f"the input is a video of {frames} frames, and a grid is one image"
+    if inputs.get("sparse_params") is not None:
+        return "sparse_params reorder the tokens to blocks, and choose which blocks attend to which: leave them out"
+    return Grid(*_two_sides(module, "", *latents.shape[2:4]))
+
+
 _BLOCKS = ("transformer_blocks.*.attn",)
 
 
@@ -167,6 +180,22 @@ def _beyond_axes(model: Any, height: float, width: float) -> str | None:
     patch = model.config.patch_size
     large = height // patch > rows or width // patch > columns
     return _whole_patches(model, height, width) or (f"its positions end at {rows} x {columns}" if large else None)
+
+
+def _beyond_table(model: Any, height: float, width: float) -> str | None:
+    """Compare the patches of a side with the table of positions that Lumina-Next's pipeline makes."""
+    large = max(height, width) // model.config.patch_size > 384
+    return _whole_patches(model, height, width) or ("its positions end at 384 patches a side" if large else None)
+
+
+def _beyond_rotary(model: Any, height: float, width: float) -> str | None:
+    """Compare the patches with the rotary positions that Kandinsky 5 has for each axis."""
+    *_, rows, columns = model.config.patch_size
+    if height % rows or width % columns:
+        return f"its sides must be multiples of {rows} and {columns} latents"
+    *_, most_rows, most_columns = model.visual_rope_embeddings.max_pos
+    large = height // rows > most_rows or width // columns > most_columns
+    return f"its positions end at {most_rows} x {most_columns}" if large else None
 
 
 _THOUSAND, _ONE = Timestep("timestep", noise=1000), Timestep("timestep", noise=1)
@@ -257,6 +286,13 @@ DITS = (
         timestep=Timestep("timestep", noise=0, image=1),
         text=256,
         refuses=_beyond_axes,
+    ),
+    Host(
+        models=("LuminaNextDiT2DModel",),
+        layers=("layers.*.attn1",),
+        probe=_patches,
+        timestep=Timestep("timestep", noise=0, image=1),
+        refuses=_beyond_table,
     ),
     Host(
         models=("HiDreamImageTransformer2DModel",),
@@ -373,5 +409,13 @@ DITS = (
         size=packed_size,
         refuses=any_size,
         text=128,
+    ),
+    Host(
+        models=("Kandinsky5Transformer3DModel",),  # of one frame: text to image, and image to image
+        layers=("visual_transformer_blocks.*.self_attention",),
+        probe=_kandinsky,
+        timestep=_THOUSAND,
+        size=_two_sides,
+        refuses=_beyond_rotary,
     ),
 )

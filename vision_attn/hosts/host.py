@@ -256,7 +256,8 @@ def heads_of(name: str, module: nn.Module) -> tuple[int, int]:
     if inner is None and isinstance(qkv := getattr(module, "qkv", None), nn.Linear):
         inner = qkv.out_features // 3
     if inner is None:
-        inner = getattr(getattr(module, "to_q", None), "out_features", None)
+        projection = getattr(module, "to_q", None) or getattr(module, "to_query", None)
+        inner = getattr(projection, "out_features", None)
     if num_heads is None or (head_dim is None and inner is None):
         raise ValueError(f"{name}: a {type(module).__name__} does not tell its heads: it needs `heads` and `head_dim`")
     return num_heads, inner // num_heads if head_dim is None else head_dim
@@ -264,7 +265,8 @@ def heads_of(name: str, module: nn.Module) -> tuple[int, int]:
 
 def input_dim(module: nn.Module) -> int | None:
     """Return the channels of the tokens that a module projects to queries, None if it does not say."""
-    for name in ("to_q", "to_qkv", "to_qkv_mlp_proj", "qkv", "img_qkv_proj", "img_attn_qkv", "q_proj", "query"):
+    fused = ("to_qkv", "to_qkv_mlp_proj", "qkv", "img_qkv_proj", "img_attn_qkv")
+    for name in ("to_q", *fused, "q_proj", "query", "to_query"):
         projection: Any = getattr(module, name, None)
         if not hasattr(projection, "in_features"):
             projection = getattr(projection, "linear", None)  # Gemma 4's, which may clamp

@@ -1,4 +1,7 @@
-"""UNets and their ControlNets: each block that attends sees the grid of its level in the shape of its input."""
+"""UNets and their ControlNets: each block that attends sees the grid of its level in the shape of its input.
+
+A UViT (aMUSEd) draws codes, and attends over one grid in its middle.
+"""
 
 import re
 from collections.abc import Mapping
@@ -7,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from vision_attn.grid import Grid
-from vision_attn.hosts.host import Host, Timestep, grid_of_patches, is_a
+from vision_attn.hosts.host import Host, Timestep, grid_of_patches, is_a, not_whole
 
 
 def _grid(module: nn.Module, inputs: Mapping[str, Any]) -> Grid | str:
@@ -89,6 +92,24 @@ def _level(model: Any, module: str, height: int, width: int) -> tuple[int, int]:
     return height, width
 
 
+def _codes(module: Any, inputs: Mapping[str, Any]) -> Grid | str:
+    codes = inputs["input_ids"]
+    if codes.dim() != 3:
+        return f"input_ids are not those of an image [B, height, width], but {tuple(codes.shape)}"
+    return Grid(*_of_codes(module, "", *codes.shape[-2:]))
+
+
+def _of_codes(model: Any, module: str, height: int, width: int) -> tuple[int, int]:
+    """Return the grid of a module of a UViT: all but the first and the last may have half the sides, rounded up."""
+    outside = module.startswith(("embed", "mlm_layer"))
+    return (-(-height // 2), -(-width // 2)) if model.config.downsample and not outside else (height, width)
+
+
+def _odd(model: Any, height: float, width: float) -> str | None:
+    halves = model.config.downsample and (height % 2 or width % 2)
+    return not_whole(model, height, width) or ("its sides must be even" if halves else None)
+
+
 UNETS = (
     Host(
         models=("UNet2DConditionModel", "ControlNetModel", "ControlNetUnionModel"),
@@ -131,5 +152,12 @@ UNETS = (
         size=_cascade_level,
         refuses=_cascade_pixels,
         text=85,
+    ),
+    Host(
+        models=("UVit2DModel",),
+        layers=("transformer_layers.*.attn1",),  # those of its blocks attend to the text, also the `attn1`
+        probe=_codes,
+        size=_of_codes,
+        refuses=_odd,
     ),
 )
