@@ -236,6 +236,14 @@ def test_specs_by_pattern_and_by_depth() -> None:
     assert specs == [(near, far)[depth % 2] for depth in range(len(specs))]
 
 
+def test_a_pattern_that_comes_too_late_is_refused() -> None:
+    model, first = HOST["vit"].build(), Clear(radius=2)
+    with pytest.raises(ValueError, match=r"'blocks\.0\.\*' gets no layer, because patterns before it match all"):
+        convert(model, {"*": first, "blocks.0.*": Softmax()})
+    specs = convert(model, {"blocks.0.*": Softmax(), "*": first}).specs
+    assert specs == {"blocks.0.attn": Softmax(), "blocks.1.attn": first}
+
+
 def test_a_pattern_that_matches_nothing_is_refused() -> None:
     model = HOST["vit"].build()
     with pytest.raises(ValueError, match="layers"):

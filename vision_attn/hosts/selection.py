@@ -255,7 +255,7 @@ def assign(specs: Specs, names: Sequence[str]) -> dict[str, AttnSpec]:
         names: The selected layers, in order of depth.
 
     Raises:
-        ValueError: If a pattern matches no layer.
+        ValueError: If a pattern matches no layer, or only layers that patterns before it match.
     """
     if isinstance(specs, AttnSpec):
         return dict.fromkeys(names, specs)
@@ -266,6 +266,11 @@ def assign(specs: Specs, names: Sequence[str]) -> dict[str, AttnSpec]:
         found = fnmatch.filter(names, pattern)
         if not found and names:
             raise ValueError(f"the pattern {pattern!r} matches none of the {len(names)} layers {names[0]}, ...")
+        if found and assigned.keys() >= set(found):
+            raise ValueError(
+                f"the pattern {pattern!r} gets no layer, because patterns before it match all of its {len(found)}: "
+                "the first that matches counts, so give it earlier"
+            )
         for name in found:
             assigned.setdefault(name, spec)
     return {name: assigned[name] for name in names if name in assigned}
