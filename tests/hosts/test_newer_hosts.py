@@ -147,6 +147,17 @@ def test_the_scale_of_lumina_next_follows_the_number_of_tokens() -> None:
     assert (drawn[0] - drawn[1]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("host_id", ["lumina-next", "uvit-down", "kandinsky5"])
+def test_four_times_the_sides(host_id: str) -> None:
+    case, model, size = HOST[host_id], HOST[host_id].build(), (4 * SIZE[0], 4 * SIZE[1])
+    convert(model, Clear(radius=2))
+    run(case, model, *SIZE)
+    with DenseOracle({Layout(0, size)}, RADIUS_2) as oracle:
+        want = run(case, case.build(), *size)
+    assert oracle.calls
+    torch.testing.assert_close(run(case, model, *size), want, rtol=0, atol=2e-5)
+
+
 def test_codes_that_are_no_picture() -> None:
     case, model = HOST["uvit"], HOST["uvit"].build()
     inputs = case.inputs(*SIZE, 1, TEXT)
@@ -296,7 +307,14 @@ def test_an_unconditional_unet_has_a_grid_for_each_level() -> None:
 
 @pytest.mark.parametrize(
     "host_id",
-    ["prx", *(pytest.param(n, marks=pytest.mark.slow) for n in ("flux3-reference", "krea2-masked", "qwen-image-2.1"))],
+    [
+        "prx",
+        "lumina-next",
+        *(
+            pytest.param(host_id, marks=pytest.mark.slow)
+            for host_id in ("flux3-reference", "krea2-masked", "qwen-image-2.1", "kandinsky5", "uvit-down")
+        ),
+    ],
 )
 def test_a_whole_model_is_compiled(host_id: str) -> None:
     case = HOST[host_id]
