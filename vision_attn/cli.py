@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status is 2 for bad input, with one line that says why."""
+    """Run a command; the exit status is 2 for bad input, with one line that says why, and 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="vision-attn", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="draw emoji offline with one attention after another, and compare")
@@ -38,6 +39,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_advise(commands)
     _add_generate(commands)
     _add_gallery(commands)
+    _add_bench(commands)
+    _add_tune(commands)
+    _add_warm(commands)
+    distill = commands.add_parser("distill", add_help=False, help="train a converted model; see distill --help")
+    distill.add_argument("arguments", nargs=argparse.REMAINDER)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # Threads that spin while they wait make a shared CPU ten times slower. Torch reads this when it is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        if given[:1] == ["distill"]:  # argparse does not know its settings
+            return _distill(given[1:])
+        options = parser.parse_args(given)
+        options.run(options)
+    except (ValueError, TypeError, OSError) as error:
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)  # PyTorch adds its frames
+        print(f"vision-attn: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("vision-attn: stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0
+
+
+def _seed(text: str) -> int:
+    if not (seed := int(text)).bit_length() <= 63:
+        raise argparse.ArgumentTypeError(f"a seed has at most 63 bits, got {text}")
+    return seed
+
+
+def _add_bench(commands: Any) -> None:
     bench = commands.add_parser("bench", help="check and time operators beside their peers, or show stored results")
     bench.add_argument("what", help="an entry (kernels_local), a group of entries (kernels), 'table' or 'plot'")
     bench.add_argument("file", type=Path, nargs="?", help="with 'table' or 'plot': a stored result to show")
@@ -54,29 +85,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_argument("--photos", type=Path, help="folder of photos to measure on; by default those of packages")
     bench.add_argument("--adapters", type=Path, help="folder of distilled adapters that are measured too")
     bench.set_defaults(run=_bench)
-    _add_tune(commands)
-    _add_warm(commands)
-    distill = commands.add_parser("distill", add_help=False, help="train a converted model; see distill --help")
-    distill.add_argument("arguments", nargs=argparse.REMAINDER)
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    # Threads that spin while they wait make a shared CPU ten times slower. Torch reads this when it is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if given[:1] == ["distill"]:  # argparse does not know its settings
-        return _distill(given[1:])
-    options = parser.parse_args(given)
-    try:
-        options.run(options)
-    except (ValueError, TypeError, OSError) as error:
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)  # PyTorch adds its frames
-        print(f"vision-attn: {line}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _seed(text: str) -> int:
-    if not (seed := int(text)).bit_length() <= 63:
-        raise argparse.ArgumentTypeError(f"a seed has at most 63 bits, got {text}")
-    return seed
 
 
 def _add_advise(commands: Any) -> None:

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import vision_attn.demo.compare
+from vision_attn import cli
 from vision_attn.cli import main
 from vision_attn.demo import TEACHERS, load_teacher
 from vision_attn.demo.compare import AT_LARGE, PROCESSORS, entries_of, plan
@@ -159,3 +160,15 @@ finally:
 def test_help_is_quick(command):
     done = subprocess.run([sys.executable, "-c", HELP, *command, "--help"], capture_output=True, text=True, check=True)
     assert "usage: vision-attn" in done.stdout and done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    "command", [["generate", "emoji", "octopus"], ["distill", "train"]], ids=["generate", "distill"]
+)
+def test_ctrl_c_ends_in_one_line(command, monkeypatch, capsys):
+    def stopped(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_generate", stopped)
+    monkeypatch.setattr(cli, "_distill", stopped)
+    assert main(command) == 130 and capsys.readouterr().err == "vision-attn: stopped\n"

@@ -208,7 +208,10 @@ def _projections(conversion: Conversion, roles: list[str]) -> Iterator[tuple[str
     for name in conversion.specs:
         own: dict[str, Any] = dict(_model_of(conversion).get_submodule(name).named_modules())
         if any(fused in own for fused in FUSED) and "to_q" not in own:
-            raise ValueError(f"{name} projects q, k and v at once: unfuse_qkv_projections() before training")
+            raise ValueError(
+                f"{name} projects q, k and v at once: unfuse_qkv_projections() before training; where its model never "
+                "had them apart, student.trainable must be 'new' or 'model'"
+            )
         for role in roles:
             found = next((key for key in _ROLES[role] if isinstance(own.get(key), nn.Linear)), None)
             if found is not None:
