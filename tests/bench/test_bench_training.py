@@ -1,6 +1,7 @@
 """`vision-attn bench training` on a CPU: what learns, what is extrapolated, what fits in which GPU."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from vision_attn.bench.entries import training as entry
 from vision_attn.bench.pipelines import training
+from vision_attn.bench.pipelines.attention import FLASH, WAYS
 from vision_attn.bench.pipelines.training import Fits, TrainingCase, build, in_float8, smallest_card, training_row
 
 CPU = torch.device("cpu")
@@ -25,6 +27,23 @@ def test_a_step_is_whole_or_extrapolated(monkeypatch):
     extrapolated = training_row(SMALL, CPU, chosen=("clear r16",), whole_s=0)["candidates"][0]["forward"]
     assert extrapolated["extrapolated"] and extrapolated["median_ms"] > 0 and extrapolated["layers"] is None
     assert "(extrapolated)" in entry.table(document([{**row, "candidates": [dict(clear, forward=extrapolated)]}]))
+
+
+def test_dense_attention_by_any_backend_is_what_speedups_refer_to(monkeypatch):
+    """It compiles nothing, so its first step is not run twice."""
+    monkeypatch.setattr(training, "_BUILT", {})
+    monkeypatch.setitem(WAYS, FLASH, replace(WAYS[FLASH], use=WAYS["stock sdpa"].use))  # there is none on a CPU
+    steps, compiles = training.train_steps, []
+
+    def noted(*given, **options):
+        compiles.append(options["compiles"])
+        return steps(*given, **options)
+
+    monkeypatch.setattr(training, "train_steps", noted)
+    row = training_row(TrainingCase(64, (FLASH, "clear r16"), small=True), CPU, whole_s=1e3)
+    flash, clear = (candidate["forward"] for candidate in row["candidates"])
+    assert flash["speedup"] == 1 and clear["speedup"] == pytest.approx(flash["median_ms"] / clear["median_ms"])
+    assert compiles == [False, True]
 
 
 def document(rows):
