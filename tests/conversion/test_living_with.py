@@ -183,3 +183,26 @@ def test_timm_fused_attn_is_switched_on_and_back() -> None:
     conversion.revert()
     assert [block.attn.fused_attn for block in model.blocks] == [True, False]
     assert torch.equal(run(HOST["vit"], model, *SIZE), before)
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("host_id", ["vit", "flux"])
+def test_tensors_without_values(host_id: str, name: str) -> None:
+    """Tools that count parameters and operations run a model on the meta device."""
+    case, model = HOST[host_id], HOST[host_id].build()
+    convert(model, PROCESSORS[name], grid=SIZE if host_id == "flux" else None)
+    want = run(case, model, *SIZE)
+    inputs = case.inputs(*SIZE, 2, TEXT)
+    inputs = {key: t.to("meta") if isinstance(t, Tensor) else t for key, t in inputs.items()}
+    found = case.output(model.to("meta")(**inputs))
+    assert found.is_meta and found.shape == want.shape and found.dtype == want.dtype
+    found.sum().backward()
+    assert any(p.grad is not None for p in model.parameters())
+
+
+def test_a_grid_that_is_read_from_values_is_asked_for_where_there_are_none() -> None:
+    case, model = HOST["flux"], HOST["flux"].build().to("meta")
+    convert(model, CLEAR)
+    inputs = {key: t.to("meta") for key, t in case.inputs(*SIZE, 2, TEXT).items()}
+    with pytest.raises(RuntimeError, match=r"img_ids on the meta device cannot be read: give the grid with convert"):
+        model(**inputs)

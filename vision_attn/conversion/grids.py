@@ -172,11 +172,12 @@ class GridContext:
         inputs = by_name(self.names, args, kwargs)
         if any(isinstance(value, torch.fx.Proxy) for value in inputs.values()):
             return  # it has no sizes; a layer that is not bypassed refuses it
-        reads = self.reads and inputs.get(self.reads) is not None
-        if reads and (tracing or (self.fixed is not None and _capturing())):
+        values = inputs.get(self.reads) if self.reads else None
+        empty = isinstance(values, Tensor) and values.is_meta
+        if values is not None and (tracing or empty or (self.fixed is not None and _capturing())):
             found: Found = self._unread(inputs)
         else:
-            found = self._read(module, inputs) if reads else self.probe(module, inputs)
+            found = self.probe(module, inputs) if values is None else self._read(module, inputs)
             each = found if isinstance(found, tuple) and found else (found,)
             if not isinstance(found, str) and not all(isinstance(one, Grid) for one in each):
                 raise TypeError(
@@ -207,9 +208,11 @@ class GridContext:
             RuntimeError: If none was given, or the forward has another number of tokens.
         """
         if self.fixed is None:
+            given = "give the grid with convert(..., grid=) or use_grid()"
+            if not torch.compiler.is_compiling():
+                raise RuntimeError(f"{self.reads} on the meta device cannot be read: {given}")
             raise RuntimeError(
-                f"torch.compile cannot read {self.reads}: give the grid with convert(..., grid=) or use_grid(), or "
-                "compile the blocks only (compile_repeated_blocks)"
+                f"torch.compile cannot read {self.reads}: {given}, or compile the blocks only (compile_repeated_blocks)"
             )
         name = self.counted or self.reads
         tokens = inputs.get(name)

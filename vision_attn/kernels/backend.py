@@ -102,14 +102,19 @@ def warn(message: str) -> None:
     _logger.warning(message)
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a kind of device; some, such as 'meta', have none."""
+    available = _AUTOCAST[device] if device in _AUTOCAST else torch.amp.is_autocast_available(device)
+    return available and torch.is_autocast_enabled(device)
+
+
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
     """Run an implementation outside of autocast, which would round the sums that it keeps in float32."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         device = args[0].device.type  # type: ignore[attr-defined]
-        available = _AUTOCAST[device] if device in _AUTOCAST else torch.amp.is_autocast_available(device)
-        if not available or not torch.is_autocast_enabled(device):
+        if not autocasts(device):
             return function(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)
@@ -251,7 +256,7 @@ def plain_gradients(plain: Callable[..., Tensor], args: Sequence[Any], do: Tenso
 
 
 def _watched(args: tuple[Any, ...]) -> bool:
-    """Whether autograd, a tracer, a mode or a subclass of tensors has to know of a call."""
+    """Whether autograd, a tracer, a mode or a subclass of tensors has to know of a call, or tensors have no values."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state():
         return True
     if torch._C._len_torch_dispatch_stack() and HERE.recorder is None:
@@ -259,7 +264,7 @@ def _watched(args: tuple[Any, ...]) -> bool:
     gradients, watched = torch.is_grad_enabled(), False
     for a in args:
         if isinstance(a, Tensor):
-            if type(a) not in _PLAIN or _is_batched(a):
+            if type(a) not in _PLAIN or a.is_meta or _is_batched(a):
                 return True
             watched = watched or (gradients and a.requires_grad)
     return watched

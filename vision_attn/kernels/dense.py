@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vision_attn.grid import Grid
-from vision_attn.kernels.backend import exporting, plain_gradients, transformed
+from vision_attn.kernels.backend import autocasts, exporting, plain_gradients, transformed
 
 
 def dense_attention(
@@ -48,7 +48,7 @@ def dense_attention(
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as autocast does for `scaled_dot_product_attention`."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -175,7 +175,7 @@ class RowNorm(nn.GroupNorm):
 
 @torch.compiler.disable
 def _normalised(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    if torch.is_autocast_enabled(x.device.type) and x.is_cuda:  # as for `group_norm` itself
+    if x.is_cuda and torch.is_autocast_enabled("cuda"):  # as for `group_norm` itself
         x = x.float()
     rows: Rows = vars(norm)[ROWS]
     y: Tensor = _GroupNorm.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, rows.cut)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vision_attn._checks import check_int, check_number
 from vision_attn.grid import Grid
-from vision_attn.kernels.backend import exporting, passing
+from vision_attn.kernels.backend import exporting, full_precision, passing
 from vision_attn.kernels.eight_bits import check_precision
 from vision_attn.kernels.tables import lasting
 
@@ -315,12 +315,16 @@ def choose_cells(q: Tensor, k: Tensor, grid: Grid, cells: Cells, *, scale: float
     B, _, H, D = q.shape
     if not E or cells.covers(grid) or not B:
         return torch.full((B, H, C, E), C, device=q.device)
-    scale = D**-0.5 if scale is None else scale
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        mean_q = cell_means(*_finest_sums(q[:, grid.image], grid, cells.pool, None), cells)
-        keys = cell_means(*_finest_sums(k[:, grid.image], grid, cells.pool, cells.weights), cells)
-        bounds = _cell_bounds(k[:, grid.image], grid, cells.cell) if cells.spread else None
-        return choose_for(scale * mean_q, keys, bounds, layout, cells, slice(0, C))
+    return _chosen(q, k, grid, cells, layout, D**-0.5 if scale is None else scale)
+
+
+@full_precision
+@torch.no_grad()
+def _chosen(q: Tensor, k: Tensor, grid: Grid, cells: Cells, layout: Layout, scale: float) -> Tensor:
+    mean_q = cell_means(*_finest_sums(q[:, grid.image], grid, cells.pool, None), cells)
+    keys = cell_means(*_finest_sums(k[:, grid.image], grid, cells.pool, cells.weights), cells)
+    bounds = _cell_bounds(k[:, grid.image], grid, cells.cell) if cells.spread else None
+    return choose_for(scale * mean_q, keys, bounds, layout, cells, slice(0, layout.near.shape[0]))
 
 
 def choose_for(
