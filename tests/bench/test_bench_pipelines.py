@@ -183,6 +183,12 @@ def test_a_step_of_minutes_is_not_begun(monkeypatch):
     refuse_endless(WAYS["stock cudnn"], PipelineCase("sdxl", 8192, ()), model, CUDA)
 
 
+def test_a_candidate_of_trainings_alone_is_refused(tmp_path, capsys):
+    command = ["bench", "pipelines", "--device", "cpu", "--only", "flux-64", "--out", str(tmp_path)]
+    assert main([*command, "--candidates", "stock flash"]) == 2
+    assert "unknown candidate 'stock flash'" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_the_cases_are_the_issues():
     every = pipelines.cases(CUDA)
     found = {case.name: case for case in every}

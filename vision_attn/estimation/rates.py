@@ -1,4 +1,4 @@
-"""The rates of a GPU: timed once, in at most 3 seconds, and kept in the user's cache folder.
+"""The rates of a GPU: timed once, in about 3 seconds, and kept in the user's cache folder.
 
 They are kept for each GPU, driver, torch, triton, version of this package and dtype. Where there is no GPU, and where
 none can be timed at the moment, they are those of an H200. Rates of a GPU that others use meanwhile hold for this
@@ -33,7 +33,7 @@ from vision_attn.grid import Grid
 from vision_attn.kernels.local import Window, local_attention
 
 _LOG = logging.getLogger(__name__)
-MOST_S = 3.0  # a measurement takes no longer
+MOST_S = 3.0  # nothing that may take longer is begun; a slow compilation can exceed it
 _SLOW_S = 0.1  # a call that takes longer is not repeated
 _STEADY = 1.25  # between two measurements on a GPU that does nothing else
 _AT_WORK = 0.9  # of the rate of an idle H200 that begins: at work it clocks lower
@@ -198,7 +198,7 @@ class _Slot:
             return self._machine
 
     def _measured(self, gpu: torch.device) -> Machine:
-        _LOG.info("timing %s once, in at most %.0f s", self._key.gpu, MOST_S)
+        _LOG.info("timing %s once, in about %.0f s", self._key.gpu, MOST_S)
         try:
             machine = INSTALLED.measured(gpu, getattr(torch, self._key.dtype))
         except Exception as error:  # whatever it is: the model that is to be converted still can be
